@@ -40,7 +40,8 @@ from prep.version import package_version
 
 _POLL_S = 0.5  # interval at which a waiting call checks whether the loader was closed
 _ALIVE_S = 2.0  # interval at which the client tells the service that the consumer is still running
-# Longest wait for an object in one call of Ray. After this time, Ray begins the transfer between nodes anew.
+# Longest time that one call of Ray waits for an object. After this time, Ray starts the transfer between nodes again
+# from the beginning.
 _GET_S = 4.0
 _TRANSFER_S = 12.0  # if the pixels of a block do not arrive within this time, the client requests the block again
 # A service that gives no answer for this time counts as lost. Ray needs up to 30 s to detect that a node has died, and
@@ -50,9 +51,9 @@ _MAX_BLOCKS = 32  # largest number of blocks that a loader requests at the same 
 
 
 def parse_service(service: str) -> tuple[str, str]:
-    """Split `NAME` or `NAME@HOST:PORT` into the service's name and the cluster's address (AUTO if there is none).
+    """Split `NAME` or `NAME@HOST:PORT` into the name of the service and the address of the cluster.
 
-    Raises ServiceError if the name or the address is empty.
+    Without an address, the address is AUTO. Raises ServiceError if the name or the address is empty.
     """
     name, separator, address = service.partition("@")
     if not name or (separator and not address):
@@ -84,7 +85,10 @@ def find_service(ray: ModuleType, name: str, address: str) -> Any:
 
 
 class ServiceClient:
-    """One consumer of a service. Several threads may call `fetch` at the same time."""
+    """A consumer of a service: one loader that reads from the service.
+
+    Several threads may call `fetch` at the same time.
+    """
 
     def __init__(self, service: str, stream: StreamKey, waited_s: Callable[[], float]) -> None:
         """Connect to the cluster and to the service.
@@ -116,8 +120,8 @@ class ServiceClient:
             raise
         self._ahead = config.ahead
         self.block_steps = block_steps(stream.batch_size, config.ahead, config.max_workers)
-        # Number of batches to request at the same time: enough to keep all workers busy, and at most the number of
-        # batches that the service keeps.
+        # Number of blocks to request at the same time: enough to keep all workers busy, and at most as many as the
+        # service keeps.
         blocks = min(2 * config.max_workers + 2, _MAX_BLOCKS)
         self.read_ahead = min(blocks * self.block_steps, config.ahead)
         self._thread = threading.Thread(target=self._show_life, daemon=True, name="alexstream-alive")
@@ -125,17 +129,17 @@ class ServiceClient:
 
     @property
     def status(self) -> ServiceStatus:
-        """The state of the service as of its last answer."""
+        """The state of the service when it last answered."""
         return ServiceStatus(self.name, self._health.workers, self._health.queue, "connected")
 
     def start(self, position: int) -> None:
-        """Begin to read at a position. Running calls of `fetch` end with ServiceError."""
+        """Start reading at a position of the stream. Calls of `fetch` that are still waiting end with ServiceError."""
         with self._lock:
             self._generation += 1
             self._first_needed, self._received = position, set()
 
     def fetch(self, position: int, requests: Sequence[WindowRequest]) -> Windows:
-        """Wait until the block of `requests` is ready, and return its windows.
+        """Wait until the block of `requests` is ready, and return the windows of the block.
 
         `position` is the position of the block's first batch. Raises StoreError for a damaged record, ServiceLost if
         the service no longer answers, and ServiceError if the service fails or sends arrays of an unexpected type or
@@ -144,8 +148,8 @@ class ServiceClient:
         request, steps = WindowRequest.joined(requests), len(requests)
         generation, digest, lost = self._generation, request_digest(request), ""
         while True:
-            # A read that was scheduled before a call of `start` may run after that call. The service may no longer
-            # keep the block at the position of such a read.
+            # A call of `fetch` that was scheduled before a call of `start` may run after the call of `start`. The
+            # service may no longer keep the block at the position of such a call.
             if generation != self._generation or not 0 <= position - self._first_needed <= self._ahead:
                 raise ServiceError(f"service {self.name}: the loader continued at another position.")
             fetch = Fetch(position, steps, request, digest, lost)
@@ -187,10 +191,10 @@ class ServiceClient:
         self._exit.close()
 
     def _method(self, name: str) -> Callable[..., Any]:
-        """Return a function that calls a method of the coordinator; the function returns Ray's reference to the result.
+        """Return a function that calls a method of the coordinator.
 
-        Ray does not repeat such a call; `_call` does. A call that Ray repeats while this process leaves the cluster can
-        make Ray end the process.
+        The function returns Ray's reference to the result of the call. Ray does not repeat a failed call; `_call` does.
+        If Ray repeats a call while this process leaves the cluster, Ray can end the process.
         """
         return cast(Callable[..., Any], getattr(self._coordinator, name).options(max_task_retries=0).remote)
 
@@ -287,8 +291,8 @@ class ServiceClient:
                 self._health = self._call(partial(self._method("alive"), call))
                 self._reported_s = total_s
         if not self._closed.is_set():
-            # The node may end soon. Ray then ends every process that is still connected to the node's object store.
-            # Disconnect first. Arrays that this process still uses stay valid.
+            # The Ray node may end soon. When a Ray node ends, Ray ends every process that is still connected to the
+            # object store of the node. Disconnect first. Arrays that this process still uses stay valid.
             self._exit.close()
 
 

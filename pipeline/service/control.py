@@ -19,13 +19,13 @@ from prep.console import bytes_text, say
 from prep.store.manifest import Store
 
 CALL_S = 30.0  # a service that does not answer a call within this time is reported as an error
-BEGIN_S = 120.0  # the same limit for the first call of a new service, whose process must start first
+BEGIN_S = 120.0  # limit for the first call of a new service, whose process must start first
 READY_S = 60.0  # longest time for which `alexstream serve` waits until the workers are ready
-FAULT_S = 10.0  # `alexstream serve` ends with an error if all workers have failed to start for this time
+FAULT_S = 10.0  # `alexstream serve` ends with an error if all starts of workers have failed for this time
 # The default object store has room for two streams (training and validation) with batches of 512 images.
 _STREAMS, _BATCH_IMAGES = 2, 512
 _IN_USE = 4  # number of batches in the object store that a consumer has received and still uses
-_LEAST_BYTES = 80_000_000  # Ray refuses object stores that are smaller than this
+_LEAST_BYTES = 80_000_000  # Ray refuses object stores with fewer bytes
 
 
 def make_config(store: Path, name: str, min_workers: int, max_workers: int, threads: int, **more: Any) -> ServiceConfig:
@@ -67,7 +67,7 @@ def start_service(ray: ModuleType, config: ServiceConfig) -> Any:
 
 
 def most_workers(ray: ModuleType, threads: int) -> int:
-    """Number of workers with `threads` cores each for which the cluster's nodes now have cores; at least 1."""
+    """Number of workers with `threads` cores each that fit on the present nodes of the cluster; at least 1."""
     return max(1, sum(cores // threads for cores in _cores(ray)))
 
 
@@ -86,7 +86,7 @@ def check_cores(ray: ModuleType, config: ServiceConfig, address: str) -> None:
 def await_workers(ray: ModuleType, config: ServiceConfig, address: str) -> dict[str, Any]:
     """Wait up to READY_S until `min_workers` workers are ready. Returns the state of the service.
 
-    Raises ServiceError if no node of the cluster can serve the store. The error names the reason of each node.
+    Raises ServiceError if no node of the cluster can serve the store. The error names each node and the reason.
     """
     begun_s = time.monotonic()
     while True:
@@ -106,7 +106,7 @@ def await_workers(ray: ModuleType, config: ServiceConfig, address: str) -> dict[
 
 
 def object_store_bytes(ahead: int) -> int:
-    """Return the size of the object store for a Ray cluster of this machine alone, in bytes.
+    """Return the size in bytes of the object store for a Ray cluster that has only this machine.
 
     The object store has room for the batches of two streams with 512 images in each batch. The object store takes at
     most 30 % of the memory and 90 % of the free space in /dev/shm. `ahead` is the field of ServiceConfig.
@@ -136,7 +136,7 @@ def stop_service(ray: ModuleType, name: str, address: str) -> None:
     finally:
         ray.kill(coordinator, no_restart=True)
     deadline = time.monotonic() + CALL_S
-    while time.monotonic() < deadline:  # a new service can have this name only after Ray has removed the actor
+    while time.monotonic() < deadline:  # a new service can use the name only after Ray has removed the old actor
         try:
             ray.get_actor(actor_name(name), NAMESPACE)
         except ValueError:

@@ -1,6 +1,7 @@
-"""Coordinator of a service: a named Ray actor that has each block made once and gives it to every consumer.
+"""Coordinator of a service, a named Ray actor.
 
-A consumer is a loader that reads from the service. A block is one batch of a stream, or several consecutive batches
+The coordinator lets a worker make each block once, and gives the block to every consumer. A consumer is a loader that
+reads from the service. A block is one batch of a stream, or several consecutive batches
 (pipeline.service.protocol.block_steps).
 
     loader ── Fetch: record numbers and window positions ──▶ coordinator ── request ──▶ worker, on any node
@@ -9,10 +10,11 @@ A consumer is a loader that reads from the service. A block is one batch of a st
 
 A block is a pure function of the records and window positions in its request. A lost block can therefore be made again
 with the same bits. If a worker or its node dies, the coordinator gives the block to another worker. If the pixels of a
-block are lost with a node, the loader requests the block again. If the coordinator dies, Ray starts it again, and the
-next calls of the consumers tell the new coordinator which consumers there are.
+block are lost with a node, the loader requests the block again. If the coordinator dies, Ray starts it again. The next
+calls of the consumers then tell the new coordinator which consumers exist.
 
-The order of a stream is the order of the loader's requests. The number of workers has no influence on the order.
+The blocks of a stream have the order in which the loader requests them. The number of workers has no influence on the
+order of the blocks.
 
 The coordinator does not read the pixels, and only keeps references to them. Ray frees the pixels of a block when the
 coordinator has dropped the reference and no consumer uses the pixels.
@@ -37,15 +39,17 @@ from pipeline.windows import LABEL_BYTES
 from prep.cluster import ray_module
 from prep.version import package_version
 
-# A block that is not ready within this time is answered with an empty Answer, which shows that the service still runs.
+# If a block is not ready within this time, the coordinator returns an empty Answer, which shows that the service still
+# runs.
 _ANSWER_S = 1.0
 _TICK_S = 0.25  # interval at which the coordinator checks consumers and workers
-_MAX_TRIES = 20  # after this number of workers have died while making the same block, its consumers get an error
+# When this number of workers have died while making the same block, the consumers of the block get an error.
+_MAX_TRIES = 20
 
 
 @dataclass
 class _Block:
-    """A block that waits in the queue, is being made by a worker, or is ready."""
+    """A block of batches: waiting in the queue, being made by a worker, or ready."""
 
     stream: StreamKey
     fetch: Fetch
@@ -82,12 +86,12 @@ class Coordinator:
         self._made = 0  # number of images made since the start
         self._retried = 0  # number of batches made again since the start
         self._started_s = time.time()
-        self._worked_s = time.monotonic()  # last time at which a worker was ready or no block waited for one
+        self._worked_s = time.monotonic()  # last time at which a worker was ready or no block was waiting for a worker
         self._group: WorkerGroup | None = None
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def begin(self) -> tuple[int, str]:
-        """Start the workers, unless they have been started. Returns PROTOCOL_VERSION and the package's version."""
+        """Start the workers, unless they are already running. Returns PROTOCOL_VERSION and the package's version."""
         if self._group is None:
             self._group = WorkerGroup(self._ray, self._config, self._dispatch)
             self._spawn(self._tick())
@@ -102,8 +106,8 @@ class Coordinator:
     async def fetch(self, call: Call, fetch: Fetch) -> Answer:
         """Return the block of a request.
 
-        The Answer is empty if the block is not ready within _ANSWER_S, or if the consumer must wait for slower
-        consumers. The consumer then calls `fetch` again.
+        The returned Answer is empty if the block is not ready within _ANSWER_S, or if the consumer must wait for slower
+        consumers. After an empty Answer, the consumer calls `fetch` again.
         """
         await self._hear(call)
         deadline = time.monotonic() + _ANSWER_S
@@ -112,21 +116,21 @@ class Coordinator:
             if time.monotonic() > deadline:
                 return Answer()
             await asyncio.sleep(0.02)
-            if call.consumer not in self._sharing.consumers:  # the consumer has left in the meantime
+            if call.consumer not in self._sharing.consumers:  # the consumer has left while the call was waiting
                 return Answer()
         block = self._block(call.stream, fetch)
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(block.done.wait(), max(0.01, deadline - time.monotonic()))
         if not block.done.is_set():
             return Answer()
-        if block.damage or block.fault:  # a failed block is not kept, because the store may be repaired
+        if block.damage or block.fault:  # a failed block is not kept, because the store may be repaired later
             self._drop((call.stream, fetch.position, fetch.digest), block)
             return Answer(damage=block.damage, fault=block.fault)
         self._metrics.served(len(fetch.request.numbers), block.size_bytes)
         return Answer((block.pixels,), block.labels)
 
     async def alive(self, call: Call) -> Health:
-        """Record that a consumer is still running. Each consumer calls this method every few seconds."""
+        """Note that a consumer is still running. Each consumer calls this method every few seconds."""
         await self._hear(call)
         self._metrics.waited(call.waited_s)
         assert self._group is not None
@@ -176,7 +180,7 @@ class Coordinator:
         }
 
     async def close(self) -> None:
-        """Stop the workers. Call this method before the actor is killed."""
+        """Stop the workers. Call this method before the actor of the coordinator is killed."""
         for task in self._tasks:
             task.cancel()
         if self._group is not None:
@@ -188,7 +192,10 @@ class Coordinator:
             self._drop_unneeded()
 
     def _block(self, stream: StreamKey, fetch: Fetch) -> _Block:
-        """Return the block of a request. A block that no consumer has requested before is put into the queue."""
+        """Return the block of a request.
+
+        If no consumer has requested the block before, the block is put into the queue.
+        """
         key = stream, fetch.position, fetch.digest
         block = self._blocks.get(key)
         if block is not None and fetch.lost and block.pixels is not None and block.pixels.hex() == fetch.lost:
@@ -203,8 +210,9 @@ class Coordinator:
     def _dispatch(self) -> None:
         """Give blocks from the queue to free workers.
 
-        A worker may have died because of one of its blocks. Each of these blocks is then made by a worker that makes no
-        other block, so that a block that crashes its worker stops no other block.
+        If a worker has died, one of the blocks that it was making may be the cause. Each of these blocks is then made
+        by a worker that makes no other block at the same time. A block that crashes its worker therefore stops no other
+        block.
         """
         assert self._group is not None
         while self._queue and (worker := self._group.free(alone=self._queue[0].tries > 0)) is not None:

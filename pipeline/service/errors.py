@@ -12,8 +12,8 @@ def last_line(error: Exception) -> str:
 
 
 class ServiceError(UserError):
-    """A service cannot be used: it does not exist, serves another store, or sent an unexpected answer."""
+    """A service cannot be used: the service does not exist, serves another store, or sent an unexpected answer."""
 
 
 class ServiceLost(ServiceError):
-    """A service that answered before no longer answers, because the service was stopped or its cluster ended."""
+    """A service no longer answers, because the service was stopped or its cluster ended."""

@@ -1,4 +1,4 @@
-"""Messages between loaders, coordinator and workers: settings of a service, names of streams, requests, answers.
+"""Messages between loaders, coordinator and workers of a service: settings, names of streams, requests and answers.
 
 All messages consist of NumPy arrays, numbers and strings.
 """
@@ -13,29 +13,33 @@ from typing import Any, NamedTuple
 from pipeline.windows import WindowRequest
 from prep.console import UserError
 
-# Version of these messages. A loader refuses a service of another version.
+# Version of the messages of a service. A loader refuses a service whose messages have another version.
 PROTOCOL_VERSION = 2
 MAX_AHEAD = 1024  # largest value of ServiceConfig.ahead, in steps
-# Largest number of images in a block of several batches. Large blocks save time: for each object of any size that a
-# loader gets from a worker, Ray needs 6 to 8 ms of CPU time. A core decodes 512 images in about 130 ms.
+# Largest number of images in a block of several batches. Large blocks save time: Ray needs 6 to 8 ms of CPU time for
+# each object that a loader gets from a worker, whatever its size. A core decodes 512 images in about 130 ms.
 _BLOCK_IMAGES = 512
 
 
 @dataclass(frozen=True)
 class ServiceConfig:
-    """Settings of a service, which `alexstream serve` sets. A consumer is a loader that uses the service."""
+    """Settings of a service, which the options of `alexstream serve` set.
+
+    A consumer is a loader that uses the service.
+    """
 
     name: str
     store: str  # absolute path of the store, the same on all nodes
-    fingerprints: Mapping[str, str]  # split -> fingerprint
+    fingerprints: Mapping[str, str]  # name of a split -> fingerprint
     min_workers: int = 1  # number of workers that always run
     max_workers: int = 1  # largest number of workers
     threads: int = 1  # number of decoding threads in each worker; Ray reserves the same number of cores for a worker
     ahead: int = 16  # number of steps by which the fastest consumer of a stream may be ahead of the slowest
-    consumers: int = 1  # a stream makes its first batch when this number of consumers has come, or after patience_s
-    patience_s: float = 60.0  # the others no longer wait for a consumer that has made no progress for this time
+    # A stream makes its first batch when this number of consumers have connected, or after patience_s.
+    consumers: int = 1
+    patience_s: float = 60.0  # other consumers stop waiting for a consumer that has made no progress for this time
     forget_s: float = 15.0  # a consumer that has sent no call for this time is removed
-    start_s: float = 30.0  # consumers get an error if workers cannot start and none was ready for this time
+    start_s: float = 30.0  # consumers get an error if workers cannot start and no worker has been ready for this time
     idle_s: float = 60.0  # workers above `min_workers` are stopped when they have had no work for this time
 
     def __post_init__(self) -> None:
@@ -57,29 +61,30 @@ class StreamKey(NamedTuple):
 
     version: int  # STREAM_VERSION of pipeline.loader
     split: str
-    fingerprint: str  # of the split
-    seed: int | None  # None for the order of evaluation
+    fingerprint: str  # fingerprint of the split
+    seed: int | None  # seed of the stream; None for evaluation, which has a fixed order
     batch_size: int
     shard: int
     world_size: int
-    window: str  # "random", "centre" or "square"
+    window: str  # "random", "centre" or "square": which part of an image is used
     shared_by: int  # Augmentation.shared_by; 0 for evaluation
 
 
 class Call(NamedTuple):
-    """What a consumer sends with every call."""
+    """State that a consumer sends with every call."""
 
     consumer: str  # identifies the loader: host, process and a random number
     stream: StreamKey
     first_needed: int  # lowest position whose batch the consumer has not received yet
     waited_s: float  # time for which the training loop waited for batches since the consumer's previous call
-    number: int = 0  # counts the consumer's calls, because calls can arrive in another order
+    number: int = 0  # number of the call, counted by the consumer, because calls can arrive in another order
 
 
 def block_steps(batch_size: int, ahead: int, max_workers: int) -> int:
     """Return the number of consecutive batches in a block. A loader requests one block at a time from the coordinator.
 
-    A block is so small that `ahead` batches are at least two blocks for each worker, so that all workers have work.
+    The blocks are small enough that `ahead` batches make at least two blocks for each worker. All workers then have
+    work.
     """
     return max(1, min(_BLOCK_IMAGES // batch_size, ahead // (2 * max_workers)))
 
@@ -87,26 +92,27 @@ def block_steps(batch_size: int, ahead: int, max_workers: int) -> int:
 class Fetch(NamedTuple):
     """Request for the windows of a block, which is one batch or several consecutive batches."""
 
-    # Position of the first batch in the stream: epoch · (number of batches of an epoch) + step, or the step in
-    # evaluation.
+    # Position of the first batch in the stream: epoch · (number of batches of an epoch) + step. In evaluation the
+    # position is the step.
     position: int
     steps: int  # number of batches in the block
     request: WindowRequest  # request for the windows of all batches
     digest: bytes  # request_digest(request)
-    lost: str  # reference (hex) of an earlier answer whose pixels were lost; empty in a first request
+    lost: str  # reference (hex) of an earlier answer whose pixels were lost; empty in the first request
 
 
 class Answer(NamedTuple):
-    """The answer to a Fetch. If all fields are empty, the block is not ready, and the consumer asks again."""
+    """The answer to a Fetch. If all fields are empty, the block is not ready, and the consumer must ask again."""
 
-    pixels: tuple[Any, ...] = ()  # (reference to the pixels in Ray's object store,)
+    # A tuple with the reference to the pixels in Ray's object store; empty if the block is not ready.
+    pixels: tuple[Any, ...] = ()
     labels: Any = None  # int64 (N,)
     damage: str = ""  # text of the StoreError for a damaged record
     fault: str = ""  # text of a ServiceError
 
 
 class Health(NamedTuple):
-    """State of the service that a consumer can show to its user."""
+    """State of the service that a consumer can display."""
 
     workers: int  # number of workers that are ready
     queue: int  # number of batches that wait for a worker

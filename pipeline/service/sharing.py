@@ -1,16 +1,17 @@
-"""Decides how consumers share a stream: how long a batch is kept, and how far the fastest consumer may be ahead.
+"""Decides how consumers share a stream: how long a batch is kept, and how far ahead the fastest consumer may be.
 
 Consumers (loaders) of one stream that are close to each other form the stream's group. Each batch is made once for the
 whole group. Within the group, the fastest consumer waits when it is more than `ahead` steps ahead of the slowest. A
-consumer outside of the group never waits for others, and no consumer waits for it. The batches of a consumer outside of
-the group are made for this consumer alone. A consumer is outside of the group in two cases:
+consumer outside of the group waits for no other consumer, and no other consumer waits for it. The batches of a consumer
+outside of the group are made for this consumer alone. A consumer is outside of the group in two cases:
 
-- It joins the stream more than `ahead` steps away from the group, for example after it resumed from an old checkpoint.
-- It has made no progress for `patience_s` seconds, and another consumer would have to wait for it.
+- The consumer joins the stream more than `ahead` steps away from the group, for example after resuming from an old
+  checkpoint.
+- The consumer has made no progress for `patience_s` seconds, and another consumer would have to wait for it.
 
 A consumer that comes within `ahead` steps of the group's fastest consumer joins the group. A consumer that has sent no
-call for `forget_s` seconds is removed. A batch is kept as long as its position is 0 to `ahead` steps after the lowest
-position that some consumer has not received yet.
+call for `forget_s` seconds is removed. A batch is kept while it may still be requested: its position is at most `ahead`
+steps after the lowest position that some consumer has not received yet.
 
 The class Sharing has no clock and does not use Ray. The callers pass the time to Sharing.
 """
@@ -42,18 +43,21 @@ class Sharing:
         """The arguments are the fields `ahead`, `consumers`, `patience_s` and `forget_s` of ServiceConfig."""
         self._ahead, self._expected, self._patience_s, self._forget_s = ahead, expected, patience_s, forget_s
         self.consumers: dict[str, Consumer] = {}
-        # Time at which the first consumer of a stream came; None after the stream's first batch was allowed.
+        # Time at which the first consumer of a stream connected; None after the stream's first batch was allowed.
         self._begun: dict[StreamKey, float | None] = {}
 
     def touch(self, call: Call, now_s: float) -> bool:
-        """Record a call of a consumer. Returns True if the consumer has moved, so that batches may be unneeded."""
+        """Note a call of a consumer.
+
+        Returns True if the consumer has moved in the stream, so that batches may be unneeded.
+        """
         known = self.consumers.get(call.consumer)
         if known is None or known.stream != call.stream:
             known = Consumer(call.stream, call.first_needed, now_s, now_s, self._is_near(call, default=True))
             self.consumers[call.consumer] = known
             self._begun.setdefault(call.stream, now_s)
         known.heard_s = now_s
-        if call.number < known.number:  # this call arrived after a later call
+        if call.number < known.number:  # this call arrived after a call that was sent later
             return False
         known.number = call.number
         has_moved = known.first_needed != call.first_needed
@@ -77,9 +81,9 @@ class Sharing:
         return silent
 
     def may_have(self, consumer: str, position: int, now_s: float) -> bool:
-        """Whether a consumer may receive the batch at a position now.
+        """Return whether a consumer may receive the batch at a position now.
 
-        If the result is False, the consumer must wait for slower consumers.
+        If False is returned, the consumer must wait for slower consumers.
         """
         known = self.consumers[consumer]
         group = [other for other in self._group(known.stream) if other is not known]
@@ -97,7 +101,7 @@ class Sharing:
         return not held
 
     def is_needed(self, stream: StreamKey, position: int, steps: int = 1) -> bool:
-        """Whether some consumer may still request one of the `steps` batches from a position on."""
+        """Return whether some consumer may still request one of the `steps` batches that begin at a position."""
         return any(-steps < position - known.first_needed <= self._ahead for known in self._of(stream))
 
     def _waits_to_begin(self, stream: StreamKey, joined: int, now_s: float) -> bool:
@@ -110,7 +114,7 @@ class Sharing:
         return False
 
     def _is_near(self, call: Call, default: bool) -> bool:
-        """Whether a consumer is within `ahead` steps of the fastest other consumer of its stream's group.
+        """Return whether a consumer is within `ahead` steps of the fastest other consumer in the group of its stream.
 
         Returns `default` if the group has no other consumer.
         """

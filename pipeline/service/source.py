@@ -1,4 +1,4 @@
-"""Source of the windows of a loader that uses a service: the service or, if the service is lost, the local store."""
+"""Source of the windows of a loader that uses a service: the service, or the local store after the service is lost."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ class WindowSource:
     ) -> None:
         """Connect to the service.
 
-        `request_at(position)` returns the request of the batch at a position; None after the last position.
+        `request_at(position)` returns the request for the batch at a position, or None after the last position.
 
         With fallback="local", the loader continues with the local `store` if the service is lost. Raises UserError for
-        another value of `fallback`, StoreError if shards of the local store are missing, and the same ServiceErrors as
-        ServiceClient.
+        another value of `fallback`, and StoreError if shards of the local store are missing. Also raises the
+        ServiceErrors of ServiceClient.
         """
         if fallback is not None:
             if fallback not in FALLBACKS:
@@ -67,12 +67,12 @@ class WindowSource:
 
     @property
     def status(self) -> ServiceStatus:
-        """The state of the service. The field `state` is "local" after the service was lost."""
+        """The state of the service. The field `state` is "local" after the service has been lost."""
         status = self._client.status
         return status if self._maker is None else status._replace(workers=0, queue=0, state="local")
 
     def start(self, position: int) -> None:
-        """Begin to read at a position of the stream."""
+        """Start reading at a position of the stream."""
         self._client.start(position)
         with self._lock:
             self._first, self._blocks = position, {}
@@ -101,17 +101,17 @@ class WindowSource:
             self._client.finish()
 
     def stop(self) -> None:
-        """End the running calls of `records` that wait for the service. They raise ServiceError."""
+        """End the calls of `records` that are waiting for the service. They raise ServiceError."""
         self._client.stop()
 
     def close(self) -> None:
-        """Disconnect from the service, and unmap the files of the local store if they are in use."""
+        """Disconnect from the service, and unmap the files of the local store if they are mapped."""
         self._client.close()
         if self._maker is not None:
             self._maker.close()
 
     def _windows(self, position: int, request: WindowRequest) -> Windows:
-        """Return the windows of the batch at a position. These windows are part of the windows of a block."""
+        """Return the windows of the batch at a position. The returned windows are a part of the windows of a block."""
         first, block, is_new = self._block(position)
         if is_new:
             try:
@@ -123,13 +123,13 @@ class WindowSource:
         except StoreError:
             if len(block.requests) == 1:
                 raise
-            # The damaged record may belong to another batch of the block, so fetch this batch alone.
+            # The damaged record may belong to another batch of the block, so this batch is fetched alone.
             return self._client.fetch(position, [request]).part(slice(None))
         begin = (position - first) * self._batch_size
         return windows.part(slice(begin, begin + len(request.numbers)))
 
     def _block(self, position: int) -> tuple[int, _Block, bool]:
-        """Find or create the block that contains the batch at a position.
+        """Return the block that contains the batch at a position; create the block if it does not exist.
 
         Returns (position of the block's first batch, block, whether the block is new).
         """

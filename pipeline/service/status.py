@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 
 class ServiceStatus(NamedTuple):
-    """State of the service that a loader uses, at the time of the service's last answer."""
+    """State of the service that a loader uses, as of the last answer of the service."""
 
     name: str  # name of the service
     workers: int  # number of workers that are ready

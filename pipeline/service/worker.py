@@ -13,12 +13,12 @@ from prep.console import keep_freed_memory
 from prep.store.manifest import Store, StoreError
 from prep.version import package_version
 
-_KEEP_BYTES = 512_000_000  # freed memory that a worker keeps for the next blocks
-CONCURRENCY = 2  # blocks that a worker has at a time: it decodes one while it copies another to shared memory
+_KEEP_BYTES = 512_000_000  # freed memory that a worker keeps for later blocks
+CONCURRENCY = 2  # blocks that a worker has at a time: it decodes one block while it copies the other to shared memory
 
 
 class WorkerInfo(NamedTuple):
-    """Location of a worker, and the reason why the worker cannot serve the store, if there is one."""
+    """Location of a worker. If the worker cannot serve the store, also the reason."""
 
     node: str  # Ray's id of the node
     host: str  # name of the machine
@@ -27,7 +27,7 @@ class WorkerInfo(NamedTuple):
 
 
 class Made(NamedTuple):
-    """The part of a worker's result that goes to the coordinator. The pixels stay in Ray's object store."""
+    """The part of a worker's result that is sent to the coordinator. The pixels stay in Ray's object store."""
 
     labels: Any  # int64 (N,); None if a record is damaged
     damage: str  # text of the StoreError for a damaged record; empty if no record is damaged
@@ -43,7 +43,7 @@ class Worker:
         self._maker: WindowMaker | None = None
 
     def open(self) -> WorkerInfo:
-        """Open the store on this node, and compare its fingerprints with those in the service's settings."""
+        """Open the store on this node, and compare its fingerprints with those in the settings of the service."""
         fault = self._fault()
         node = ray_module().get_runtime_context().get_node_id()
         return WorkerInfo(node, socket.gethostname(), os.getpid(), fault)

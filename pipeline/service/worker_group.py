@@ -24,51 +24,52 @@ _BAD_NODE_S = 60.0  # a node on which the store cannot be served gets no worker 
 
 
 class WorkerHandle:
-    """The coordinator's record of one worker."""
+    """What the coordinator knows about one worker."""
 
     def __init__(self, actor: Any, info: WorkerInfo) -> None:
         self.actor, self.info = actor, info
         self.busy = 0  # number of blocks that the worker is making
-        self.is_alone = False  # whether the worker makes a single block, at which another worker died
+        # Whether the worker makes only one block, because another worker died while making this block.
+        self.is_alone = False
         self.used_s = time.monotonic()  # time at which the worker got its latest block
 
 
 class WorkerGroup:
-    """Keeps as many workers running as the load requires. Runs in the event loop of the coordinator."""
+    """Keeps as many workers running as the load requires. Runs in the asyncio event loop of the coordinator."""
 
     def __init__(self, ray: ModuleType, config: ServiceConfig, on_change: Callable[[], None]) -> None:
-        """`on_change()` is called after a worker has become ready, has failed to start or has been lost."""
+        """`on_change()` is called when a worker has become ready, has failed to start or has been lost."""
         self._ray, self._config, self._on_change = ray, config, on_change
         self.ready: list[WorkerHandle] = []
         # actor -> (task that waits until the worker is ready, ids of the nodes on which the worker must not start)
         self.starting: dict[Any, tuple[asyncio.Task[None], frozenset[str]]] = {}
-        # id of a node on which the store cannot be served -> (host name, reason, time at which this was found)
+        # id of a node on which the store cannot be served -> (host name, reason, time of the failed check)
         self.bad_nodes: dict[str, tuple[str, str, float]] = {}
-        self.last_fault = ""  # why the latest worker process could not start; empty after one has started
+        self.last_fault = ""  # reason why the last start of a worker failed; empty after a worker has started
         self._full_s = time.monotonic()  # last time at which the load required all ready and starting workers
 
     def free(self, alone: bool) -> WorkerHandle | None:
         """Return the least busy worker that can take another block; None if all workers are busy.
 
-        With `alone`, the worker must have no other block.
+        With `alone`, the returned worker has no other block.
         """
         workers = (worker for worker in self.ready if not worker.is_alone)
         worker = min(workers, key=lambda handle: handle.busy, default=None)
         return worker if worker is not None and worker.busy < (1 if alone else CONCURRENCY) else None
 
     def fault(self) -> str:
-        """Return why workers could not start; empty if no start has failed."""
+        """Return the reason why workers could not start; empty if no start has failed."""
         reasons = [f"node {host}: {why}" for host, why, _ in self.bad_nodes.values()]
         return "; ".join(dict.fromkeys(reasons)) or self.last_fault
 
     def adjust(self, load: int) -> None:
-        """Start or stop workers. `load` is the number of blocks in the queue or in workers."""
+        """Start or stop workers. `load` is the number of blocks that wait in the queue or are being made."""
         now = time.monotonic()
         least, most = self._config.min_workers, self._config.max_workers
         wanted = max(least, min(most, -(-load // CONCURRENCY)))
         self.bad_nodes = {node: bad for node, bad in self.bad_nodes.items() if now - bad[2] < _BAD_NODE_S}
         for actor, (task, excluded) in list(self.starting.items()):
-            # A node is no longer excluded: start this worker again, so that Ray may also choose that node.
+            # A node is no longer excluded: start this worker again, so that Ray may also choose this node.
             if excluded - self.bad_nodes.keys():
                 self._cancel_start(actor, task)
         for _ in range(wanted - len(self.ready) - len(self.starting)):
@@ -78,7 +79,7 @@ class WorkerGroup:
         idle = [handle for handle in self.ready if not handle.busy and now - handle.used_s > self._config.idle_s]
         for handle in idle[: max(0, len(self.ready) - wanted)]:
             self.remove(handle)
-        if now - self._full_s > self._config.idle_s:  # these workers still wait for a node, but are not needed
+        if now - self._full_s > self._config.idle_s:  # these workers are still waiting for a node, but are not needed
             for actor, (task, _) in list(self.starting.items())[: len(self.ready) + len(self.starting) - wanted]:
                 self._cancel_start(actor, task)
 
@@ -96,7 +97,7 @@ class WorkerGroup:
             await asyncio.gather(*(self._ping(handle) for handle in list(self.ready)))
 
     def close(self) -> None:
-        """Stop all workers, also those that are starting."""
+        """Stop all workers, including workers that are starting."""
         for handle in list(self.ready):
             self.remove(handle)
         for actor, (task, _) in list(self.starting.items()):
@@ -105,7 +106,7 @@ class WorkerGroup:
     def _start(self) -> None:
         options: dict[str, Any] = {
             "num_cpus": self._config.threads,
-            "max_concurrency": CONCURRENCY + 1,  # one more call, so that a busy worker can answer a ping
+            "max_concurrency": CONCURRENCY + 1,  # one more concurrent call, so that a busy worker can answer a ping
             "max_restarts": 0,
             "scheduling_strategy": "SPREAD",
         }
@@ -128,7 +129,7 @@ class WorkerGroup:
             info = await actor.open.remote()
         except Exception as error:  # any failure of the worker's process, its node or its imports
             self.last_fault = f"a worker could not start: {' '.join(str(error).split())[-300:]}"
-            await asyncio.sleep(1)  # if every start fails, at most one start a second is tried for each worker
+            await asyncio.sleep(1)  # if every start fails, each worker is started at most once a second
         self.starting.pop(actor, None)
         if info is None:
             pass

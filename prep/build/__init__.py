@@ -1,4 +1,4 @@
-"""Building one split of a store: estimate, plan, build the shards, resume after an interruption, assemble."""
+"""Building one split of a store: estimate, plan, build of the shards, resuming after an interruption, assembly."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +9,7 @@ __all__ = ["build_from"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import build_from when it is first used: the command's --help must not load LMDB and Pillow."""
+    """Import build_from only when it is first used, because the command's --help must not load LMDB and Pillow."""
     if name == "build_from":
         from prep.build.from_python import build_from
 

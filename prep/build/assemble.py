@@ -25,10 +25,11 @@ from prep.store.manifest import SPLIT_FILES, Shard, Split, Store, split_fingerpr
 
 
 def assemble_split(plan: BuildPlan, root: Path, existing: Store | None, policy: BuildPolicy) -> Store:
-    """Write the files of a split whose shards are all built, then the manifest of the store in the folder `root`.
+    """When all shards of a split are built, write the files of the split, then the manifest.
 
-    The manifest also lists the splits of the `existing` store. Raises UserError if a shard's summary is missing or
-    has a wrong number of inputs, if more bad inputs were left out than `policy` allows, or if no input is an image.
+    `root` is the folder of the store. The manifest also lists the splits that the `existing` store already has. Raises
+    UserError if a shard's summary is missing or has a wrong number of inputs, if more bad inputs were left out than
+    `policy` allows, or if no input is an image.
     """
     source, settings, folder = plan.source, plan.settings, plan.folder
     moments, shards, bad = Moments(), [], len(source.refused)
@@ -103,7 +104,7 @@ def _refuse_lost_classes(plan: BuildPlan, records_of_label: Counter[int]) -> Non
 
 
 def _outcomes(plan: BuildPlan) -> Iterator[dict[str, Any]]:
-    """Yield the outcomes for inputs.jsonl: ignored and refused inputs, then the other inputs in record order."""
+    """Yield the outcomes for inputs.jsonl: first ignored and refused inputs, then the other inputs in record order."""
     yield from ({"source": name, "fate": IGNORED, "why": reason} for name, reason in plan.source.ignored)
     yield from ({"source": name, "fate": "bad", "why": reason} for name, reason in plan.source.refused)
     for number in range(plan.shard_count):
@@ -116,6 +117,6 @@ def too_many_bad(bad: int, max_bad: int) -> str:
 
 
 def write_color_stats(folder: Path, split: Split) -> None:
-    """Compute a split's colour statistics from its exact moments, and write them to colour.json for training."""
+    """Compute the colour statistics of a split from its exact moments, and write them to colour.json for training."""
     stats = compute_color_stats(split.records, Moments.from_json(split.moments))
     write_atomic(folder / "colour.json", json.dumps(asdict(stats)).encode())

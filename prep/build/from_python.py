@@ -1,9 +1,9 @@
 """Builds a split from images that Python code yields: any data set with (image, label, name) for each item.
 
 The images are first written one after another into one file in the store, because a build reads them in the order of
-the records. The file is removed at the end. An encoded image takes the same number of bytes in this file as before.
-Pixels (a PIL image of mode RGB, or an array) are rescaled first if they are larger than the records. The build then
-does not rescale these pixels again.
+the records. At the end of the build this file is removed. An image that is given in encoded form takes its own number
+of bytes in this file. An image that is given as pixels (a PIL image of mode RGB, or an array) is first rescaled if it
+is larger than the records. The build then does not rescale these pixels again.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ from prep.workers import WorkerPool
 Pixels = npt.NDArray[np.uint8]  # (H, W, 3), RGB
 Item = tuple["bytes | Image.Image | Pixels", "str | int", "str | bytes"]
 
-# First byte of an item in the file: an image file, pixels behind height and width, or the reason why the item is bad.
+# The first byte of an item in the file gives the type of the item: an image file; pixels behind height and width; or,
+# for a bad item, the reason.
 _FILE, _PIXELS, _BAD = b"F", b"P", b"B"
 _PNG_MODES = ("RGB", "1", "L", "LA", "P", "RGBA", "I;16")
 _CONVERTED = {"La": "LA", "PA": "RGBA", "RGBa": "RGBA", "HSV": "RGB"}  # modes that no image format can store
@@ -66,7 +67,10 @@ class ItemReader:
     root: Path
 
     def read(self, item: Input) -> Content:
-        """An encoded image, or pixels as uint8 (H, W, 3). Raises BadImage for an item that build_from could not use."""
+        """Return an encoded image as bytes, or pixels as uint8 (H, W, 3).
+
+        Raises BadImage for an item that build_from could not use.
+        """
         content = ShardReader(self.root, ("",)).read(item)
         if content.startswith(_BAD):
             raise BadImage(content[1:].decode())
@@ -76,7 +80,7 @@ class ItemReader:
         return np.frombuffer(content, np.uint8, offset=9).reshape(height, width, 3)
 
     def head(self, item: Input, size: int) -> bytes:
-        """The first `size` bytes of an encoded image; a JPEG signature for pixels."""
+        """Return the first `size` bytes of an encoded image, or a JPEG signature if the item is pixels."""
         content = ShardReader(self.root, ("",)).head(item, size + 1)
         if content.startswith(_BAD):
             self.read(item)
@@ -108,15 +112,17 @@ def build_from(
 ) -> Store:
     """Build one split of a store from (image, label, name) of each item, and return the store.
 
-    An image is the bytes of an image file, a PIL image, or pixels as uint8 (H, W, 3). Only for bytes, the build knows
-    the warnings of the decoder. A PIL image that Pillow cannot load is a bad input. A label is the name of a class or
-    the position of a class from 0. `classes` are the names of the classes in the order of the labels; without it, names
-    are sorted, and positions are called 0, 1, 2 and so on. A name is unique and becomes the source path of the record,
-    so items named CLASS/FILE give the same fingerprint as files in class folders. The other arguments are the options
-    of `alexprep build-lmdb`; `jobs` is the number of worker processes, by default the number of usable cores.
+    An image is the bytes of an image file, a PIL image, or pixels as uint8 (H, W, 3). The build sees the warnings of
+    the decoder only if the image is given as bytes. A PIL image that Pillow cannot load is a bad input. A label is the
+    name of a class or the position of a class from 0. `classes` are the names of the classes in the order of the
+    labels. Without `classes`, the names of the items are sorted, and positions get the names 0, 1, 2 and so on. The
+    name of an item is unique and becomes the source path of its record. Items named CLASS/FILE therefore give the same
+    fingerprint as files in class folders. The other arguments are the options of `alexprep build-lmdb`. `jobs` is the
+    number of worker processes, by default the number of usable cores.
 
-    A build that was interrupted is resumed by the same call with the same items. Raises UserError for a wrong argument
-    or item, and for the errors of `alexprep build-lmdb`; DiskFull if the disk is full.
+    If a build was interrupted, the same call with the same items resumes the build. Raises UserError for a wrong
+    argument or item, and in all cases in which `alexprep build-lmdb` ends with an error. Raises DiskFull if the disk is
+    full.
 
         from prep.build import build_from
 
@@ -203,7 +209,7 @@ def _name_bytes(name: object, number: int) -> bytes:
 
 
 def _utf8_text(text: str) -> str:
-    """A text in which surrogates, which UTF-8 cannot write, are escaped."""
+    """Return the text with escapes for surrogates, which UTF-8 cannot write."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 
@@ -218,13 +224,13 @@ def _position(label: object, number: int) -> int:
 
 
 def _encode(image: object, settings: Settings, number: int) -> bytes:
-    """The bytes of an item in the file."""
+    """Return the bytes of an item for the file."""
     if isinstance(image, bytes | bytearray | memoryview):
         return _FILE + bytes(image)
     if isinstance(image, Image.Image):
         try:
             return _encode_pillow_image(image, settings)
-        except Exception as error:  # Pillow decodes an opened file only now, and can raise any exception
+        except Exception as error:  # Pillow decodes the file only at this point, and can raise any exception
             reason = str(error) if isinstance(error, BadImage) else f"cannot be decoded: {error or repr(error)}"
             return _BAD + one_line(reason).encode()
     pixels = np.asarray(image)
@@ -238,7 +244,7 @@ def _encode(image: object, settings: Settings, number: int) -> bytes:
 
 
 def _encode_pillow_image(image: Image.Image, settings: Settings) -> bytes:
-    """The bytes of an item that is a PIL image. Raises BadImage, or any exception of Pillow."""
+    """Return the bytes of an item that is a PIL image. Raises BadImage, or any exception of Pillow."""
     image.load()
     if not image.width * image.height:
         raise BadImage(f"{image.width}×{image.height}: no pixels")
@@ -255,12 +261,12 @@ def _encode_pillow_image(image: Image.Image, settings: Settings) -> bytes:
 
 
 def _encode_pixels(pixels: Pixels, settings: Settings) -> bytes:
-    """The bytes of an item that is an array of pixels."""
+    """Return the bytes of an item that is an array of pixels."""
     if min(pixels.shape[:2]) > settings.side_px:
         try:
             check_rescaled_size(pixels, settings.side_px, settings.keep_aspect)
             pixels = rescale(pixels, settings.side_px, settings.keep_aspect, settings.filter)
-        except BadImage:  # the build reports the input by its name
+        except BadImage:  # the build later reports this input by its name
             pass
     height, width = pixels.shape[:2]
     return b"".join((_PIXELS, height.to_bytes(4), width.to_bytes(4), pixels.tobytes()))

@@ -1,7 +1,8 @@
-"""Options that decide which inputs a build keeps: pixels, warnings of the decoder, decoding time.
+"""Limits that decide which inputs a build keeps: number of pixels, warnings of the decoder, decoding time.
 
-These options may change between two runs of a build. A finished shard is built again only if an input of the shard
-would now have another outcome. For example, a larger --max-pixels keeps all finished shards that left out no picture.
+These limits may change between two runs of a build. A finished shard is built again only if one of its inputs would be
+kept or left out differently under the new limits. For example, if --max-pixels is raised, all finished shards from
+which no picture was left out are kept.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ class InputLimits:
     """Limits of the inputs that a build keeps."""
 
     max_pixels: int = MAX_PIXELS  # an input with more pixels is bad
-    keep_warned: bool = True  # whether an input with warnings of its decoder is kept; if False, it is bad
-    time_limit_s: float = TIME_LIMIT_S  # an input whose decoding takes more CPU time is bad; 0: no limit
+    keep_warned: bool = True  # whether an input with warnings of its decoder is kept; if False, such an input is bad
+    time_limit_s: float = TIME_LIMIT_S  # an input whose decoding takes more CPU time than this is bad; 0: no limit
 
     def decode_options(self, settings: Settings) -> DecodeOptions:
-        """Return the decoding options of a build with these limits and `settings`."""
+        """Return the decoding options of a build with these limits and with `settings`."""
         return DecodeOptions(self.max_pixels, settings.background, settings.reduce_above, 2 * settings.side_px)
 
     def check_warnings(self, image: DecodedImage) -> None:
@@ -39,10 +40,10 @@ class InputLimits:
         return BadImage(reason, limit="time_limit", seconds=self.time_limit_s)
 
     def find_changed(self, outcomes: Iterable[Mapping[str, Any]], largest_px: int) -> str:
-        """Return the name of an input that would have another outcome under these limits; empty if there is none.
+        """Return the name of an input that these limits would treat differently; empty if there is no such input.
 
-        outcomes    the outcomes of inputs of an earlier run (lines of inputs.jsonl)
-        largest_px  number of pixels of the largest input that was kept
+        outcomes    the outcomes of inputs of an earlier run (lines of inputs.jsonl) largest_px number of pixels of the
+        largest input that was kept
         """
         if largest_px > self.max_pixels:
             return f"a picture of {largest_px:,} pixels"

@@ -1,4 +1,4 @@
-"""Builds a split in parts, without a cluster: part I of N builds every N-th shard, beginning with shard I − 1.
+"""Builds a split in parts, without a cluster: part I of N builds every N-th shard, starting with shard I − 1.
 
 Parts can run in any order, more than once, and at the same time on several machines that share a file system (for
 example as the tasks of a SLURM array). Two files serve as locks:
@@ -7,11 +7,11 @@ example as the tasks of a SLURM array). Two files serve as locks:
                                            exclusive lock
     store/train/.build/part-3-of-8.lock    part 3 of 8 holds an exclusive lock, so that it does not run twice
 
-The part that comes first begins the build: it creates the folder .build by one rename. Every other part compares its
-own listing and settings with the files in that folder. A part that finds all shards finished takes an exclusive lock of
-the store and writes the manifest. If two parts finish at the same time, the lock lets only one of them write the
-manifest. `alexprep join` writes the manifest without building a part. The file .build/parts.json holds the number of
-parts, and the command line of the part that began last.
+The first part that runs begins the build: it creates the folder .build by one rename. Every other part compares its own
+listing and settings with the files in .build. When a part finds that all shards are finished, the part takes an
+exclusive lock of the store and writes the manifest. If two parts finish at the same time, the lock allows only one of
+them to write the manifest. `alexprep join` only writes the manifest; it builds no part. The file .build/parts.json
+holds the number of parts, and the command line of the part that was started last.
 """
 
 from __future__ import annotations
@@ -41,13 +41,15 @@ from prep.inputs.reader import Source
 from prep.store.manifest import SPLITS, Settings, Store
 from prep.workers import Runner
 
-_BEGIN_WAIT_S = 60.0  # a part waits this long for the store's lock, because another part may be writing the manifest
-_JOIN_WAIT_S = 2.0  # a finished part waits this long for an exclusive lock, because other parts may be about to end
+# Longest time that a part waits for the store's lock, because another part may be writing the manifest.
+_BEGIN_WAIT_S = 60.0
+# Longest time that a finished part waits for an exclusive lock, because other parts may be about to end.
+_JOIN_WAIT_S = 2.0
 
 
 @dataclass(frozen=True)
 class Part:
-    """Part `number` of a build in `count` parts. `number` counts from 1."""
+    """Part `number` of a build that is divided into `count` parts. `number` is counted from 1."""
 
     number: int
     count: int
@@ -67,7 +69,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Parts:
-    """Division of a split for messages: the number of parts, and the command line of a part without its --part."""
+    """Division of a split into parts: the number of parts, and a part's command line without --part for messages."""
 
     count: int
     command: str
@@ -92,7 +94,7 @@ def build_part(
     part: Part,
     command: str,
 ) -> PartResult:
-    """Build the shards of one part. If all parts are then finished, write the manifest.
+    """Build the shards of one part. If all parts are then finished, also write the manifest.
 
     `command` is the command line without --part, which `join` shows in messages. Raises the same errors as build_split,
     and UserError if an input has changed since the first part began.
@@ -151,7 +153,7 @@ def _finish(plan: BuildPlan, store: Path, part: Part, policy: BuildPolicy) -> Pa
         return PartResult(shards, None, missing)
     try:
         with hold_lock(store, "build", wait_s=_JOIN_WAIT_S) as is_alone:
-            # Without locks, two parts could complete the store at the same time: `alexprep join` completes it.
+            # Without locks, two parts could complete the store at the same time, so only `alexprep join` completes it.
             return PartResult(shards, _assemble(plan, store, policy) if is_alone else None, {})
     except LockHeld:
         return PartResult(shards, None, {})
@@ -174,7 +176,7 @@ def _assemble(plan: BuildPlan, store: Path, policy: BuildPolicy) -> Store:
 
 
 def missing_shards(plan: BuildPlan, part_count: int) -> dict[Part, list[int]]:
-    """Return the unfinished shards of each part. Parts without unfinished shards are left out."""
+    """Return the unfinished shards of each part. Parts of which all shards are finished are left out."""
     unfinished = [number for number in range(plan.shard_count) if not plan.is_finished(number)]
     numbers = sorted({shard % part_count + 1 for shard in unfinished})
     return {
@@ -184,7 +186,7 @@ def missing_shards(plan: BuildPlan, part_count: int) -> dict[Part, list[int]]:
 
 
 def begun_splits(store: Path) -> list[str]:
-    """Return the splits with a build that has begun and is not complete."""
+    """Return the splits whose build has begun and is not complete."""
     return [split for split in SPLITS if (store / split / ".build" / "plan.json").exists()]
 
 
@@ -193,8 +195,9 @@ def join_split(
 ) -> tuple[Store | None, dict[Part, list[int]], Parts]:
     """Write the manifest of a split whose parts are all finished, from the files in its work folder.
 
-    Returns (store, {}, parts). If a shard is missing, returns (None, missing shards of each part, parts). Raises
-    UserError if a part or a build is running, or if the parts left out more than `max_bad` bad inputs.
+    Returns (store, {}, parts) if no shard is missing. If a shard is missing, returns (None, missing shards of each
+    part, parts) and writes no manifest. Raises UserError if a part or a build is running, or if the parts left out more
+    than `max_bad` bad inputs.
     """
     with disk_errors(store), hold_lock(store, "build"):
         plan = _open_plan(store, split)
@@ -206,7 +209,10 @@ def join_split(
 
 
 def _open_plan(store: Path, split: str) -> BuildPlan:
-    """Return the plan of an unfinished build, from the files in its work folder. The plan cannot read its inputs."""
+    """Return the plan of an unfinished build, from the files in its work folder.
+
+    The returned plan cannot read the inputs.
+    """
     work_dir = store / split / ".build"
     try:
         begun = json.loads((work_dir / "plan.json").read_bytes())

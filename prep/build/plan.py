@@ -31,16 +31,16 @@ _MIN_SHARD_RECORDS, _MIN_SHARDS = 64, 32  # a small split has shorter shards, so
 
 @dataclass(frozen=True)
 class BuildPolicy:
-    """Options of a build: what happens to bad inputs and to an earlier, unfinished build."""
+    """Options of a build: treatment of bad inputs and of an unfinished earlier build."""
 
     skip_bad: bool = False  # leave bad inputs out; if False, the first bad input stops the build
-    max_bad: int | None = None  # the build stops after more than `max_bad` bad inputs; None: no limit
+    max_bad: int | None = None  # the build stops when more than `max_bad` inputs are bad; None: no limit
     restart: bool = False  # discard an unfinished build
-    allow_empty_classes: bool = False  # a class may lose all its photographs because they are bad
+    allow_empty_classes: bool = False  # whether a class may lose all its photographs because they are bad
     limits: InputLimits = DEFAULT_LIMITS  # limits of the inputs that are kept
 
     def allows(self, bad: int) -> bool:
-        """Whether a build with this number of bad inputs goes on."""
+        """Return whether a build with this number of bad inputs continues."""
         return not bad or (self.skip_bad and (self.max_bad is None or bad <= self.max_bad))
 
 
@@ -50,20 +50,21 @@ DEFAULT_POLICY = BuildPolicy()
 class BuildPlan:
     """The inputs of a split in record order, their division into shards of similar length, and the state of the build.
 
-    The state is stored in files in `work_dir` (see prep/build/split.py). Shards have numbers 0 to `shard_count` − 1.
+    The state of the build is in files in `work_dir` (see prep/build/split.py). Shards have numbers 0 to `shard_count` −
+    1.
     """
 
     def __init__(
         self, source: Source, folder: Path, settings: Settings, skip_bad: bool, limits: InputLimits | None = None
     ) -> None:
-        """If `limits` is None, a shard is finished whatever the limits of its build were."""
+        """If `limits` is None, a shard counts as finished whatever limits it was built with."""
         self.source, self.folder, self.settings, self.skip_bad = source, folder, settings, skip_bad
         self.limits = limits
         self.work_dir = folder / ".build"
         self.boundaries = shard_boundaries(len(source.inputs))
         self.shard_count = len(self.boundaries) - 1
-        # Identity of the unfinished build, from plan.json. A summary of another build is ignored: a process of a killed
-        # build can still write files for a moment after a new build has begun.
+        # Identity of the unfinished build, from plan.json. A summary of another build is ignored, because a process of
+        # a killed build can still write files for a moment after a new build has begun.
         self.build_id = ""
         self.digest = digest_json(
             {"settings": settings.to_json(), "classes": source.classes, "inputs": source.inputs.digest()}
@@ -71,11 +72,11 @@ class BuildPlan:
 
     @cached_property
     def permutation(self) -> npt.NDArray[np.int64]:
-        """The record order: indices in `source.inputs`."""
+        """The record order, as indices into `source.inputs`."""
         return self.source.inputs.permutation(self.settings.seed)
 
     def task(self, number: int) -> ShardTask:
-        """Return the description of shard `number` for the worker process that builds it."""
+        """Return the task of shard `number` for the worker process that builds the shard."""
         start = self.boundaries[number]
         inputs = tuple(self.source.inputs[index] for index in self.input_indices(number))
         return ShardTask(
@@ -93,12 +94,12 @@ class BuildPlan:
         )
 
     def input_indices(self, number: int) -> list[int]:
-        """Return the indices in `source.inputs` of the inputs of shard `number`, in record order."""
+        """Return the inputs of shard `number` in record order, as indices into `source.inputs`."""
         indices: list[int] = self.permutation[self.boundaries[number] : self.boundaries[number + 1]].tolist()
         return indices
 
     def sorted_input_indices(self, shard_numbers: Sequence[int]) -> Sequence[int]:
-        """Return the indices in `source.inputs` of the inputs of some shards, in the order of the listing."""
+        """Return the inputs of some shards in the order of the listing, as indices into `source.inputs`."""
         if len(shard_numbers) == self.shard_count:
             return range(len(self.source.inputs))
         indices = [self.permutation[self.boundaries[s] : self.boundaries[s + 1]] for s in shard_numbers]
@@ -109,27 +110,27 @@ class BuildPlan:
         return sum(self.boundaries[number + 1] - self.boundaries[number] for number in shard_numbers)
 
     def crash_counts(self) -> dict[str, int]:
-        """Return {path of an input: number of worker processes that crashed at it}, over all runs of the build."""
+        """Return {path of an input: number of workers that crashed at this input}, over all runs of the build."""
         counts: dict[str, int] = self._read_json("deaths.json")
         return counts
 
     def record_crash(self, path: str) -> None:
-        """Add one to the crash count of the input `path`."""
+        """Add one to the number of crashes at the input `path`."""
         counts = self.crash_counts()
         counts[path] = counts.get(path, 0) + 1
         write_atomic(self.work_dir / "deaths.json", json.dumps(counts).encode())
 
     def record_slow_input(self, path: str, seconds: float) -> None:
-        """Record that a worker process was ended because it used more than `seconds` of CPU time for an input."""
+        """Note that a worker process was ended because it used more than `seconds` of CPU time for an input."""
         slow = self._read_json("slow.json")
         write_atomic(self.work_dir / "slow.json", json.dumps({**slow, path: seconds}).encode())
 
     def has_recorded_faults(self) -> bool:
-        """Whether an earlier run of the build has recorded an input that crashed a worker or was too slow."""
+        """Return whether an earlier run of the build has noted an input that crashed a worker or was too slow."""
         return any((self.work_dir / name).exists() for name in ("deaths.json", "slow.json"))
 
     def _unreadable(self) -> dict[str, BadImage]:
-        """Return {path: reason} of the inputs to leave out: they crashed two worker processes, or are too slow."""
+        """Return {path: reason} of the inputs to leave out: those that crashed two workers or are too slow."""
         limits = self.limits or DEFAULT_LIMITS
         slow = self._read_json("slow.json").items()
         reasons = {path: limits.too_slow() for path, seconds in slow if 0 < limits.time_limit_s <= seconds}
@@ -157,7 +158,7 @@ class BuildPlan:
         return tasks
 
     def shard_summary(self, number: int) -> dict[str, Any] | None:
-        """Return the summary of shard `number`; None if a file is missing or cut short, or belongs to another build."""
+        """Return the summary of shard `number`; None if a file is missing, truncated or from another build."""
         path = summary_path(self.folder, number)
         try:
             summary: dict[str, Any] = json.loads(path.read_bytes())
@@ -168,14 +169,15 @@ class BuildPlan:
         return summary if is_whole and summary.get("build", "") == self.build_id else None
 
     def has_finished_shards(self) -> bool:
-        """Whether `work_dir` has a summary of at least one shard, even if that summary belongs to another plan."""
+        """Return whether `work_dir` has a summary of at least one shard. The summary may belong to another plan."""
         return any(self.work_dir.glob("[0-9]*.json"))
 
     def is_finished(self, number: int) -> bool:
-        """Whether shard `number` is finished and need not be built again.
+        """Return whether shard `number` is finished and need not be built again.
 
-        Without `skip_bad`, a shard is built again if a bad input was left out, since the input may have been corrected.
-        A shard is also built again if an input would have another outcome under the limits.
+        Without `skip_bad`, a shard is built again if a bad input was left out of it, because this input may have been
+        corrected. A shard is also built again if the limits would now keep an input that was left out, or leave out an
+        input that was kept.
         """
         summary = self.shard_summary(number)
         if summary is None or (not self.skip_bad and bad_outcomes(summary["fates"])):
@@ -188,7 +190,7 @@ class BuildPlan:
         return sum(len(bad_outcomes(summary["fates"])) for summary in summaries if summary is not None)
 
     def refresh(self) -> None:
-        """List the folders, so that an NFS client notices files that other machines created."""
+        """List the folders, so that an NFS client notices files that other machines have created."""
         for folder in (self.folder, self.work_dir):
             if folder.exists():
                 os.listdir(folder)
@@ -202,7 +204,7 @@ def shard_boundaries(count: int) -> list[int]:
 
 
 def bad_outcomes(outcomes: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Return the outcomes of inputs that were left out."""
+    """Return the outcomes of the inputs that were left out."""
     return [outcome for outcome in outcomes if outcome["fate"] == "bad"]
 
 
@@ -212,7 +214,7 @@ def not_images(count: int) -> str:
 
 
 def tool_versions() -> dict[str, str]:
-    """Return versions of the software that determines the bytes of a record; the manifest stores these versions."""
+    """Return the versions of the software that determines the bytes of a record. The manifest holds these versions."""
     return {
         "alexnet": package_version(),
         "pillow": version("pillow"),

@@ -24,7 +24,8 @@ from prep.store.manifest import Settings
 from prep.workers import Runner, TaskProgress, WorkerDied
 
 _PAGE_BYTES = 4096  # size of an LMDB page; a record of more than half a page takes whole pages
-_PROBE_S_PER_INPUT = 0.1e-3  # probe time per input with one worker process: a few percent of the build time of a record
+# Time of `probe` for each input with one worker process: a few percent of the time to build a record.
+_PROBE_S_PER_INPUT = 0.1e-3
 _MIN_PROBE_S = 2.0
 _PROBE_CHUNK = 256
 
@@ -45,8 +46,8 @@ def probe(
 
     `indices` are the indices of the inputs to check; None: all inputs.
 
-    Nothing is decoded. After a few percent of the build time, `probe` stops. If the source is slow, `probe` therefore
-    checks only some of the inputs. The build itself checks every input.
+    Nothing is decoded. `probe` stops after a few percent of the time that the build would take. If the source is slow,
+    `probe` therefore checks only some of the inputs. The build itself checks every input.
     """
     checked = range(len(inputs)) if indices is None else indices
     deadline = time.monotonic() + max(_MIN_PROBE_S, len(checked) * _PROBE_S_PER_INPUT / jobs)
@@ -63,7 +64,10 @@ def probe(
 
 
 def _obvious_fault(reader: InputReader, item: Input) -> str:
-    """Return why an input is no image, judged by its size and first bytes; empty if neither shows a fault."""
+    """Return the reason why an input is no image, according to its size and first bytes.
+
+    Returns an empty text if neither shows a fault.
+    """
     if not item.size:
         return "empty file"
     if item.size > MAX_FILE_BYTES:
@@ -96,7 +100,7 @@ def check_inputs(plan: BuildPlan, policy: BuildPolicy, jobs: int, unfinished: Se
 def bad_inputs_error(
     bad: Sequence[tuple[str, str]], total: int, policy: BuildPolicy, listed_in: Path | None = None
 ) -> UserError:
-    """Return the error for too many bad inputs.
+    """Return the error message for too many bad inputs.
 
     `bad` has (name, reason) of each bad input, and `total` is the number of all inputs.
     """
@@ -134,12 +138,12 @@ def check_disk_space(plan: BuildPlan, unfinished: Sequence[int], runner: Runner)
 
 
 def space_error(folder: Path, text: str) -> DiskFull:
-    """Return the error for too little disk space; `text` says how much is needed and how much is free."""
+    """Return the error for too little disk space. `text` says how much space is needed and how much is free."""
     return DiskFull(f"{folder}: {text}. Free disk space, or choose another --store; nothing was built.")
 
 
 def fits_surely(count: int, settings: Settings, folder: Path) -> bool:
-    """Whether even `count` records of the largest expected size fit on the disk, so that no sample is measured."""
+    """Return whether even `count` records of the largest expected size fit on the disk. Then no sample is measured."""
     return count * _max_record_bytes(settings) < free_bytes(folder)
 
 
@@ -149,9 +153,10 @@ def _max_record_bytes(settings: Settings) -> int:
 
 
 def needed_space_text(plan: BuildPlan, unfinished: Sequence[int]) -> str:
-    """Return the first part of a message: the disk space that the `unfinished` shards need, by finished shards.
+    """Return the first part of a message: the disk space that the `unfinished` shards need.
 
-    The text is empty if no record is stored yet or no shard is unfinished.
+    The space is estimated from the finished shards. The text is empty if no record is stored yet or no shard is
+    unfinished.
     """
     shards = [summary["shard"] for number in range(plan.shard_count) if (summary := plan.shard_summary(number))]
     records = sum(shard["records"] for shard in shards)
@@ -167,12 +172,14 @@ def estimate_resources(
 ) -> tuple[ResourceEstimate | None, list[tuple[str, str]]]:
     """Build the records of `tasks` in memory, and extrapolate size and build time to `inputs` inputs.
 
-    Returns (estimate, or None if no input of `tasks` is an image; name and reason of each input that is bad).
+    Returns two values: the estimate, or None if no input of `tasks` is an image; and the name and reason of each bad
+    input.
     """
     count, size, seconds = 0, 0, 0.0
     bad: list[tuple[str, str]] = []
     for _, result in runner.map(_measure, tasks, lambda counts: None):
-        if not isinstance(result, WorkerDied):  # a crash is ignored here; the build itself will report it
+        # A crash is ignored at this point, because the build itself will report it.
+        if not isinstance(result, WorkerDied):
             count, size, seconds = count + result[0], size + result[1], seconds + result[2]
             bad += result[3]
     if not count:
@@ -186,7 +193,7 @@ def _measure(task: ShardTask, task_progress: TaskProgress) -> tuple[int, int, fl
     Returns (number of records, bytes of their LMDB pages, seconds, name and reason of each bad input).
     """
     warm_up = replace(task, inputs=task.inputs[:1])
-    list(ShardBuilder(warm_up, TaskProgress()).records())  # loads the libraries before the measurement starts
+    list(ShardBuilder(warm_up, TaskProgress()).records())  # load the libraries before the measurement starts
     started = time.monotonic()
     builder = ShardBuilder(task, task_progress)
     sizes = [len(value) for _, value in builder.records()]
@@ -196,7 +203,7 @@ def _measure(task: ShardTask, task_progress: TaskProgress) -> tuple[int, int, fl
 
 
 def free_bytes(path: Path) -> int:
-    """Free bytes on the disk of `path`. The file or folder `path` need not exist."""
+    """Return the number of free bytes on the disk of `path`. The file or folder `path` need not exist."""
     while not path.exists():
         path = path.absolute().parent
     return shutil.disk_usage(path).free

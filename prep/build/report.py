@@ -76,7 +76,7 @@ def report_build(store: Store, name: str, done: int, seconds: float, as_json: bo
 
 
 def _background_text(store: Store) -> str:
-    """Say what a build does with transparent pixels: `dropped`, or `over white`."""
+    """Return what a build does with transparent pixels: `dropped`, or `over white`."""
     background = store.settings.background
     return "dropped" if background == DROPPED else f"over {background}"
 

@@ -2,8 +2,8 @@
 
 An unfinished build can be resumed if the settings, the tool versions, the classes and the paths of the inputs have not
 changed. The content and the label of an input may change until the shard of the input is finished. In a finished shard,
-only the content of a bad input may change; then the shard is built again. Any other change in a finished shard is an
-error.
+only the content of a bad input may change. The shard is then built again. Any other change to an input of a finished
+shard is an error.
 """
 
 from __future__ import annotations
@@ -35,9 +35,10 @@ _TEMPORARY = re.compile(
 
 
 def start_or_resume(plan: BuildPlan, store: Path) -> None:
-    """Begin a new build (write plan.json and inputs.npz), or check an unfinished build and update its inputs.npz.
+    """Begin a new build by writing plan.json and inputs.npz.
 
-    Raises the same errors as find_changed_inputs and refuse_foreign_folder.
+    If there is an unfinished build, check it and update its inputs.npz instead. Raises the same errors as
+    find_changed_inputs and refuse_foreign_folder.
     """
     path = plan.work_dir / "plan.json"
     if not path.exists():
@@ -47,7 +48,7 @@ def start_or_resume(plan: BuildPlan, store: Path) -> None:
     changed = find_changed_inputs(plan, store)
     if changed:
         for number in range(plan.shard_count):
-            if has_changed_input(plan, number, changed):  # if the shard was finished, the input was bad
+            if has_changed_input(plan, number, changed):  # if the shard was finished, this input was bad
                 summary_path(plan.folder, number).unlink(missing_ok=True)
         say(
             f"{plan.source.split}: {count_noun(len(changed), 'input')} changed since this build began; "
@@ -99,7 +100,7 @@ def begin_build(plan: BuildPlan) -> bool:
 
 
 def begun_classes(store: Path, splits: Sequence[str] = SPLITS) -> tuple[str, ...]:
-    """Return the classes of an unfinished build of one of `splits` that has finished shards; else ()."""
+    """Return the classes of an unfinished build of one of `splits`; empty if no build has finished shards."""
     for split in splits:
         work_dir = store / split / ".build"
         if any(work_dir.glob("[0-9]*.json")):
@@ -169,7 +170,7 @@ def find_changed_inputs(plan: BuildPlan, store: Path) -> dict[bytes, tuple[Input
 
 
 def has_changed_input(plan: BuildPlan, number: int, changed: Mapping[bytes, Any]) -> bool:
-    """Whether any input of shard `number` has its path in `changed`."""
+    """Return whether any input of shard `number` has its path in `changed`."""
     return bool(changed) and any(plan.source.inputs.path(index) in changed for index in plan.input_indices(number))
 
 
@@ -177,16 +178,16 @@ def _difference(before: Input, after: Input) -> str:
     for name, old, new in (("label", before.label, after.label), ("bytes", before.size, after.size)):
         if old != new:
             return f"{name} {old:,}, now {new:,}"
-    if max(before.mtime_ns, after.mtime_ns) < 1 << 32:  # these values are CRC-32s of items of build_from, not times
+    if max(before.mtime_ns, after.mtime_ns) < 1 << 32:  # these values are not times but CRC-32s of items of build_from
         return "other content of the same size"
     return f"modified at {before.mtime_ns / 1e9:.3f}, now {after.mtime_ns / 1e9:.3f} (seconds since 1970)"
 
 
 def background_of(store: Path, restart: bool) -> str | None:
-    """Return Settings.background of a store, or else of an unfinished build in it, or else None.
+    """Return Settings.background of the store. If there is no store, return that of an unfinished build, or else None.
 
-    An unfinished build that `restart` will discard does not count. A store of an older version has no such setting;
-    the result is then DROPPED, which is what that version did.
+    An unfinished build that `restart` will discard does not count. A store of an older version has no such setting. The
+    result is then DROPPED, because older versions dropped the alpha channel.
     """
     if (store / "manifest.json").exists():
         return Store.open(store).settings.background
@@ -198,7 +199,7 @@ def background_of(store: Path, restart: bool) -> str | None:
 
 
 def check_same_settings(requested: Settings, begun: Mapping[str, Any], store: Path) -> None:
-    """Raise UserError for the first of the `requested` settings that differs from the store's setting in `begun`."""
+    """Raise UserError for the first of the `requested` settings that differs from the store's settings, `begun`."""
     for field in fields(Settings):
         new, old = getattr(requested, field.name), begun[field.name]
         if new != old and field.name == "background" and old == DROPPED:
@@ -226,8 +227,8 @@ def refuse_foreign_folder(plan: BuildPlan) -> None:
 def discard_build(plan: BuildPlan, store: Path) -> None:
     """Remove an unfinished build.
 
-    The folder is renamed before it is deleted. So even if the process is killed during the deletion, the split's folder
-    never contains the summary of a deleted shard.
+    The folder is renamed before it is deleted. Even if the process is killed during the deletion, the split's folder
+    therefore never contains the summary of a deleted shard.
     """
     discarded = store / f".{plan.folder.name}.{unique_suffix()}"
     os.rename(plan.folder, discarded)
@@ -237,8 +238,8 @@ def discard_build(plan: BuildPlan, store: Path) -> None:
 def remove_work_dir(plan: BuildPlan) -> None:
     """Remove the work folder of a finished build.
 
-    The folder is renamed before it is deleted, so that a process of a killed build, which may still run on another
-    machine for a moment, cannot write files into the folder during the deletion.
+    The folder is renamed before it is deleted. A process of a killed build may still run on another machine for a
+    moment, and cannot write files into the renamed folder.
     """
     discarded = plan.folder / f".build.{unique_suffix()}"
     with suppress(FileNotFoundError):

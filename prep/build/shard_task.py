@@ -1,10 +1,11 @@
-"""Builds one shard in a worker process: reads, rescales, encodes and stores its inputs.
+"""Builds one shard in a worker process: reads, rescales, encodes and writes the inputs of the shard.
 
 The content of a shard depends only on its inputs and the settings. The shard is written to a temporary folder and
-synced to disk, and its data.mdb is renamed. The rename also replaces an older data.mdb. So two processes, even on two
-machines, can build the same shard at the same time, and data.mdb is always complete. Then the two files of the shard's
-summary are written atomically to store/SPLIT/.build: NNNNN.npy (sum of the central squares of the images) and
-NNNNN.json (counts, digest, colour moments, outcomes of inputs). A shard without a summary is built again.
+synced to disk, and then its data.mdb is renamed to the final path. If there is an older data.mdb, the rename replaces
+it. Two processes, even on two machines, can therefore build the same shard at the same time, and data.mdb is always
+complete. Then the two summary files of the shard are written atomically into store/SPLIT/.build. NNNNN.npy holds the
+sum of the central squares of the images. NNNNN.json holds counts, digest, colour moments and outcomes of inputs. A
+shard without a summary is built again.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from prep.store.input_log import WARNED
 from prep.store.manifest import Settings, Shard
 from prep.workers import TaskProgress
 
-# LMDB's error messages for a full disk contain one of these texts. If LMDB could write only a part of a page, its
+# LMDB's error messages for a full disk contain one of these texts. If LMDB could write only a part of a page, its error
 # message is "Input/output error".
 _NO_SPACE = ("Input/output error", "No space left", "quota", "File too large")
 
@@ -48,27 +49,30 @@ class ShardTask:
     """Everything that is needed to build one shard. A task is pickled and sent to a worker process."""
 
     number: int
-    first_index: int  # position of the first input in the split's record order; the key of a record is this position
+    # Position of the first input in the record order of the split; positions are the keys of the records.
+    first_index: int
     inputs: tuple[Input, ...]
     reader: InputReader
     split: str
     folder: Path  # the split's folder in the store
     settings: Settings
     skip_bad: bool
-    unreadable: Mapping[str, BadImage] = field(default_factory=dict)  # inputs that are not read again, with the reason
+    # Inputs that are not read again, each with the reason.
+    unreadable: Mapping[str, BadImage] = field(default_factory=dict)
     build_id: str = ""  # BuildPlan.build_id
     limits: InputLimits = DEFAULT_LIMITS
 
 
 def summary_path(folder: Path, number: int) -> Path:
-    """Return the path of the summary file of shard `number`; `folder` is the folder of the split."""
+    """Return the path of the summary file of shard `number`. `folder` is the folder of the split."""
     return folder / ".build" / f"{number:05d}.json"
 
 
 def build_shard(task: ShardTask, task_progress: TaskProgress) -> None:
-    """Build one shard and write its summary. Counts each input in `task_progress`.
+    """Build one shard and write its summary. Each processed input is counted in `task_progress`.
 
-    Raises UserError for a bad input (unless the task skips bad inputs) or a failing disk, DiskFull for a full disk.
+    Raises UserError for a failing disk, and for a bad input unless the task skips bad inputs. Raises DiskFull for a
+    full disk.
     """
     builder = ShardBuilder(task, task_progress)
     store_shard(task.folder, task.number, builder.records(), builder.results)
@@ -80,17 +84,17 @@ def store_shard(
     records: Iterable[tuple[bytes, bytes]],
     results: Callable[[Shard], tuple[npt.NDArray[np.int64], dict[str, Any]]],
 ) -> None:
-    """Write the (key, value) pairs `records` as shard `number` of the split's folder, then the shard's two summaries.
+    """Write the (key, value) pairs `records` as shard `number` into the split's folder.
 
-    `results`, called when the shard is written, returns the sum of the central squares and the summary. Raises
-    UserError for a failing disk, DiskFull for a full disk.
+    Then write the two summary files of the shard. `results` is called after the shard is written, and returns the sum
+    of the central squares and the summary. Raises UserError for a failing disk, DiskFull for a full disk.
     """
     temporary = folder / ".build" / f"{number:05d}.{unique_suffix()}"
     final = folder / f"{number:05d}"
     path = summary_path(folder, number)
     try:
         count, size, digest = lmdb_shard.write(temporary, records)
-        final.mkdir(exist_ok=True)  # `final` exists if a build was killed before writing the summary
+        final.mkdir(exist_ok=True)  # the folder `final` exists if a build was killed before writing the summary
         os.replace(temporary / "data.mdb", final / "data.mdb")
         sync_folder(final)
         sync_folder(folder)
@@ -113,17 +117,20 @@ def store_shard(
 
 
 class ShardBuilder:
-    """Builds the records of one shard in order. Sums pixels, counts labels and collects the outcomes of inputs."""
+    """Builds the records of one shard in order. Also sums pixels, counts labels and collects the outcomes of inputs."""
 
     def __init__(self, task: ShardTask, task_progress: TaskProgress) -> None:
         self.task, self.task_progress = task, task_progress
         self.sums = PixelSums(task.settings.side_px)
         self.labels: Counter[int] = Counter()
         self.largest_px = 0  # number of pixels of the largest input that was kept
-        self.outcomes: list[dict[str, Any]] = []  # lines of inputs.jsonl
+        self.outcomes: list[dict[str, Any]] = []  # the lines for inputs.jsonl
 
     def records(self) -> Iterator[tuple[bytes, bytes]]:
-        """Yield the (key, value) of each record. If an input is left out, its key is not used."""
+        """Yield the key and the value of each record.
+
+        If an input is left out, its key is not used for another input.
+        """
         for index, item in enumerate(self.task.inputs):
             self.task_progress.begin(index, self.task.limits.time_limit_s)
             value = self._record(item)
@@ -180,9 +187,9 @@ class ShardBuilder:
 
 
 def read_input(task: ShardTask, item: Input) -> DecodedImage:
-    """Read and decode one input. Raises BadImage, with the reason, if the input cannot be stored.
+    """Read and decode one input. Raises BadImage, with the reason, if no record can be made from the input.
 
-    Whatever a library raises for an input, except UserError and DiskFull, makes the input bad.
+    Any exception of a library, except UserError and DiskFull, makes the input bad.
     """
     if name_text(item.path) in task.unreadable:
         raise task.unreadable[name_text(item.path)]

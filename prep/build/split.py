@@ -1,9 +1,9 @@
-"""Builds a split, or estimates a build: plan, checks, shards in worker processes, assembly.
+"""Builds a split, or estimates a build. The steps are plan, checks, shards in worker processes, and assembly.
 
 A killed build loses only the shards that were in progress. Running the same command again finishes the build, and the
 fingerprint is the same as after an uninterrupted build. If a worker process crashes, the crash is counted for the input
-that the process was reading. If bad inputs are left out, the shard is then built again (after a second crash, without
-the input); otherwise the build stops. These files hold the state of an unfinished build:
+that the process was reading. If bad inputs are left out, the shard is then built again; after a second crash, this
+input is left out. Without --on-bad skip, the build stops. These files hold the state of an unfinished build:
 
     store/train/.build/plan.json         settings, tool versions, classes, shard boundaries: no run may change these
     store/train/.build/inputs.npz        listing of the inputs, to find inputs that changed between two runs
@@ -65,8 +65,9 @@ class BuildEstimate:
     # (name, reason) of inputs that the listing refused, that `probe` found, or that could not be decoded in the sample
     bad: tuple[tuple[str, str], ...]
     done: int  # inputs in finished shards
-    is_built: bool  # the store already has the split, built from the same inputs and settings
-    resources: ResourceEstimate | None  # for the remaining inputs; None if no inputs remain or the sample has no image
+    is_built: bool  # whether the store already has the split, built from the same inputs and settings
+    # Estimate for the remaining inputs; None if no inputs remain or the sample has no image.
+    resources: ResourceEstimate | None
     free_bytes: int
 
 
@@ -110,7 +111,7 @@ def build_split(
 def build_shards(
     plan: BuildPlan, store: Path, shard_numbers: Sequence[int], runner: Runner, progress: Progress, policy: BuildPolicy
 ) -> None:
-    """Build the unfinished shards among `shard_numbers`. Checks inputs and disk space first.
+    """Build those of the shards `shard_numbers` that are unfinished. Checks inputs and disk space first.
 
     Raises the same errors as build_split.
     """
@@ -175,9 +176,9 @@ def estimate_build(
 def open_plan(
     source: Source, store: Path, settings: Settings, policy: BuildPolicy
 ) -> tuple[BuildPlan, bool, Sequence[int]]:
-    """Return (plan, whether the store already has the split, numbers of the shards to build); writes nothing.
+    """Return three values: the plan, whether the store already has the split, and the numbers of the shards to build.
 
-    Raises UserError if build_split would refuse `store`.
+    Writes nothing. Raises UserError if build_split would refuse `store`.
     """
     refuse_store_in_source(source, store)
     plan = BuildPlan(source, store / source.split, settings, policy.skip_bad, policy.limits)
@@ -207,7 +208,10 @@ def _disk_full(error: Exception, store: Path, need: str = "") -> DiskFull:
 
 
 def open_existing(store: Path, plan: BuildPlan) -> Store | None:
-    """Open the store; None if there is no split yet. Raises UserError if settings or inputs differ from `plan`."""
+    """Return the open store, or None if the store has no split yet.
+
+    Raises UserError if settings or inputs differ from those in `plan`.
+    """
     if not (store / "manifest.json").exists():
         return None
     existing, split = Store.open(store), plan.source.split
@@ -232,7 +236,7 @@ def open_existing(store: Path, plan: BuildPlan) -> Store | None:
 
 
 def _check_same_limits(store: Store, split: str, limits: InputLimits) -> None:
-    """Raise UserError if a complete split has an input that would have another outcome under these limits."""
+    """Raise UserError if these limits would treat an input of a complete split differently."""
     changed = ""
     with suppress(OSError, ValueError, KeyError):  # alexprep verify reports a damaged inputs.jsonl
         outcomes = read_outcomes(store.root / split / "inputs.jsonl")
@@ -245,7 +249,10 @@ def _check_same_limits(store: Store, split: str, limits: InputLimits) -> None:
 
 
 def refuse_store_in_source(source: Source, store: Path) -> None:
-    """Raise UserError if the build would write into the source: the next build would list the new files as inputs."""
+    """Raise UserError if the build would write into the source.
+
+    The next build would list the new files as inputs.
+    """
     root, store_path = source.reader.root.resolve(), store.resolve()
     if root.is_dir():
         is_inside = store_path.is_relative_to(root) or root == store_path / source.split
@@ -297,7 +304,7 @@ def _run_tasks(
 
 
 def _record_dead_worker(plan: BuildPlan, task: ShardTask, died: WorkerDied, policy: BuildPolicy) -> None:
-    """Record the input at which a worker process ended. Raises UserError unless the shard can be built again."""
+    """Note the input at which a worker process ended. Raises UserError unless the shard can be built again."""
     if died.index == NOT_STARTED:
         raise UserError(f"A worker process {died.describe()} before it read an input. Run the same command again.")
     name, limit_s = name_text(task.inputs[died.index].path), task.limits.time_limit_s

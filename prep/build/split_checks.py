@@ -1,8 +1,8 @@
-"""Checks of all splits before the first of them is built, and the same checks for --dry-run.
+"""Checks of all splits before the first split is built. --dry-run makes the same checks.
 
-A build can take hours. A fault of the second split is therefore found before the first split is built. The checks find
-wrong labels and classes (prep/inputs), an unfinished build of other inputs, files that are not images, and too little
-disk space for all splits together.
+A build can take hours. The checks therefore find a fault of the second split before the first split is built. The
+checks find wrong labels and classes (prep/inputs), an unfinished build of other inputs, files that are not images, and
+too little disk space for all splits together.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from prep.workers import Runner
 def check_splits(
     sources: Sequence[Source], store: Path, settings: Settings, runner: Runner, policy: BuildPolicy, with_space: bool
 ) -> None:
-    """Check all splits of a build; with `with_space`, also whether they fit on the disk together.
+    """Check all splits of a build. With `with_space`, also check whether all splits together fit on the disk.
 
     Raises UserError or DiskFull if the build of any split would be refused.
     """
@@ -39,7 +39,7 @@ def check_splits(
     for position, (plan, _) in enumerate(todo):
         source = plan.source
         check_classes(source, runner.jobs, policy)
-        # The build of the first split checks its inputs itself, and lists the bad ones in a file.
+        # The build of the first split checks its own inputs, and lists the bad inputs in a file.
         is_strict = position > 0 and not policy.skip_bad
         bad = [*source.refused, *(probe(source.reader, source.inputs, runner.jobs) if is_strict else ())]
         if position > 0 and not policy.allows(len(bad)):
@@ -58,7 +58,7 @@ def check_splits(
 
 
 def _check_space(needed_bytes: int, count: int, store: Path) -> None:
-    """Raise DiskFull if the splits surely do not fit; print a warning if they may not."""
+    """Raise DiskFull if the splits surely do not fit on the disk; print a warning if they may not fit."""
     free = free_bytes(store)
     if needed_bytes > free:
         text = f"{bytes_text(needed_bytes)} needed for {count:,} images of all splits, {bytes_text(free)} free"
@@ -68,9 +68,9 @@ def _check_space(needed_bytes: int, count: int, store: Path) -> None:
 
 
 def check_classes(source: Source, jobs: int, policy: BuildPolicy) -> None:
-    """Raise UserError if all inputs of a class are obviously no images, so that the class would lose all of them.
+    """Raise UserError if all inputs of a class are clearly no images, so that the class would lose all of them.
 
-    Only sizes and first bytes are read. Nothing is read if a bad input stops the build anyway.
+    Only sizes and first bytes are read. If a bad input stops the build anyway, no input is read.
     """
     if policy.allow_empty_classes or not policy.skip_bad or not len(source.inputs):
         return
@@ -78,7 +78,8 @@ def check_classes(source: Source, jobs: int, policy: BuildPolicy) -> None:
     order = np.argsort(labels, kind="stable")
     starts = np.searchsorted(labels[order], np.arange(len(source.classes) + 1))
     inputs_of = {k: order[starts[k] : starts[k + 1]].tolist() for k in range(len(source.classes))}
-    undecided = {label: 0 for label, indices in inputs_of.items() if indices}  # label -> number of inputs that are bad
+    # Label -> number of inputs that are known to be bad.
+    undecided = {label: 0 for label, indices in inputs_of.items() if indices}
     reasons: list[tuple[str, str]] = []
     lost: list[int] = []
     count = 1
@@ -95,7 +96,7 @@ def check_classes(source: Source, jobs: int, policy: BuildPolicy) -> None:
 
 
 def _check_bad_classes(source: Source, bad: dict[str, str], policy: BuildPolicy) -> None:
-    """Raise UserError if a class has no other inputs than those that are known to be `bad` ({name: reason})."""
+    """Raise UserError if all inputs of a class are known to be `bad` ({name: reason})."""
     if policy.allow_empty_classes or not policy.skip_bad or not bad:
         return
     counts = source.inputs.label_counts(len(source.classes))
@@ -125,7 +126,10 @@ def check_store_folder(store: Path) -> None:
 
 
 def _lines_with(file: Path, path: bytes) -> int:
-    """Return the number of lines of a label file with the name of `path`, with or without folders and extension."""
+    """Return how many lines of a label file have the name of `path`.
+
+    A line may lack the folders and the extension of the name.
+    """
     file_name = path.rpartition(b"/")[2]
     name = re.escape(file_name.rpartition(b".")[0] or file_name)
     pattern = re.compile(rb"(?<![\w.-])" + name + rb"(?![\w-])")
@@ -133,7 +137,10 @@ def _lines_with(file: Path, path: bytes) -> int:
 
 
 def compare_splits(sources: Sequence[Source]) -> None:
-    """Warn if two splits list the same files. Raise UserError if lines of one label file are read for both splits."""
+    """Warn if two splits list the same files.
+
+    Raise UserError if lines of one label file match images of both splits.
+    """
     files = {source.labels_from for source in sources}
     if len(sources) > 1 and len(files) == 1 and None not in files:
         first, second = ({item.path: item.label for item in source.inputs} for source in sources)
@@ -154,9 +161,9 @@ def compare_splits(sources: Sequence[Source]) -> None:
 def refuse_estimates(
     sources: Sequence[Source], estimates: Sequence[BuildEstimate], store: Path, jobs: int, policy: BuildPolicy
 ) -> None:
-    """Raise the error that the build would raise, according to the estimates of --dry-run.
+    """Raise the error that a build would raise, according to the estimates of --dry-run.
 
-    Returns if the build would not fail.
+    Returns normally if a build would not fail.
     """
     if lock_is_held(store):
         raise LockHeld(f"{store}: another build is at work in this folder. Wait until it ends, or name another folder.")

@@ -1,1 +1,1 @@
-"""Reading a finished store: verify it, inspect it, export its images, plot its colours."""
+"""Reading a finished store: verify the store, inspect it, export its images, plot its colours."""

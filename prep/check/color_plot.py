@@ -1,9 +1,9 @@
 """Plots the colours of a split: pixels and principal axes in RGB space, the spectrum, and the colour noise.
 
-The colour noise of the paper (section 4.1) adds α·σ·v to every pixel of a training image, for each principal component
-with eigenvector v and standard deviation σ. α is drawn from N(0, 0.1), so three standard deviations of α are 0.3. A
-shift by 0.3 σ along the second or third component is hard to see in a photograph. Therefore the plot also shows the
-mean colour with shifts of up to 3 σ.
+The colour noise of the paper (section 4.1) adds α·σ·v to every pixel of a training image, for each principal component.
+v is the eigenvector of the component, and σ its standard deviation. α is drawn from a normal distribution with standard
+deviation 0.1, so three standard deviations of α are 0.3. A shift by 0.3 σ along the second or third component is hard
+to see in a photograph. Therefore the plot also shows the mean colour with shifts of up to 3 σ.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from prep.store import lmdb_shard
 from prep.store.datum import Datum, DatumError
 from prep.store.manifest import ColorStats, Store, StoreError
 
-MAX_RECORDS, MAX_PIXELS = 48, 4800  # maximum numbers of records to read and of pixels to draw
+MAX_RECORDS, MAX_PIXELS = 48, 4800  # largest number of records to read, and largest number of pixels to draw
 ALPHA_STDEV = 0.1  # standard deviation of α (section 4.1)
-STEPS = (-3, -2, -1, 0, 1, 2, 3)  # shifts, in standard deviations of α (photograph) or in σ (mean colour)
+STEPS = (-3, -2, -1, 0, 1, 2, 3)  # shifts of the photograph (in standard deviations of α) and of the mean colour (in σ)
 AXIS_STDEVS = 2  # half length of a drawn principal axis, in standard deviations of the pixels
 PHOTOGRAPH_PX = 256  # a photograph is reduced if its side is at least twice this length
 ILSVRC = tuple(255 * value**0.5 for value in (0.2175, 0.0188, 0.0045))  # σ in grey levels, from fb.resnet.torch
@@ -38,11 +38,11 @@ Pixels = npt.NDArray[np.uint8]  # (..., 3) RGB
 
 
 def plot_colors(store: Store, split: str, stats: ColorStats, out: Path) -> None:
-    """Draw `stats` and a sample of the split's pixels into a .png or .svg file. Equal input gives equal bytes.
+    """Draw `stats` and a sample of the split's pixels into a .png or .svg file.
 
-    Reads at most MAX_RECORDS records. Raises UserError if matplotlib is missing, if the extension is unknown or if the
-    file cannot be written; an existing file is then kept. Raises StoreError, which names shard and key, if a record is
-    damaged.
+    Equal data give equal bytes of the file. Reads at most MAX_RECORDS records. Raises UserError if matplotlib is
+    missing, if the extension is unknown or if the file cannot be written. An existing file is then kept. Raises
+    StoreError if a record is damaged; the error names the shard and the key of the record.
     """
     format = figure_format(out, "--plot")
 
@@ -57,15 +57,15 @@ def plot_colors(store: Store, split: str, stats: ColorStats, out: Path) -> None:
 
 
 def take_sample(store: Store, split: str, stats: ColorStats, seed: int = 0) -> tuple[Pixels, Pixels]:
-    """Take a random sample of a split; returns (pixels, photograph).
+    """Return a random sample of a split: pixels and one photograph.
 
-    pixels       uint8 (N, 3), N ≤ MAX_PIXELS, an equal share from each of at most MAX_RECORDS records
-    photograph   uint8 (S, S, 3), the central square of one of these records, reduced by an integer factor so that S
-                 is less than 2·PHOTOGRAPH_PX. Of all records read, this record has the colour distribution closest to a
-                 distribution with the split's mean and half the split's standard deviations. In an image of
+    pixels uint8 (N, 3), N ≤ MAX_PIXELS, an equal share from each of at most MAX_RECORDS records photograph uint8 (S, S,
+    3), the central square of one of these records, reduced by an integer factor so that S is less than 2·PHOTOGRAPH_PX.
+    Of all records of the sample, the photograph's record has the colour distribution closest to a target: the split's
+    mean and half the split's standard deviations. In an image of
                  half contrast, small colour shifts are visible and few shifted values are clipped.
 
-    Raises StoreError, which names shard and key, if a record is damaged.
+    Raises StoreError if a record is damaged; the error names the shard and the key of the record.
     """
     rng, share = np.random.default_rng(seed), MAX_PIXELS // min(MAX_RECORDS, store.split(split).records)
     pixels, photograph, smallest = [], np.empty(0, np.uint8), np.inf
@@ -81,7 +81,7 @@ def take_sample(store: Store, split: str, stats: ColorStats, seed: int = 0) -> t
 def _sample_images(store: Store, split: str) -> Iterator[Pixels]:
     """Yield at most MAX_RECORDS images, uint8 (H, W, 3): the first records of shards spread evenly over the split.
 
-    Records are sorted by a hash of their paths, so the first records of a shard are a random sample.
+    Records are sorted by a hash of their paths, so the first records of a shard are a random sample of the split.
     """
     both = zip(store.shard_paths(split), store.split(split).shards, strict=True)
     shards = [(path, shard) for path, shard in both if shard.records]
@@ -120,7 +120,9 @@ def _reduced_square(image: Pixels) -> Pixels:
 def shift_colors(
     colors: npt.ArrayLike, stats: ColorStats, component: int, stdevs: npt.ArrayLike
 ) -> npt.NDArray[np.float64]:
-    """Shift RGB colours (..., 3) by `stdevs` standard deviations along component 0, 1 or 2. Results are not clipped.
+    """Shift RGB colours (..., 3) by `stdevs` standard deviations along component 0, 1 or 2.
+
+    The shifted colours are not clipped.
 
     `stdevs` is a number or an array. An array of shape (n, 1) shifts one colour n times; the result has shape (n, 3).
     """
@@ -157,7 +159,7 @@ def _draw_cloud(panel: Any, stats: ColorStats, pixels: Pixels) -> None:
     limits, ticks = (0, 255), (0, 100, 200)
     axes.set(xlim=limits, ylim=limits, zlim=limits, xticks=ticks, yticks=ticks, zticks=ticks)
     axes.set(xlabel="red", ylabel="green", zlabel="blue")
-    # From this angle, no principal axis of typical photographs hides another principal axis.
+    # From this angle, no principal axis of typical photographs hides another.
     axes.view_init(20, 30, vertical_axis="y")
     axes.set_box_aspect(None, zoom=0.98)
 
@@ -216,6 +218,6 @@ def _signed(template: str, value: float, zero: str) -> str:
 
 
 def _displayed(colors: npt.NDArray[np.float64], margin_px: int = 0) -> Pixels:
-    """Return colours rounded and clipped to uint8, with a white margin below and to the right."""
+    """Return the colours rounded and clipped to uint8, with a white margin below and to the right."""
     pixels = np.clip(np.rint(colors), 0, 255).astype(np.uint8)
     return np.pad(pixels, ((0, margin_px), (0, margin_px), (0, 0)), constant_values=255) if margin_px else pixels

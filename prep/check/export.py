@@ -31,8 +31,8 @@ class _ExportTask:
 def export_split(store: Store, split: str, out: Path, runner: Runner, progress: Progress) -> None:
     """Write the image of every record of a split to `out`/CLASS/NAME (for NAME see `file_name`).
 
-    An existing file with the bytes of the record is not written again, so a second call resumes an interrupted export.
-    Raises UserError if an existing file at that path has other bytes, and StoreError if a record is damaged.
+    A file that already has the bytes of its record is not written again, so a second call resumes an interrupted
+    export. Raises UserError if a file with other bytes exists at that path, and StoreError if a record is damaged.
     """
     tasks = [_ExportTask(path, out, store.classes, store.settings.format) for path in store.shard_paths(split)]
     on_progress = lambda counts: progress.update(counts.done, size_bytes=counts.bytes)  # noqa: E731
@@ -53,7 +53,7 @@ def _export_shard(task: _ExportTask, task_progress: TaskProgress) -> None:
                 f"{task.path}, key {name_text(key)}: {error}. Check the store with: alexprep verify"
             ) from None
         name = task.classes[datum.label] if datum.label < len(task.classes) else ""
-        # The name of a nested class is a path: a/airfield.
+        # The name of a nested class is a path, such as a/airfield.
         is_path = all(_is_file_name(part) for part in os.fsencode(name).split(b"/"))
         folder = task.out / (name if is_path else f"class_{datum.label:04d}")
         try:
@@ -66,9 +66,9 @@ def _export_shard(task: _ExportTask, task_progress: TaskProgress) -> None:
 
 
 def file_name(source: bytes, key: bytes, format: str) -> bytes:
-    """File name of an exported record: the input's name with an extension of `format`.
+    """File name of an exported record: the name of the input, with the extension of `format`.
 
-    If this name is not a valid file name, the record's key replaces the input's name.
+    If this name is not a valid file name, the key of the record replaces the name of the input.
     """
     name = source.rsplit(b"/", 1)[-1]
     extension = os.path.splitext(name)[1].lower().decode("ascii", "replace")
@@ -78,12 +78,12 @@ def file_name(source: bytes, key: bytes, format: str) -> bytes:
 
 
 def _is_file_name(name: bytes) -> bool:
-    """Whether `name` is a valid name of a single file or folder. A path with `/` is not valid."""
+    """Return whether `name` is a valid name of a single file or folder. A name that contains `/` is not valid."""
     return name not in (b"", b".", b"..") and not set(name) & set(b"/\0") and len(name) <= _MAX_NAME_BYTES
 
 
 def _write_new_file(path: bytes, content: bytes) -> None:
-    """Write a file atomically; raises UserError if the file exists with other bytes."""
+    """Write a file atomically. Raises UserError if the file exists with other bytes."""
     try:
         with open(path, "rb") as file:
             same = file.read() == content
@@ -105,7 +105,7 @@ def _write_new_file(path: bytes, content: bytes) -> None:
 
 
 def _rename_to_new(old: bytes, new: bytes) -> None:
-    """Rename a file. Raises FileExistsError if `new` exists, but only on a file system with hard links."""
+    """Rename a file. Raises FileExistsError if the file `new` exists, but only on a file system with hard links."""
     try:
         os.link(old, new)
     except FileExistsError:

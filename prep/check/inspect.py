@@ -94,9 +94,10 @@ def summary_lines(store: Store) -> Iterator[str]:
 
 
 def find_record(store: Store, split: str, key: str, runner: Runner) -> tuple[str, Datum]:
-    """Find a record by its key: (path of the shard, record). The key may lack its leading zeros.
+    """Find a record by its key, and return the path of the record's shard and the record.
 
-    Raises StoreError if no shard has the key, or if the record is damaged.
+    The leading zeros of the key may be left out. Raises StoreError if no shard has the key, or if the record is
+    damaged.
     """
     if not (key.isascii() and key.isdigit()):
         raise StoreError(f"--key {key!r}: expected a number such as {name_text(lmdb_shard.record_key(17))} or 17.")

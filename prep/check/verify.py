@@ -1,8 +1,8 @@
 """Verifies a store: checks every record, and compares every shard and file with the manifest.
 
-A record is checked against its own checksum and the store's settings. A fault is reported with shard, key and source
-path, if these are known. LMDB does not check its data file for damage, so a truncated or damaged file can crash the
-process that reads the file. Therefore worker processes read the shards.
+A record is compared with its own checksum and with the settings of the store. A fault is reported with the shard, the
+key and the source path of the record, if they are known. LMDB does not check its data file for damage, so a truncated
+or damaged file can crash the process that reads the file. Therefore worker processes read the shards.
 """
 
 from __future__ import annotations
@@ -37,21 +37,21 @@ from prep.store.manifest import (
 )
 from prep.workers import Runner, TaskProgress, WorkerDied
 
-# A jpeg store's manifest has the colour moments of the pixels before compression. The stored images have slightly
-# different moments. The two bounds below allow the largest errors that 4:2:0 chroma subsampling can cause. Images
-# of alternating lines of two saturated colours have these errors. In stores of hundreds of photographs at quality 50 or
-# more, the errors are at most 0.1 grey levels (mean) and 1 % (covariance). If the moments in the manifest are changed
-# later, the manifest's checksum is wrong.
+# The manifest of a jpeg store has the colour moments of the pixels before compression. The stored images have slightly
+# different moments. The two bounds below allow the largest errors that 4:2:0 chroma subsampling can cause. The largest
+# errors occur in images of alternating lines of two saturated colours. In stores of hundreds of photographs with
+# quality 50 or more, the mean is wrong by at most 0.1 grey levels, and the covariance by at most 1 %. If the moments in
+# the manifest are changed later, the manifest's checksum is wrong.
 MAX_MEAN_ERROR = 64.0  # largest error of a channel's mean, in grey levels
 MAX_COVARIANCE_ERROR = 1.1  # largest error of a covariance entry, relative to the largest entry of the covariance
-_MIN_QUALITY = 50  # mean and covariance are not compared at a lower quality
+_MIN_QUALITY = 50  # below this JPEG quality, mean and covariance are not compared
 
 
 @dataclass(frozen=True)
 class Fault:
     """One difference between a store and its manifest, or one damaged record."""
 
-    where: str  # a shard, such as `train/00003`, or a file of the store
+    where: str  # name of a shard, such as `train/00003`, or of a file of the store
     key: str  # key of the record; empty if the fault does not concern a single record
     source: str  # path of the record's input, if it can still be read
     what: str
@@ -65,7 +65,7 @@ class Fault:
 
 @dataclass(frozen=True)
 class _ShardCheck:
-    """The task to verify one shard. A task is pickled for a worker process."""
+    """The task of verifying one shard. A task is pickled and sent to a worker process."""
 
     root: Path
     shard: Shard
@@ -79,7 +79,7 @@ class _ShardFindings:
     """Result of the check of one shard."""
 
     faults: list[Fault] = field(default_factory=list)
-    keys: tuple[int, int] = (-1, -1)  # first and last key
+    keys: tuple[int, int] = (-1, -1)  # keys of the first and the last record
     records: int = 0
     labels: Counter[int] = field(default_factory=Counter)
     moments: Moments = field(default_factory=Moments)
@@ -93,7 +93,7 @@ def verify_split(store: Store, split: str, runner: Runner, progress: Progress, d
     findings: dict[str, _ShardFindings] = {}
     square_sum = np.zeros((store.settings.side_px, store.settings.side_px, 3), np.int64)
     faults: list[Fault] = []
-    done_before, bad_before = progress.done, progress.bad  # counts of the splits that were verified earlier
+    done_before, bad_before = progress.done, progress.bad  # counts of the splits that were verified before this split
     on_progress = lambda counts: progress.update(done_before + counts.done, bad_before + counts.bad)  # noqa: E731
     for task, result in runner.map(check_shard, tasks, on_progress):
         if isinstance(result, WorkerDied):
@@ -105,7 +105,7 @@ def verify_split(store: Store, split: str, runner: Runner, progress: Progress, d
         else:
             if result.square_sum is not None:
                 square_sum += result.square_sum
-                result.square_sum = None  # frees megabytes for each shard
+                result.square_sum = None  # this frees megabytes for each shard
             findings[task.shard.path] = result
             faults += result.faults
     try:
@@ -119,7 +119,7 @@ def verify_split(store: Store, split: str, runner: Runner, progress: Progress, d
 
 
 def check_shard(task: _ShardCheck, task_progress: TaskProgress) -> _ShardFindings:
-    """Check each record of one shard. If no record is damaged, compare counts and digest with the manifest."""
+    """Check each record of one shard. If no record is damaged, compare the counts and the digest with the manifest."""
     found, shard, digest, size, last_key = _ShardFindings(), task.shard, sha256(), 0, -1
     sums = PixelSums(task.settings.side_px)
     try:
@@ -199,7 +199,7 @@ def _readable_source(value: bytes) -> str:
 
 
 def _check_manifest(store: Store, name: str) -> Iterator[Fault]:
-    """Find faults of the manifest and of the files next to the shards. No record is read."""
+    """Find faults of the manifest, and of the files that lie next to the shards. No record is read."""
     split = store.split(name)
     where = "manifest.json"
 
@@ -241,7 +241,7 @@ def _check_manifest(store: Store, name: str) -> Iterator[Fault]:
 
 
 def same_color_stats(written: ColorStats, computed: ColorStats) -> bool:
-    """Whether two statistics agree.
+    """Return whether two statistics agree.
 
     Counts, mean and covariance must be equal. Eigenvalues, standard deviations and eigenvectors may differ by
     1e-9·(1 + |value|), since their last digits vary between machines.
@@ -275,7 +275,7 @@ def _check_files(store: Store, name: str) -> Iterator[Fault]:
 def _check_totals(
     store: Store, name: str, findings: Sequence[_ShardFindings], square_sum: npt.NDArray[np.int64] | None
 ) -> Iterator[Fault]:
-    """Compare keys, label counts and pixel statistics of undamaged records with the manifest."""
+    """Compare keys, label counts and pixel statistics of the undamaged records with the manifest."""
     split = store.split(name)
     where = "manifest.json"
     labels: Counter[int] = Counter()
@@ -300,7 +300,8 @@ def _check_pixel_statistics(
 ) -> Iterator[Fault]:
     """Compare the pixel statistics of the stored images with the statistics that the build wrote.
 
-    For ppm, moments and mean image must be equal. For jpeg, mean and covariance of RGB may differ within bounds.
+    For ppm stores, moments and mean image must be equal. For jpeg stores, mean and covariance of RGB may differ within
+    bounds.
     """
     where, exact = "manifest.json", store.settings.format == "ppm"
     stated = Moments.from_json(split.moments)

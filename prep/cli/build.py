@@ -151,8 +151,9 @@ def build_lmdb(
 
 
 def _list_splits(found: Mapping[str, SplitSource], options: ListOptions, store: Path, restart: bool) -> list[Source]:
-    """List all splits. All splits have the classes of the store, of an unfinished build in it, or of the first split.
+    """List all splits.
 
+    All splits have the same classes: those of the store, of an unfinished build in the store, or of the first split.
     Raises WrongArgument if --labels is given and every split has class folders.
     """
     from prep.build.resume import begun_classes
@@ -180,7 +181,7 @@ def _list_splits(found: Mapping[str, SplitSource], options: ListOptions, store: 
 def _dry_run(
     sources: Sequence[Source], store: Path, settings: Settings, runner: Runner, policy: BuildPolicy, as_json: bool
 ) -> None:
-    """Print estimates for all splits. Raises the error with which the build would end before it starts."""
+    """Print estimates for all splits. Raises the error that a build of these splits would raise."""
     from prep.build.split import estimate_build
     from prep.build.split_checks import compare_splits, refuse_estimates
 
@@ -213,7 +214,7 @@ def _parse_part(part: str | None, cluster: str | None, dry_run: bool, restart: b
 
 
 def _command_line(context: click.Context) -> str:
-    """Return the command line of `build-lmdb` without --part, --jobs and --json, to be shown to a person."""
+    """Return the command line of `build-lmdb` without --part, --jobs and --json, for messages."""
     words = ["alexprep", "build-lmdb"]
     for parameter in context.command.params:
         name, value = parameter.name or "", context.params.get(parameter.name or "")
@@ -309,8 +310,9 @@ def import_caffe(
 ) -> None:
     """Build a split from LMDBs that Caffe's convert_imageset wrote.
 
-    Encoded images and bare pixels (C,H,W, blue first) go through the same steps as image files. Labels do not change.
-    Prefer the original images to such LMDBs: the resizing and compression of convert_imageset cannot be undone.
+    Encoded images and bare pixels (C,H,W, blue first) go through the same steps as image files. The labels of Caffe are
+    kept. Prefer the original images to such LMDBs, because the resizing and compression of convert_imageset cannot be
+    undone.
 
     \b
     Example:

@@ -38,8 +38,9 @@ from prep.store.manifest import SPLITS, Store
 def verify(store: Path, split: str | None, quick: bool, jobs: int | None, cluster: str | None, as_json: bool) -> None:
     """Verify every record of a store against its checksum and the manifest, and print each fault.
 
-    Images are decoded, and their colour sums are compared with the sums of the build. For ppm, the sums must be equal.
-    For jpeg, the sums may differ by the error of JPEG compression. The exit code is 1 if there is a fault.
+    Images are decoded, and their colour sums are compared with the sums of the build. For ppm stores, the sums must be
+    equal. For jpeg stores, the sums may differ by the error of JPEG compression. The exit code is 1 if a fault is
+    found.
 
     \b
     Example:
@@ -160,7 +161,7 @@ def _inspect_record(store: Store, split: str, key: str, out: Path | None, as_jso
 def export_files(out: Path, store: Path, split: str, jobs: int | None, as_json: bool) -> None:
     """Write the image of every record of a split to OUT/CLASS/NAME.
 
-    The files are the stored images, byte for byte. After an interruption the same command resumes the export.
+    Each file has the bytes of the stored image. After an interruption the same command resumes the export.
 
     \b
     Example:

@@ -9,7 +9,8 @@ import click
 from prep.console import bytes_text, count_noun, duration_text, json_option, print_json, progress, usable_cores
 from prep.files import no_lock_option
 
-_MAX_DEFAULT_JOBS = 8  # more parallel transfers make each transfer slower without using more of the connection
+# More parallel transfers would make each transfer slower, because together they already use the whole connection.
+_MAX_DEFAULT_JOBS = 8
 
 
 @click.command("copy")

@@ -37,7 +37,8 @@ cluster_option = click.option(
 allow_empty_option = click.option(
     "--allow-empty-classes",
     is_flag=True,
-    help="Accept classes without a photograph. Such classes keep their labels.  [default: the command ends with an "
+    help="Accept classes without a photograph. Classes without a photograph keep their labels.  [default: the command"
+    " ends with an "
     "error that names such classes]",
 )
 
@@ -99,8 +100,9 @@ _RECORD_OPTIONS = (
         default=0,
         show_default=True,
         metavar="N",
-        help="Decode JPEGs with more than N pixels at 1/2, 1/4 or 1/8 of their size, but at least twice --side. This "
-        "bounds the memory of large photographs and changes their pixels slightly. 0: never.",
+        help="Decode JPEGs with more than N pixels at 1/2, 1/4 or 1/8 of their size, but at least twice --side. "
+        "Decoding at reduced size limits the memory for large photographs and changes their pixels slightly. 0: "
+        "never.",
     ),
     click.option(
         "--time-limit",
@@ -148,9 +150,9 @@ def record_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def make_runner(cluster: str | None, jobs: int | None, preload: str = "") -> WorkerPool | ClusterRunner:
-    """Return the runner that --cluster and --jobs describe, to be used in a `with` block.
+    """Return the runner that --cluster and --jobs describe, for use in a `with` block.
 
-    See WorkerPool for `preload`.
+    `preload` is described in WorkerPool.
     """
     if cluster is None:
         from prep.workers import WorkerPool
@@ -162,5 +164,8 @@ def make_runner(cluster: str | None, jobs: int | None, preload: str = "") -> Wor
 
 
 def path_for(cluster: str | None, path: Path) -> Path:
-    """Return `path`. For a cluster, the path is made absolute, because its processes have other working directories."""
+    """Return `path`.
+
+    For a cluster, the path is made absolute, because the processes of a cluster have other working directories.
+    """
     return path if cluster is None else Path(os.path.abspath(path))

@@ -24,7 +24,10 @@ def central_offset(length: Length, side_px: int) -> Length:
 
 
 def central_square(pixels: npt.NDArray[Number], side_px: int) -> npt.NDArray[Number]:
-    """View (side_px, side_px, ...) of the central square of `pixels` (H, W, ...). H and W are at least `side_px`."""
+    """Return a view (side_px, side_px, ...) of the central square of `pixels` (H, W, ...).
+
+    H and W are at least `side_px`.
+    """
     height, width = pixels.shape[:2]
     top, left = central_offset(height, side_px), central_offset(width, side_px)
     return pixels[top : top + side_px, left : left + side_px]

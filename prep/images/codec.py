@@ -1,11 +1,11 @@
 """Image decoding to RGB with limits for hostile files (formats.py lists the formats); JPEG and PPM encoding.
 
 22 of ILSVRC's JPEGs are CMYK and are converted to RGB. EXIF orientation is reported but not applied; the authors' data
-preparation did not apply it either. Transparent images are drawn over a background colour. Of 16-bit channels, the high
-bytes are kept. Nearly all files of ILSVRC are colour JPEGs. libjpeg-turbo (prep.images.jpeg) decodes colour JPEGs a
-quarter faster than Pillow and gives the same pixels. Pillow decodes the other formats, the grey and CMYK JPEGs, and the
-JPEGs that libjpeg-turbo cannot decode or warns about. A decoder may raise any exception for broken bytes; decode_image
-raises BadImage for all of them.
+preparation did not apply it either. Transparent images are drawn over a background colour. From channels of 16 bits,
+only the high bytes are kept. Nearly all files of ILSVRC are colour JPEGs. libjpeg-turbo (prep.images.jpeg) decodes
+these files a quarter faster than Pillow, with the same pixels. Pillow decodes the other formats, the grey and CMYK
+JPEGs, and the JPEGs that libjpeg-turbo cannot decode or warns about. For broken bytes, a decoder may raise any
+exception. decode_image raises BadImage instead.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ T = TypeVar("T")
 
 _EXIF_ORIENTATION = 0x0112
 _MAX_SCANS = 20  # limit for the scans of a progressive JPEG with the largest allowed number of pixels
-_MAX_SEGMENTS = 10_000  # limit for a JPEG's segments before its first scan; Pillow needs at least 1 µs for each segment
+# Limit for the segments of a JPEG before its first scan; Pillow needs at least 1 µs for each segment.
+_MAX_SEGMENTS = 10_000
 _UNDO_ORIENTATION = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -48,7 +49,7 @@ _UNDO_ORIENTATION = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_270,
 }
-_USUAL_CONTAINER = "jpeg"  # format of ILSVRC's files; an image in another format counts as converted
+_USUAL_CONTAINER = "jpeg"  # format of the files of ILSVRC; an image in another format counts as converted
 
 
 @dataclass(frozen=True)
@@ -57,8 +58,9 @@ class DecodeOptions:
 
     max_pixels: int = MAX_PIXELS  # an image with more pixels is refused before it is decoded
     background: str = DEFAULT_BACKGROUND  # colour behind transparent pixels, see prep.images.rgb
-    # JPEGs with more pixels are decoded at 1/2, 1/4 or 1/8 of their size, but with at least `min_side_px` on the
-    # shorter side. 0: never. This bounds the memory of large photographs, and changes their pixels slightly.
+    # JPEGs with more pixels are decoded at 1/2, 1/4 or 1/8 of their size, but the shorter side keeps at least
+    # `min_side_px`. 0: never. Decoding at reduced size limits the memory for large photographs, and changes their
+    # pixels slightly.
     reduce_above: int = 0
     min_side_px: int = 1
 
@@ -71,18 +73,20 @@ class DecodedImage:
     """RGB pixels of a decoded file, with its conversions, EXIF orientation and warnings."""
 
     pixels: npt.NDArray[np.uint8]  # (H, W, 3)
-    # conversions made: the format unless it is JPEG ("png"…), "16-bit"…, "grey", "cmyk", "palette", "alpha", "reduced"
+    # names of the conversions: the format unless the file is a JPEG ("png"…), "16-bit"…, "grey", "cmyk", "palette",
+    # "alpha", "reduced"
     converted: tuple[str, ...]
-    orientation: int  # EXIF orientation, 1..8, not applied to `pixels`; 1 if the file has none
-    warnings: tuple[str, ...] = ()  # warnings of the decoding library about damage that it ignored
-    file_pixels: int = 0  # number of pixels of the image in the file; more than in `pixels` if the image was reduced
+    orientation: int  # EXIF orientation, 1..8, which is not applied to `pixels`; 1 if the file has no orientation
+    warnings: tuple[str, ...] = ()  # warnings of the decoding library about damage that the library ignored
+    # Number of pixels of the image in the file; larger than the number in `pixels` if the image was reduced.
+    file_pixels: int = 0
 
 
 def decode_image(content: bytes, options: DecodeOptions = DEFAULT_OPTIONS) -> DecodedImage:
-    """Decode an image file to RGB. Raises BadImage, with the reason, for everything that cannot be decoded.
+    """Decode an image file to RGB. Raises BadImage, with the reason, if a file cannot be decoded.
 
     Only the first image of an animation or of a file with several images is decoded. `options.max_pixels` limits the
-    memory. A limit on the scans of a progressive JPEG limits the decoding time.
+    memory for decoding. A limit on the scans of a progressive JPEG limits the decoding time.
     """
     if not content:
         raise BadImage("empty file")
@@ -98,9 +102,9 @@ def decode_image(content: bytes, options: DecodeOptions = DEFAULT_OPTIONS) -> De
 
 
 def _decode_color_jpeg(content: bytes, options: DecodeOptions) -> DecodedImage | None:
-    """Decode an RGB or YCbCr JPEG with libjpeg-turbo. Raises BadImage for too many pixels or scans.
+    """Decode an RGB or YCbCr JPEG with libjpeg-turbo. Raises BadImage if the file has too many pixels or scans.
 
-    Returns None for another colour space, or if libjpeg-turbo cannot decode the file or warns about it.
+    Returns None for a JPEG in another colour space, or if libjpeg-turbo cannot decode the file or warns about it.
     """
     has_exif = _has_exif(content)
     try:
@@ -111,7 +115,7 @@ def _decode_color_jpeg(content: bytes, options: DecodeOptions) -> DecodedImage |
             return None
     except BadImage:
         raise
-    except Exception:  # simplejpeg raises KeyError for an unusual sampling of the colours
+    except Exception:  # simplejpeg raises KeyError for an unusual sampling of the colour channels
         return None
     factor = _reduction(width, height, options)
     try:
@@ -120,17 +124,17 @@ def _decode_color_jpeg(content: bytes, options: DecodeOptions) -> DecodedImage |
         return None
     orientation = 1
     if has_exif:
-        with suppress(BadImage):  # ignore a broken EXIF block: the pixels are good
+        with suppress(BadImage):  # a broken EXIF block is ignored, because the pixels are good
             orientation, _ = _with_pillow(content, options, _exif_orientation)
     converted = ("reduced",) if factor > 1 else ()
     return DecodedImage(pixels, converted, orientation, file_pixels=width * height)
 
 
 def _reduction(width: int, height: int, options: DecodeOptions) -> int:
-    """Return the number by which the decoder divides both sides of a JPEG: 1, 2, 4 or 8.
+    """Return the factor by which the decoder reduces both sides of a JPEG: 1, 2, 4 or 8.
 
-    The number is the smallest one that gives at most options.reduce_above pixels. The number is smaller if the shorter
-    side would otherwise have less than options.min_side_px.
+    The factor is the smallest one with which the image has at most options.reduce_above pixels. A smaller factor is
+    returned if the shorter side would otherwise have fewer than options.min_side_px pixels.
     """
     factor = 1
     while (
@@ -144,9 +148,10 @@ def _reduction(width: int, height: int, options: DecodeOptions) -> int:
 
 
 def _has_exif(content: bytes) -> bool:
-    """Whether a JPEG has an EXIF segment before its first scan. Raises BadImage for too many segments.
+    """Return whether a JPEG has an EXIF segment before its first scan.
 
-    A segment begins with a byte FF, any number of further FF bytes as padding, a marker byte and the segment's length.
+    Raises BadImage if the file has too many segments. A segment begins with a byte FF, any number of further FF bytes
+    as padding, a marker byte and the segment's length.
     """
     offset = 2
     for _ in range(_MAX_SEGMENTS):
@@ -162,11 +167,14 @@ def _has_exif(content: bytes) -> bool:
     raise BadImage(f"more than {_MAX_SEGMENTS:,} segments before the first scan")
 
 
-_pillow_lock = threading.Lock()  # _with_pillow sets a limit and a filter that the whole process shares
+_pillow_lock = threading.Lock()  # _with_pillow sets a limit and a warning filter that the whole process shares
 
 
 def _unlock_in_child() -> None:
-    """In a forked child, replace the lock: the thread that may have held it does not exist in the child."""
+    """In a forked child, replace the lock.
+
+    The thread of the parent that may have held the lock does not exist in the child.
+    """
     global _pillow_lock
     _pillow_lock = threading.Lock()
 
@@ -175,14 +183,17 @@ os.register_at_fork(after_in_child=_unlock_in_child)
 
 
 def _with_pillow(content: bytes, options: DecodeOptions, use: Callable[[Image.Image], T]) -> tuple[T, list[str]]:
-    """Open `content` with Pillow. Returns `use(image)` and the lines that libraries wrote to standard error.
+    """Open `content` with Pillow.
 
-    Raises BadImage if Pillow raises an exception. The reason then contains these lines.
+    Returns two values: `use(image)`, and the lines that libraries wrote to standard error. Raises BadImage if Pillow
+    raises an exception. The reason in the BadImage then contains these lines.
     """
     formats, said = pillow_formats(content[:HEAD_BYTES]), list[str]()
     with _pillow_lock, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow warns about odd EXIF data (harmless) and large sizes (checked here)
-        largest, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, options.max_pixels  # Pillow allows twice this number
+        # Pillow warns about odd EXIF data, which is harmless, and about large sizes, which this module checks.
+        warnings.simplefilter("ignore")
+        # Pillow allows twice the number that is set.
+        largest, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, options.max_pixels
         try:
             with caught_stderr() as said, Image.open(io.BytesIO(content), formats=formats) as image:
                 result = use(image)
@@ -190,7 +201,8 @@ def _with_pillow(content: bytes, options: DecodeOptions, use: Callable[[Image.Im
         except BadImage:
             raise
         except UnidentifiedImageError:
-            if not said and len(formats) > 1:  # a short signature, with which files of other formats may also begin
+            # Formats with a short signature, which files of other formats may have, too.
+            if not said and len(formats) > 1:
                 raise BadImage(unknown_format()) from None
             raise BadImage(f"cannot be decoded: {'; '.join(said) or 'damaged or cut short'}") from None
         except Image.DecompressionBombError as error:
@@ -215,7 +227,7 @@ def _decode_with_pillow(image: Image.Image, content: bytes, options: DecodeOptio
         _check_scans(width, height, content, options)
         factor = _reduction(width, height, options)
         if factor > 1:
-            image.draft(None, (width // factor, height // factor))  # None keeps the mode
+            image.draft(None, (width // factor, height // factor))  # a mode of None keeps the mode of the file
             converted.append("reduced")
     else:
         converted.append((image.format or "unknown").lower())
@@ -224,7 +236,7 @@ def _decode_with_pillow(image: Image.Image, content: bytes, options: DecodeOptio
     warning = ""
     if is_jpeg:
         warning = find_warning(content, {"L": "GRAY", "CMYK": "CMYK"}.get(image.mode, "RGB"))
-    elif image.format == "TIFF" and orientation in _UNDO_ORIENTATION:  # undo Pillow, which turns a TIFF upright
+    elif image.format == "TIFF" and orientation in _UNDO_ORIENTATION:  # Pillow turns a TIFF upright: undo the turn
         image = image.transpose(_UNDO_ORIENTATION[orientation])
     pixels, names = rgb_pixels(image, facts, options.background)
     return DecodedImage(
@@ -262,7 +274,7 @@ def _exif_orientation(image: Image.Image) -> int:
         return 1
     try:
         value = image.getexif().get(_EXIF_ORIENTATION, 1)
-    except Exception:  # ignore a broken EXIF block: the pixels may be good
+    except Exception:  # a broken EXIF block is ignored, because the pixels may be good
         return 1
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
@@ -270,7 +282,7 @@ def _exif_orientation(image: Image.Image) -> int:
 def check_rescaled_size(pixels: npt.NDArray[np.uint8], side_px: int, keep_aspect: bool) -> None:
     """Raise BadImage if `keep_aspect` is set and the rescaled image would be too large.
 
-    The limits are MAX_RESCALED_PIXELS for the image and 65,000 px for a side (libjpeg's limit is 65,500 px).
+    The rescaled image may have MAX_RESCALED_PIXELS, and a side may have 65,000 px (libjpeg allows 65,500 px).
     """
     height, width = pixels.shape[:2]
     new_width, new_height = rescaled_size(width, height, side_px)
@@ -289,11 +301,11 @@ def encode_image(pixels: npt.NDArray[np.uint8], format: str, quality: int) -> by
 
 
 def ppm_header(height: int, width: int) -> bytes:
-    """Return a P6 header of 3·width bytes: a comment pads the header to the size of one row of pixels.
+    """Return a P6 header of 3·width bytes. A comment pads the header to the size of one row of pixels.
 
-    Any image library can open a PPM with this header. Code that knows the header's size can view the file's bytes as
-    uint8 (height + 1, width, 3) and skip the first row, without decoding or copying. Raises ValueError if `width` is so
-    small that the header would be longer than a row.
+    Any image library can open a PPM with this header. Code that knows the size of the header can view the bytes of the
+    file as uint8 (height + 1, width, 3) and skip the first row. Nothing is decoded or copied. Raises ValueError if
+    `width` is so small that the header would be longer than a row.
     """
     head, tail = b"P6\n#", f"\n{width} {height}\n255\n".encode()
     padding = 3 * width - len(head) - len(tail)

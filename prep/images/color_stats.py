@@ -1,7 +1,8 @@
 """Colour statistics: exact sums over pixels, and from them the mean and the principal components of RGB.
 
-Sums of 8-bit pixels and of their products are integers and are kept as integers. So the sums are the same for any
-number of workers, any order of the images and any machine. The sums of two sets of images can be added.
+Sums of 8-bit pixels and of their products are integers and are kept as integers. The sums are therefore the same for
+any number of workers, any order of the images and any machine. To get the sums of a union of two sets of images, add
+the sums of both sets.
 """
 
 from __future__ import annotations
@@ -24,21 +25,22 @@ from prep.store.manifest import ColorStats, Store, StoreError
 from prep.workers import Runner, TaskProgress, WorkerDied
 
 PIXEL_SCALE = 255
-_EXACT_ROWS = 256  # number of products that float32 sums exactly: 256 · 255² < 2^24, the limit for exact integers
-_MAX_PENDING = 257  # number of 8-bit images that uint16 sums without overflow: 257 · 255 < 2^16
+# Number of products that float32 sums exactly: 256 · 255² is less than 2^24, the limit for exact integers.
+_EXACT_ROWS = 256
+_MAX_PENDING = 257  # number of 8-bit images that uint16 sums without overflow: 257 · 255 is less than 2^16
 
 
 @dataclass(frozen=True)
 class Moments:
-    """Pixel count and sums over pixels, as Python integers, which do not overflow. Two Moments can be added with +."""
+    """Pixel count and sums over pixels, as Python integers, which cannot overflow. Two Moments can be added with +."""
 
     pixels: int = 0
-    total: tuple[int, ...] = (0, 0, 0)  # sum of RGB
-    outer: tuple[tuple[int, ...], ...] = ((0, 0, 0), (0, 0, 0), (0, 0, 0))  # sum of RGB·RGBᵀ
+    total: tuple[int, ...] = (0, 0, 0)  # sum of the RGB vectors of all pixels
+    outer: tuple[tuple[int, ...], ...] = ((0, 0, 0), (0, 0, 0), (0, 0, 0))  # sum of RGB·RGBᵀ over all pixels
 
     @staticmethod
     def of(image: npt.NDArray[np.uint8]) -> Moments:
-        """Return moments of one image, uint8 (H, W, 3), with at most 2^37 pixels."""
+        """Return the moments of one image, uint8 (H, W, 3), with at most 2^37 pixels."""
         sums = PixelSums(0)
         sums.add(image)
         return sums.moments
@@ -59,7 +61,7 @@ class Moments:
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> Moments:
-        """Return the inverse of to_json."""
+        """Return the moments that to_json has written as a JSON object."""
         return Moments(int(data["pixels"]), tuple(data["total"]), tuple(tuple(row) for row in data["outer"]))
 
 
@@ -69,8 +71,9 @@ class PixelSums:
     def __init__(self, side_px: int) -> None:
         self.side_px = side_px
         self._pixels = 0
-        self._sums = np.zeros(9, np.int64)  # R, G, B, RR, RG, RB, GG, GB, BB
-        self._pending_squares = np.zeros((side_px, side_px, 3), np.uint16)  # sum of at most _MAX_PENDING squares
+        self._sums = np.zeros(9, np.int64)  # sums of R, G, B, RR, RG, RB, GG, GB, BB
+        # Sum of at most _MAX_PENDING central squares.
+        self._pending_squares = np.zeros((side_px, side_px, 3), np.uint16)
         self._squares = np.zeros((side_px, side_px, 3), np.int64)
         self._pending = 0
 
@@ -91,7 +94,7 @@ class PixelSums:
 
     @property
     def moments(self) -> Moments:
-        """Moments of all pixels added so far. The moments are exact for fewer than 2^47 pixels."""
+        """Moments of all pixels that were added so far. The moments are exact for fewer than 2^47 pixels."""
         r, g, b, rr, rg, rb, gg, gb, bb = self._sums.tolist()
         return Moments(self._pixels, (r, g, b), ((rr, rg, rb), (rg, gg, gb), (rb, gb, bb)))
 
@@ -106,14 +109,14 @@ class PixelSums:
 def _add_moments(image: npt.NDArray[np.uint8], sums: npt.NDArray[np.int64]) -> None:
     """Add the sums over `image` to `sums` with NumPy. The result equals the result of add_moments in kernels.c.
 
-    A sum of 256 products of 8-bit numbers is less than 2^24, so float32, the fastest type, is exact for 256 rows. The
-    sums over blocks of 256 rows are added in float64, which is exact up to 2^53. The channels stay interleaved. The
-    elementwise product of a row and the same row shifted by one element contains R·G and G·B. With a shift of two
-    elements the product contains R·B.
+    A sum of 256 products of 8-bit numbers is less than 2^24. So float32, the fastest type, is exact for 256 rows. The
+    sums over blocks of 256 rows are added in float64, which is exact up to 2^53. In each row, the three channels stay
+    interleaved. The elementwise product of a row and the same row shifted by one element contains R·G and G·B. A
+    product with a shift of two elements contains R·B.
     """
     height, width = image.shape[:2]
     rows = image.reshape(height, 3 * width)
-    column_sums = np.zeros((4, 3 * width))  # sums of x[k], x[k]², x[k]·x[k + 1], x[k]·x[k + 2]
+    column_sums = np.zeros((4, 3 * width))  # column sums of x[k], x[k]², x[k]·x[k + 1] and x[k]·x[k + 2]
     for start in range(0, height, _EXACT_ROWS):
         block = rows[start : start + _EXACT_ROWS].astype(np.float32)
         column_sums[0] += np.ones(len(block), np.float32) @ block
@@ -128,9 +131,9 @@ def compute_color_stats(records: int, moments: Moments) -> ColorStats:
     """Return mean, covariance (divisor pixels − 1, like numpy.cov) and principal components of RGB in 0..255.
 
     Eigenvalues are in descending order. The first nonzero component of each eigenvector, normally red, is positive. In
-    natural images the red components of all three eigenvectors are well away from zero, so different sets of natural
-    images give the same signs. Each covariance is an exact quotient of integers, rounded once to float64. Raises
-    StoreError for fewer than two pixels.
+    natural images the red components of all three eigenvectors are far from zero, so different sets of natural images
+    give the same signs. Each covariance is an exact quotient of integers, rounded once to float64. Raises StoreError
+    for fewer than two pixels.
     """
     n = moments.pixels
     if n < 2:
@@ -161,8 +164,8 @@ def recompute_color_stats(store: Store, split: str, runner: Runner, progress: Pr
     """Compute the colour statistics again from the records of a split. `runner` runs one task for each shard.
 
     For a ppm store the result equals the statistics of the build, bit for bit. For a jpeg store the last digits differ,
-    because the build sums the pixels before compression. Raises StoreError for a damaged record; the message names the
-    shard and the key.
+    because the build sums the pixels before compression. Raises StoreError for a damaged record. The message names the
+    shard and the key of the record.
     """
     moments, records = Moments(), 0
     paths = store.shard_paths(split)

@@ -18,7 +18,7 @@ HEAD_BYTES = 32  # number of bytes at the beginning of a file that show its form
 
 JPEG_SIGNATURE = b"\xff\xd8\xff"
 _SIGNATURES = (JPEG_SIGNATURE, b"\x89PNG", b"GIF8", b"BM", b"RIFF", b"II", b"MM", b"P")
-# Pillow's names of the formats of these signatures. EPS is excluded, because Pillow starts Ghostscript to decode it.
+# Pillow's names of the formats with these signatures. EPS is excluded, because Pillow starts Ghostscript to decode it.
 _FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM")
 
 _JXL_SIGNATURES = (b"\xff\x0a", b"\0\0\0\x0cJXL \r\n\x87\n")
@@ -30,11 +30,11 @@ _PLUGINS = {"HEIF": ("HEIC", "pillow_heif", "heic"), "JXL": ("JPEG XL", "pillow_
 
 
 class BadImage(ValueError):
-    """A file that cannot be used as an image. The message is the reason, without the file's name.
+    """A file that cannot be used as an image. The message gives the reason, without the name of the file.
 
-    If an option can raise the limit that made the image bad, `limit` holds the option's name and the value of the
-    image, such as {"limit": "max_pixels", "pixels": 240000000}. The keys of `limit` become keys of the outcome in
-    inputs.jsonl.
+    If an option can raise the limit that the image exceeds, `limit` holds the name of the option and the value of the
+    image, such as {"limit": "max_pixels", "pixels": 240000000}. The keys of `limit` become keys of the input's outcome
+    in inputs.jsonl.
     """
 
     def __init__(self, reason: str, **limit: Any) -> None:
@@ -43,12 +43,15 @@ class BadImage(ValueError):
 
 
 def has_image_signature(head: bytes) -> bool:
-    """Whether a file that begins with `head` (HEAD_BYTES) may be an image; formats that need an extra count too."""
+    """Return whether a file that begins with `head` (HEAD_BYTES) may be an image.
+
+    Formats whose extra is not installed also count.
+    """
     return head.startswith(_SIGNATURES) or _modern_format(head) is not None
 
 
 def unreadable_reason(head: bytes) -> str:
-    """Return why a file that begins with `head` (HEAD_BYTES) cannot be read here; empty if it may be readable."""
+    """Return why a file that begins with `head` (HEAD_BYTES) cannot be read here; empty if the file may be readable."""
     if not has_image_signature(head):
         return unknown_format()
     format = _modern_format(head)
@@ -79,12 +82,12 @@ def unknown_format() -> str:
 
 
 def _modern_format(head: bytes) -> str | None:
-    """Return Pillow's name of the format of an AVIF, HEIC or JPEG XL file; None for other files."""
+    """Return Pillow's name of the format of an AVIF, HEIC or JPEG XL file, or None for other files."""
     if head.startswith(_JXL_SIGNATURES):
         return "JXL"
     if head[4:8] != b"ftyp":
         return None
-    # The major brand of the file and four compatible brands.
+    # the main brand of the file and four compatible brands
     brands = [head[first : first + 4] for first in (8, *range(16, HEAD_BYTES, 4))]
     if any(brand in _AVIF_BRANDS for brand in brands):
         return "AVIF"
@@ -93,7 +96,7 @@ def _modern_format(head: bytes) -> str | None:
 
 @cache
 def _can_read(format: str) -> bool:
-    """Whether Pillow can read AVIF, HEIF or JXL files here. Loads the plugin of the format."""
+    """Return whether Pillow can read files of the format AVIF, HEIF or JXL here. Loads the plugin of the format."""
     if format == "AVIF":
         return "avif" in features.get_supported_modules()
     try:

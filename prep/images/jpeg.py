@@ -1,7 +1,7 @@
 """JPEG decoding and encoding with libjpeg-turbo (simplejpeg). No other module sets options of the decoder or encoder.
 
-Decoding uses the accurate ("slow") integer DCT and smooth ("fancy") upsampling of the colour channels, as Pillow does
-and as DALI does on a CPU.
+Decoding uses the accurate ("slow") integer DCT, and smooth ("fancy") upsampling of the colour channels. Pillow and, on
+a CPU, DALI do the same.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ Pixels = npt.NDArray[np.uint8]  # (H, W, 3) RGB
 
 
 def decode_jpeg(content: bytes, reduced_to: tuple[int, int] | None = None) -> Pixels:
-    """Decode a JPEG to RGB pixels, uint8 (H, W, 3). Decoding releases the GIL.
+    """Decode a JPEG to RGB pixels, uint8 (H, W, 3). Decoding runs without Python's global interpreter lock (GIL).
 
-    With `reduced_to`, a (height, width) of the image divided by 2, 4 or 8 and rounded up, libjpeg makes the smaller
-    image directly from the coefficients, so that the whole image is never in memory.
+    `reduced_to` is the (height, width) of the image divided by 2, 4 or 8 and rounded up. With `reduced_to`, libjpeg
+    makes the smaller image directly from the coefficients, so that the whole image is never in memory.
 
     Raises ValueError for a file that libjpeg cannot decode or warns about. EXIF orientation is not applied.
     """
@@ -34,10 +34,11 @@ def decode_jpeg(content: bytes, reduced_to: tuple[int, int] | None = None) -> Pi
 
 
 def find_warning(content: bytes, color_space: str) -> str:
-    """Return the first warning of libjpeg-turbo about a JPEG that Pillow can decode; empty without a warning.
+    """Return libjpeg-turbo's first warning about a JPEG that Pillow can decode; empty if there is no warning.
 
-    For a file with an unusual sampling of the colours, the text is that the file cannot be checked. `color_space` is
-    simplejpeg's name of a colour space to which libjpeg can convert the image: "GRAY", "RGB", "CMYK".
+    For a file with an unusual sampling of the colour channels, the returned text says that the file cannot be checked.
+    `color_space` is simplejpeg's name of a colour space to which libjpeg can convert the image: "GRAY", "RGB" or
+    "CMYK".
     """
     fast = {"fastdct": True, "fastupsample": True}
     try:

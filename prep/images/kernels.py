@@ -1,6 +1,6 @@
 """Compiled loops for rescaling and colour sums (kernels.c). `native` is None if the loops cannot be used.
 
-The docstring of prep.compiled lists the cases in which the loops cannot be used. In these cases rescale.py and
+The docstring of prep.compiled lists the cases in which compiled loops cannot be used. In these cases rescale.py and
 color_stats.py compute the same results, bit for bit, with NumPy.
 """
 
@@ -37,7 +37,7 @@ class FilterPass(ctypes.Structure):
     )
 
     def __init__(self, first_inputs: npt.NDArray[np.int64], weights: npt.NDArray[Any]) -> None:
-        self.first_inputs = np.ascontiguousarray(first_inputs)  # attributes keep both arrays alive for the C code
+        self.first_inputs = np.ascontiguousarray(first_inputs)  # these attributes keep both arrays alive for the C code
         self.weights = np.ascontiguousarray(weights)
         self.size = self.first_inputs.nbytes + self.weights.nbytes  # bytes
         super().__init__(*weights.shape, self.first_inputs.ctypes.data, self.weights.ctypes.data)
@@ -61,10 +61,10 @@ class NativeKernels:
     def rescale(self, pixels: npt.NDArray[np.uint8], down: FilterPass, across: FilterPass) -> npt.NDArray[np.uint8]:
         """Filter an image, uint8 (H, W, 3), down the columns, then across the rows.
 
-        Returns uint8 (down.outputs, across.outputs, 3). Each pass rounds its sums to the nearest integer, halves to
-        even. Results are clipped to 0..255. The weights of the two passes are both float32 or both float64. The result
-        is exact if all sums fit the mantissa of this type, and if the values between the passes are at least two bits
-        shorter than the mantissa.
+        Returns uint8 (down.outputs, across.outputs, 3). Each pass rounds its sums to the nearest integer, with halves
+        rounded to even numbers. Results are clipped to 0..255. The weights of both passes are float32, or the weights
+        of both passes are float64. The result is exact if all sums fit the mantissa of this type. In addition, the
+        values between the passes must be at least two bits shorter than the mantissa.
         """
         pixels = np.ascontiguousarray(pixels)
         width = pixels.shape[1]
@@ -96,7 +96,10 @@ def is_correct(kernels: NativeKernels) -> bool:
     pixels = rng.integers(0, 256, (61, 83, 3), dtype=np.uint8)
 
     def random_pass(n_in: int, n_out: int, taps: int, denominator: int) -> tuple[Integers, Floats, Floats]:
-        """Return first inputs, weights (multiples of 1/denominator, of both signs), and their dense matrix."""
+        """Return first inputs, weights and the dense matrix of the weights.
+
+        The weights are multiples of 1/denominator and have both signs.
+        """
         first_inputs, columns = np.arange(n_out) * n_in // n_out, np.arange(taps)
         weights = (
             4 * rng.multinomial(denominator, np.ones(taps) / taps, n_out) - 3 * denominator // taps

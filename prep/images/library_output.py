@@ -1,6 +1,7 @@
 """Catches the lines that C libraries write to standard error while they decode a file.
 
-libtiff, for example, reports damaged data there, without the name of the file. The caller adds the name of the file.
+libtiff, for example, reports damaged data on standard error, without the name of the file. The caller adds the name of
+the file to the lines.
 """
 
 from __future__ import annotations
@@ -12,13 +13,16 @@ from contextlib import contextmanager, suppress
 
 _STDERR = 2
 _MAX_LINES, _MAX_CHARS, _MAX_READ_BYTES = 3, 160, 64_000
-_HARMLESS = ("Unknown field with tag",)  # libtiff writes this about every tag of Photoshop and of cameras
-_lock = threading.Lock()  # standard error belongs to the process, so one thread at a time may redirect it
-_before: list[int] = []  # a copy of the descriptor of standard error, while it is redirected
+_HARMLESS = ("Unknown field with tag",)  # libtiff writes this line about every tag of Photoshop and of cameras
+_lock = threading.Lock()  # standard error belongs to the process, so only one thread at a time may redirect it
+_before: list[int] = []  # a copy of the descriptor of standard error, while standard error is redirected
 
 
 def _reset_in_child() -> None:
-    """In a forked child, undo what another thread of the parent was doing: this thread does not exist in the child."""
+    """In a forked child, undo what another thread of the parent was doing.
+
+    That thread does not exist in the child.
+    """
     global _lock
     _lock = threading.Lock()
     if _before:
@@ -30,10 +34,11 @@ os.register_at_fork(after_in_child=_reset_in_child)
 
 @contextmanager
 def caught_stderr() -> Iterator[list[str]]:
-    """Redirect file descriptor 2 during a `with` block. After the block, the list holds what was written, as lines.
+    """Redirect file descriptor 2 during a `with` block.
 
-    Empty lines and known harmless lines are left out. At most three lines are kept, each of at most 160 characters; a
-    fourth entry counts the others. Another thread that enters such a block waits.
+    After the block, the list holds the lines that were written to the descriptor. Empty lines and known harmless lines
+    are left out. At most three lines are kept, each of at most 160 characters. A fourth entry gives the number of
+    further lines. Another thread that enters such a block waits until the first thread has left its block.
     """
     lines: list[str] = []
     with _lock:

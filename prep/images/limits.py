@@ -1,4 +1,7 @@
-"""Limits for inputs: numbers of pixels and bytes, and CPU time. Loads no library, so --help can use it."""
+"""Limits for inputs: number of pixels, number of bytes, CPU time.
+
+This module loads no library, so that --help can use the module.
+"""
 
 from __future__ import annotations
 
@@ -20,17 +23,22 @@ def too_slow_text(seconds: float) -> str:
 
 
 class _TimeIsUp(BaseException):
-    """Not an Exception, so that no `except Exception` round a library call takes it for an error of the library."""
+    """The exception that stops a slow decoder.
+
+    It is no subclass of Exception. A handler `except Exception` around the call of a library therefore does not catch
+    it.
+    """
 
 
 @contextmanager
 def cpu_time_limit(seconds: float, error: Exception) -> Iterator[None]:
     """Raise `error` in a `with` block when this process has used `seconds` of CPU time since the block began.
 
-    CPU time is that of all threads of the process; waiting for a disk does not count. There is no limit if `seconds` is
-    0 or if the block does not run in the main thread, which alone receives signals. Python stops the block between two
-    of its own instructions, so a long call of a C function is not interrupted: prep.workers ends the process then.
-    `error` is raised at the end of such a block, even if a library has swallowed the exception that stops the block.
+    The CPU time is the time of all threads of the process. Waiting for a disk does not count. There is no limit if
+    `seconds` is 0, or if the block does not run in the main thread. Only the main thread receives signals. Python can
+    stop the block only between two of its own instructions. A long call of a C function is therefore not interrupted,
+    and prep.workers ends the process instead. If a library has caught the exception that stops the block, `error` is
+    raised at the end of the block.
     """
     if not seconds or threading.current_thread() is not threading.main_thread():
         yield
@@ -51,7 +59,7 @@ def cpu_time_limit(seconds: float, error: Exception) -> Iterator[None]:
         finally:
             signal.setitimer(signal.ITIMER_PROF, 0)
     except _TimeIsUp:
-        pass  # `is_up` is set
+        pass  # `is_up` is set in this case
     finally:
         signal.signal(signal.SIGPROF, before)
         if is_up:

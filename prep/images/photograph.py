@@ -1,6 +1,7 @@
 """Prepares single photographs like the inputs of a build: decode, rescale, encode as in the store, central square.
 
-`prepare_photographs` does so in a separate process, which a file can crash or keep busy without harm to the caller.
+`prepare_photographs` works in a separate process. A file that crashes this process or keeps it busy does not harm the
+caller.
 """
 
 from __future__ import annotations
@@ -25,12 +26,12 @@ from prep.workers import NOT_STARTED, TaskProgress, WorkerDied, WorkerPool
 
 
 class Photograph(NamedTuple):
-    """A photograph, prepared like a record of a store."""
+    """A photograph that was prepared like a record of a store."""
 
     # uint8 (side_px, side_px, 3), RGB: the rescaled central square; for JPEG stores also encoded and decoded
     square: npt.NDArray[np.uint8]
-    orientation: int  # EXIF orientation, 1 if the file has none; not applied, as in alexprep
-    warnings: tuple[str, ...] = ()  # warnings of the decoder about damage that it ignored
+    orientation: int  # EXIF orientation, which is not applied, as in alexprep; 1 if the file has no orientation
+    warnings: tuple[str, ...] = ()  # warnings of the decoder about damage that the decoder ignored
 
 
 def prepare_photograph(path: Path, settings: Settings, max_pixels: int = MAX_PIXELS) -> Photograph:
@@ -52,12 +53,15 @@ def prepare_photograph(path: Path, settings: Settings, max_pixels: int = MAX_PIX
 
 
 def _read(path: Path) -> bytes:
-    """The content of a file. Raises BadImage for a file that cannot be read, is too large or is a device or FIFO."""
+    """Return the content of a file.
+
+    Raises BadImage for a file that cannot be read or is too large, and for a device or FIFO.
+    """
     try:
         status = path.stat()
         if stat.S_ISDIR(status.st_mode):
             raise BadImage("a folder, not a file")
-        if not stat.S_ISREG(status.st_mode):  # reading a FIFO or a device can take for ever
+        if not stat.S_ISREG(status.st_mode):  # reading a FIFO or a device may never end
             raise BadImage("not a regular file")
         if status.st_size > MAX_FILE_BYTES:
             raise BadImage(f"{status.st_size:,} bytes: more than {MAX_FILE_BYTES:,}")
@@ -78,8 +82,8 @@ def prepare_photographs(
 ) -> Iterator[tuple[Path, Photograph | BadImage]]:
     """Prepare image files, in order, in a separate process. Yields (path, photograph), or (path, error) for a bad file.
 
-    A file at which the process crashes or uses too much CPU time is bad, too; the next file gets a new process. Raises
-    UserError if the process ends before it reads a file.
+    A file is also bad if the process crashes or uses too much CPU time while reading it. The next file gets a new
+    process. Raises UserError if the process ends before reading a file.
     """
     tasks = [_Task(path, settings, max_pixels) for path in paths]
     with WorkerPool(1, preload=__name__) as workers, closing(workers.map(_prepare, tasks, lambda counts: None)) as done:
@@ -98,7 +102,7 @@ def _prepare(task: _Task, task_progress: TaskProgress) -> Photograph | BadImage:
         return prepare_photograph(*task)
     except BadImage as error:
         return error
-    except Exception as error:  # such as MemoryError, or ValueError for a name with a NUL byte
+    except Exception as error:  # for example MemoryError, or ValueError for a name with a NUL byte
         return BadImage(f"cannot be used: {one_line(str(error) or repr(error))}")
     finally:
         task_progress.count()

@@ -1,18 +1,18 @@
 """Rescales the shorter side of an image to a given length and crops to the central square (the paper, section 2).
 
 The result is the same, bit for bit, on every machine. Filter weights are fixed-point numbers that sum to a power of
-two, and every partial sum fits the float's mantissa. So the floating-point sums are exact for any order of additions
-and any vector width, with or without fused multiply-add. A compiled kernel (kernels.c) computes the sums. Without the
-kernel, BLAS multiplies the pixels by banded matrices, block by block. Pixels outside the central square are computed
-only if `keep_aspect` is set.
+two. Every partial sum fits the mantissa of the float type. The floating-point sums are therefore exact for any order of
+additions and any vector width, with or without fused multiply-add. A compiled kernel (kernels.c) computes the sums.
+Without the kernel, BLAS multiplies the pixels by banded matrices, block by block. Pixels outside the central square are
+computed only if `keep_aspect` is set.
 
-The filter `area` is the true area average: the weight of a source pixel is proportional to the area that the source
-pixel and the output pixel share. OpenCV's INTER_AREA uses the same weights. The authors made their data set of 2014
-with INTER_AREA (cuda-convnet2, make-data/pyext/src/pyext.cpp). Pillow's BOX counts a source pixel fully or not at all.
-For images of ILSVRC's sizes, BOX differs from `area` by 4 grey levels on average and by over 100 at edges. The other
-filters are Pillow's: triangle (`bilinear`), Keys' cubic with a = −0.5, and Lanczos with three lobes. When an image
-shrinks, these filters are widened by the scale factor. Unlike Pillow, this module does not round to 8 bits between the
-passes.
+The filter `area` computes the true area average: the weight of a source pixel is proportional to the area that the
+source pixel shares with the output pixel. OpenCV's INTER_AREA uses the same weights. The authors made their data set of
+2014 with INTER_AREA (cuda-convnet2, make-data/pyext/src/pyext.cpp). Pillow's filter BOX counts a source pixel either
+fully or not at all. For images of ILSVRC's sizes, BOX differs from `area` by 4 grey levels on average and by over 100
+at edges. The other filters are those of Pillow: the triangle (`bilinear`), Keys' cubic with a = −0.5, and Lanczos with
+three lobes. When an image is made smaller, these filters are widened by the scale factor. Unlike Pillow, this module
+does not round to 8 bits between the passes.
 """
 
 from __future__ import annotations
@@ -34,7 +34,10 @@ Integers = npt.NDArray[np.int64]
 
 
 def rescaled_size(width: int, height: int, side_px: int) -> tuple[int, int]:
-    """Return (width, height) in px with a shorter side of `side_px`; the longer side is rounded, 0.5 upwards."""
+    """Return (width, height) in px with a shorter side of `side_px`.
+
+    The longer side is rounded, with halves rounded up.
+    """
     short = min(width, height)
     return (width * side_px + short // 2) // short, (height * side_px + short // 2) // short
 
@@ -44,9 +47,9 @@ def rescale(
 ) -> npt.NDArray[np.uint8]:
     """Rescale uint8 (H, W, 3) to `side_px` on the shorter side, and cut out the central square unless `keep_aspect`.
 
-    Returns uint8 (side_px, side_px, 3), or (H', W', 3) with `keep_aspect` (see rescaled_size). The square begins at
-    (longer rescaled side − side_px) // 2. If the image must be enlarged, `area` uses the bicubic filter, because an
-    output pixel then covers less than one source pixel. Raises ValueError if `filter` is not one of FILTERS.
+    Returns uint8 (side_px, side_px, 3), or (H', W', 3) with `keep_aspect` (see rescaled_size). The central square
+    begins at (longer rescaled side − side_px) // 2. If the image is enlarged, an output pixel covers less than one
+    source pixel. `area` then uses the bicubic filter. Raises ValueError if `filter` is not one of FILTERS.
     """
     if filter not in FILTERS:
         raise ValueError(f"filter {filter!r}: expected one of {', '.join(FILTERS)}")
@@ -68,16 +71,16 @@ def rescale(
 
 @dataclass(frozen=True)
 class _Arithmetic:
-    """Numbers of bits of the weights and of the values between the passes, small enough that all sums are exact.
+    """Numbers of bits of the weights and of the values between the passes.
 
-    The weights of `area` are not negative. A sum of the first pass needs 24 bits: 8 for the pixels and 16 for the
-    weights. A sum of the second pass also needs 24 bits: 8 + 4 for the values between the passes and 12 for the
-    weights. float32's mantissa has 24 bits. The other filters use float64 and so many bits that more bits would rarely
-    change an 8-bit pixel.
+    The numbers are so small that all sums are exact. The weights of `area` are not negative. A sum of the first pass
+    needs 24 bits: 8 for the pixels and 16 for the weights. A sum of the second pass also needs 24 bits: 8 + 4 for the
+    values between the passes and 12 for the weights. float32's mantissa has 24 bits. The other filters use float64, and
+    so many bits that further bits would rarely change an 8-bit pixel.
 
-    The weights of the first pass are multiples of 2^-first_bits and are stored multiplied by 2^between_bits, so that
-    the sums of the first pass only need to be rounded to integers. The weights of the second pass are multiples of
-    2^-second_bits and are stored multiplied by 2^-between_bits.
+    The weights of the first pass are multiples of 2^-first_bits, and are multiplied by 2^between_bits in memory. The
+    sums of the first pass then only need to be rounded to integers. The weights of the second pass are multiples of
+    2^-second_bits, and are multiplied by 2^-between_bits in memory.
     """
 
     dtype: type[np.float32] | type[np.float64]
@@ -107,7 +110,7 @@ class _PassSpec(NamedTuple):
 
 
 class _BandedMatrix(NamedTuple):
-    """The matrix of one pass for BLAS, cut into bands along its diagonal.
+    """The matrix of one pass for BLAS, divided into bands along its diagonal.
 
     A band is (inputs, outputs, weights): a slice of the elements of an input line, a slice of the elements of an output
     line, and a matrix. Input slices are relative to the first element of pixel `source.start`.
@@ -116,7 +119,7 @@ class _BandedMatrix(NamedTuple):
     source: slice  # pixels that the pass reads from each line
     length: int  # elements of an output line
     bands: tuple[tuple[slice, slice, npt.NDArray[Any]], ...]
-    size: int  # bytes of all weights
+    size: int  # number of bytes of all weights
 
 
 Pass = TypeVar("Pass", _BandedMatrix, kernels.FilterPass)
@@ -146,7 +149,10 @@ _cached_bytes = 0
 
 
 def _cached(make: Callable[[_PassSpec], Pass], spec: _PassSpec) -> Pass:
-    """Return make(spec), cached. Over _CACHE_BYTES the least recently used results are dropped from the cache."""
+    """Return make(spec), cached.
+
+    If the cache has more than _CACHE_BYTES, the least recently used results are dropped.
+    """
     global _cached_bytes
     key = make, spec
     if key in _cache:
@@ -170,8 +176,8 @@ def _filter_taps(spec: _PassSpec) -> tuple[Integers, npt.NDArray[Any]]:
         first_inputs, weights = _area_weights(n_in, n_out, outputs)
     else:
         first_inputs, weights = _kernel_weights(n_in, n_out, outputs, name)
-    # Round the running sums of the weights, not each weight. So the weights of an output sum to exactly 2^bits, an
-    # image of one colour keeps its colour, and rounding makes no weight negative.
+    # Round the running sums of the weights, not each weight. The weights of an output then sum to exactly 2^bits. An
+    # image of one colour therefore keeps its colour, and rounding makes no weight negative.
     sums = np.rint(np.cumsum(weights, axis=1) * 2.0**bits)
     sums[:, 1:] -= sums[:, :-1].copy()
     scaled = sums * 2.0 ** ((arithmetic.between_bits if channels == 1 else -arithmetic.between_bits) - bits)
@@ -182,11 +188,12 @@ def _native_pass(spec: _PassSpec) -> kernels.FilterPass:
     return kernels.FilterPass(*_filter_taps(spec))
 
 
-_BAND_OUTPUTS = {1: 16, 3: 4}  # channels -> outputs of a band; larger bands multiply more zeros, smaller bands are slow
+# Channels -> number of outputs in a band; larger bands multiply more zeros, smaller bands are slow.
+_BAND_OUTPUTS = {1: 16, 3: 4}
 
 
 def _banded_matrix(spec: _PassSpec) -> _BandedMatrix:
-    """Return the matrix of one pass, cut into bands of _BAND_OUTPUTS outputs.
+    """Return the matrix of one pass, divided into bands of _BAND_OUTPUTS outputs.
 
     For channels = 1 the weights of a band are a matrix (outputs, inputs) that multiplies pixels from the left. For
     channels = 3 the weights are a matrix (3 · inputs, 3 · outputs) that multiplies interleaved pixels from the right.
@@ -201,7 +208,7 @@ def _banded_matrix(spec: _PassSpec) -> _BandedMatrix:
     starts = np.minimum(starts, n_in - length)
 
     band, row = np.divmod(np.arange(outputs), block)
-    column = (first_inputs - starts[band])[:, None] + np.arange(taps)  # taps beyond `length` have weight zero
+    column = (first_inputs - starts[band])[:, None] + np.arange(taps)  # taps beyond `length` have the weight zero
     if channels == 1:
         dense = np.zeros((len(starts), block, length + taps), tap_weights.dtype)
         dense[band[:, None], row[:, None], column] = tap_weights
@@ -216,7 +223,7 @@ def _banded_matrix(spec: _PassSpec) -> _BandedMatrix:
         (slice(start, start + length * channels), slice(index * block * channels, (index + 1) * block * channels), band)
         for index, (start, band) in enumerate(zip(((starts - source_start) * channels).tolist(), dense, strict=True))
     ]
-    partial = outputs % block  # outputs of the last band, if it is not full
+    partial = outputs % block  # number of outputs in the last band, if this band is not full
     if partial:
         inputs, out, weights = bands[-1]
         end = partial * channels
@@ -228,8 +235,8 @@ def _banded_matrix(spec: _PassSpec) -> _BandedMatrix:
 def _area_weights(n_in: int, n_out: int, outputs: Integers) -> tuple[Integers, Floats]:
     """Return the index of the first input of each output, (outputs,), and weights, (outputs, taps), of the area filter.
 
-    Output pixel i covers the interval [i, i + 1)·n_in/n_out, input pixel j the interval [j, j + 1). The weight of
-    input j for output i is the length of the overlap of these two intervals, divided by n_in/n_out.
+    Output pixel i covers the interval [i, i + 1)·n_in/n_out, and input pixel j covers the interval [j, j + 1). The
+    weight of input j for output i is the length of the overlap of these two intervals, divided by n_in/n_out.
     """
     first_inputs = outputs * n_in // n_out
     inputs = first_inputs[:, None] + np.arange(-(-n_in // n_out) + 1)
@@ -241,7 +248,7 @@ def _area_weights(n_in: int, n_out: int, outputs: Integers) -> tuple[Integers, F
 def _kernel_weights(n_in: int, n_out: int, outputs: Integers, name: str) -> tuple[Integers, Floats]:
     """Return the first input index (outputs,) and the weights (outputs, taps) of each output for a filter in _KERNELS.
 
-    If the line shrinks, the kernel is widened by n_in/n_out.
+    If the line becomes shorter, the kernel is widened by n_in/n_out.
     """
     radius, kernel = _KERNELS[name]
     scale = n_in / n_out
@@ -266,7 +273,7 @@ def _lanczos3(x: Floats) -> Floats:
     return np.where(x < 3.0, np.sinc(x) * np.sinc(x / 3.0), 0.0)
 
 
-_KERNELS: dict[str, tuple[float, Callable[[Floats], Floats]]] = {  # (radius in px when enlarging, kernel function)
+_KERNELS: dict[str, tuple[float, Callable[[Floats], Floats]]] = {  # radius in px when enlarging, and kernel function
     "bilinear": (1.0, _triangle),
     "bicubic": (2.0, _keys_cubic),
     "lanczos": (3.0, _lanczos3),

@@ -1,8 +1,8 @@
 """RGB pixels of an image that Pillow has decoded: conversions, 16-bit channels, transparency.
 
-Transparent images are drawn over a background colour: a pixel with alpha a and value v becomes
-(a·v + (255 − a)·b) / 255, rounded to the nearest integer, over a background b. So an opaque pixel keeps its value. Of
-channels with more than 8 bits, the high bytes are kept.
+A transparent image is drawn over a background colour. A pixel with value v and alpha a over a background b becomes (a·v
++ (255 − a)·b) / 255, rounded to the nearest integer. An opaque pixel therefore keeps its value. From channels with more
+than 8 bits, only the high bytes are kept.
 """
 
 from __future__ import annotations
@@ -33,12 +33,14 @@ _MAX_BOXES_BYTES = 20_000  # AVIF and HEIC files describe their images within th
 
 
 class FileFacts(NamedTuple):
-    """Facts about the pixels of a file that Pillow's image mode does not show."""
+    """Facts about the pixels of a file that the mode of Pillow's image does not show."""
 
-    bits: int = 8  # bits of a channel
-    is_grey: bool = False  # the file has grey levels, with or without alpha
+    bits: int = 8  # number of bits of a channel
+    is_grey: bool = False  # whether the file has grey levels, with or without alpha
     zero_is_white: bool = (
-        False  # a TIFF whose lowest grey level is white; Pillow inverts only 8-bit images of this kind
+        # Whether the file is a TIFF whose lowest grey level is white; Pillow inverts such images only if they have 8
+        # bits.
+        False
     )
 
 
@@ -56,7 +58,8 @@ def file_facts(image: Image.Image, content: bytes) -> FileFacts:
         is_deep = image.mode == "I" or (codec.startswith("ppm") and arguments[-1] > 255)
         return FileFacts(bits=16 if is_deep else 8, is_grey=image.mode in ("1", "L", "I"))
     if image.format in ("AVIF", "HEIF"):
-        at = content.find(b"pixi", 0, _MAX_BOXES_BYTES) + 8  # a version and flags (4 bytes), then a count, then bits
+        # The box has a version and flags (4 bytes), then a count, then the numbers of bits.
+        at = content.find(b"pixi", 0, _MAX_BOXES_BYTES) + 8
         return FileFacts(bits=content[at + 1] if at > 8 and at + 1 < len(content) else 8)
     return FileFacts()
 
@@ -82,7 +85,7 @@ def _deep_grey_pixels(image: Image.Image, facts: FileFacts, background: str) -> 
     """Return the high bytes of grey levels of 12 or 16 bits, as RGB pixels (H, W, 3)."""
     levels, key = np.asarray(image), image.info.get("transparency")
     pixels = np.empty((*levels.shape, 3), np.uint8)
-    for top in range(0, len(levels), 256):  # in blocks, to save memory
+    for top in range(0, len(levels), 256):  # the image is computed in blocks of rows, to save memory
         block = levels[top : top + 256]
         high = (block >> (4 if facts.bits == 12 else 8)).astype(np.uint8)
         high = 255 - high if facts.zero_is_white else high
@@ -93,19 +96,19 @@ def _deep_grey_pixels(image: Image.Image, facts: FileFacts, background: str) -> 
 
 
 def _has_transparency(image: Image.Image) -> bool:
-    """Whether an open image has an alpha channel, or a colour or palette entries that are transparent."""
+    """Return whether an open image has an alpha channel, or a colour or palette entries that are transparent."""
     return image.mode in _ALPHA_MODES or "transparency" in image.info
 
 
 def _over_background(image: Image.Image, background: str) -> npt.NDArray[np.uint8]:
     """Return the RGB pixels (H, W, 3) of a transparent image over "white", "black" or "grey".
 
-    If `background` is DROPPED, the alpha channel is dropped, and pixels keep the colour that the file gives them.
+    If `background` is DROPPED, only the alpha channel is dropped, and each pixel keeps the colour in the file.
     """
     if background == DROPPED:
         return np.asarray(image.convert("RGB"))
     level = LEVELS[background]
-    if image.mode in ("La", "RGBa"):  # Pillow converts these modes only to the mode without premultiplied colours
+    if image.mode in ("La", "RGBa"):  # Pillow converts these modes only to the same mode without premultiplied colours
         image = image.convert({"La": "LA", "RGBa": "RGBA"}[image.mode])
     if image.mode != "RGBA":
         image = image.convert("RGBA")

@@ -1,1 +1,1 @@
-"""Input formats: class folders, flat folders with label files, tar archives, and LMDBs of Caffe."""
+"""Input formats: class folders, flat folders with label files, tar and zip archives, Parquet files, Caffe's LMDBs."""

@@ -1,10 +1,10 @@
-"""Images in tar archives, read in place: no archive is unpacked.
+"""Images in tar archives, which are read without unpacking the archives.
 
 A name in an archive is never used as a path on the disk. ILSVRC2012_img_train.tar contains one tar for each class.
 ILSVRC2012_img_val.tar is flat. Other archives may contain class folders. The members of a tar are not compressed, even
-in a tar inside another tar. So each input is a byte range of the archive file, given by offset and length, and every
-worker process reads its inputs from the archive file. An input has the name that its file has in the unpacked archive.
-So an archive and the folder unpacked from it give the same records in the same order.
+in a tar inside another tar. So each input is a byte range of the archive file, given by offset and length. Every worker
+process reads its inputs directly from the archive file. The name of an input is the name that its file has in the
+unpacked archive. An archive and the folder unpacked from it therefore give the same records in the same order.
 """
 
 from __future__ import annotations
@@ -38,7 +38,10 @@ class TarReader:
     root: Path
 
     def read(self, item: Input) -> bytes:
-        """Return the bytes of a member. Raises BadImage if reading fails, UserError if the archive became shorter."""
+        """Return the bytes of a member.
+
+        Raises BadImage if reading fails, and UserError if the archive has become shorter.
+        """
         return self.head(item, min(item.size, MAX_FILE_BYTES + 1))
 
     def head(self, item: Input, size: int) -> bytes:
@@ -61,10 +64,10 @@ def list_archive(path: Path, flat: bool) -> FoundInputs:
     """List the images of a tar file.
 
     If no image is in a folder, the list has no classes. The list also has no classes if `flat` is true and all images
-    are in one folder. A member is refused if it is neither a plain file nor a folder, or if its name leads out of the
-    archive. An image is refused if it is in a folder inside a class folder, or if a later member has the same name.
-    Folders and files of the system, hidden files, and files beside class folders are ignored.
-    Raises UserError for a file that is not a tar, is compressed, is damaged or was cut short.
+    are in a single folder. A member is refused if it is neither a plain file nor a folder. A member is also refused if
+    its name leads out of the archive. An image is refused if it is in a folder inside a class folder. An image is also
+    refused if a later member has the same name. System folders and files, hidden files, and files beside class folders
+    are ignored. Raises UserError for a file that is not a tar, is compressed, is damaged or is truncated.
     """
     size = path.stat().st_size
     contents, class_tars = ArchiveContents(path.stat().st_mtime_ns), list[ClassTar]()
@@ -90,11 +93,11 @@ def list_archive(path: Path, flat: bool) -> FoundInputs:
 
 
 def checked_name(name: bytes, is_folder: bool, hidden: set[bytes] | None = None) -> tuple[bytes, str]:
-    """Return (name of the member, reason to refuse it).
+    """Return the name of a member, and a reason if the member is refused.
 
-    Name and reason are empty for ignored members: the root, and names with a part such as `.git`.
+    Name and reason are empty for ignored members, which are the root and names with a part such as `.git`.
 
-    Folders whose names begin with a dot are added to the set `hidden`, if it is given.
+    If the set `hidden` is given, folders whose names begin with a dot are added to this set.
     """
     parts = [part for part in name.split(b"/") if part != b"."]
     if is_folder and not parts:
@@ -112,7 +115,7 @@ def checked_name(name: bytes, is_folder: bool, hidden: set[bytes] | None = None)
 
 
 def checked_member_name(member: tarfile.TarInfo, hidden: set[bytes] | None = None) -> tuple[bytes, str]:
-    """Like `checked_name`, for a member of a tar: links and special files are refused, too."""
+    """Check the name of a member of a tar like `checked_name`, and also refuse links and special files."""
     name, reason = checked_name(name_bytes(member), member.isdir(), hidden)
     if name and not reason and (member.issym() or member.islnk()):
         return name, LINK

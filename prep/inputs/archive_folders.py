@@ -1,4 +1,4 @@
-"""Finds the class folders, or the flat folder, in the contents of an archive, by the rules of folders on the disk."""
+"""Finds the class folders or the flat folder in an archive, by the same rules as for folders on the disk."""
 
 from __future__ import annotations
 
@@ -31,19 +31,20 @@ _TOO_DEEP = "in a folder inside a class folder"
 
 
 class ArchiveContents:
-    """The images (in the order of the archive), folders, and refused and ignored members of an archive."""
+    """The members of an archive: images in the order of the archive, folders, and refused and ignored members."""
 
     def __init__(self, mtime_ns: int) -> None:
         self.mtime_ns = mtime_ns  # modification time of the archive, stored for each member
         self.images = Listing()
         self.folders: set[bytes] = set()
         self.refused: list[tuple[str, str]] = []  # (name, reason)
-        self.hidden: set[bytes] = set()  # folders whose names begin with a dot; their members are left out
+        self.hidden: set[bytes] = set()  # folders whose names begin with a dot, and whose members are left out
 
     def add(self, name: bytes, size: int = 0, location: int = 0, reason: str = "") -> None:
-        """Add an image and its folder, or, if there is a `reason` to refuse it, a refused member. Ignores b"".
+        """Add an image and its folder.
 
-        The folder of a refused image is added too, so that a class does not vanish with its images.
+        If there is a `reason` to refuse the image, add a refused member instead. Ignores b"". The folder of a refused
+        image is added too, so that its class exists even if all images of the class are refused.
         """
         folder, _, file = name.rpartition(b"/")
         parts = folder.split(b"/")
@@ -51,7 +52,8 @@ class ArchiveContents:
         if reason:
             self.refused.append((name_text(name), reason))
             if reason == LINK and b"/" in name and not name.startswith(b"/") and b".." not in name.split(b"/"):
-                self.folders.add(name.rpartition(b"/")[0])  # a class that has only links is a class without photographs
+                # A class that has only links becomes a class without photographs.
+                self.folders.add(name.rpartition(b"/")[0])
         elif name:
             self.images.add(name, 0, size, self.mtime_ns, location)
         if folder and (not reason or (is_safe and has_image_name(file))):
@@ -59,16 +61,16 @@ class ArchiveContents:
 
 
 class ClassTar:
-    """A tar whose name is that of a class, and whose images are added to `contents`, whatever folders they are in."""
+    """A tar whose name is the name of a class. Its images are added to `contents`, whatever folders they are in."""
 
     def __init__(self, contents: ArchiveContents, tar_name: bytes) -> None:
         self.contents = contents
         self.class_name = tar_name[: -len(".tar")]
-        self.inner: dict[bytes, bytes] = {}  # folder inside the tar -> an image in it
+        self.inner: dict[bytes, bytes] = {}  # folder inside the tar -> name of an image in this folder
         contents.folders.add(self.class_name)
 
     def add(self, name: bytes, size: int, location: int, reason: str) -> None:
-        """Add a member, which is not a folder, as CLASS/FILE. Folders and files of the system are left out."""
+        """Add a member that is not a folder under the name CLASS/FILE. System folders and files are left out."""
         folder, _, base = name.rpartition(b"/")
         if _no_class_part(folder):
             self.contents.hidden.add(self.class_name + b"/" + _no_class_part(folder))
@@ -81,7 +83,8 @@ class ClassTar:
 def refuse_folders_in_class_tars(where: str, tars: Sequence[ClassTar]) -> None:
     """Raise UserError if it is unclear whether the tars or the folders inside them are the classes.
 
-    A tar may have its images in one folder that is called like the tar, or alike in all tars (`images`).
+    The images of a tar may be in one folder. The name of this folder must be the name of the tar, or must be the same
+    in all tars (`images`).
     """
     alike: set[bytes] = set()
     for tar in tars:
@@ -97,11 +100,11 @@ def refuse_folders_in_class_tars(where: str, tars: Sequence[ClassTar]) -> None:
 
 
 def found_inputs(path: Path, contents: ArchiveContents, flat: bool) -> FoundInputs:
-    """Find class folders or a flat folder in the contents of the archive (or folder of archives) `path`.
+    """Find the class folders or the flat folder in the contents of the archive (or folder of archives) `path`.
 
-    The rules are those of prep.inputs.folder.list_folder. Of members with equal names, the last is kept. If `flat` is
-    true and all images are in one folder, there are no classes. Raises UserError if there is no image, if a class
-    folder is a link, or if it is unclear what the classes are.
+    The rules are those of prep.inputs.folder.list_folder. If several members have the same name, the last of these
+    members is kept. If `flat` is true and all images are in one folder, the result has no classes. Raises UserError if
+    there is no image, if a class folder is a link, or if the classes are ambiguous.
     """
     refused = contents.refused
     if not len(contents.images):
@@ -136,16 +139,20 @@ def found_inputs(path: Path, contents: ArchiveContents, flat: bool) -> FoundInpu
 
 
 class _Tree:
-    """The folders of an archive. Names of folders that contain folders end with a slash; the root is b""."""
+    """Return the folders of an archive.
+
+    Names of folders that contain folders end with a slash. The name of the root is b"".
+    """
 
     def __init__(self, path: Path, contents: ArchiveContents) -> None:
         self.path, self.contents = path, contents
         self.ignored = [(name_text(folder), NO_CLASS) for folder in sorted(contents.hidden)]
         self.indices = self._kept_images()
         self.has_images: set[bytes] = set()  # folders (with a slash at the end) that directly contain images
-        self.folders_in: defaultdict[bytes, set[bytes]] = defaultdict(set)  # folder with a slash -> folders in it
+        # Folder with a slash -> names of the folders in this folder.
+        self.folders_in: defaultdict[bytes, set[bytes]] = defaultdict(set)
         self.root = b""
-        self.class_folders: list[bytes] = []  # class folders, without a slash at the end
+        self.class_folders: list[bytes] = []  # paths of the class folders, without a slash at the end
         self.inner_folders: set[bytes] = set()
         folders = {folder for folder in contents.folders if not _no_class_part(folder)}
         for index in self.indices:
@@ -159,11 +166,15 @@ class _Tree:
                 folder = parent
 
     def _kept_images(self) -> Sequence[int]:
-        """Return the indices of the images by class, name and offset, without folders and files of the system."""
+        """Return the indices of the images by class, name and offset.
+
+        Images in system folders, and system files, are left out.
+        """
         images, kept = self.contents.images, array("q")
         junk: set[bytes] = set()
         order = _sorted_indices(images)
-        no_class: dict[bytes, bytes] = {}  # folder -> the part of its path that is never a class; b"" if there is none
+        # Folder -> the part of its path that is never a class; b"" if there is no such part.
+        no_class: dict[bytes, bytes] = {}
         for position, index in enumerate(order):
             path = images.path(index)
             folder, _, name = path.rpartition(b"/")
@@ -184,7 +195,7 @@ class _Tree:
         return kept
 
     def enter_single_folders(self) -> None:
-        """Make a folder that stands alone the root, if it contains folders and no images."""
+        """If the root contains one folder alone, and this folder contains folders and no images, make it the root."""
         while self.root not in self.has_images and len(self.folders_in[self.root]) == 1:
             below = next(iter(self.folders_in[self.root])) + b"/"
             if below in self.has_images or not self.folders_in[below]:
@@ -193,7 +204,10 @@ class _Tree:
             self.root = below
 
     def is_flat(self, flat: bool) -> bool:
-        """Whether the images are in the root itself. Raises UserError if this is unclear."""
+        """Return whether the images are in the root itself.
+
+        Raises UserError if images and class folders lie side by side.
+        """
         folders = self.folders_in[self.root]
         if not folders:
             return True
@@ -221,7 +235,7 @@ class _Tree:
                 yield name
 
     def find_class_folders(self, folder: bytes) -> None:
-        """Collect the class folders in `folder`, which ends with a slash or is the root, and below it."""
+        """Collect the class folders in `folder` and below it. `folder` ends with a slash or is the root."""
         self.inner_folders.add(folder)
         for below in sorted(self.folders_in[folder]):
             if self.folders_in[below + b"/"] and below + b"/" not in self.has_images:
@@ -230,7 +244,7 @@ class _Tree:
                 self.class_folders.append(below)
 
     def check_links(self) -> None:
-        """Raise UserError if there is a link next to class folders, because the link may be a class.
+        """Raise UserError if a link lies beside class folders, because the link may be a class.
 
         A link whose name has a file extension is not a class.
         """
@@ -249,14 +263,20 @@ class _Tree:
 
 
 def _no_class_part(folder: bytes) -> bytes:
-    """Return the path of the first folder in a path that is never a class, such as `__MACOSX`; b"" if there is none."""
+    """Return the path of the first folder in a path that is never a class, such as `__MACOSX`.
+
+    Returns b"" if the path has no such folder.
+    """
     parts = folder.split(b"/") if folder else []
     first = next((k for k, part in enumerate(parts) if is_no_class_folder(part)), None)
     return b"" if first is None else b"/".join(parts[: first + 1])
 
 
 def _sorted_indices(images: Listing) -> Sequence[int]:
-    """Indices of `images` sorted by class, name and offset: for sorted `images` a range, which saves memory."""
+    """Return indices of `images` sorted by class, name and offset.
+
+    If `images` is already sorted, returns a range, which saves memory.
+    """
 
     def key(i: int) -> bytes:
         return images.path(i).replace(b"/", b"\0") + b"\0" + images[i].location.to_bytes(8)

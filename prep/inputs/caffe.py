@@ -1,10 +1,10 @@
 """Images in LMDBs that Caffe's convert_imageset wrote: each record is a Datum with an encoded image or bare pixels.
 
-Bare pixels have the layout C,H,W with the channels blue, green, red (caffe/src/caffe/util/io.cpp, CVMatToDatum). The
-reader converts bare pixels to H,W,C with the channels red, green, blue. An image from an LMDB is processed like an
-image file: it is rescaled if its shorter side differs from the store's side, then encoded and checksummed. The key of
-the Caffe record becomes the source path of the new record. Worker processes read the LMDBs, because a damaged LMDB can
-crash the process that reads it.
+Bare pixels have the layout C,H,W, and the channels are blue, green, red (caffe/src/caffe/util/io.cpp, CVMatToDatum).
+The reader converts bare pixels to the layout H,W,C with the channels red, green, blue. An image from an LMDB is
+processed like an image file: it is rescaled if its shorter side differs from the store's side, then encoded and
+checksummed. The key of the Caffe record becomes the source path of the new record. Worker processes read the LMDBs,
+because a damaged LMDB can crash the process that reads it.
 """
 
 from __future__ import annotations
@@ -30,22 +30,25 @@ from prep.store import lmdb_shard
 from prep.store.datum import CHANNELS, DATA, ENCODED, HEIGHT, LABEL, WIDTH, DatumError, parse_fields
 from prep.workers import Counts, Runner, TaskProgress, WorkerDied
 
-_NUMBERED_KEY = re.compile(rb"\d{8}_(.*)", re.DOTALL)  # key of convert_imageset: line number, `_`, path
+_NUMBERED_KEY = re.compile(rb"\d{8}_(.*)", re.DOTALL)  # key of convert_imageset: a line number, `_` and a path
 
 
 @dataclass(frozen=True)
 class CaffeReader:
-    """Reads inputs that are records of LMDBs. `Input.location` is the index of the LMDB in `folders`."""
+    """Reads inputs that are records of Caffe's LMDBs. `Input.location` is the index of the LMDB in `folders`."""
 
     folders: tuple[Path, ...]
 
     @property
     def root(self) -> Path:
-        """The first LMDB, for messages."""
+        """The first LMDB of the split, for messages."""
         return self.folders[0]
 
     def read(self, item: Input) -> Content:
-        """Return a record's encoded image, or its pixels as uint8 (H, W, 3). Raises BadImage if both are missing."""
+        """Return the encoded image of a record, or its pixels as uint8 (H, W, 3).
+
+        Raises BadImage if the record has neither an encoded image nor pixels.
+        """
         with _environment(str(self.folders[item.location])).begin() as txn:
             value = txn.get(item.path)
         if value is None:
@@ -53,7 +56,7 @@ class CaffeReader:
         return _decode_datum(value)
 
     def head(self, item: Input, size: int) -> bytes:
-        """Returns a JPEG signature for every record, so that the check before a build (`probe`) reads no record."""
+        """Returns a JPEG signature for every record. The check before a build (`probe`) therefore reads no record."""
         return b"\xff\xd8\xff"[:size]
 
 
@@ -98,22 +101,24 @@ def list_caffe_lmdbs(
     progress: Progress,
     allow_empty_classes: bool = False,
 ) -> Source:
-    """List the records of Caffe's LMDBs `folders`, one LMDB after another, as one split.
+    """List the records of Caffe's LMDBs `folders`, one LMDB after another, as a single split.
 
-    Each record keeps the label from Caffe. The class names come from the first available of these sources:
+    Each record keeps its label from Caffe. The first of these sources that exists gives the class names:
 
     -   the first word of each line of the file `class_names` (synset_words.txt)
     -   the classes of the store
     -   the folder names in the keys, if every label has exactly one folder and no two labels share a folder
     -   the labels, written as decimal numbers
 
-    Raises UserError if a folder is not an LMDB, if no record is a Datum with a label, if a label has no class name, if
-    a class has no record and `allow_empty_classes` is false, or if the folder names in the keys are other classes.
+    Raises UserError if a folder is not an LMDB, or if no record is a Datum with a label. Also raises UserError if a
+    label has no class name, if a class has no record and `allow_empty_classes` is false, or if the folder names in the
+    keys are other classes.
     """
     if len({folder.resolve() for folder in folders}) < len(folders):
         raise UserError(f"{folders[0]}: one of the LMDBs is named twice.")
     listing, refused = Listing(), []
-    key_folders: dict[int, set[bytes]] = {}  # label -> folder names in the keys of its records, b"" for no folder
+    # Label -> folder names in the keys of its records; b"" stands for no folder.
+    key_folders: dict[int, set[bytes]] = {}
     for index, folder in enumerate(folders):
         on_progress = partial(_advance, progress, progress.done)
         for _, result in runner.map(_list_lmdb, [str(folder)], on_progress):
@@ -183,7 +188,7 @@ def _class_names(
 def _list_lmdb(folder: str, task_progress: TaskProgress) -> tuple[list[bytes], list[int | None], list[int]]:
     """Return the keys, labels and sizes of the records of one LMDB.
 
-    A label is None unless the record is a Datum with a label.
+    The label is None if the record is not a Datum with a label.
     """
     keys, labels, sizes = [], [], []
     for key, value in lmdb_shard.read(Path(folder), "Check that it is a complete LMDB from Caffe."):

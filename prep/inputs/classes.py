@@ -1,4 +1,4 @@
-"""Classes of a data set: which folders are no classes, the order of the classes, and classes without a photograph.
+"""Classes of a data set: which folders are not classes, the order of the classes, and classes without a photograph.
 
 Every input format uses these functions, so that the same data set has the same classes in every format. A label is an
 index into the classes.
@@ -16,9 +16,9 @@ from prep.console import UserError, count_noun, say
 from prep.inputs.listing import Listing
 from prep.inputs.names import composed, name_text, visible
 
-MAX_CLASSES = 1_000_000  # a label beyond this number is taken for a mistake: each class needs memory
+MAX_CLASSES = 1_000_000  # a larger label is taken for a mistake, because each class needs memory
 
-# Folders that operating systems, network drives and programs create. Upper and lower case do not matter.
+# Folders that operating systems, network drives and programs create. The comparison ignores upper and lower case.
 _NO_CLASS_FOLDERS = re.compile(
     rb"lost\+found|found\.\d{3}|\$recycle\.bin|(?-i:RECYCLE[DR])|\$extend|\$winreagent|\$sysreset|"
     rb"system volume information|@eadir|@tmp|@__thumb|#recycle|#snapshot|~snapshot|@recycle|"
@@ -37,7 +37,7 @@ _IMAGE_NAMES = re.compile(
     re.IGNORECASE | re.DOTALL,
 )
 
-SPLIT_OF_FOLDER = {  # names of folders, in lower case -> split
+SPLIT_OF_FOLDER = {  # name of a folder in lower case -> split
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("val", "valid", "validation"), "val"),
     **dict.fromkeys(("test", "testing"), "test"),
@@ -50,31 +50,38 @@ SYSTEM_FILE = "a file of the system, not a photograph"
 
 
 def is_no_class_folder(name: bytes) -> bool:
-    """Whether a folder of this name is never a class: `lost+found`, `@eaDir`, `__MACOSX`, `.ipynb_checkpoints`, …"""
+    """Return whether a folder of this name is never a class, for example `lost+found`, `@eaDir` or `__MACOSX`."""
     return _NO_CLASS_FOLDERS.fullmatch(name) is not None
 
 
 def is_system_file(name: bytes) -> bool:
-    """Whether a file of this name is never a photograph: `Thumbs.db`, `desktop.ini`, names that begin with a dot."""
+    """Return whether a file of this name is never a photograph, for example `Thumbs.db` or `.hidden`."""
     return _SYSTEM_FILES.fullmatch(name) is not None
 
 
 def has_image_name(name: bytes) -> bool:
-    """Whether a file name ends as names of images do. Files of class folders are inputs whatever their names are."""
+    """Return whether the extension of a file name is one that images have.
+
+    Files in class folders are inputs, whatever their names are.
+    """
     return _IMAGE_NAMES.fullmatch(name) is not None
 
 
 def may_be_image(name: bytes) -> bool:
-    """Whether a file may be an image, judged by its name: `a.jpg` and `a` may, `README`, `a.txt` and `a.db` may not."""
+    """Return whether a file may be an image according to its name.
+
+    Files named `a.jpg` or `a` may be images. Files named `README`, `a.txt` or `a.db` may not.
+    """
     is_text = name.upper() in (b"README", b"LICENSE", b"LICENCE", b"COPYING", b"NOTICE", b"VERSION", b"MAKEFILE")
     return has_image_name(name) or not (is_text or b"." in name)
 
 
 def class_names(folders: Sequence[bytes], where: str) -> list[str]:
-    """Return the names of class folders: their paths, without a last part that all of them share (`n01/images`).
+    """Return the names of class folders.
 
-    Raises UserError if class folders lie at the top and deeper, or if the name of a split is a part of a path: then it
-    is unclear which folders are the classes.
+    A name is the path of the folder, without a last part that all paths share (`n01/images`). Raises UserError if it is
+    unclear which folders are the classes: class folders lie at the top and deeper, or a part of a path is the name of a
+    split.
     """
     parts = [folder.split(b"/") for folder in folders]
     inner = [path for path in parts if len(path) > 1]
@@ -103,11 +110,12 @@ def _text(parts: Sequence[bytes]) -> str:
 
 
 def order_classes(names: Iterable[str], origin: str) -> tuple[str, ...]:
-    """Return the classes in order: sorted by their names, or as numbers if all names are numbers.
+    """Return the classes in order.
 
-    The parts of a name with slashes (`a/airfield`) are compared one after another; they are numbers if all names in the
+    If all names are numbers, the order is that of the numbers; otherwise, the names are sorted as text. The parts of a
+    name with slashes (`a/airfield`) are compared one after another. Parts are compared as numbers if all names in the
     same folder are numbers. Raises UserError, which begins with `origin`, if two names are the same number (`1` and
-    `01`), or if some names are numbers and other names are not, and numbers would be sorted differently than text.
+    `01`). Also raises UserError if only some names are numbers, and these numbers would be sorted differently as text.
     """
     names = set(names)
     _compare_spellings(names, origin)
@@ -142,7 +150,10 @@ def _compare_spellings(names: Collection[str], origin: str) -> None:
 
 
 def _are_numbers(names: set[str], origin: str) -> bool:
-    """Whether all `names` are numbers. Raises UserError if the order is ambiguous: see order_classes."""
+    """Return whether all `names` are numbers.
+
+    Raises UserError if the order of the names is ambiguous (see order_classes).
+    """
     numbers = [name for name in names if is_number(name)]
     by_value, by_text = sorted(numbers, key=lambda name: (int(name), name)), sorted(numbers)
     same = next((pair for pair in pairwise(by_value) if int(pair[0]) == int(pair[1])), None)
@@ -162,7 +173,7 @@ def _are_numbers(names: set[str], origin: str) -> bool:
 
 
 def is_number(name: str) -> bool:
-    """Whether a name consists of at most 18 decimal digits."""
+    """Return whether a name consists of at most 18 decimal digits."""
     return name.isascii() and name.isdecimal() and len(name) <= 18
 
 
@@ -182,10 +193,10 @@ def numbered_classes(first: int, last: int, origin: str) -> tuple[str, ...]:
 def with_classes(
     found: Sequence[str], listing: Listing, wanted: Sequence[str], owner: str, where: str, allow_empty: bool
 ) -> Listing:
-    """Convert the labels of `listing` from indices in `found` to indices in `wanted`.
+    """Convert the labels of `listing` from indices into `found` to indices into `wanted`.
 
-    `owner` says, for messages, where the classes `wanted` come from. Raises UserError if a found class is not wanted,
-    or if a wanted class was not found and `allow_empty` is false.
+    `owner` is a text for messages: it says where the classes `wanted` come from. Raises UserError if `wanted` lacks a
+    class of `found`. Unless `allow_empty` is true, also raises UserError if `found` lacks a class of `wanted`.
     """
     if tuple(found) == tuple(wanted):
         return listing
@@ -210,12 +221,12 @@ def with_classes(
 def wanted_classes(
     file: Path | None, found: Sequence[str], store_classes: Sequence[str]
 ) -> tuple[tuple[str, ...], str]:
-    """Return (classes in the order of the labels, text that says whose classes they are).
+    """Return the classes in the order of the labels, and a text that says where these classes come from.
 
-    Classes and text are empty if nothing gives the order.
+    Both are empty if no order is given.
 
-    The classes of the store come first, then those of the `--classes` file; `found` are the classes of the images.
-    Raises UserError if the file has other classes, or another order, than the store.
+    The store gives the order if it has classes, and otherwise the `--classes` file. `found` are the classes of the
+    images. Raises UserError if the file has other classes than the store, or has them in another order.
     """
     if file is None:
         return tuple(store_classes), "the store"
@@ -231,7 +242,10 @@ def wanted_classes(
 
 
 def refuse_empty_classes(where: str, empty: Sequence[str], refused: Iterable[tuple[str, str]] = ()) -> None:
-    """Raise UserError if there are `empty` classes. `refused` has (name, reason) of each entry that was refused."""
+    """Raise UserError if there are `empty` classes, which have no photograph.
+
+    `refused` has the name of each refused entry, and the reason.
+    """
     if not empty:
         return
     entries, names = list(refused), set(empty)
@@ -252,7 +266,7 @@ def examples(names: Collection[str], shown: int = 3) -> str:
 
 
 def first_labels_text(classes: Sequence[str], shown: int = 5) -> str:
-    """Return the first classes with their labels and the last one: `0 n01440764, 1 n01443537, …, 999 n15075141`."""
+    """Return the first classes and the last class with their labels: `0 n01440764, 1 n01443537, …, 999 n15075141`."""
     rows = [f"{label} {name}" for label, name in enumerate(classes)]
     return ", ".join(rows if len(rows) <= shown + 1 else [*rows[:shown], "…", rows[-1]])
 
@@ -260,11 +274,12 @@ def first_labels_text(classes: Sequence[str], shown: int = 5) -> str:
 def read_class_file(file: Path, known: Collection[str] = ()) -> tuple[str, ...]:
     """Read the classes of `--classes FILE`, one on each line, in the order of the labels.
 
-    A line is the name of a class, or begins with the name: `n01440764 tench`, `/a/airfield 0`, `cat,0`. Lines that
-    begin with `#` and a header (`class`) are left out, unless they are classes. If `known` classes are given, the name
-    is the longest beginning of the line that is a known class. Without `known` classes, the name is the first word
-    of the line. Raises UserError if the file cannot be read, if a class occurs twice, if a line names several classes,
-    or if the numbers after the names, from 0 or from 1, are in another order than the lines.
+    A line consists of the name of a class, or begins with such a name: `n01440764 tench`, `/a/airfield 0`, `cat,0`.
+    Lines that begin with `#` and a header (`class`) are left out, unless they are classes. If `known` classes are
+    given, the longest known class with which the line begins is the name. Without `known` classes, the first word of
+    the line is the name. Raises UserError if the file cannot be read, if a class occurs twice, or if a line names
+    several classes. Also raises UserError if the lines have numbers after the names, and these numbers have another
+    order than the lines.
     """
     try:
         text = name_text(file.read_bytes().removeprefix(b"\xef\xbb\xbf"))
@@ -302,13 +317,13 @@ def read_class_file(file: Path, known: Collection[str] = ()) -> tuple[str, ...]:
 
 
 def _has_classes(rest: str, name: str, known: Collection[str]) -> bool:
-    """Whether the rest of a line, behind the class `name`, consists of names of other classes."""
+    """Return whether the rest of a line, after the name of the class, consists of names of other classes."""
     words = set(re.split(r"[,;\s]+", rest)) - {""}
     return bool(words) and all(word in known and word != name and not is_number(word) for word in words)
 
 
 def _class_of_line(line: str, known: Collection[str]) -> tuple[str, str]:
-    """Split a line into (name of the class, rest of the line)."""
+    """Return the name of the class in a line, and the rest of the line."""
     candidates = [line, *(line[: match.start()] for match in reversed(list(re.finditer(r"[\s,;]+", line))))]
     stripped = [(text.strip("\"'").lstrip("/"), line[len(text) :].strip(" \t,;\"'")) for text in candidates]
     for name, rest in stripped:

@@ -1,6 +1,7 @@
 """Images in folders: one folder for each class, at any depth, or one flat folder.
 
-With class folders, the label of an image is the position of its class folder in the order of the classes, from 0.
+If there are class folders, the label of an image is the position of its class folder in the order of the classes, from
+0.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ from prep.inputs.listing import Input, Listing
 from prep.inputs.names import name_text
 from prep.inputs.reader import FoundInputs
 
-# Number of class folders in a batch that eight threads list. Threads hide the latency of a slow file system. The
-# number is limited because the listed files of a batch are held in memory.
+# Number of class folders that eight threads list as one batch. Threads hide the latency of a slow file system. The
+# number is limited, because the listed files of a batch are held in memory.
 _FOLDERS_AT_ONCE = 32
 _CLASS_TAR = re.compile(r"(.*/)?n\d{8}\.tar")
 _KINDS = {stat.S_IFDIR: "folder", stat.S_IFIFO: "FIFO", stat.S_IFSOCK: "socket"}
@@ -48,7 +49,7 @@ class FolderReader:
     def read(self, item: Input) -> bytes:
         """Return the bytes of a file.
 
-        Raises BadImage if reading fails, UserError if size or modification time changed.
+        Raises BadImage if reading fails, and UserError if size or modification time have changed.
         """
         return self._read(item, MAX_FILE_BYTES + 1, check=True)
 
@@ -78,14 +79,14 @@ class FolderReader:
 def list_folder(root: Path, split: str, follow_links: bool, flat: bool = False) -> FoundInputs:
     """List the files of class folders or of a flat folder, sorted by the bytes of their names. No file is opened.
 
-    A class folder is a folder at any depth that contains images, or that contains nothing. The class of a class folder
-    is the path of the folder. If `root` contains nothing but one folder of folders, that folder takes the place of
-    `root`. Names that begin with a dot, folders of the system and files beside class folders are ignored. If there are
-    images and folders in `root`, the images are listed if `flat` is true and there are at least as many images as
-    folders. In all other cases, the class folders are listed.
+    A class folder is a folder at any depth that contains images, or that contains nothing. The class name of a class
+    folder is the path of the folder. If `root` contains only one folder, and this folder contains folders, this folder
+    is used instead of `root`. Names that begin with a dot, system folders and files beside class folders are ignored.
+    If `root` contains both images and folders, the images are listed if `flat` is true and the images are at least as
+    many as the folders. In all other cases, the class folders are listed.
 
     Symbolic links that lead out of `root` are refused unless `follow_links` is true. Raises UserError if `root`
-    contains no files, if a class folder is a link that is not followed, or if it is unclear what the classes are.
+    contains no files, if a class folder is a link that is not followed, or if the classes are ambiguous.
     """
     with ThreadPoolExecutor(8) as pool, progress(f"{split}: listing", 0, "folders") as listing_progress:
         walk = _Walk(root, follow_links, pool, listing_progress)
@@ -112,10 +113,10 @@ class _Entry:
     mode: int  # stat.S_IFREG or stat.S_IFDIR; 0 for an entry that is refused
     size: int = 0
     mtime_ns: int = 0
-    reason: str = ""  # why the entry is refused
-    is_folder_link: bool = False  # a refused link to a folder, or to nothing
-    is_file_link: bool = False  # a refused link to a file
-    is_link: bool = False  # a link that is followed
+    reason: str = ""  # the reason why the entry is refused; empty if it is not refused
+    is_folder_link: bool = False  # whether the entry is a refused link to a folder or to nothing
+    is_file_link: bool = False  # whether the entry is a refused link to a file
+    is_link: bool = False  # whether the entry is a link that is followed
 
 
 class _Walk:
@@ -124,15 +125,18 @@ class _Walk:
     def __init__(self, root: Path, follow_links: bool, pool: ThreadPoolExecutor, progress: Progress) -> None:
         self.root, self.follow_links, self.pool, self.progress = root, follow_links, pool, progress
         self.base = os.fsencode(root.resolve()) + b"/"
-        self.folder = os.fsencode(root)  # the folder of the class folders
-        self.listing = Listing()  # labels are indices in `class_folders`
-        self.class_folders: list[bytes] = []  # paths below `folder`
+        self.folder = os.fsencode(root)  # the folder that contains the class folders
+        self.listing = Listing()  # the labels in the listing are indices into `class_folders`
+        self.class_folders: list[bytes] = []  # paths of the class folders, relative to `folder`
         self.refused: list[tuple[str, str]] = []
         self.ignored: list[tuple[str, str]] = []
         self.has_linked_folders = False
 
     def enter_single_folders(self) -> tuple[Path, list[_Entry]]:
-        """Return (the folder of the class folders, its entries): `root`, or a folder below `root` that stands alone."""
+        """Return the folder that contains the class folders, and its entries.
+
+        The folder is `root`, or the only folder in `root`.
+        """
         entries = self._scan(self.folder)
         while True:
             folders, files, links = _sorted_out(entries)
@@ -147,7 +151,10 @@ class _Walk:
             self.folder, entries = below, inner
 
     def is_flat(self, folder: Path, entries: Sequence[_Entry], flat: bool) -> bool:
-        """Whether the images are in `folder` itself. Raises UserError if this is unclear."""
+        """Return whether the images are in `folder` itself.
+
+        Raises UserError if images and class folders lie side by side.
+        """
         folders, files, links = _sorted_out(entries)
         if not folders and not links:
             return bool(files) or any(entry.mode == 0 for entry in entries)
@@ -183,9 +190,12 @@ class _Walk:
         return FoundInputs(self.listing, (), True, tuple(self.refused), tuple(self.ignored), folder)
 
     def add_level(self, parent: bytes, entries: Sequence[_Entry], around: tuple[tuple[int, int], ...]) -> None:
-        """Add the class folders in the folder `parent` (a path below `folder`, empty for `folder`) and below it.
+        """Add the class folders in the folder `parent` and below it.
 
-        `around` has device and inode of the folders that contain `parent`, to detect links to these folders.
+        `parent` is a path below `folder`, or empty for `folder` itself.
+
+        `around` has the device and inode numbers of the folders that contain `parent`. They show a link to one of these
+        folders.
         """
         folders, _, links = _sorted_out(entries)
         if links:
@@ -203,7 +213,7 @@ class _Walk:
                 self.progress.advance()
 
     def refuse_aliases(self) -> None:
-        """Raise UserError if two class folders are the same folder, so that its photographs would have two labels."""
+        """Raise UserError if two class folders are the same folder: each photograph would have two labels."""
         found: dict[bytes, bytes] = {}
         for path in self.class_folders if self.has_linked_folders else ():
             other = found.setdefault(os.path.realpath(os.path.join(self.folder, path)), path)
@@ -214,7 +224,7 @@ class _Walk:
                 )
 
     def _add_folder(self, path: bytes, entries: Sequence[_Entry], around: tuple[tuple[int, int], ...]) -> None:
-        """Add `path` as a class folder if it contains images or nothing, else the class folders in it."""
+        """Add `path` as a class folder if it contains images or is empty. Otherwise add the class folders in `path`."""
         folders, files, links = _sorted_out(entries)
         if (folders or links) and not any(may_be_image(file.name) for file in files):
             status = os.stat(os.path.join(self.folder, path))
@@ -253,7 +263,7 @@ class _Walk:
                 self.refused.append((name, entry.reason))
 
     def refuse_class_tars(self) -> None:
-        """Raise UserError if ILSVRC's tars of classes lie beside class folders, and not all are unpacked."""
+        """Raise UserError if only some of ILSVRC's class tars are unpacked, so that tars lie beside class folders."""
         classes = {name_text(path) for path in self.class_folders}
         beside = [name for name, reason in self.ignored if reason == STRAY_FILE and _CLASS_TAR.fullmatch(name)]
         packed = [name for name in beside if name.removesuffix(".tar") not in classes]
@@ -277,16 +287,16 @@ class _Walk:
 
 
 def _sorted_out(entries: Sequence[_Entry]) -> tuple[list[_Entry], list[_Entry], list[_Entry]]:
-    """Return (folders that may be classes, files, links to folders that are not followed) of a folder."""
+    """Return three lists: folders that may be classes, files, and links to folders that are not followed."""
     folders = [entry for entry in entries if stat.S_ISDIR(entry.mode) and not is_no_class_folder(entry.name)]
     files = [entry for entry in entries if stat.S_ISREG(entry.mode)]
     return folders, files, [entry for entry in entries if entry.is_folder_link and not is_no_class_folder(entry.name)]
 
 
 def _entries(folder: bytes, base: bytes, follow_links: bool) -> Iterator[_Entry]:
-    """Yield entries of a folder.
+    """Yield the entries of a folder.
 
-    Links out of `base` are refused unless `follow_links` is true. Hidden files are left out.
+    Links that lead out of `base` are refused unless `follow_links` is true. Hidden files are left out.
     """
     try:
         scan = os.scandir(folder)
