@@ -77,6 +77,11 @@ class EvalLoader(Loader):
         else:
             self._open(views, augmentation.divisor_in_evaluation)
 
+    @property
+    def own_records(self) -> int:
+        """Number of images that this loader serves in one iteration: the size of its range of the split."""
+        return len(self._record_numbers)
+
     def __len__(self) -> int:
         """Return the number of batches in one iteration."""
         return -(-len(self._record_numbers) // self.batch_size)

@@ -57,7 +57,15 @@ ROOMS = {
         *("pipeline.diagnostics", "pipeline.cli", "pipeline.__main__", "pipeline.__init__"),
     ),
     "train": (
-        *("train.config", "train.replicas", "train.model", "train.optim", "train.runs", "train.evaluation", "train.monitor"),
+        *(
+            "train.config",
+            "train.replicas",
+            "train.model",
+            "train.optim",
+            "train.runs",
+            "train.evaluation",
+            "train.monitor",
+        ),
         *("train.trainer", "train.report", "train.convert", "train.cli", "train.__main__"),
     ),
 }

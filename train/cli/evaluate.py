@@ -25,6 +25,7 @@ from train.cli.options import (
 if TYPE_CHECKING:
     from train.evaluation.evaluate import EvalResult
     from train.evaluation.predictions import Predictions
+    from train.replicas.group import ReplicaGroup
 
 
 @click.command()
@@ -65,71 +66,83 @@ def evaluate(
     An argument can also be a file that --out saved. For several arguments, print the errors of each argument, and the
     errors of the (weighted) average of all probabilities. The paper averages five and seven networks in this way.
 
+    Under torchrun, each process evaluates a part of the images, and the first process prints the result.
+
     \b
     Example:
       alextrain evaluate run
       alextrain evaluate run --store store --views 10 --out run.npz
       alextrain evaluate run.npz other.npz third-run --weights 2,1,1
       alextrain evaluate run --service imagenet
+      torchrun --nproc-per-node 4 -m train evaluate run --views 10
     """
-    is_file = [path.suffix == ".npz" for path in runs]
-    if store is not None and not all(is_file):
-        Store.open(store).split(split)
-    from train.evaluation.evaluate import average_probabilities, error_rates
-    from train.evaluation.predictions import (
-        Predictions,
-        check_output_path,
-        check_same_images,
-        load_predictions,
-        parse_weights,
-    )
+    from train.replicas.group import group_from_environment, joined
 
-    if out is not None:
-        check_output_path(out)  # an invalid path is refused before the long evaluation
-    options: dict[str, Any] = {
-        "views": views,
-        "checkpoint": checkpoint,
-        "split": split,
-        "gpus": gpus,
-        "precision": precision,
-        "service": service,
-        "service_fallback": service_fallback,
-    }
-    member_weights, names = parse_weights(weights, len(runs)), [str(path) for path in runs]
-    members, results = [], []
-    for path, is_saved in zip(runs, is_file, strict=True):
-        if is_saved:
-            member = load_predictions(path)
-            result = error_rates(average_probabilities([member.probabilities]), member.labels)
-        else:
-            result, member = _evaluate_run(path, store, **options)
-        members.append(member)
-        results.append(result)
-        if not as_json:
-            _print_result(path.name if len(runs) > 1 else "", member.about, result)
-        check_same_images(names[: len(members)], members)
-    combined, combined_result = members[0], results[0]
-    if len(members) > 1:
-        mean = average_probabilities([member.probabilities for member in members], member_weights)
-        combined_result = error_rates(mean, combined.labels)
-        about = {**combined.about, "run": names, "step": [member.about["step"] for member in members]}
-        about |= {key: _common_value(members, key) for key in ("views", "precision")}
-        combined = Predictions(mean.astype("float32"), combined.labels, combined.keys, about)
-        if not as_json:
-            title = f"average of {len(members)}" + (f", weights {weights}" if weights else "")
-            _print_result(title, about, combined_result)
-    if out is not None:
-        combined.save(out)
-        say(f"Saved: {out}")
-    if as_json:
-        each = [_result_json(member, result) for member, result in zip(members, results, strict=True)]
-        of_average = {"members": each, "weights": member_weights} if len(each) > 1 else {}
-        print_json({**_result_json(combined, combined_result), **of_average})
+    with joined(group_from_environment()) as group:
+        is_file = [path.suffix == ".npz" for path in runs]
+        with group.together():
+            if store is not None and not all(is_file):
+                Store.open(store).split(split)  # a missing store is reported before torch is imported
+            from train.evaluation.evaluate import average_probabilities, error_rates
+            from train.evaluation.predictions import (
+                Predictions,
+                check_output_path,
+                check_same_images,
+                load_predictions,
+                parse_weights,
+            )
+
+            if out is not None:
+                check_output_path(out)  # an invalid path is refused before the long evaluation
+            member_weights, names = parse_weights(weights, len(runs)), [str(path) for path in runs]
+        options: dict[str, Any] = {
+            "views": views,
+            "checkpoint": checkpoint,
+            "split": split,
+            "gpus": gpus,
+            "precision": precision,
+            "service": service,
+            "service_fallback": service_fallback,
+        }
+        members, results = [], []
+        for path, is_saved in zip(runs, is_file, strict=True):
+            if not is_saved:
+                result, member = _evaluate_run(path, store, group, **options)
+            elif group.is_first:
+                member = load_predictions(path)
+                result = error_rates(average_probabilities([member.probabilities]), member.labels)
+            if not group.is_first:
+                continue
+            members.append(member)
+            results.append(result)
+            if not as_json:
+                _print_result(path.name if len(runs) > 1 else "", member.about, result)
+            check_same_images(names[: len(members)], members)
+        if not group.is_first:
+            return
+        combined, combined_result = members[0], results[0]
+        if len(members) > 1:
+            mean = average_probabilities([member.probabilities for member in members], member_weights)
+            combined_result = error_rates(mean, combined.labels)
+            about = {**combined.about, "run": names, "step": [member.about["step"] for member in members]}
+            about |= {key: _common_value(members, key) for key in ("views", "precision")}
+            combined = Predictions(mean.astype("float32"), combined.labels, combined.keys, about)
+            if not as_json:
+                title = f"average of {len(members)}" + (f", weights {weights}" if weights else "")
+                _print_result(title, about, combined_result)
+        if out is not None:
+            combined.save(out)
+            say(f"Saved: {out}")
+        if as_json:
+            each = [_result_json(member, result) for member, result in zip(members, results, strict=True)]
+            of_average = {"members": each, "weights": member_weights} if len(each) > 1 else {}
+            print_json({**_result_json(combined, combined_result), **of_average})
 
 
 def _evaluate_run(
     path: Path,
     store_path: Path | None,
+    group: ReplicaGroup,
     *,
     views: str,
     checkpoint: str,
@@ -139,7 +152,10 @@ def _evaluate_run(
     service: str | None,
     service_fallback: str | None,
 ) -> tuple[EvalResult, Predictions]:
-    """Evaluate a checkpoint of the run at `path`, and append the result to the run's evaluations.jsonl."""
+    """Evaluate a checkpoint of the run at `path`, and append the result to the run's evaluations.jsonl.
+
+    Each rank of `group` evaluates a part of the split. On all ranks but rank 0, the Predictions hold no images.
+    """
     from train.config.devices import parse_devices
     from train.evaluation.predictions import DENSE, predict_split, record_evaluation
     from train.model.precision import set_precision
@@ -147,23 +163,49 @@ def _evaluate_run(
     from train.runs.preprocessing import find_store, missing_store_text, saved_store_path
     from train.runs.run_dir import DESCRIPTION, read_description
 
-    devices = parse_devices(gpus)
-    set_precision(precision, devices)  # an unsupported precision is refused before the network is loaded
-    run_dir, which = run_and_checkpoint(path, checkpoint)
-    network, loaded = load_trained(run_dir, devices, which)
-    store = find_store(run_dir, loaded, store_path)
-    if store is None:
-        raise UserError(missing_store_text(run_dir, saved_store_path(read_description(run_dir))))
-    store.split(split)
-    if "train" not in store.splits or loaded.identity["store_fingerprint"] != store.split("train").fingerprint:
-        say(f"The mean of {store.root} is subtracted, not the mean of the training store.")
+    with group.together():
+        devices = parse_devices(gpus)
+        set_precision(precision, devices)  # an unsupported precision is refused before the network is loaded
+        run_dir, which = run_and_checkpoint(path, checkpoint)
+        network, loaded = load_trained(run_dir, devices, which)
+        store = find_store(run_dir, loaded, store_path)
+        if store is None:
+            raise UserError(missing_store_text(run_dir, saved_store_path(read_description(run_dir))))
+        fingerprint = store.split(split).fingerprint
+        if "train" not in store.splits or loaded.identity["store_fingerprint"] != store.split("train").fingerprint:
+            if group.is_first:
+                say(f"The mean of {store.root} is subtracted, not the mean of the training store.")
+    with group.together():
+        _check_same_inputs(group, {"checkpoint": loaded.digest, f"split {split}": fingerprint})
     count = views if views == DENSE else int(views)
     result, predictions = predict_split(
-        network, loaded, store, split, count, precision, str(path), service=service, service_fallback=service_fallback
+        network,
+        loaded,
+        store,
+        split,
+        count,
+        precision,
+        str(path),
+        service=service,
+        service_fallback=service_fallback,
+        group=group,
     )
-    if (run_dir / DESCRIPTION).exists():  # False if the argument is a checkpoint file outside a run folder
+    if group.is_first and (run_dir / DESCRIPTION).exists():  # no run.json: a checkpoint file outside a run folder
         record_evaluation(run_dir, predictions.about, result)
     return result, predictions
+
+
+def _check_same_inputs(group: ReplicaGroup, digests: dict[str, str]) -> None:
+    """Raise UserError if a rank has another checkpoint or another split than rank 0, by their digests."""
+    of_ranks = group.gather_json(digests)
+    for rank, of_rank in enumerate(of_ranks):
+        for name, digest in of_rank.items():
+            if digest != of_ranks[0][name]:
+                raise UserError(
+                    f"rank {rank} of {group.size} has read another {name} than rank 0 (digest {digest[:12]}, rank 0: "
+                    f"{of_ranks[0][name][:12]}). Give all machines the same files. If the run is still training, wait "
+                    "until it ends, or name a file: --checkpoint FILE."
+                )
 
 
 def _common_value(members: list[Predictions], key: str) -> Any:

@@ -21,6 +21,7 @@ from prep.console import Progress
 from train.model.alexnet import AlexNet
 from train.model.modes import evaluation_mode
 from train.model.precision import autocast, set_precision
+from train.replicas.group import ALONE, ReplicaGroup
 
 Z_95 = 1.959963984540054  # 0.975 quantile of the normal distribution
 
@@ -90,16 +91,21 @@ def evaluate(
     progress: Progress,
     precision: str = "fp32",
     probabilities: npt.NDArray[np.float32] | None = None,
+    group: ReplicaGroup = ALONE,
 ) -> EvalResult:
     """Evaluate `network` on all images of `loader`.
 
     The softmax is averaged over the views of an image (layer.cu:1809, section 4.1). If `probabilities`
-    is an array, float32 (records, classes), the class probabilities are written into this array. Afterwards the network
-    is in the same mode (training or evaluation) as before.
+    is an array, float32 (images that `loader` serves, classes), the class probabilities are written into this array.
+    Afterwards the network is in the same mode (training or evaluation) as before.
+
+    If `group` has several replicas, all ranks call this function with the same parameters. The loader of a rank serves
+    the rank's part of the split (`shard` and `world_size` of eval_loader). The result is that of the whole split, and
+    has the same bits on every rank. The counts of misses and images are summed as integers, so they are exact.
 
     Raises UserError for a precision that the network's devices do not support. Raises RuntimeError if the
-    number of images that the loader serves is not the number of images in the split, because the error rates would be
-    wrong.
+    number of images that the loaders serve is not the number of images in the split, because the error rates would be
+    wrong. Also raises the errors of the loader, and of ReplicaGroup.sum.
     """
     set_precision(precision, network.devices)
     misses, loss, images = torch.zeros(2, dtype=torch.int64), 0.0, 0
@@ -113,15 +119,17 @@ def evaluate(
                     logits = network(batch.images.flatten(0, -4)).unflatten(0, (len(labels), -1))  # (N, views, classes)
             log_p = log_mean_softmax(logits)
             misses += top_k_misses(log_p, labels).cpu()
-            loss -= float(log_p.gather(1, labels[:, None]).sum())
+            loss -= float(log_p.gather(1, labels[:, None]).double().sum())
             if probabilities is not None:
                 rows = probabilities[images : images + len(labels)]
                 rows[:] = log_p.exp().cpu().numpy()[: len(rows)]
             images += len(labels)
             progress.advance(len(labels))
+    top1_misses, top5_misses, images = group.sum(np.array([*misses.tolist(), images], np.int64)).tolist()
+    loss = float(group.sum(np.array([loss]))[0])
     if images != loader.records:
         raise RuntimeError(f"{images} images were served, but the split has {loader.records} images")
-    return EvalResult(int(misses[0]) / images, int(misses[1]) / images, loss / images, images)
+    return EvalResult(top1_misses / images, top5_misses / images, loss / images, images)
 
 
 def log_mean_softmax(logits: Tensor) -> Tensor:

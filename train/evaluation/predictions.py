@@ -10,7 +10,8 @@ run, step, checkpoint (the checkpoint's digest, a SHA-256), split, split_fingerp
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,12 +22,13 @@ import numpy.typing as npt
 from pipeline.augment import SQUARE
 from pipeline.loader import eval_loader
 from pipeline.records import Records
-from prep.console import UserError, WrongArgument, count_noun, disk_error, progress
+from prep.console import Progress, UserError, WrongArgument, count_noun, disk_error, progress
 from prep.files import atomic_file
 from prep.store.manifest import Store
 from train.evaluation.evaluate import EvalResult, eval_batch_size, evaluate
 from train.model.alexnet import AlexNet
 from train.model.precision import set_precision
+from train.replicas.group import ALONE, ReplicaGroup
 from train.runs.append_log import AppendLog
 from train.runs.checkpoint import Checkpoint
 
@@ -99,6 +101,7 @@ def predict_split(
     run: str = "",
     service: str | None = None,
     service_fallback: str | None = None,
+    group: ReplicaGroup = ALONE,
 ) -> tuple[EvalResult, Predictions]:
     """Error rates and probabilities of a network over a split.
 
@@ -106,13 +109,14 @@ def predict_split(
     run               name of the run, saved in `about`
     service           service that decodes the images, as for eval_loader; None: this process decodes the images
     service_fallback  what happens if the service is lost, as for eval_loader
+    group             replicas, of which each evaluates its part of the split. On all ranks but rank 0, the returned
+                      Predictions hold no images
 
-    Shows progress. Raises the errors of `evaluate` and eval_loader.
+    Rank 0 shows progress: that of its own part. Raises the errors of `evaluate` and eval_loader.
     """
     device = str(network.devices[0])
     set_precision(precision, network.devices)
     records = store.split(split).records
-    probabilities = np.empty((records, len(store.classes)), np.float32)
     loader = eval_loader(
         store.root,
         eval_batch_size(records, 1 if views == DENSE else int(views), device),
@@ -120,11 +124,15 @@ def predict_split(
         views=SQUARE if views == DENSE else views,
         split=split,
         augmentation=network.recipe.augmentation,
+        shard=group.rank,
+        world_size=group.size,
         service=service,
         service_fallback=service_fallback,
     )
-    with loader, progress(f"{split}, {views} view{'s' * (views != 1)}", records, "images") as counter:
-        result = evaluate(network, loader, counter, precision, probabilities)
+    own = np.empty((loader.own_records, len(store.classes)), np.float32)
+    with loader, replica_progress(group, f"{split}, {views} view{'s' * (views != 1)}", len(own)) as counter:
+        result = evaluate(network, loader, counter, precision, own, group)
+    probabilities = group.stack_on_first(own)
     about = {
         "run": run,
         "step": checkpoint.step,
@@ -136,10 +144,22 @@ def predict_split(
         "classes": list(store.classes),
     }
     stored = Records(store, split)
-    labels = np.array([stored[number].label for number in range(records)], np.int64)
-    keys = np.array([stored.key(number) for number in range(records)], "S8")
+    labels = np.array([stored[number].label for number in range(len(probabilities))], np.int64)
+    keys = np.array([stored.key(number) for number in range(len(probabilities))], "S8")
     stored.close()
     return result, Predictions(probabilities, labels, keys, about)
+
+
+@contextmanager
+def replica_progress(group: ReplicaGroup, label: str, images: int) -> Iterator[Progress]:
+    """Show the progress of this rank's part of an evaluation on rank 0; count without output on the other ranks."""
+    if not group.is_first:
+        yield Progress(images, "images")
+        return
+    if group.size > 1:
+        label += f", part 1 of {group.size}"
+    with progress(label, images, "images") as counter:
+        yield counter
 
 
 def check_same_images(names: Sequence[str], members: Sequence[Predictions]) -> None:

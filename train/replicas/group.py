@@ -76,6 +76,13 @@ class ReplicaGroup:
         """Return the arrays of all ranks, in the order of the ranks. Shapes may differ between ranks; types may not."""
         return [values] if self.link is None else self.link.gather(values)
 
+    def stack_on_first(self, rows: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """Return the rows of all ranks one below another, in the order of the ranks, on rank 0; no rows on other ranks.
+
+        The arrays must have the same type, and the same shape apart from the first axis.
+        """
+        return rows if self.link is None else self.link.stack_on_first(rows)
+
     def gather_json(self, value: Any) -> list[Any]:
         """Return the values of all ranks, in the order of the ranks. The values pass through JSON."""
         if self.link is None:
@@ -136,6 +143,9 @@ class ReplicaGroup:
                 result = work()
         value: Value = self.broadcast_json(result)
         return value
+
+
+ALONE = ReplicaGroup()  # the group of a process that torchrun did not start
 
 
 def exit_code(error: BaseException) -> int:

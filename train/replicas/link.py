@@ -74,6 +74,24 @@ class Link:
             parts.append(part)
         return parts
 
+    def stack_on_first(self, rows: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """Return the rows of all ranks one below another on rank 0; no rows on other ranks."""
+        import torch
+
+        counts = [int(count[0]) for count in self.gather_equal(np.array([len(rows)], dtype=np.int64))]
+        with self.exchange():
+            if self.rank > 0:
+                if rows.nbytes:
+                    self.gloo.send([torch.from_numpy(np.ascontiguousarray(rows))], 0, 0).wait()
+                return rows[:0]
+            stacked = np.empty((sum(counts), *rows.shape[1:]), dtype=rows.dtype)
+            stacked[: counts[0]] = rows
+            for rank in range(1, self.size):
+                part = stacked[sum(counts[:rank]) : sum(counts[: rank + 1])]
+                if part.nbytes:
+                    self.gloo.recv([torch.from_numpy(part)], rank, 0).wait()
+        return stacked
+
     def broadcast_bytes(self, content: bytes) -> bytes:
         """Return rank 0's bytes."""
         (size_bytes,) = self.gather_equal(np.array([len(content)], dtype=np.int64))[0]
