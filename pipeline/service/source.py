@@ -42,9 +42,8 @@ class WindowSource:
     ) -> None:
         """Connect to the service.
 
-        `request_at(position)` returns the request for the batch at a position, or None after the last position.
-
-        With fallback="local", the loader continues with the local `store` if the service is lost. Raises UserError for
+        `request_at(position)` returns the request for the batch at a position, or None after the last position. With
+        fallback="local", the loader continues with the local `store` if the service is lost. Raises UserError for
         another value of `fallback`, and StoreError if shards of the local store are missing. Also raises the
         ServiceErrors of ServiceClient.
         """

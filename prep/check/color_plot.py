@@ -122,9 +122,8 @@ def shift_colors(
 ) -> npt.NDArray[np.float64]:
     """Shift RGB colours (..., 3) by `stdevs` standard deviations along component 0, 1 or 2.
 
-    The shifted colours are not clipped.
-
-    `stdevs` is a number or an array. An array of shape (n, 1) shifts one colour n times; the result has shape (n, 3).
+    The shifted colours are not clipped. `stdevs` is a number or an array. An array of shape (n, 1) shifts one colour n
+    times; the result has shape (n, 3).
     """
     sigma: npt.NDArray[np.float64] = stats.stdevs[component] * np.array(stats.eigenvectors)[:, component]
     return np.asarray(colors) + np.asarray(stdevs) * sigma

@@ -95,9 +95,8 @@ def list_archive(path: Path, flat: bool) -> FoundInputs:
 def checked_name(name: bytes, is_folder: bool, hidden: set[bytes] | None = None) -> tuple[bytes, str]:
     """Return the name of a member, and a reason if the member is refused.
 
-    Name and reason are empty for ignored members, which are the root and names with a part such as `.git`.
-
-    If the set `hidden` is given, folders whose names begin with a dot are added to this set.
+    Name and reason are empty for ignored members, which are the root and names with a part such as `.git`. If the set
+    `hidden` is given, folders whose names begin with a dot are added to this set.
     """
     parts = [part for part in name.split(b"/") if part != b"."]
     if is_folder and not parts:

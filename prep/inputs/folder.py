@@ -192,10 +192,8 @@ class _Walk:
     def add_level(self, parent: bytes, entries: Sequence[_Entry], around: tuple[tuple[int, int], ...]) -> None:
         """Add the class folders in the folder `parent` and below it.
 
-        `parent` is a path below `folder`, or empty for `folder` itself.
-
-        `around` has the device and inode numbers of the folders that contain `parent`. They show a link to one of these
-        folders.
+        `parent` is a path below `folder`, or empty for `folder` itself. `around` has the device and inode numbers of
+        the folders that contain `parent`. They show a link to one of these folders.
         """
         folders, _, links = _sorted_out(entries)
         if links:

@@ -1,4 +1,7 @@
-"""List of the inputs of a split, and their record order. The list is one array per field to save memory."""
+"""List of the inputs of a split, and the record order of the split.
+
+To save memory, the list is one array for each field.
+"""
 
 from __future__ import annotations
 
@@ -15,20 +18,20 @@ import numpy.typing as npt
 
 from prep.files import atomic_file
 
-OWN_FILE = -1  # `location` of an input that is a separate file, not a part of an archive or LMDB
+OWN_FILE = -1  # `location` of an input that is a file of its own, not a part of an archive or LMDB
 
-# Fields of Input other than its path, and the names of their columns in a saved listing.
+# The fields of Input except `path`, with the names of their columns in a saved listing.
 _COLUMNS = {"label": "label", "size": "size", "mtime_ns": "stamp_ns", "location": "at"}
 
 
 @dataclass(frozen=True, slots=True)
 class Input:
-    """One image to be stored."""
+    """One image that is to be stored."""
 
-    path: bytes  # `class/name` in the folder or archive (`name` if there are no class folders), or key in a Caffe LMDB
+    path: bytes  # `class/name` in the folder or archive (only `name` without class folders), or the key in a Caffe LMDB
     label: int  # 0..K−1
-    size: int = 0  # bytes, as listed
-    mtime_ns: int = 0  # modification time of the file or of the archive around it; 0 for an LMDB
+    size: int = 0  # size in bytes when the input was listed
+    mtime_ns: int = 0  # modification time of the file, or of the archive that contains the input; 0 for an LMDB
     location: int = OWN_FILE  # byte offset of the content in an archive, or index of the LMDB
 
 
@@ -41,14 +44,14 @@ class Listing:
         self._columns = {name: array("q") for name in _COLUMNS}
 
     def add(self, path: bytes, label: int, size: int = 0, mtime_ns: int = 0, location: int = OWN_FILE) -> None:
-        """Append one input; the arguments are the fields of Input."""
+        """Append one input. The arguments are the fields of Input."""
         self._paths += path
         self._ends.append(len(self._paths))
         for name, value in zip(_COLUMNS, (label, size, mtime_ns, location), strict=True):
             self._columns[name].append(value)
 
     def relabelled(self, labels: Sequence[int]) -> Listing:
-        """Return a listing of the same inputs, in which an input with label k has the label `labels[k]`."""
+        """Return a listing of the same inputs in which each label k is replaced by `labels[k]`."""
         other = Listing()
         other._paths, other._ends, other._columns = self._paths, self._ends, dict(self._columns)
         if len(self):
@@ -80,17 +83,21 @@ class Listing:
         return bytes(self._paths[self._ends[index - 1] if index else 0 : self._ends[index]])
 
     def digest(self) -> str:
-        """Return the SHA-256 (hex) of paths, labels and sizes. Records also depend on file contents and settings."""
+        """Return the SHA-256 (hex) of the paths, labels and sizes of all inputs.
+
+        The records also depend on the contents of the files and on the settings.
+        """
         digest = hashlib.sha256(self._paths)
         for column in (self._ends, self._columns["label"], self._columns["size"]):
             digest.update(np.frombuffer(column, "<i8").tobytes() if len(column) else b"")
         return digest.hexdigest()
 
     def permutation(self, seed: int) -> npt.NDArray[np.int64]:
-        """Return the record order: input indices sorted by the BLAKE2b hash (8 bytes, keyed by `seed`) of the paths.
+        """Return the record order: the indices of the inputs, sorted by a hash of the paths.
 
-        Inputs with equal hashes are sorted by path, then by location. So the record order depends only on paths and
-        seed, not on the order of the listing or the version of a random number generator.
+        The hash is the BLAKE2b hash of 8 bytes with the key `seed`. Inputs with equal hashes are sorted by path, then
+        by location. The record order therefore depends only on the paths and the seed. It does not depend on the order
+        of the listing, or on the version of a random number generator.
         """
         key = seed.to_bytes(8, "little")
         hashes = array("Q")
@@ -112,7 +119,7 @@ class Listing:
 
     @staticmethod
     def load(path: Path) -> Listing:
-        """Read a file that `save` wrote; raises OSError or ValueError if the file cannot be read."""
+        """Read a file that `save` wrote. Raises OSError or ValueError if the file cannot be read."""
         listing = Listing()
         try:
             with open(path, "rb") as file, np.load(file, allow_pickle=False) as saved:
@@ -121,18 +128,19 @@ class Listing:
                 listing._columns = {name: array("q", saved[key].tobytes()) for name, key in _COLUMNS.items()}
         except (OSError, ValueError):
             raise
-        except Exception as error:  # damage in a .npz file can raise any exception of NumPy, zipfile and zlib
+        except Exception as error:  # for a damaged .npz file, NumPy, zipfile and zlib can raise any exception
             raise ValueError(f"{path}: {error}") from None
         return listing
 
     def same_as(self, other: Listing) -> bool:
-        """Whether both listings have the same inputs in the same order."""
+        """Return whether both listings have the same inputs in the same order."""
         return (self._paths, self._ends, self._columns) == (other._paths, other._ends, other._columns)
 
     def first_path_difference(self, later: Listing, seed: int) -> tuple[bytes, str] | None:
-        """Find the first path, in record order, that only this listing or only `later` has; None if no path differs.
+        """Return the first path, in record order, that occurs in only one of the two listings.
 
-        Returns (path, "has gone") if `later` lacks the path, and (path, "is new") if this listing lacks the path.
+        Returns None if the paths are the same. The path is returned with "has gone" if only this listing has it, and
+        with "is new" if only `later` has it.
         """
         before, after = self.permutation(seed).tolist(), later.permutation(seed).tolist()
         for old, new in zip_longest(before, after):
@@ -145,9 +153,10 @@ class Listing:
         return None
 
     def changed_inputs(self, later: Listing, seed: int) -> dict[bytes, tuple[Input, Input]]:
-        """Return {path: (before, after)} of the inputs that differ from `later`, a listing with the same paths.
+        """Return {path: (before, after)} of the inputs that differ in `later`, a listing of the same paths.
 
-        An input that has only moved within its archive counts as unchanged if its `mtime_ns` is known and the same.
+        An input that has only moved within its archive counts as unchanged, if its `mtime_ns` is known and has not
+        changed.
         """
         before, after = self.permutation(seed), later.permutation(seed)
         differ = np.zeros(len(before), bool)

@@ -6,15 +6,18 @@ import unicodedata
 
 
 def name_text(name: bytes) -> str:
-    r"""A name as text; a byte that is not UTF-8 becomes an escape such as `\xff`."""
+    r"""Return a name as text. A byte that is not UTF-8 becomes an escape such as `\xff`."""
     return name.decode("utf-8", "backslashreplace")
 
 
 def composed(text: str) -> str:
-    """Return a text in Unicode's composed form: a letter and its accent are one character, as most systems write."""
+    """Return a text in Unicode's composed form, in which a letter and its accent are one character.
+
+    Most systems write this form.
+    """
     return unicodedata.normalize("NFC", text)
 
 
 def visible(text: str) -> str:
-    """Return what a person sees of a text: the composed form without invisible characters."""
+    """Return the visible part of a text: the composed form without invisible characters."""
     return "".join(c for c in composed(text) if unicodedata.category(c) != "Cf")

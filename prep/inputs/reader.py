@@ -28,11 +28,11 @@ class InputReader(Protocol):
     def read(self, item: Input) -> Content:
         """Return the content of one input.
 
-        Raises BadImage if reading fails, UserError if the input changed since listing.
+        Raises BadImage if reading fails, and UserError if the input has changed since it was listed.
         """
 
     def head(self, item: Input, size: int) -> bytes:
-        """Return the first `size` bytes of one input, or fewer if the input is shorter.
+        """Return the first `size` bytes of one input, or fewer bytes if the input is shorter.
 
         Raises BadImage if reading fails.
         """
@@ -40,7 +40,7 @@ class InputReader(Protocol):
 
 @runtime_checkable
 class UnpackingReader(InputReader, Protocol):
-    """A reader that reads single inputs slowly, and faster if it may first unpack them into a folder."""
+    """A reader that reads single inputs slowly, but is faster if it may first unpack the inputs into a folder."""
 
     def unpacking_into(self, folder: Path, free_bytes: int) -> InputReader:
         """Return a reader that unpacks inputs into `folder` when needed, if `free_bytes` of disk space are enough."""
@@ -48,16 +48,17 @@ class UnpackingReader(InputReader, Protocol):
 
 @dataclass(frozen=True)
 class ListOptions:
-    """How a split is listed, and where its labels come from: options of `alexprep build-lmdb`."""
+    """Options of `alexprep build-lmdb` that say how a split is listed, and where its labels come from."""
 
-    labels: Path | None = None  # label file of images without class folders; None: the label file beside the images
-    # Meaning of numbers in a label file, one of LABEL_ORDERS; None: the meaning must be unambiguous.
+    labels: Path | None = None  # label file of images without class folders; None: use the label file beside the images
+    # Meaning of numbers in a label file, one of LABEL_ORDERS. With None, the numbers must have a single meaning.
     label_order: str | None = None
-    devkit: Path | None = None  # ILSVRC's devkit: folder, .tar.gz or meta.mat; None: the devkit beside the images
+    # ILSVRC's devkit as a folder, .tar.gz or meta.mat; None: use the devkit beside the images.
+    devkit: Path | None = None
     class_file: Path | None = None  # file with the classes in the order of the labels
-    allow_empty_classes: bool = False  # a class may lack photographs
-    follow_links: bool = False  # symbolic links that lead out of the source are followed
-    exclude: ExclusionList | None = None  # files to leave out
+    allow_empty_classes: bool = False  # whether a class may have no photographs
+    follow_links: bool = False  # whether symbolic links that lead out of the source are followed
+    exclude: ExclusionList | None = None  # photographs to leave out
 
 
 DEFAULT_OPTIONS = ListOptions()
@@ -65,25 +66,28 @@ DEFAULT_OPTIONS = ListOptions()
 
 @dataclass(frozen=True)
 class Source:
-    """All inputs of one split and the refused entries. Inputs of folders and archives are sorted by class and name."""
+    """All inputs of one split and the refused entries.
+
+    The inputs of folders and archives are sorted by class and name.
+    """
 
     reader: InputReader
     split: str
     classes: tuple[str, ...]
     inputs: Listing
-    refused: tuple[tuple[str, str], ...] = ()  # (name, reason); each of them is a bad input
-    # (name, reason) of entries that are not inputs, such as files beside class folders.
+    refused: tuple[tuple[str, str], ...] = ()  # name and reason of each refused entry; refused entries are bad inputs
+    # Name and reason of entries that are not inputs, such as files beside class folders.
     ignored: tuple[tuple[str, str], ...] = ()
-    labels_from: Path | None = None  # the label file that was read; None if folders give the labels
+    labels_from: Path | None = None  # the label file that was read; None if class folders give the labels
 
 
 @dataclass(frozen=True)
 class FoundInputs:
-    """Images found in a folder or an archive. If there are class folders, they give the labels."""
+    """Images found in a folder or an archive. If there are class folders, the class folders give the labels."""
 
     listing: Listing
     classes: tuple[str, ...]
-    is_flat: bool  # True if there are no class folders; then all labels are 0 and `classes` is empty
+    is_flat: bool  # whether there are no class folders; all labels are then 0, and `classes` is empty
     refused: tuple[tuple[str, str], ...]  # (name, reason)
-    ignored: tuple[tuple[str, str], ...] = ()  # (name, reason), see Source.ignored
-    root: Path | None = None  # folder to which the names are relative, if it differs from the folder that was listed
+    ignored: tuple[tuple[str, str], ...] = ()  # name and reason of each ignored entry (see Source.ignored)
+    root: Path | None = None  # folder to which the names are relative, if this is not the folder that was listed

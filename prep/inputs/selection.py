@@ -1,8 +1,9 @@
-"""Inputs that are left out on purpose: files that `--exclude` names, and classes that `--classes` does not name.
+"""Inputs that are left out on purpose: photographs that `--exclude` names, and classes that `--classes` does not name.
 
-A line of `--exclude FILE` is the path of a file in the split (`n01440764/n01440764_36.JPEG`), its name, either without
-the extension, or a number. Number 36 is the file whose name ends in this number, such as ILSVRC2012_val_00000036.JPEG,
-if all names of the split differ only in their numbers. Empty lines and lines that begin with # are ignored.
+A line of `--exclude FILE` is the path of a file in the split (`n01440764/n01440764_36.JPEG`), the name of the file with
+or without its extension, or a number. A number is allowed if all names of the split differ only in their numbers.
+Number 36 then means the file whose name ends in 36, such as ILSVRC2012_val_00000036.JPEG. Empty lines and lines that
+begin with # are ignored.
 """
 
 from __future__ import annotations
@@ -39,14 +40,14 @@ class ExclusionList:
         self.lines = dict.fromkeys(line for line in stripped if line and not line.startswith(b"#"))
         if not self.lines:
             raise UserError(f"--exclude {file}: the file has no lines. Expected the name of a file on each line.")
-        self._split_of: dict[bytes, str] = {}  # line -> split in which a file fits it
+        self._split_of: dict[bytes, str] = {}  # line -> name of the split in which a file fits the line
 
     def find(self, paths: Iterable[bytes], split: str) -> set[bytes]:
-        """Return those of all `paths` of a split that the lines name.
+        """Return those of the `paths` of a split that the lines of the file name.
 
-        Raises UserError if a line fits several files of the split, or files of two splits.
+        Raises UserError if a line fits several files of the split, or fits files in two splits.
         """
-        fitting: defaultdict[bytes, list[bytes]] = defaultdict(list)  # line -> paths
+        fitting: defaultdict[bytes, list[bytes]] = defaultdict(list)  # line -> paths of the files that fit the line
         numbered: dict[int, list[bytes]] | None = defaultdict(list)
         numbers = {int(line): line for line in self.lines if line.isdigit() and len(line) < 19}
         prefix: bytes | None = None
@@ -86,7 +87,10 @@ class ExclusionList:
             )
 
     def report_unused(self) -> None:
-        """Print how many lines fit no file of the splits so far. Raises UserError if not one line fits a file."""
+        """Print how many lines fit no file of the splits that were listed so far.
+
+        Raises UserError if not one line fits a file.
+        """
         unused = [line for line in self.lines if line not in self._split_of]
         if not unused:
             return
@@ -116,10 +120,9 @@ def selected_classes(
 ) -> tuple[Listing, tuple[str, ...], list[tuple[str, str]]]:
     """Leave out the classes that `class_file` does not name.
 
-    Returns (inputs, their classes, (class, reason) of the classes that are left out).
-
-    Nothing is left out if the file names a class that is not in `classes`, or none of them. Labels are indices in the
-    classes.
+    Returns the remaining inputs, their classes, and each class that is left out, with the reason. No class is left out
+    if the file names a class that is not in `classes`, or if the file names no class in `classes`. The labels are
+    indices into the classes.
     """
     names = set(read_class_file(class_file, set(classes))) if class_file is not None else set()
     if not names or not names < set(classes):
@@ -141,11 +144,11 @@ def selected_classes(
 def named_by_position(
     classes: Sequence[str], wanted: Sequence[str], label_order: str | None, where: str
 ) -> tuple[str, ...]:
-    """Return the class names of numbered class folders, such as ImageNetV2's folders 0 to 999.
+    """Return the class names for class folders that are numbers, such as ImageNetV2's folders 0 to 999.
 
-    Number k is the class at position k in the sorted order of `wanted`, from 1 if `label_order` is `sorted`, from 0 if
-    it is `sorted-from-0`. Other classes are returned unchanged. Raises UserError if the order is not given, or if a
-    number has no class.
+    Folder k is the class at position k in the sorted order of `wanted`. The positions are counted from 1 if
+    `label_order` is `sorted`, and from 0 if it is `sorted-from-0`. Class folders that are not numbers are returned
+    unchanged. Raises UserError if the label order is not given, or if the number of a folder has no class.
     """
     if not classes or not wanted or not all(map(is_number, classes)) or any(map(is_number, wanted)):
         return tuple(classes)

@@ -50,12 +50,13 @@ def list_source(
     options: ListOptions = DEFAULT_OPTIONS,
     store_classes: Sequence[str] = (),
 ) -> Source:
-    """List one split; `where` is a result of find_splits, or a folder or an archive whose layout is recognized.
+    """List one split. `where` is a result of find_splits, or a folder or archive whose layout is recognized.
 
-    Class folders give the labels, or the format itself. Other images need a label file (prep/inputs/labels.py).
-    `store_classes` are the classes of the store or of the split that was listed before, in the order of the labels;
-    empty if there are none yet. These classes keep their labels. Raises UserError if no image is found, if labels do
-    not fit the images, if a class has no image, or if the classes are not those of the store.
+    The labels come from class folders or from the format itself. Images with neither class folders nor labels in the
+    format need a label file (prep/inputs/labels). `store_classes` are the classes of the store, or of the split that
+    was listed before, in the order of the labels. They are empty if there are no such classes. These classes keep their
+    labels. Raises UserError if no image is found, if the labels do not fit the images, if a class has no image, or if
+    the classes differ from those of the store.
     """
     where = split_source(where) if isinstance(where, Path) else where
     reader, found = _find_inputs(where, split, options, store_classes)
@@ -74,7 +75,7 @@ def list_source(
 
 
 def _select_classes(found: FoundInputs, options: ListOptions, store_classes: Sequence[str], where: str) -> FoundInputs:
-    """Give numbered class folders the names of the store's classes, and leave out classes that are not wanted."""
+    """Give class folders that are numbers the names of the store's classes. Leave out classes that are not wanted."""
     wanted = store_classes or (read_class_file(options.class_file) if options.class_file else ())
     classes = named_by_position(found.classes, wanted, options.label_order, where)
     listing, classes, left_out = selected_classes(found.listing, classes, options.class_file, where)
@@ -84,7 +85,7 @@ def _select_classes(found: FoundInputs, options: ListOptions, store_classes: Seq
 def _label_flat_inputs(
     reader: InputReader, found: FoundInputs, split: str, options: ListOptions, store_classes: Sequence[str]
 ) -> Source:
-    """Label images without class folders. A label file may have more classes than --classes names."""
+    """Give labels to images without class folders. A label file may have classes that --classes does not name."""
     try:
         return label_inputs(reader, found, split, options, store_classes)
     except UserError:
@@ -102,7 +103,7 @@ def _label_flat_inputs(
 
 
 def _without_excluded(source: Source, options: ListOptions) -> Source:
-    """Leave out the files that --exclude names. Raises UserError if a class has no other photograph."""
+    """Leave out the files that --exclude names. Raises UserError if a class has no photograph left."""
     if options.exclude is None:
         return source
     refused = {name.encode(): name for name, _ in source.refused}
@@ -125,7 +126,7 @@ def _without_excluded(source: Source, options: ListOptions) -> Source:
 def _find_inputs(
     where: SplitSource, split: str, options: ListOptions, store_classes: Sequence[str]
 ) -> tuple[InputReader, FoundInputs]:
-    """Return the reader and the inputs of a split, before labels are compared with the classes of the store."""
+    """Return the reader and the inputs of a split, before the labels are compared with the classes of the store."""
     path, flat = where.path, options.labels is not None
     match where.layout:
         case "tar":
@@ -152,7 +153,7 @@ def _find_inputs(
 def label_inputs(
     reader: InputReader, found: FoundInputs, split: str, options: ListOptions, store_classes: Sequence[str]
 ) -> Source:
-    """Return the split with the inputs `found`, labelled as list_source says."""
+    """Return the split with the inputs `found` and the labels that list_source describes."""
     path = reader.root
     if found.is_flat:
         names = [found.listing.path(i) for i in range(len(found.listing))]

@@ -1,17 +1,18 @@
-"""Reads the members of a tar archive in place, in bounded memory, and reports a damaged archive.
+"""Reads the members of a tar archive with limited memory and without unpacking, and reports a damaged archive.
 
 Python's tarfile parses the headers. This module works around these problems of tarfile:
 
--   tarfile reads a long name (GNU) or an extended header (PAX) into memory, whatever its size. The newest
-    versions of Python read 1 MiB at a time. Older versions read the whole header at once. So tarfile gets a
-    `BoundedFile`, which refuses to read more than MAX_HEADER_BYTES at once or 2·MAX_HEADER_BYTES for one member.
--   tarfile keeps a list of all members in memory, which takes a gigabyte for ImageNet. Since Python 3.13,
-    tarfile keeps no list if `stream` is true. In older versions, this module empties the list after each member.
--   tarfile treats a damaged header as the end of the archive. So this module checks that all bytes after
-    the apparent end are zero, as they are in a complete archive.
--   If a PAX header has a negative size, newer versions of Python set `offset` to a wrong position.
-    Then tarfile either treats this position as the end of the archive, or returns the second member in place of the
-    first. So this module compares `offset` with the end of the previous member.
+-   tarfile reads a long name (GNU) or an extended header (PAX) into memory, whatever its size. The newest versions of
+    Python read 1 MiB at a time. Older versions of Python read the whole header at once. This module therefore gives
+    tarfile a `BoundedFile`, which refuses to read more than MAX_HEADER_BYTES at once, or 2·MAX_HEADER_BYTES for one
+    member.
+-   tarfile keeps a list of all members in memory, which takes a gigabyte for ImageNet. Since Python 3.13, tarfile keeps
+    no list if `stream` is true. In versions of Python before 3.13, this module empties the list after each member.
+-   tarfile treats a damaged header as the end of the archive. This module therefore checks that all bytes after the
+  apparent end are zero. In a complete archive they are zero.
+-   If a PAX header has a negative size, newer versions of Python set `offset` to a wrong position. tarfile then either
+    treats this position as the end of the archive, or returns the second member in place of the first. This module
+    therefore compares `offset` with the end of the previous member.
 
 Python's documentation does not list TarFile's attributes `firstmember`, `members` and `offset`. The tests
 in test_tar_members.py fail if a version of Python changes these attributes.
@@ -30,14 +31,17 @@ from prep.console import Progress, UserError
 from prep.inputs.names import name_text
 
 MAX_HEADER_BYTES = 1 << 20
-_MAX_PADDING_BYTES = 16 << 20  # longest padding with zeros (for tapes); more zeros mean an incomplete download
-_COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # first bytes of gzip, bzip2, xz, zstd
+_MAX_PADDING_BYTES = 16 << 20  # longest padding with zeros that tapes need; more zeros mean an incomplete download
+_COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # signatures of gzip, bzip2, xz and zstd
 
 _NO_MEMBER_LIST: dict[str, Any] = {"stream": True} if sys.version_info >= (3, 13) else {}
 
 
 class BoundedFile(io.BufferedReader):
-    """A file that limits reads: MAX_HEADER_BYTES at once, 2·MAX_HEADER_BYTES between two calls of `allow_header`."""
+    """A file that limits reads.
+
+    The limits are MAX_HEADER_BYTES at once, and 2·MAX_HEADER_BYTES between two calls of `allow_header`.
+    """
 
     def __init__(self, path: Path) -> None:
         super().__init__(io.FileIO(path))
@@ -48,7 +52,10 @@ class BoundedFile(io.BufferedReader):
         self._bytes_left = 2 * MAX_HEADER_BYTES
 
     def read(self, size: int | None = -1, /) -> bytes:
-        """Return the next `size` bytes, fewer at the end of the file; tarfile.ReadError for an invalid size."""
+        """Return the next `size` bytes, or fewer at the end of the file.
+
+        Raises tarfile.ReadError for an invalid size.
+        """
         if size is None or not 0 <= size <= min(MAX_HEADER_BYTES, self._bytes_left):
             raise tarfile.ReadError(f"a header of more than {MAX_HEADER_BYTES:,} bytes, or of a negative size")
         self._bytes_left -= size
@@ -58,11 +65,12 @@ class BoundedFile(io.BufferedReader):
 def iterate_members(
     file: BoundedFile, path: Path, start: int, end: int, progress: Progress | None = None
 ) -> Iterator[tarfile.TarInfo]:
-    """Yield the members of the archive in bytes `start` to `end` of `file`; names are decoded with `surrogateescape`.
+    """Yield the members of the archive in the bytes `start` to `end` of `file`.
 
-    `offset_data` of a member counts from the beginning of the file. The caller may seek in the file between two
-    members, for example to read an archive inside this one. `progress`, if given, is set to the position in `file`, in
-    bytes. Raises UserError, which names `path`, if the archive is compressed, damaged or cut short.
+    Names are decoded with `surrogateescape`. `offset_data` of a member counts from the beginning of the file. The
+    caller may seek in the file between two members, for example to read an archive inside this one. If `progress` is
+    given, it is set to the position in `file`, in bytes. Raises UserError, which names `path`, if the archive is
+    compressed, damaged or truncated.
     """
     damaged = f"{path} is not a tar archive, or is damaged at byte"
     file.seek(start)
@@ -105,7 +113,7 @@ def iterate_members(
 
 
 def name_bytes(member: tarfile.TarInfo) -> bytes:
-    """Return the bytes of a member's name in the archive."""
+    """Return the bytes that a member's name has in the archive."""
     return member.name.encode("utf-8", "surrogateescape")
 
 
@@ -114,7 +122,10 @@ def _text(member: tarfile.TarInfo) -> str:
 
 
 def _count_zeros(file: BoundedFile, position: int, end: int) -> int:
-    """Return the number of consecutive zero bytes from `position` on. Counting stops soon after _MAX_PADDING_BYTES."""
+    """Return the number of consecutive zero bytes that begin at `position`.
+
+    Counting stops soon after _MAX_PADDING_BYTES bytes.
+    """
     file.seek(position)
     count = 0
     while position + count < end and count <= _MAX_PADDING_BYTES:

@@ -27,7 +27,7 @@ ADVICE = "Check the store with: alexprep verify"
 
 @dataclass(frozen=True)
 class SourceShard:
-    """A shard that is read, and the new labels of its store's classes."""
+    """A shard to read, and the new labels of the classes of its store."""
 
     folder: Path
     records: int
@@ -39,16 +39,20 @@ class CopyTask:
     """Everything that is needed to write one shard of the new store. A task is pickled and sent to a worker process."""
 
     number: int
-    first_index: int  # key of the first record
-    records: tuple[tuple[int, int], ...]  # (index in `shards`, index of the record in that shard)
+    first_index: int  # number that is the key of the first record
+    # For each record: index of its shard in `shards`, and index of the record in that shard.
+    records: tuple[tuple[int, int], ...]
     shards: tuple[SourceShard, ...]
-    folder: Path  # the split's folder in the new store
+    folder: Path  # folder of the split in the new store
     settings: Settings
     build_id: str
 
 
 def list_shard(task: tuple[int, SourceShard], task_progress: TaskProgress) -> Listing:
-    """Return the records of one shard, with their new labels. Raises UserError if a record is no Datum of a store."""
+    """Return the records of one shard, with their new labels.
+
+    Raises UserError if a record is not a Datum of a store.
+    """
     number, shard = task
     listing = Listing()
     reader = lmdb_shard.ShardReader(shard.folder, shard.records)
@@ -58,7 +62,7 @@ def list_shard(task: tuple[int, SourceShard], task_progress: TaskProgress) -> Li
             value = reader[index]
             try:
                 span = locate_image(value)
-                tail = bytes(value[span.end :])  # the image is not read
+                tail = bytes(value[span.end :])  # the image itself is not parsed
                 path = parse_fields(tail, len(tail) - CRC32_BYTES).get(SOURCE, b"")
                 label = shard.labels[span.label]
             except (DatumError, IndexError) as error:
@@ -72,7 +76,7 @@ def list_shard(task: tuple[int, SourceShard], task_progress: TaskProgress) -> Li
 
 
 def copy_shard(task: CopyTask, task_progress: TaskProgress) -> None:
-    """Write one shard of the new store. Raises UserError if a record is damaged, DiskFull if the disk is full."""
+    """Write one shard of the new store. Raises UserError if a record is damaged, and DiskFull if the disk is full."""
     labels: Counter[int] = Counter()
     sums = PixelSums(task.settings.side_px)
     opened: dict[int, lmdb_shard.ShardReader] = {}

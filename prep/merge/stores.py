@@ -1,12 +1,12 @@
 """Merges stores into a new store without loss: the images of the records are copied byte for byte.
 
-Classes are joined by name. The classes of the first store keep their labels; the new classes of the other stores follow
-in their order. A record whose label does not change is copied whole; otherwise only its label and its checksum change.
-The records lie in the order that a build of all inputs together would give them, so merging the stores of two parts of
-a folder gives the fingerprint of the complete folder, if the classes are the same and no input was left out.
+Classes with the same name become one class. The classes of the first store keep their labels. The new classes of the
+other stores follow in the order of these stores. A record whose label stays the same is copied whole. In other records,
+only the label and the checksum change. The new store has the records in the order of a build of all inputs together. If
+the stores have the same classes and no input was left out, the fingerprint is also that of such a build.
 
-A merge that was interrupted is resumed by the same call. store/SPLIT/.build/merge.json holds the digest of what is
-merged, and one summary for each finished shard lies beside it, as in a build (prep/build/split.py).
+The same call resumes a merge that was interrupted. store/SPLIT/.build/merge.json holds the digest of the merged
+records. As in a build (prep/build/split.py), one summary for each finished shard lies beside this file.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ from prep.workers import Counts, Runner, WorkerDied
 
 @dataclass(frozen=True)
 class MergeReader:
-    """Stands for the stores of a merge in a BuildPlan; records are read by copy_shard."""
+    """Represents the stores of a merge in a BuildPlan. copy_shard reads the records."""
 
     root: Path
 
@@ -69,12 +69,12 @@ class MergeReader:
 def merge_stores(
     sources: Sequence[Path], target: Path, runner: Runner, progress: Progress, restart: bool = False
 ) -> Store:
-    """Merge two or more stores into the new store `target`, and return it.
+    """Merge two or more stores into the new store `target`, and return the new store.
 
     `progress` counts records. With `restart`, an unfinished merge in `target` is discarded. Raises UserError if fewer
-    than two stores are given, if a store is `target`, if two stores have the same records, if the stores have other
-    settings (except the seed, which is taken from the first), if `target` holds something else, or if a record is
-    damaged. Raises DiskFull if the disk is full.
+    than two stores are given, if one of them is `target`, or if two stores have the same records. Also raises UserError
+    if the stores have different settings other than the seed, if `target` holds something else, or if a record is
+    damaged. The new store has the seed of the first store. Raises DiskFull if the disk is full.
     """
     stores = _open_stores(sources, target)
     settings = _common_settings(stores)
@@ -88,7 +88,7 @@ def merge_stores(
 
 
 def count_records(sources: Sequence[Path]) -> int:
-    """Return the number of records in all splits of the stores. Raises StoreError if one of the folders is no store."""
+    """Return the number of records in all splits of the stores. Raises StoreError if a folder is not a store."""
     return sum(split.records for path in sources for split in Store.open(path).splits.values())
 
 
@@ -100,7 +100,7 @@ def _open_stores(sources: Sequence[Path], target: Path) -> list[Store]:
         double = next(path for path, real in zip(sources, resolved, strict=True) if [*resolved, target].count(real) > 1)
         raise WrongArgument(f"{double} is named twice. Name every store once, and a new folder with --store.")
     stores = [Store.open(path) for path in sources]
-    owner: dict[tuple[str, str], Path] = {}  # (split, fingerprint) -> the store that has it
+    owner: dict[tuple[str, str], Path] = {}  # (split, fingerprint) -> the store that has this split
     for store in stores:
         for name, split in store.splits.items():
             other = owner.setdefault((name, split.fingerprint), store.root)
@@ -115,7 +115,7 @@ def _open_stores(sources: Sequence[Path], target: Path) -> list[Store]:
 def _common_settings(stores: Sequence[Store]) -> Settings:
     """Return the settings of the new store. Raises UserError if the records of the stores do not have the same form.
 
-    The seed is that of the first store. A background matters only in stores that have transparent inputs.
+    The new store has the seed of the first store. A background matters only in stores that have transparent inputs.
     """
     common = stores[0].settings
     backgrounds = {store.settings.background for store in stores if _has_converted(store, "alpha", "palette")}
@@ -139,7 +139,7 @@ def _common_settings(stores: Sequence[Store]) -> Settings:
 
 
 def _has_converted(store: Store, *kinds: str) -> bool:
-    """Whether the store has inputs that were converted in one of these ways."""
+    """Return whether the store has inputs that were converted in one of these ways."""
     return any(split.account["converted"].get(kind) for split in store.splits.values() for kind in kinds)
 
 
@@ -203,7 +203,7 @@ def _begin_or_resume(plan: BuildPlan, target: Path, restart: bool) -> None:
 
 
 def _report_equal_names(plan: BuildPlan) -> None:
-    """Print how many records have the name of another record: the same photograph may be in two stores."""
+    """Print how many records have the name of another record: two stores may contain the same photograph."""
     listing, order = plan.source.inputs, plan.permutation.tolist()
     pairs = [(a, b) for a, b in pairwise(order) if listing.path(a) == listing.path(b)]
     if pairs:
@@ -306,7 +306,7 @@ def _assemble(
 
 
 def _origin(split: Split) -> dict[str, Any]:
-    """Entry of `sources` in the account: a split that was merged, with the splits that it was merged from."""
+    """Return the entry of `sources` in the account: a split, with the splits from which it was merged."""
     origin = {"fingerprint": split.fingerprint, "records": split.records}
     return {**origin, "sources": split.account["sources"]} if "sources" in split.account else origin
 
@@ -314,8 +314,8 @@ def _origin(split: Split) -> dict[str, Any]:
 def _square_sum(plan: BuildPlan, parts: Sequence[Store]) -> npt.NDArray[Any]:
     """Return the sum of the central squares of all records.
 
-    For ppm, the workers have summed the copied pixels. For jpeg, the sum over the pixels before compression is
-    restored from each store's mean image: exactly up to 65,000 records, then within the rounding of float32.
+    For ppm stores, the workers have already summed the copied pixels. For jpeg stores, the mean images give the sum:
+    exactly for up to 65,000 records, and otherwise within the rounding of float32.
     """
     split = plan.source.split
     if plan.settings.format == "ppm":
@@ -331,7 +331,7 @@ def _square_sum(plan: BuildPlan, parts: Sequence[Store]) -> npt.NDArray[Any]:
 
 
 def _sum_counts(accounts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the sums of all counts in the accounts (numbers, or objects of numbers); of `largest_px` the maximum."""
+    """Return the sums of all counts (numbers or objects of numbers) in the accounts. `largest_px` is the maximum."""
     total: dict[str, Any] = {}
     for account in accounts:
         for name, value in account.items():
@@ -345,6 +345,6 @@ def _sum_counts(accounts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _joined_tools(stores: Sequence[Store]) -> dict[str, str]:
-    """Return the versions of the software that made the records: `1.2` if they agree, else `1.2, 1.3`."""
+    """Return the versions of the software that made the records, such as `1.2` or, if they differ, `1.2, 1.3`."""
     names = dict.fromkeys(name for store in stores for name in store.tools)
     return {name: ", ".join(dict.fromkeys(store.tools.get(name, "none") for store in stores)) for name in names}

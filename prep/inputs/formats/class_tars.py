@@ -1,6 +1,7 @@
 """A folder with one tar for each class: ILSVRC's training images after ILSVRC2012_img_train.tar was unpacked.
 
-The name of a tar without `.tar` is the name of a class. The tars are read in place, as in prep/inputs/archive.py.
+The name of a tar without `.tar` is the name of a class. The tars are read without unpacking them
+(prep/inputs/archive.py).
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ from prep.inputs.tar_members import BoundedFile, iterate_members
 def list_class_tars(folder: Path, split: str) -> tuple[ShardReader, FoundInputs]:
     """List the images of all tars in `folder`. An input has the name CLASS/FILE, as in unpacked class folders.
 
-    Folders inside a tar are ignored. Other entries beside the tars are left out, with the reason in
-    `FoundInputs.ignored`. Raises UserError if a tar is compressed, damaged, cut short, or a link to nothing.
+    Folders inside a tar are ignored, but the images in these folders are listed. Other entries of the folder are left
+    out, and are listed with the reason in `FoundInputs.ignored`. Raises UserError if a tar is compressed, damaged or
+    truncated, or is a link to a file that does not exist.
     """
     entries = sorted(folder.iterdir())
     tars = [path for path in entries if is_tar_name(path) and path.is_file()]
@@ -57,5 +59,5 @@ def _reason(path: Path) -> str:
 
 
 def is_tar_name(path: Path) -> bool:
-    """Whether the name of a file ends in `.tar` and is not hidden."""
+    """Return whether the name of a file ends in `.tar` and the file is not hidden."""
     return path.name.lower().endswith(".tar") and not path.name.startswith(".")

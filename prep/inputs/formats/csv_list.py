@@ -1,8 +1,8 @@
 """A CSV file of paths and labels, separated by commas, tabs or semicolons, with or without a header.
 
-Paths are relative to the folder of the CSV file. A column `split` divides the rows into train and val. An input has
-its path below the deepest folder that holds all images of the split, so a list of the files of class folders gives the
-same records as the folders.
+Paths are relative to the folder of the CSV file. A column `split` assigns each row to train or val. The name of an
+input is its path below the deepest folder that contains all images of the split. A list of the files in class folders
+therefore gives the same records as the class folders.
 """
 
 from __future__ import annotations
@@ -41,9 +41,10 @@ _NO_CSV = "Expected rows of `path,label`, for example `cat/1.jpg,cat`, with or w
 
 
 def csv_splits(path: Path) -> list[str]:
-    """The splits that the column `split` names; [] if there is no such column.
+    """Return the splits that the column `split` names; [] if there is no such column.
 
-    Prints how many rows belong to other splits. Raises UserError if no row belongs to train or val.
+    Prints how many rows are left out because they belong to other splits. Raises UserError if no row belongs to train
+    or val.
     """
     counts = Counter(split for _, _, _, split in _rows(path, tell=True))
     others = {name: count for name, count in counts.items() if name not in ("", *_SPLITS.values())}
@@ -60,7 +61,7 @@ def csv_splits(path: Path) -> list[str]:
 def list_csv(
     path: Path, split: str, options: ListOptions, store_classes: Sequence[str]
 ) -> tuple[FolderReader, FoundInputs]:
-    """List the images that a CSV file names. A file that is missing is refused.
+    """List the images that a CSV file names. If a file is missing, its entry is refused.
 
     Raises UserError if the file is no CSV of paths and labels, or if no image has a label.
     """
@@ -100,7 +101,7 @@ def list_csv(
 
 
 def _rows(path: Path, tell: bool = False) -> Iterator[tuple[int, bytes, str, str]]:
-    """Yield (line number, path, label, split) of each row; the split is empty if the file has no such column.
+    """Yield line number, path, label and split of each row. The split is empty if the file has no column of splits.
 
     With `tell`, a header is printed.
     """
@@ -140,7 +141,7 @@ def _rows(path: Path, tell: bool = False) -> Iterator[tuple[int, bytes, str, str
 
 
 def _is_comment(cell: str) -> bool:
-    """Whether the first cell of a row begins with `#` and is neither the name of an image nor of a column."""
+    """Return whether a row is a comment: its first cell begins with `#` and names neither an image nor a column."""
     return (
         cell.startswith("#")
         and not has_image_name(os.fsencode(cell))
@@ -149,7 +150,11 @@ def _is_comment(cell: str) -> bool:
 
 
 def _columns(path: Path, cells: Sequence[str]) -> tuple[tuple[int, int, int], bool]:
-    """Return ((column of the paths, of the labels, of the splits or −1), whether `cells` is a header)."""
+    """Return two values.
+
+    The first is (column of the paths, column of the labels, column of the splits or −1). The second says whether
+    `cells` is a header.
+    """
     names = [cell.strip("# ").lower() for cell in cells]
 
     def find(wanted: Sequence[str]) -> int:

@@ -1,7 +1,7 @@
-"""Inputs whose labels stand beside them: rows of a Parquet file or of a CSV list, samples of a WebDataset.
+"""Inputs that have their labels beside them: rows of a Parquet file or of a CSV list, samples of a WebDataset.
 
-A label is the name of a class, or, if all labels are numbers, the position of its class from 0. An input without a
-folder in its name gets the name CLASS/NAME, so that the same images give the same records as in class folders.
+A label is the name of a class. If all labels are numbers, a label is the position of a class from 0. If the name of an
+input has no folder, the input gets the name CLASS/NAME. The same images then give the same records as in class folders.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ class LabelledRows:
 
     def __init__(self, origin: str) -> None:
         self.origin = origin
-        self.rows = Listing()  # labels are indices in `texts`
-        self.texts: dict[str, int] = {}  # label as text -> index
-        self.labels_are_names = False  # True: a label of digits can also be the name of a class
+        self.rows = Listing()  # the labels in the listing are indices into `texts`
+        self.texts: dict[str, int] = {}  # label as text -> index of this text
+        self.labels_are_names = False  # whether a label of digits can also be the name of a class
         self.refused: list[tuple[str, str]] = []  # (name, reason)
         self.ignored: list[tuple[str, str]] = []  # (name, reason)
 
     def refuse(self, path: bytes, label: str, reason: str) -> None:
-        """Refuse an input. Its class is a class all the same, so that other classes keep their labels."""
+        """Refuse an input. The class of a refused input remains a class, so that other classes keep their labels."""
         self.refused.append((name_text(path), reason))
         if label:
             self.texts.setdefault(label, len(self.texts))
 
     def add(self, path: bytes, label: str, size: int, mtime_ns: int, location: int = OWN_FILE) -> None:
-        """Add an input. `label` is a number from 0 or the name of a class; an empty label is refused."""
+        """Add an input. `label` is the name of a class or a number from 0. An empty label is refused."""
         if not label:
             self.refuse(path, label, NO_LABEL)
             return
@@ -63,14 +63,14 @@ class LabelledRows:
     ) -> FoundInputs:
         """Return all inputs with their classes.
 
-        A number is the position of a class if `are_positions` is true and no class of the store is named by a number.
-        Otherwise the number can also be the name of a class, as in a label file. The number must then have a single
-        meaning, unless `options.label_order` states the meaning.
+        A number is the position of a class if `are_positions` is true and no class of the store has a number as its
+        name. Otherwise, the number can also be the name of a class, as in a label file. Such a number must have a
+        single meaning, unless `options.label_order` states the meaning.
 
-        The class of number k is the k-th of `names` (which the format contains), else of the file `options.class_file`,
-        else of `store_classes`, else it is called k. With `in_class_folders`, an input without a folder in its name
-        gets the name of its class as folder. Raises UserError if there is no input, if a label is no class, or if two
-        inputs have the same name.
+        The name of class k is the k-th name in the first of these lists that exists: `names` (from the format itself),
+        the file `options.class_file`, `store_classes`. Without any list, the name is k. With `in_class_folders`, an
+        input whose name has no folder gets its class as the folder. Raises UserError if there is no input, if a label
+        is no class, or if two inputs have the same name.
         """
         if not len(self.rows):
             raise UserError(f"{self.origin}: {_first_reason(self.refused)}.")
@@ -111,7 +111,7 @@ class LabelledRows:
     def _read_texts(
         self, options: ListOptions, store_classes: Sequence[str], are_positions: bool
     ) -> tuple[list[int], tuple[str, ...]]:
-        """Return (label of each of `texts`, classes), if the format itself does not name the classes."""
+        """Return the label of each of `texts`, and the classes, if the format itself does not name the classes."""
         texts = list(self.texts)
         classes, owner = wanted_classes(options.class_file, texts, store_classes)
 
@@ -132,7 +132,7 @@ class LabelledRows:
             classes = order_classes(texts, self.origin)
             return [classes.index(text) for text in texts], classes
         if are_positions and order is None and not any(map(is_number, classes)):
-            order = "sorted-from-0"  # in a store whose classes are numbers, the number could also be a name
+            order = "sorted-from-0"  # in a store whose classes are numbers, a number in the source could also be a name
         label_of, classes, _ = label_texts.resolve(order, False)
         return [label_of[text] for text in texts], classes
 
@@ -142,10 +142,10 @@ def _first_reason(refused: Sequence[tuple[str, str]]) -> str:
 
 
 def duplicate_path(listing: Listing) -> bytes | None:
-    """Return a path that occurs twice in a listing; None if all paths differ."""
+    """Return a path that occurs twice in a listing, or None if all paths differ."""
     hashes = np.fromiter((hash(listing.path(k)) for k in range(len(listing))), np.int64, len(listing))
     order = np.argsort(hashes, kind="stable")
-    same = order[1:][hashes[order[1:]] == hashes[order[:-1]]]  # equal hashes are rare for different paths
+    same = order[1:][hashes[order[1:]] == hashes[order[:-1]]]  # different paths rarely have equal hashes
     seen: set[bytes] = set()
     for k in order[np.isin(hashes[order], hashes[same])].tolist():
         if listing.path(k) in seen:

@@ -1,4 +1,4 @@
-"""Recognizes the layout of a SOURCE and finds its splits. Names and the first bytes of files are read, no images.
+"""Recognizes the layout of a SOURCE and finds its splits. Only names and the first bytes of files are read, no images.
 
 folders        class folders, or images in one folder with a label file
 tar            a tar of class folders, of class tars, or of images
@@ -30,27 +30,29 @@ from prep.store.manifest import SPLITS
 
 _SUFFIXES = {".zip": "zip", ".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".tar": "tar"}
 _KAGGLE_FOLDERS = ("ILSVRC/Data/CLS-LOC", "Data/CLS-LOC", "CLS-LOC")
-_ONLY_SPLIT = ""  # key of a split that nothing names
+_ONLY_SPLIT = ""  # key of a split that has no name
 
 
 @dataclass(frozen=True)
 class SplitSource:
-    """Where the images of a split are."""
+    """Where the images of one split are."""
 
     path: Path  # a folder, an archive, or a list of files
-    layout: str = "folders"  # one of LAYOUTS, except kaggle, whose splits are folders
-    inside: bytes = b""  # the split's folder in a zip archive, with a slash at its end; b"" for the whole archive
-    files: tuple[Path, ...] = ()  # the split's WebDataset or Parquet files
+    layout: str = "folders"  # one of LAYOUTS; never kaggle, because the splits of Kaggle's layout are folders
+    # Folder of the split in a zip archive, with a slash at its end; b"" if the split is the whole archive.
+    inside: bytes = b""
+    files: tuple[Path, ...] = ()  # WebDataset or Parquet files of the split
     labels: Input | None = None  # label file of val in Kaggle's zip archive
 
 
 def find_splits(source: Path, split: str | None, layout: str | None = None) -> dict[str, SplitSource]:
-    """Find the splits of a SOURCE: {split: where its images are}. `layout` is one of LAYOUTS; None: recognize it.
+    """Find the splits of a SOURCE, and return {split: where its images are}.
 
-    The splits are the folders `train` and `val` in SOURCE or in a zip archive, archives such as `train.tar` or
-    `ILSVRC2012_img_val.tar`, or files with such a word in their names. If there is none of these, SOURCE itself is the
-    only split. Raises UserError if SOURCE is missing, is neither a folder nor a file, has another layout than `layout`,
-    or lacks the wanted `split`.
+    `layout` is one of LAYOUTS, or None to recognize the layout. The splits are the folders `train` and `val` in SOURCE
+    or in a zip archive. Archives such as `train.tar` or `ILSVRC2012_img_val.tar` are also splits, and so are files with
+    `train` or `val` as a word of their names. If SOURCE has no such folder, archive or file, SOURCE itself is the only
+    split. Raises UserError if SOURCE is missing, is neither a folder nor a file, or has another layout than `layout`.
+    Also raises UserError if SOURCE lacks the wanted `split`.
     """
     if source.is_file():
         found = _splits_of_file(source, layout)
@@ -71,7 +73,7 @@ def find_splits(source: Path, split: str | None, layout: str | None = None) -> d
 def split_source(path: Path, layout: str | None = None) -> SplitSource:
     """Return the images in a folder or an archive that is one split.
 
-    Raises UserError if the source has another layout.
+    Raises UserError if the folder or archive has another layout.
     """
     found = _splits_of_file(path, layout) if path.is_file() else {_ONLY_SPLIT: _one_folder(path, layout)}
     if _ONLY_SPLIT not in found:
@@ -86,7 +88,7 @@ def _split_named_by(source: Path) -> str:
 
 
 def _splits_of_file(source: Path, layout: str | None) -> dict[str, SplitSource]:
-    """Return {split: source}, or {"": source} if the file is one split."""
+    """Return {split: source}, or {"": source} if the file is a single split."""
     layout = layout or _layout_of_file(source)
     if layout in ("zip", "tiny-imagenet") or (layout == "kaggle" and is_zip(source)):
         found = zip_layout(source)
@@ -114,7 +116,7 @@ def _layout_of_file(path: Path) -> str:
 
 
 def _splits_of_folder(source: Path, layout: str | None) -> dict[str, SplitSource]:
-    """Return {split: source}, or {"": source} if the folder is one split."""
+    """Return {split: source}, or {"": source} if the folder is a single split."""
     base = source
     if layout in (None, "kaggle"):
         kaggle = next((source / name for name in _KAGGLE_FOLDERS if (source / name / "train").is_dir()), None)
@@ -138,7 +140,7 @@ def _splits_of_folder(source: Path, layout: str | None) -> dict[str, SplitSource
 
 
 def _named_splits(source: Path) -> dict[str, Path]:
-    """Return the folders and archives in `source` that are named after splits."""
+    """Return the folders and archives in `source` that have the name of a split."""
     found = {}
     for name in SPLITS:
         archives = [source / f"ILSVRC2012_img_{name}.tar", *(source / f"{name}{suffix}" for suffix in (".tar", ".zip"))]
@@ -153,7 +155,7 @@ def _named_splits(source: Path) -> dict[str, Path]:
             say(f"{source}: {name} is read from {paths[0].name}; left out: {left_out}.")
     is_class = any(
         found[name] == source / f"{name}.tar" for name in found
-    )  # this is uncertain, because `train` may be the name of a class
+    )  # print the folders, because `train` may be the name of a class
     others = [path for path in _files(source, ".tar") if path not in found.values() and "test" not in path.name]
     return {} if is_class and len(others) > len(found) else found
 
@@ -213,7 +215,10 @@ def _shards_by_split(folder: Path, layout: str | None) -> dict[str, SplitSource]
 
 
 def _scan(folder: Path) -> tuple[list[str], list[str]]:
-    """Return the sorted names of (folders that may be classes, other entries) in a folder, without hidden names."""
+    """Return the sorted names of the folders that may be classes, and of the other entries of a folder.
+
+    Hidden names are left out.
+    """
     folders: list[str] = []
     files: list[str] = []
     with os.scandir(folder) as entries:
@@ -227,7 +232,7 @@ def _scan(folder: Path) -> tuple[list[str], list[str]]:
 
 
 def _files(folder: Path, suffix: str) -> list[Path]:
-    """Return the files in a folder with this suffix, sorted; [] if there is no such folder."""
+    """Return the sorted files in a folder with this suffix; [] if the folder does not exist."""
     names = _scan(folder)[1] if folder.is_dir() else []
     return [folder / name for name in names if name.lower().endswith(suffix) and (folder / name).is_file()]
 

@@ -1,12 +1,12 @@
 """Images in Parquet files as Hugging Face writes them: a column `image` of {bytes, path}, and a column `label`.
 
 The class names come from the schema's metadata, which the library `datasets` writes (features.py, ClassLabel). pyarrow
-reads the files; install it with the extra `parquet`. The name of an input is the path in its row, or the row number
-if rows have no path or paths occur twice.
+reads the files; install it with the extra `parquet`. The name of an input is the path in its row. If rows have no path,
+or if paths occur twice, the name is the number of the row.
 
-pyarrow cannot read a single row: it decompresses a whole group of rows, often 100 images. A build reads rows in a
-random order. So the first worker that needs a file unpacks all images of that file into one file in the store's work
-folder, which is removed with the work folder. Without such a folder, `read` decompresses a group of rows each time.
+pyarrow cannot read a single row of a file. It decompresses a whole row group, which often has 100 images. A build reads
+rows in a random order. So the first worker that needs a Parquet file unpacks all its images into one file in the
+store's work folder, which is removed at the end. Without a work folder, each call of `read` decompresses a row group.
 """
 
 from __future__ import annotations
@@ -38,22 +38,22 @@ if TYPE_CHECKING:
 _IMAGE_COLUMNS = ("image", "img", "picture", "jpg", "png")
 _LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "target", "cls")
 _NO_BYTES = "the row has no image, only a path: write the file again with the images in it"
-_UNPACKED_ROWS = 64  # rows that are in memory while a file is unpacked
-_UNPACK_WAIT_S = 3600.0  # a worker waits this long while another worker unpacks the same file
+_UNPACKED_ROWS = 64  # number of rows that are in memory while a file is unpacked
+_UNPACK_WAIT_S = 3600.0  # longest time that a worker waits while another worker unpacks the same file
 
 
 @dataclass(frozen=True)
 class ParquetReader:
-    """Reads inputs that are rows of the Parquet files `files`; see root_and_files."""
+    """Reads inputs that are rows of the Parquet files `files` (see root_and_files)."""
 
     root: Path
     files: tuple[str, ...]
     column: str
-    unpacked: Path | None = None  # folder for the unpacked images; None: nothing is written
+    unpacked: Path | None = None  # folder for the unpacked images; if None, no images are unpacked
     size_bytes: int = 0  # size of all files together
 
     def unpacking_into(self, folder: Path, free_bytes: int) -> ParquetReader:
-        """Return a copy that unpacks images into `folder`, if they take at most half of `free_bytes`."""
+        """Return a copy of the reader that unpacks images into `folder`, if they take at most half of `free_bytes`."""
         if 2 * self.size_bytes > free_bytes:
             say(
                 f"{self.root}: unpacking the images once would need {bytes_text(self.size_bytes)}, "
@@ -63,7 +63,7 @@ class ParquetReader:
         return replace(self, unpacked=folder)
 
     def read(self, item: Input) -> bytes:
-        """Return the image file in a row. Raises BadImage if the row has none, UserError if the file cannot be read."""
+        """Return the image file in a row. Raises BadImage if the row has none, UserError for an unreadable file."""
         index, row = unpack_location(item.location)
         path = self.root / self.files[index]
         if self.unpacked is None:
@@ -101,8 +101,8 @@ def list_parquet(
 ) -> tuple[ParquetReader, FoundInputs]:
     """List the rows of Parquet files. Only paths and labels are read, not the images.
 
-    Raises UserError if pyarrow is missing, if a file is damaged, if it has no column of images or of labels, or if the
-    files have different class names.
+    Raises UserError if pyarrow is missing, if a file is damaged, or if it has no column of images or of labels. Also
+    raises UserError if the files have different class names.
     """
     pq = _pyarrow_parquet()
     root, file_names = root_and_files(files)
@@ -145,7 +145,7 @@ def list_parquet(
 
 
 def _double(paths: Listing, labels: Sequence[str]) -> bool:
-    """Whether two inputs of the same class have the same path, or two inputs have the same path with a folder."""
+    """Return whether two inputs of one class, or two inputs with a folder in their path, have the same path."""
     in_classes = Listing()
     for item in paths:
         folder = b"" if b"/" in item.path else labels[item.label].encode() + b"/"
@@ -165,7 +165,7 @@ def _pyarrow_parquet() -> ModuleType:
 
 
 class _ErrorsOf:
-    """Raise pyarrow's exceptions of a `with` block as UserError, which names the file `path`."""
+    """Convert pyarrow's exceptions in a `with` block to UserError, which names the file `path`."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -184,8 +184,8 @@ class _ErrorsOf:
 class _Columns:
     image: str  # column of the images
     label: str  # column of the labels
-    has_texts: bool  # labels are texts, not numbers
-    names: tuple[str, ...]  # class names; () if the schema has none
+    has_texts: bool  # whether labels are texts, not numbers
+    names: tuple[str, ...]  # names of the classes; () if the schema has no names
 
     def __str__(self) -> str:
         names = f"the class names {examples(self.names)}" if self.names else "no class names"
@@ -194,7 +194,7 @@ class _Columns:
 
 
 def _columns(path: Path, schema: Any) -> _Columns:
-    """Find the columns. Raises UserError if there is no column of images or of labels."""
+    """Find the columns. Raises UserError if the schema has no column of images or of labels."""
     import pyarrow.types as types
 
     def holds_images(field: Any) -> bool:
@@ -216,7 +216,7 @@ def _columns(path: Path, schema: Any) -> _Columns:
 
 
 def _is_text(kind: Any) -> bool:
-    """Return whether a column of this type has texts. Digits in a text are the name of a class, not its position."""
+    """Return whether a column of this type contains texts, in which digits are names of classes."""
     import pyarrow.types as types
 
     kind = kind.value_type if types.is_dictionary(kind) else kind
@@ -224,7 +224,7 @@ def _is_text(kind: Any) -> bool:
 
 
 def _features(schema: Any) -> dict[str, Any]:
-    """Return {column: feature} from the metadata that the library `datasets` writes; {} without metadata."""
+    """Return {column: feature} from the metadata that the library `datasets` writes; {} without such metadata."""
     try:
         features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))["info"]["features"]
     except (ValueError, KeyError, TypeError):
@@ -245,7 +245,7 @@ def _has_path(schema: Any, column: str) -> bool:
 
 
 def _label_text(path: Path, label: Any) -> str:
-    """A label as text; empty for null, NaN and −1, which `datasets` writes where labels are unknown.
+    """Return a label as text. The text is empty for null, NaN and −1, which `datasets` writes for unknown labels.
 
     Raises UserError if the label is neither a number nor a text.
     """
@@ -255,20 +255,20 @@ def _label_text(path: Path, label: Any) -> str:
         return name_text(label)
     if not isinstance(label, int | float | str):
         raise UserError(f"{path}: label {label!r:.60}; expected the name of one class or a whole number from 0.")
-    # pandas writes whole numbers as floats if some of them are missing
+    # pandas writes whole numbers as floats if some numbers are missing
     return str(int(label) if isinstance(label, float) and label.is_integer() else label)
 
 
 def _mean_row_bytes(group: Any) -> int:
-    """Return the mean size of the rows of a row group: the size of a single image is known only after it is read.
+    """Return the mean size of the rows of a row group.
 
-    The metadata of single columns would give a better estimate, but damaged metadata makes pyarrow end the process.
+    The metadata of single columns are not read, because damaged metadata of this kind make pyarrow end the process.
     """
     return max(1, int(group.total_byte_size) // max(1, int(group.num_rows)))
 
 
 def _file(path: str) -> tuple[Any, npt.NDArray[np.int64]]:
-    """Return (open Parquet file, number of the first row of each row group and of the end)."""
+    """Return the open Parquet file, and the numbers of the first row of each row group and of the end."""
     return _opened(path, os.stat(path).st_mtime_ns)
 
 
@@ -284,7 +284,7 @@ def _opened(path: str, mtime_ns: int) -> tuple[Any, npt.NDArray[np.int64]]:
 
 
 def _group_of(path: str, row: int) -> tuple[int, int]:
-    """Return (index of the row group that holds a row, number of the group's first row)."""
+    """Return the index of the row group that contains a row, and the number of the first row of this group."""
     with _ErrorsOf(Path(path)):
         starts = _file(path)[1]
     group = int(np.searchsorted(starts, row, side="right")) - 1
@@ -293,7 +293,7 @@ def _group_of(path: str, row: int) -> tuple[int, int]:
 
 @lru_cache(maxsize=2)
 def _row_group(path: str, group: int, first: int, column: str, mtime_ns: int) -> dict[int, bytes | None]:
-    """Return {row: image file} of one row group."""
+    """Return {row: image file} of all rows in one row group."""
     with _ErrorsOf(Path(path)):
         file = _file(path)[0]
         values = _contents(file.read_row_group(group, columns=[_leaf(file, column)]).column(column))
@@ -301,7 +301,7 @@ def _row_group(path: str, group: int, first: int, column: str, mtime_ns: int) ->
 
 
 def _leaf(file: Any, column: str) -> str:
-    """Return the column of bytes: `image.bytes` for a column of {bytes, path}."""
+    """Return the column with the bytes of the images: `image.bytes` if the column `image` has {bytes, path}."""
     import pyarrow.types as types
 
     return f"{column}.bytes" if types.is_struct(file.schema_arrow.field(column).type) else column
@@ -318,9 +318,9 @@ def _offsets(packed: str, mtime_ns: int) -> npt.NDArray[np.int64]:
 
 
 def _unpack(path: Path, packed: Path, column: str) -> None:
-    """Write the images of a Parquet file one after another into `packed`, and their offsets (rows + 1) beside it.
+    """Write the images of a Parquet file one after another into the file `packed`.
 
-    Raises UserError if the file is damaged, DiskFull if the disk is full.
+    Their offsets (rows + 1 numbers) are written beside `packed`. Raises UserError for a damaged file, and DiskFull.
     """
     try:
         packed.parent.mkdir(exist_ok=True)
@@ -337,7 +337,7 @@ def _unpack(path: Path, packed: Path, column: str) -> None:
 
 
 def _all_contents(path: Path, column: str) -> Iterator[bytes | None]:
-    """Yield the images of all rows of a file; None for a row without an image."""
+    """Yield the images of all rows of a file, and None for a row without an image."""
     with _ErrorsOf(path):
         file = _file(str(path))[0]
         batches = file.iter_batches(batch_size=_UNPACKED_ROWS, columns=[_leaf(file, column)])

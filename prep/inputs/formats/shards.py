@@ -1,6 +1,6 @@
 """Inputs that are byte ranges of several files, for example of the tar files of a WebDataset.
 
-`Input.location` holds the index of the file in its upper 23 bits and the offset in the file in its lower 40 bits.
+`Input.location` has the index of the file in its upper 23 bits, and the offset in this file in its lower 40 bits.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ _SPLIT_WORDS = {"train": "train", "val": "val", "valid": "val", "validation": "v
 
 
 def pack_location(file_index: int, offset: int) -> int:
-    """Return `Input.location` of the content at byte `offset` of file `file_index`.
+    """Return `Input.location` of an input that begins at byte `offset` of file `file_index`.
 
-    Raises UserError if the index or the offset is too large.
+    Raises UserError if `file_index` or `offset` is too large.
     """
     if file_index >= _MAX_FILES or offset >= 1 << _OFFSET_BITS:
         raise UserError(
@@ -39,7 +39,7 @@ def pack_location(file_index: int, offset: int) -> int:
 
 
 def unpack_location(location: int) -> tuple[int, int]:
-    """Split a location into (index of the file, offset in the file)."""
+    """Split a location into the index of the file and the offset in this file."""
     return location >> _OFFSET_BITS, location & ((1 << _OFFSET_BITS) - 1)
 
 
@@ -54,7 +54,7 @@ class OpenFile:
             os.close(self.descriptor)
 
     def read_at(self, offset: int, size: int) -> bytes:
-        """Return `size` bytes at `offset`, fewer at the end of the file. Raises BadImage if reading fails."""
+        """Return `size` bytes at `offset`, or fewer bytes at the end of the file. Raises BadImage if reading fails."""
         try:
             return os.pread(self.descriptor, size, offset)
         except OSError as error:
@@ -72,19 +72,25 @@ def open_file(path: str) -> OpenFile:
 
 @lru_cache(maxsize=128)
 def _opened(path: str, device: int, inode: int, mtime_ns: int) -> OpenFile:
-    """Return the other arguments identify the file, in case another file takes its place."""
+    """Return the open file `path`.
+
+    The other arguments identify the file, so that a new file at the same path is opened again.
+    """
     return OpenFile(path)
 
 
 @dataclass(frozen=True)
 class ShardReader:
-    """Reads inputs that are byte ranges of the files `files`; see root_and_files."""
+    """Reads inputs that are byte ranges of the files `files` (see root_and_files)."""
 
     root: Path
     files: tuple[str, ...]
 
     def read(self, item: Input) -> bytes:
-        """Return the bytes of an input. Raises BadImage if reading fails, UserError if a file became shorter."""
+        """Return the bytes of an input.
+
+        Raises BadImage if reading fails, and UserError if a file has become shorter.
+        """
         return self.head(item, min(item.size, MAX_FILE_BYTES + 1))
 
     def head(self, item: Input, size: int) -> bytes:
@@ -98,16 +104,20 @@ class ShardReader:
 
 
 def root_and_files(paths: Sequence[Path]) -> tuple[Path, tuple[str, ...]]:
-    """Return (root, names relative to it) of files in one folder; the root of a single file is the file itself."""
+    """Return the folder of some files as the root, and the names of the files relative to the root.
+
+    The root of a single file is the file itself.
+    """
     if len(paths) == 1:
         return paths[0], ("",)
     return paths[0].parent, tuple(path.name for path in paths)
 
 
 def files_by_split(paths: Iterable[Path]) -> dict[str, list[Path]]:
-    """Group files by the split that a word of their names names: `imagenet-train-0001.tar` belongs to train.
+    """Group files by the split that a word of their names names.
 
-    The words `validation` and `valid` mean val. Files without such a word have the key "".
+    For example, `imagenet-train-0001.tar` belongs to train. The words `validation` and `valid` mean val. Files without
+    such a word have the key "".
     """
     groups: dict[str, list[Path]] = {}
     for path in sorted(paths):
@@ -118,7 +128,7 @@ def files_by_split(paths: Iterable[Path]) -> dict[str, list[Path]]:
 
 
 def refuse_unreadable(paths: Sequence[Path], suffix: str) -> None:
-    """Raise UserError if there is a compressed tar, or a link with this suffix to a file that does not exist."""
+    """Raise UserError if an entry is a compressed tar, or a link with this suffix to a file that does not exist."""
     broken = [path.name for path in paths if path.suffix.lower() == suffix and not path.exists()]
     if broken:
         raise UserError(
@@ -134,10 +144,10 @@ def refuse_unreadable(paths: Sequence[Path], suffix: str) -> None:
 
 
 def entries_beside(folder: Path, files: Sequence[Path]) -> tuple[tuple[str, str], ...]:
-    """Return (name, reason to leave it out) of each entry beside the shards `files` in `folder`, if it is a folder.
+    """Return the name of each entry beside the shards `files` in `folder`, with the reason why the entry is left out.
 
-    Hidden files and shards of other splits are not named. Raises UserError if there is a compressed shard or a link
-    to a shard that does not exist.
+    Hidden files and shards of other splits are not returned. Raises UserError if a shard is compressed, or is a link to
+    a file that does not exist.
     """
     suffix = files[0].suffix.lower()
     names = [path for path in sorted(folder.iterdir()) if path.name[0] != "."] if folder.is_dir() else []

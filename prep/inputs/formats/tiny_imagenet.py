@@ -1,8 +1,8 @@
-"""Tiny ImageNet, unpacked or as the zip archive that it is downloaded as.
+"""Tiny ImageNet, unpacked or as the zip archive that is offered for download.
 
-The training images are in CLASS/images, beside CLASS_boxes.txt. The validation images are in `images`, and
-val_annotations.txt has a line for each: name, class and the corners of a box, separated by tabs. Inputs have the names
-CLASS/FILE in train and FILE in val, as in class folders and in a flat folder with a label file.
+The training images are in CLASS/images, beside CLASS_boxes.txt. The validation images are in the folder `images`.
+val_annotations.txt has a line for each image: name, class and the corners of a box, separated by tabs. The names of
+inputs are CLASS/FILE in train, as in class folders, and FILE in val, as in a flat folder with a label file.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ class ImagesFolderReader:
     root: Path
 
     def read(self, item: Input) -> bytes:
-        """The bytes of a file. Raises the same errors as FolderReader.read."""
+        """Return the bytes of a file. Raises the same errors as FolderReader.read."""
         return FolderReader(self.root).read(_in_images_folder(item))
 
     def head(self, item: Input, size: int) -> bytes:
-        """The first `size` bytes of a file. Raises BadImage if the file cannot be read."""
+        """Return the first `size` bytes of a file. Raises BadImage if the file cannot be read."""
         return FolderReader(self.root).head(_in_images_folder(item), size)
 
 
@@ -49,7 +49,7 @@ def list_tiny_imagenet(
 ) -> tuple[InputReader, FoundInputs]:
     """List a split in the folder `path`, or in the folder `inside` of the zip archive `path`.
 
-    Raises UserError if there are no images, if val_annotations.txt cannot be read, or if the archive is damaged.
+    Raises UserError if the split has no images, if val_annotations.txt cannot be read, or if the archive is damaged.
     """
     if path.is_file():
         return _list_zip(path, inside, split, options, store_classes)
@@ -78,7 +78,7 @@ def _list_zip(
     annotations = member_named(contents, _ANNOTATIONS)
     kept, ignored = ArchiveContents(contents.mtime_ns), []
     kept.refused, kept.hidden = contents.refused, contents.hidden
-    # The folders are kept, so that a class without an image is found.
+    # The empty folders are kept, so that a class without an image is found.
     kept.folders = {folder for path in contents.folders if (folder := _without_images_folder(path))}
     for item in contents.images:
         if item.path.endswith((_ANNOTATIONS, b"_boxes.txt")):
@@ -112,7 +112,7 @@ def _parse_annotations(content: bytes, where: str) -> dict[bytes, str]:
 def _labelled(
     origin: str, found: FoundInputs, labels: dict[bytes, str], options: ListOptions, store_classes: Sequence[str]
 ) -> FoundInputs:
-    """The inputs of a flat folder with their labels; an image without a label is refused."""
+    """Return the inputs of a flat folder with their labels. An image without a label is refused."""
     rows = LabelledRows(origin)
     rows.labels_are_names = True
     listed = [found.listing.path(k) for k in range(len(found.listing))]

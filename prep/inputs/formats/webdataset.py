@@ -1,8 +1,9 @@
 """WebDataset: tar files whose members KEY.EXTENSION form samples, such as `1.jpg` with `1.cls` or `1.json`.
 
-A sample is a run of members with the same key. The key of a member is its name up to the first dot after the last
-slash: the key of a/b.seg.png is a/b. The rule is that of webdataset/tariterators.py (base_plus_ext). The label is the
-content of KEY.cls, or an entry of KEY.json. Images are read in place, as byte ranges of the tar files.
+A sample is a sequence of consecutive members with the same key. The key of a member is its name up to the first dot
+after the last slash: the key of a/b.seg.png is a/b. webdataset/tariterators.py (base_plus_ext) has the same rule. The
+label of a sample is the content of KEY.cls, or a field of KEY.json. Images are read directly from the tar files, as
+byte ranges.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ _PEEKED_MEMBERS = 32
 
 
 class _Member:
-    """A member of a sample: its extension in lower case, size and offset in the tar, and the text of a label."""
+    """A member of a sample: extension in lower case, size, offset in the tar, and the text of a label."""
 
     def __init__(self, name: bytes, size: int, offset: int, text: bytes) -> None:
         match = _KEY.fullmatch(name)
@@ -41,12 +42,18 @@ class _Member:
 
     @property
     def is_image(self) -> bool:
-        """Whether an extension is that of the sample's image. `seg.png` is the extension of another image."""
+        """Return whether an extension is that of the sample's main image.
+
+        For example, `seg.png` is the extension of another image.
+        """
         return b"." not in self.kind and has_image_name(b"x." + self.kind)
 
 
 def is_webdataset(path: Path) -> bool:
-    """Whether the first members of a tar are an image and a label with the same key. False if the file is not a tar."""
+    """Return whether the first members of a tar are an image and a label with the same key.
+
+    Returns False if the file is not a tar.
+    """
     keys: dict[bytes, set[bool]] = {}
     try:
         for member, _ in zip(_members(path, [], keep_text=False), range(_PEEKED_MEMBERS), strict=False):
@@ -62,7 +69,7 @@ def list_webdataset(
 ) -> tuple[ShardReader, FoundInputs]:
     """List the samples of WebDataset shards. The name of an input is KEY.EXTENSION.
 
-    If two samples have the same key, the name of the shard comes before the key of every sample. Raises UserError if a
+    If two samples have the same key, the name of the shard is put before the key of every sample. Raises UserError if a
     shard is damaged, or if no sample has an image and a label.
     """
     root, names = root_and_files(files)
@@ -113,7 +120,10 @@ def _members(path: Path, refused: list[tuple[str, str]], keep_text: bool = True)
 
 
 def _double_member(sample: Sequence[_Member]) -> str:
-    """Reason to refuse a sample with two images or labels of the same extension, as two samples with one key have."""
+    """Return the reason to refuse a sample that has two images or two labels of the same extension.
+
+    Two samples with one key look like such a sample.
+    """
     seen: set[bytes] = set()
     for member in sample:
         if member.kind in seen and (member.is_image or member.kind in _LABEL_MEMBERS):
@@ -123,7 +133,7 @@ def _double_member(sample: Sequence[_Member]) -> str:
 
 
 def _label(sample: Sequence[_Member]) -> str:
-    """Return the label of a sample as text; empty if it has none, or a pickled one."""
+    """Return the label of a sample as text. The text is empty if the sample has no label or a pickled label."""
     texts = {member.kind: member.text for member in sample}
     if b"cls" in texts:
         text = texts[b"cls"].decode("utf-8", "backslashreplace").strip()

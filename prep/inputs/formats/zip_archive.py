@@ -1,8 +1,9 @@
-"""Images in zip archives, read in place: no archive is unpacked, and no name in it is used as a path on the disk.
+"""Images in zip archives, which are read without unpacking. No name in an archive is used as a path on the disk.
 
-An input is given by the offset of its local header, so that worker processes need not read the archive's directory.
-Members may be stored or compressed with deflate, bzip2 or LZMA. The CRC-32 of every member is checked. An archive may
-hold one split, or the folders train and val at any depth, as in tiny-imagenet-200.zip or in Kaggle's download.
+An input is given by the offset of its local header. Worker processes therefore need not read the directory of the
+archive. Members may be stored without compression, or compressed with deflate, bzip2 or LZMA. The CRC-32 of every
+member is checked. An archive may contain one split, or the folders train and val at any depth, as in
+tiny-imagenet-200.zip or in Kaggle's download.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ from prep.inputs.formats.zip_directory import ZipEntry, count_entries, iterate_e
 from prep.inputs.listing import Input
 from prep.inputs.names import name_text
 
-_LOCAL = struct.Struct("<4s5H3L2H")  # local header: magic, version, flags, method, time, date, CRC-32, sizes, lengths
+# Local header: signature, version, flags, method, time, date, CRC-32, sizes, lengths.
+_LOCAL = struct.Struct("<4s5H3L2H")
 KAGGLE_LABELS = "LOC_val_solution.csv"
 _CHUNK_BYTES = 1 << 16
 _SPLIT_FOLDERS = {b"train": "train", b"val": "val", b"validation": "val", b"test": "test"}
@@ -42,7 +44,7 @@ class ZipReader:
     def read(self, item: Input) -> bytes:
         """Return the bytes of a member.
 
-        Raises BadImage if the member is damaged, UserError if the archive is missing.
+        Raises BadImage if the member is damaged, and UserError if the archive is missing.
         """
         content, crc32 = self._read(item, min(item.size, MAX_FILE_BYTES) + 1)
         if len(content) != item.size:
@@ -52,7 +54,7 @@ class ZipReader:
         return content
 
     def read_text(self, item: Input) -> bytes:
-        """Return the bytes of a member that is a file of labels. Raises UserError if the member is damaged."""
+        """Return the bytes of a member that is a label file. Raises UserError if the member is damaged."""
         try:
             return self.read(item)
         except BadImage as reason:
@@ -63,7 +65,10 @@ class ZipReader:
         return self._read(item, size)[0]
 
     def _read(self, item: Input, max_bytes: int) -> tuple[bytes, int]:
-        """Return (the first `max_bytes` of a member, the CRC-32 that the archive states; 0 for a part of a member)."""
+        """Return the first `max_bytes` of a member, and the CRC-32 that the archive states.
+
+        The CRC-32 is 0 if only a part of the member is read.
+        """
         file = open_file(str(self.root))
         header = file.read_at(item.location, _LOCAL.size)
         if len(header) < _LOCAL.size or not header.startswith(b"PK\3\4"):
@@ -74,13 +79,13 @@ class ZipReader:
             content, end = file.read_at(start, min(item.size, max_bytes)), start + item.size
         else:
             content, end = self._decompress(method, start, max_bytes)
-        if flags & 8 and end:  # the CRC-32 follows the content, behind an optional signature
+        if flags & 8 and end:  # the CRC-32 follows the content, after an optional signature
             descriptor = file.read_at(end, 8).removeprefix(b"PK\7\x08")[:4]
             crc32 = int.from_bytes(descriptor, "little")
         return content, crc32
 
     def _decompress(self, method: int, start: int, max_bytes: int) -> tuple[bytes, int]:
-        """Return (the first `max_bytes` of a compressed member, position behind its compressed bytes or 0)."""
+        """Return the first `max_bytes` of a compressed member, and the position after its compressed bytes, or 0."""
         file = open_file(str(self.root))
         try:
             decompressor, position = _make_decompressor(method, file.read_at(start, 9), start)
@@ -101,26 +106,27 @@ class ZipReader:
 
 
 def _has_more(decompressor: Any) -> bool:
-    """Whether a decompressor can give more bytes without more input."""
+    """Return whether a decompressor can give more bytes without more input."""
     return bool(getattr(decompressor, "unconsumed_tail", b"")) or not getattr(decompressor, "needs_input", True)
 
 
 def _rest(decompressor: Any) -> bytes:
-    """Return the bytes that zlib's decompressor has not consumed; other decompressors keep these bytes themselves."""
+    """Return the bytes that zlib's decompressor has not consumed. Other decompressors keep these bytes themselves."""
     rest: bytes = getattr(decompressor, "unconsumed_tail", b"")
     return rest
 
 
 def _make_decompressor(method: int, head: bytes, start: int) -> tuple[Any, int]:
-    """Return (decompressor, position of the first compressed byte).
+    """Return the decompressor of a member, and the position of the member's first compressed byte.
 
-    `head` are the first bytes of the member, at `start`.
+    `head` are the first bytes of the member, which begins at `start`.
     """
     if method == 8:
         return zlib.decompressobj(-15), start
     if method == 12:
         return bz2.BZ2Decompressor(), start
-    if method != 14 or len(head) < 9 or head[2] != 5:  # LZMA: two bytes of version, size of the properties: 5
+    # LZMA data begin with two bytes of version and the size of the properties, which is 5.
+    if method != 14 or len(head) < 9 or head[2] != 5:
         raise ValueError(f"compression method {method}")
     literal, dictionary_bytes = head[4], int.from_bytes(head[5:9], "little")
     filters = {
@@ -135,7 +141,8 @@ def _make_decompressor(method: int, head: bytes, start: int) -> tuple[Any, int]:
 class ZipLayout:
     """The splits and label files of a zip archive, found by the names of its members."""
 
-    splits: dict[str, bytes]  # split -> its folder in the archive, with a slash at the end; {} for a single split
+    # Split -> folder of the split in the archive, with a slash at the end; {} if the archive is a single split.
+    splits: dict[str, bytes]
     is_tiny_imagenet: bool
     val_labels: Input | None  # Kaggle's LOC_val_solution.csv
 
@@ -143,8 +150,8 @@ class ZipLayout:
 def zip_layout(path: Path) -> ZipLayout:
     """Find the splits in a zip archive.
 
-    There are no splits unless every photograph is in a folder named train, val, validation or test, and these folders
-    are in one folder. Raises UserError if the archive is damaged.
+    Splits are found only if every photograph is in a folder named train, val, validation or test, and if these folders
+    lie in the same folder. Raises UserError if the archive is damaged.
     """
     found: dict[str, bytes] = {}
     parents, is_tiny, outside, labels, double = set(), False, False, None, None
@@ -175,12 +182,10 @@ def zip_layout(path: Path) -> ZipLayout:
 
 
 def zip_contents(path: Path, inside: bytes, split: str) -> ArchiveContents:
-    """Return the members of a zip archive in the folder `inside` (ends with a slash; b"" for all members).
+    """Return the members of a zip archive in the folder `inside`, which ends with a slash (b"" for all members).
 
-    The names of the members lack `inside`.
-
-    Members with unsafe names, links, encrypted members and unknown compression methods are refused. Raises UserError if
-    the archive is damaged or cut short.
+    In the result, `inside` is removed from the names of the members. Members with unsafe names, links, encrypted
+    members and unknown compression methods are refused. Raises UserError if the archive is damaged or truncated.
     """
     contents = ArchiveContents(path.stat().st_mtime_ns)
     with progress(f"{split}: listing", count_entries(path), "members") as listing_progress:
@@ -197,13 +202,16 @@ def zip_contents(path: Path, inside: bytes, split: str) -> ArchiveContents:
 
 
 def member_named(contents: ArchiveContents, name: bytes) -> Input | None:
-    """Return the last member of this name."""
+    """Return the last member with this name."""
     images = contents.images
     return next((images[k] for k in reversed(range(len(images))) if images.path(k) == name), None)
 
 
 def _checked_entries(path: Path, contents: ArchiveContents | None = None) -> Iterator[tuple[bytes, ZipEntry]]:
-    """Yield (name, entry) of the entries with safe names; the others are added to `contents` as refused."""
+    """Yield name and entry of each entry with a safe name.
+
+    Entries with other names are added to `contents` as refused.
+    """
     for entry in iterate_entries(path):
         hidden = None if contents is None else contents.hidden
         name, reason = checked_name(entry.name.rstrip(b"/") if entry.is_folder else entry.name, entry.is_folder, hidden)

@@ -1,7 +1,8 @@
-"""Reads the central directory of a zip archive, entry by entry, in bounded memory.
+"""Reads the central directory of a zip archive entry by entry, with limited memory.
 
-Python's zipfile keeps every entry in memory, which takes more than a gigabyte for ImageNet. Layout: APPNOTE.TXT of
-PKWARE, sections 4.3.7 (local header), 4.3.12 (central directory), 4.3.14 to 4.3.16 (end records), 4.5.3 (zip64).
+Python's zipfile keeps every entry in memory, which takes more than a gigabyte for ImageNet. The layout is described in
+APPNOTE.TXT of PKWARE, sections 4.3.7 (local header), 4.3.12 (central directory), 4.3.14 to 4.3.16 (end records), and
+4.5.3 (zip64).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ _END, _END64_LOCATOR, _END64 = b"PK\5\6", b"PK\6\7", b"PK\6\6"
 _ENTRY = struct.Struct("<4s4B4HL2L5H2L")  # one entry of the central directory, without its name
 _MAX_COMMENT = 0xFFFF
 _READ_BYTES = 1 << 20
-_UNIX, _DOS = 3, 0  # the system that wrote an entry
+_UNIX, _DOS = 3, 0  # numbers of the operating system that wrote an entry
 METHODS = {0: "stored", 8: "deflate", 12: "bzip2", 14: "lzma"}  # the compression methods that can be read
 
 
@@ -31,29 +32,29 @@ class ZipEntry:
     name: bytes
     size: int  # bytes, uncompressed
     offset: int  # position of the local header in the file
-    reason: str = ""  # why the entry cannot be read; empty if it can be read
+    reason: str = ""  # reason why the entry cannot be read; empty if it can be read
 
     @property
     def is_folder(self) -> bool:
-        """Whether the entry is a folder."""
+        """Return whether the entry is a folder."""
         return self.name.endswith(b"/")
 
 
 def is_zip(path: Path) -> bool:
-    """Whether a file begins or ends as a zip archive does."""
+    """Return whether a file begins or ends like a zip archive."""
     with open(path, "rb") as file:
         return file.read(4) in (b"PK\3\4", _END)
 
 
 def count_entries(path: Path) -> int:
-    """Return the number of entries that the end record states; 0 if it cannot be read."""
+    """Return the number of entries that the end record states; 0 if the end record cannot be read."""
     with open(path, "rb") as file, suppress(ValueError, struct.error):
         return _find_directory(file)[2]
     return 0
 
 
 def iterate_entries(path: Path) -> Iterator[ZipEntry]:
-    """Yield the entries of the central directory. Raises UserError if the archive is damaged or cut short."""
+    """Yield the entries of the central directory. Raises UserError if the archive is damaged or truncated."""
     damaged = f"{path} is not a zip archive, or is damaged or cut short"
     try:
         with open(path, "rb") as file:
@@ -72,7 +73,10 @@ def iterate_entries(path: Path) -> Iterator[ZipEntry]:
 
 
 def _find_directory(file: BinaryIO) -> tuple[int, int, int, int]:
-    """Return (position, bytes and entries of the central directory, number of bytes before the archive in the file)."""
+    """Return position, size in bytes and number of entries of the central directory.
+
+    The fourth returned number is the number of bytes that come before the archive in the file.
+    """
     file_bytes = file.seek(0, 2)
     tail_start = max(0, file_bytes - _MAX_COMMENT - 22)
     file.seek(tail_start)
@@ -85,7 +89,8 @@ def _find_directory(file: BinaryIO) -> tuple[int, int, int, int]:
     if at >= 20 and tail.startswith(_END64_LOCATOR, at - 20):
         end64 = struct.unpack_from("<Q", tail, at - 12)[0]
         end -= 20
-        # The second position is right if other bytes precede the archive, as in a self-extracting program.
+        # The second position is right if other bytes come before the archive in the file, as in a self-extracting
+        # program.
         for position in (end64, end - 56):
             file.seek(min(position, file_bytes))
             record = file.read(56)
@@ -133,7 +138,10 @@ def _entries(file: BinaryIO, size: int, start: int, shift: int) -> Iterator[ZipE
 
 
 def _with_zip64(extra: bytes, *values: int) -> tuple[int, int, int]:
-    """Return uncompressed size, compressed size and offset; for FFFFFFFF, the extra field 1 has the value."""
+    """Return uncompressed size, compressed size and offset.
+
+    If a value is FFFFFFFF, the true value is in the extra field 1.
+    """
     at, numbers = 0, list(values)
     while at + 4 <= len(extra):
         tag, length = struct.unpack_from("<2H", extra, at)

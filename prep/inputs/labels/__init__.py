@@ -1,4 +1,7 @@
-"""Label files: labels of images without class folders, in many text formats, and the numbers of ILSVRC's devkit."""
+"""Label files, which give the labels of images without class folders, in many text formats.
+
+Also the class numbers of ILSVRC's devkit.
+"""
 
 from prep.inputs.labels.numbers import LABEL_ORDERS
 from prep.inputs.labels.read import read_labels

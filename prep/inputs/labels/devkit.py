@@ -1,7 +1,7 @@
 """ILSVRC's devkit: the synset of each class number, and the ground truth of the validation images.
 
 The devkit is a folder, a meta.mat, or the file ILSVRC2012_devkit_t12.tar.gz, which need not be unpacked. No name in
-that archive is used as a path on the disk.
+that tar archive is used as a path on the disk.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from prep.console import UserError
 
 DEVKIT_NAME = "ILSVRC2012_devkit_t12"
 GROUND_TRUTH_NAME = "ILSVRC2012_validation_ground_truth.txt"
-_MAX_FILE_BYTES = 64 << 20  # limit for a file in the archive; the devkit's largest file has 300 KB
+_MAX_FILE_BYTES = 64 << 20  # limit for the size of a file in the archive; the devkit's largest file has 300 KB
 _ADVICE = f"Download {DEVKIT_NAME}.tar.gz from https://image-net.org and pass it with --devkit FILE."
 
 
 @dataclass(frozen=True)
 class Devkit:
-    """The devkit at `path`: the bytes of its meta.mat and of its ground truth, b"" if it has no ground truth."""
+    """The devkit at `path`: the bytes of its meta.mat and of its ground truth (b"" if there is no ground truth)."""
 
     path: Path
     meta: bytes
     ground_truth: bytes = b""
 
     def synsets(self) -> dict[int, str]:
-        """Return {ILSVRC2012_ID: synset}. Raises UserError for a meta.mat of another kind."""
+        """Return {ILSVRC2012_ID: synset}. Raises UserError if the meta.mat is not that of the devkit."""
         from scipy.io import loadmat
 
         try:
@@ -38,12 +38,12 @@ class Devkit:
             if len(set(synsets.values())) < len(rows):
                 raise ValueError("a synset or a number occurs twice")
             return synsets
-        except Exception as error:  # loadmat raises many kinds of errors for a broken file
+        except Exception as error:  # loadmat raises many kinds of errors for a damaged file
             raise UserError(f"{self.path} is not the devkit's meta.mat ({error}). {_ADVICE}") from None
 
 
 def open_devkit(path: Path) -> Devkit:
-    """Open the devkit that --devkit names. Raises UserError if there is no meta.mat in it."""
+    """Open the devkit that --devkit names. Raises UserError if the devkit has no meta.mat."""
     try:
         if path.is_dir():
             found = next(filter(None, (_in_folder(folder) for folder in _data_folders(path))), None)
@@ -59,7 +59,10 @@ def open_devkit(path: Path) -> Devkit:
 
 
 def find_devkit(folders: list[Path]) -> Devkit | None:
-    """Return the devkit in the first of the `folders` that contains one, unpacked or not; None if no folder does."""
+    """Return the devkit, unpacked or not, in the first of the `folders` that contains one.
+
+    Returns None if no folder contains a devkit.
+    """
     for folder in folders:
         for data in _data_folders(folder):
             found = _in_folder(data)

@@ -1,8 +1,8 @@
 """Parses label files: `name label` on each line, or one label on each line.
 
-The columns are separated by tabs, commas, semicolons, bars or blanks, and may be quoted. The names of the images decide
-which separator and which column are right, so names and classes may contain blanks and commas. A first line that is a
-header is recognized. Kaggle's LOC_val_solution.csv, whose labels are followed by bounding boxes, is read as well.
+The columns are separated by tabs, commas, semicolons, bars or blanks, and may be quoted. The names of the images show
+which separator and which column are right. Names and classes may therefore contain blanks and commas. A first line that
+is a header is recognized. Kaggle's LOC_val_solution.csv, in which bounding boxes follow the labels, is read as well.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _LABEL_HEADERS = {
     *("species", "breed", "tag", "prediction", "ground_truth", "groundtruth", "class_label", "classlabel", "target_id"),
 }
 _EXTENSIONS = {b".jpeg": ".jpg", b".jpe": ".jpg", b".jfif": ".jpg", b".tiff": ".tif"}
-_KAGGLE_BOXES = re.compile(r"(\S+)(?:\s+-?[\d.]+){4}\s*")  # class and x_min y_min x_max y_max
+_KAGGLE_BOXES = re.compile(r"(\S+)(?:\s+-?[\d.]+){4}\s*")  # the class, then x_min y_min x_max y_max of a box
 
 
 @dataclass(frozen=True)
@@ -39,25 +39,30 @@ class Row:
     """One line of a label file."""
 
     line: int  # number of the line, from 1
-    name: str  # name of the image as it is written; empty if the file has labels alone
-    label: str  # bytes that are not UTF-8 are escaped, as in the names of class folders
+    name: str  # name of the image as the file spells it; empty if the file has only labels
+    label: str  # text of the label; bytes that are not UTF-8 are escaped, as in the names of class folders
 
 
 class ImageNames:
-    """Finds images by the names that label files use: with or without folders, with or without an extension.
+    """Finds images by their names in a label file, which may lack the folders or the extension.
 
-    The extension may be written differently (`.JPEG` for `.jpg`), and letters with accents in another Unicode form.
+    The extension may have another spelling (`.JPEG` for `.jpg`), and letters with accents may be in another Unicode
+    form.
     """
 
     def __init__(self, names: Sequence[bytes]) -> None:
         self._by_name = {name: name for name in names}
-        self._by_stem: dict[bytes, bytes | None] = {}  # None: more than one image has this stem
+        # Name without extension -> image; None if several images have this name.
+        self._by_stem: dict[bytes, bytes | None] = {}
         for name in names:
             stem = os.path.splitext(name)[0]
             self._by_stem[stem] = None if stem in self._by_stem else name
 
     def find(self, text: str) -> bytes | None:
-        """Return the image with this name; None if there is none, or if only the stem of several images fits."""
+        """Return the image with this name.
+
+        Returns None if there is no such image, or if the name without extension fits several images.
+        """
         raw = os.fsencode(text)
         base = raw.rsplit(b"/", 1)[-1]
         for name in (raw, base, raw.replace(b"\\", b"/").rsplit(b"/", 1)[-1]):
@@ -75,17 +80,17 @@ class ImageNames:
 
     @cached_property
     def have_hashes(self) -> bool:
-        """Whether the name of an image begins with `#`, as comments do."""
+        """Return whether the name of an image begins with `#`, as comments do."""
         return any(name.startswith(b"#") for name in self._by_name)
 
     def score(self, text: str) -> int:
-        """2 if the text is the whole name of an image, 1 if it is an image's name without its extension, else 0."""
+        """Return 2 if the text is the name of an image, 1 if it is such a name without the extension, otherwise 0."""
         found = self.find(text)
         return 0 if found is None else 1 + (os.path.splitext(found)[1] in os.fsencode(text)[-8:])
 
 
 def _spelling(name: bytes) -> str:
-    """The name in one of its spellings: Unicode's composed form, `.jpg` for `.JPEG`, `.tif` for `.TIFF`."""
+    """Return the name in a common spelling: Unicode's composed form, `.jpg` for `.JPEG`, `.tif` for `.TIFF`."""
     stem, extension = os.path.splitext(name)
     extension = extension.lower()
     text = stem.decode("utf-8", "surrogateescape") + _EXTENSIONS.get(extension, os.fsdecode(extension))
@@ -102,7 +107,7 @@ class Rows:
 
 
 def parse_label_file(file: Path, content: bytes, images: ImageNames) -> Rows:
-    """Return the rows of a label file. Raises UserError, which names `file`, if its format is not known."""
+    """Return the rows of a label file. Raises UserError, which names `file`, if the format of the file is not known."""
     if content.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in content[:1000]:
         raise UserError(f"--labels {file}: not UTF-8 text. Save the file as text in UTF-8.")
     text = content.decode("utf-8-sig", "surrogateescape")
@@ -119,7 +124,7 @@ def parse_label_file(file: Path, content: bytes, images: ImageNames) -> Rows:
 
 
 def _is_comment(line: str) -> bool:
-    """Whether a line begins with `#` and is not a header such as `#filename label`."""
+    """Return whether a line begins with `#` and is not a header such as `#filename label`."""
     words = re.split(r"[\s,;|]+", line.strip("# \t").lower())
     return line.lstrip().startswith("#") and not all(word in _NAME_HEADERS | _LABEL_HEADERS for word in words)
 
@@ -129,12 +134,12 @@ def _class_text(text: str) -> str:
 
 
 def _is_single(line: str) -> bool:
-    """Whether a line has one column."""
+    """Return whether a line has one column."""
     return len(re.split(r"[\s,;|]+", re.sub(r'"[^"]*"', '""', line.strip().rstrip(",;")))) == 1
 
 
 def _single_column(file: Path, lines: Sequence[tuple[int, str]], images: ImageNames) -> Rows:
-    """A file with one label on each line (ILSVRC's ground truth)."""
+    """Return the rows of a file with one label on each line (ILSVRC's ground truth)."""
     rows = [Row(number, "", _class_text(line.strip().rstrip(",;").strip("\"'"))) for number, line in lines]
     notes = []
     if len(rows) > 1 and not is_number(rows[0].label) and all(is_number(row.label) for row in rows[1:]):
@@ -155,7 +160,7 @@ def _single_column(file: Path, lines: Sequence[tuple[int, str]], images: ImageNa
 
 
 def _name_and_label(file: Path, lines: Sequence[tuple[int, str]], images: ImageNames) -> Rows:
-    """A file with the name and the label of an image on each line."""
+    """Return the rows of a file with the name and the label of an image on each line."""
     sample = lines[:: max(1, len(lines) // _SAMPLED_LINES)][-_SAMPLED_LINES:]
     best, table, columns = -1, [], [0]
     for delimiter in ("\t", ",", ";", "|", ""):
@@ -168,7 +173,7 @@ def _name_and_label(file: Path, lines: Sequence[tuple[int, str]], images: ImageN
             best, chosen, columns = max(scores), delimiter, scores
     if best < 0:
         are_single = [_is_single(line) for _, line in lines]
-        # True: most lines have several columns, so the odd lines have a single column.
+        # Most lines have several columns, so the odd lines are those with a single column.
         odd = 2 * sum(are_single) < len(lines)
         number, line = lines[are_single.index(odd)] if odd in are_single else lines[0]
         raise UserError(f"--labels {file}, line {number}: {line[:60]!r}, expected `name label`.")
@@ -211,7 +216,7 @@ def _name_and_label(file: Path, lines: Sequence[tuple[int, str]], images: ImageN
 def _refuse_unknown_header(file: Path, rows: Sequence[Row], images: ImageNames) -> None:
     """Raise UserError if the first line may be a header in unknown words.
 
-    Such a line is the only one that names no image, and its label occurs in no other line.
+    The first line is doubtful if it alone names no image, and if its label occurs in no other line.
     """
     first, others = rows[0], rows[1:]
     if "." in first.name or images.find(first.name) is not None or any(row.label == first.label for row in others):
@@ -225,12 +230,15 @@ def _refuse_unknown_header(file: Path, rows: Sequence[Row], images: ImageNames) 
 
 
 def images_text(images: ImageNames) -> str:
-    """Return examples of the images' names, for a message."""
+    """Return examples of the images' names for a message."""
     return examples([name_text(name) for name in images._by_name])
 
 
 def _split(lines: Sequence[tuple[int, str]], delimiter: str, images: ImageNames) -> Iterator[tuple[int, list[str]]]:
-    """Yield (line number, columns). With the delimiter "", there are two columns with blanks between them."""
+    """Yield the line number and the columns of each line.
+
+    With the delimiter "", a line has two columns with blanks between them.
+    """
     if not delimiter:
         yield from ((number, _split_at_blanks(line.strip(), images)) for number, line in lines)
         return
@@ -238,12 +246,15 @@ def _split(lines: Sequence[tuple[int, str]], delimiter: str, images: ImageNames)
     try:
         for row in reader:
             yield lines[reader.line_num - 1][0], [field.strip() for field in row]
-    except csv.Error:  # the text is not a table with this delimiter, for example because a field has more than 128 KiB
+    except csv.Error:  # the text is not a table with this delimiter: for example, a field has more than 128 KiB
         yield lines[0][0], []
 
 
 def _without_empty_columns(table: list[tuple[int, list[str]]]) -> list[tuple[int, list[str]]]:
-    """Return the rows without the columns that are empty in every row, such as a last column after a comma."""
+    """Return the rows without the columns that are empty in every row.
+
+    For example, a comma at the end of each line makes an empty column.
+    """
     width = max((len(row) for _, row in table), default=0)
     empty = [k for k in range(width) if not any(row[k] for _, row in table if k < len(row))]
     if not empty:
@@ -252,13 +263,13 @@ def _without_empty_columns(table: list[tuple[int, list[str]]]) -> list[tuple[int
 
 
 def _split_at_blanks(line: str, images: ImageNames) -> list[str]:
-    """Return the two columns of a line; a column is quoted, or is the name of an image, or has no blanks."""
+    """Return the two columns of a line. A column is in quotes, or is the name of an image, or has no blanks."""
     quoted = re.fullmatch(r"\"([^\"]*)\"\s+(.*)|(\S+)\s+\"([^\"]*)\"", line)
     if quoted:
         return [(quoted[1] or quoted[3] or "").strip(), (quoted[2] or quoted[4] or "").strip(' "')]
     cuts = [match.span() for match in re.finditer(r"\s+", line)]
     pairs = [[line[:start], line[end:]] for start, end in reversed(cuts)]
-    if len(pairs) > 50:  # not a line of a label file
+    if len(pairs) > 50:  # this is not a line of a label file
         return [line]
     for column in (0, 1):
         named = next((pair for pair in pairs if images.find(pair[column]) is not None), None)
@@ -268,7 +279,7 @@ def _split_at_blanks(line: str, images: ImageNames) -> list[str]:
 
 
 def _is_header(rows: Sequence[Sequence[str]], name_column: int, images: ImageNames) -> bool:
-    """Whether the first row names columns and no image: `filename label`, `ImageId,PredictionString`."""
+    """Return whether the first row has names of columns and no image, such as `filename label`."""
     first = [field.strip("# ").lower() for field in rows[0]]
     name, others = first[name_column], first[:name_column] + first[name_column + 1 :]
     if images.find(rows[0][name_column]) is not None or has_image_name(name.encode(errors="replace")):
@@ -276,15 +287,15 @@ def _is_header(rows: Sequence[Sequence[str]], name_column: int, images: ImageNam
     if name in _NAME_HEADERS or any(field in _LABEL_HEADERS for field in others):
         return True
     if "." not in name and len(rows) > 1 and all(has_image_name(os.fsencode(row[name_column])) for row in rows[1:]):
-        return True  # all other names end like names of images
+        return True  # all other names have the extension of an image
     below = [field for row in rows[1:] for k, field in enumerate(row) if k != name_column]
     return len(rows) > 1 and all(is_number(field) for field in below) and not any(is_number(field) for field in others)
 
 
 def _label_column(file: Path, header: Sequence[str] | None, width: int, name_column: int) -> int:
-    """Return the column of the labels.
+    """Return the index of the column of the labels.
 
-    Raises UserError if it is unclear which column has the labels, or if the labels stand before the names.
+    Raises UserError if it is unclear which column has the labels, or if the labels come before the names.
     """
     named = [
         k for k, text in enumerate(header or ()) if text.strip("# ").lower() in _LABEL_HEADERS and k != name_column
@@ -305,7 +316,10 @@ def _label_column(file: Path, header: Sequence[str] | None, width: int, name_col
 
 
 def _without_boxes(file: Path, rows: list[Row]) -> list[Row]:
-    """Return the rows of Kaggle's LOC_val_solution.csv without bounding boxes; other rows are returned as they are."""
+    """Return the rows of Kaggle's LOC_val_solution.csv without bounding boxes.
+
+    Rows of other files are returned unchanged.
+    """
     if not all(_KAGGLE_BOXES.match(row.label) for row in rows):
         return rows
     found = []

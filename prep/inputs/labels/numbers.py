@@ -1,6 +1,6 @@
-"""The label of each text in a label file: the name of a class, or a number with one of several meanings.
+"""The label of each text in a label file. A text is the name of a class, or a number with one of several meanings.
 
-If a text could mean two classes, the program does not guess. UserError asks for --label-order.
+If a text can mean two different classes, the program does not guess. Instead, UserError asks for --label-order.
 
 | label order   | meaning of the number k                                          |
 | ------------- | ---------------------------------------------------------------- |
@@ -24,8 +24,9 @@ from prep.inputs.names import composed
 
 LABEL_ORDERS = ("sorted", "sorted-from-0", "name", "devkit")
 
-_NO_LABELS = ("nan", "<na>", "#n/a", "n/a")  # what programs write where a label is missing, in lower case
-_ODD_NUMBERS = (  # (numbers that are neither names nor positions of classes, what is expected instead)
+_NO_LABELS = ("nan", "<na>", "#n/a", "n/a")  # texts that programs write for a missing label, in lower case
+# Pattern of numbers that are neither names nor positions of classes, and a text that says what is expected.
+_ODD_NUMBERS = (
     (re.compile(r"-\d+"), "a number from 0"),
     (re.compile(r"[-+]?(\d+\.\d*|\.\d+)(e[-+]?\d+)?|[-+]?\d+e[-+]\d+|\+\d+|\d{19,}", re.I), "a whole number"),
 )
@@ -35,26 +36,25 @@ _FIRST_NUMBERS = {"sorted": 1, "sorted-from-0": 0}
 
 @dataclass(frozen=True)
 class LabelTexts:
-    """The label texts of a file, before it is known what they mean."""
+    """The different label texts of a file, before their meaning is known."""
 
     where: str  # `--labels FILE`, for messages
-    texts: Sequence[str]  # all different texts of the file
-    classes: tuple[str, ...]  # classes of the store or of --classes; empty if the file gives the classes
+    texts: Sequence[str]  # the different texts of the file
+    classes: tuple[str, ...]  # classes of the store or of --classes; empty if the label file itself gives the classes
     owner: str  # text for messages that says where these classes come from
     devkit: Callable[[], Devkit | None]
-    example: Callable[[str], str]  # returns, for messages, a line of the file that has this text
+    example: Callable[[str], str]  # for messages: returns a line of the file that has this text
 
     @cached_property
     def are_numbers(self) -> bool:
-        """Whether all texts are whole numbers from 0."""
+        """Return whether all texts are whole numbers from 0."""
         return all(is_number(text) for text in self.texts)
 
     def resolve(self, order: str | None, is_ground_truth: bool) -> tuple[dict[str, int], tuple[str, ...], str]:
-        """Return ({text: label}, classes, the label order that was used).
+        """Return {text: label}, the classes, and the label order that was used.
 
-        `order` is the value of --label-order; None if the option is not given.
-
-        Raises UserError if a text is no class, or if the texts can be read in more than one way.
+        `order` is the value of --label-order, or None if the option is not given. Raises UserError if a text is no
+        class, or if the texts have more than one meaning.
         """
         refuse_odd_labels(self.where, self.texts, self.classes, self.example, may_mix=order == "name")
         if order is None and is_ground_truth and self.are_numbers:
@@ -74,7 +74,7 @@ class LabelTexts:
         return self._guess()
 
     def _guess(self) -> tuple[dict[str, int], tuple[str, ...], str]:
-        """Read the texts in the only possible way."""
+        """Read the texts in the only label order that is possible."""
         orders = ["name", "sorted-from-0", "sorted"] if self.are_numbers else ["name"]
         read = {order: self._read(order) for order in orders}
         possible = {order: result for order, result in read.items() if not isinstance(result, str)}
@@ -104,14 +104,14 @@ class LabelTexts:
         )
 
     def _is_run_of_numbers(self) -> bool:
-        """Whether the texts are the numbers 0 to K − 1 or 1 to K."""
+        """Return whether the texts are the numbers 0 to K − 1 or the numbers 1 to K."""
         if not self.are_numbers:
             return False
         numbers = sorted(int(text) for text in self.texts)
         return numbers[0] in (0, 1) and numbers == list(range(numbers[0], numbers[0] + len(numbers)))
 
     def _read(self, order: str) -> tuple[dict[str, int], tuple[str, ...]] | str:
-        """Return ({text: label}, classes) if the texts are read in this order, or the reason why this is impossible."""
+        """Return {text: label} and the classes, or the reason why the texts cannot be read in this label order."""
         if order == "name":
             return self._read_names()
         wrong = next((text for text in self.texts if not is_number(text)), None)
@@ -135,7 +135,7 @@ class LabelTexts:
     def _read_names(self) -> tuple[dict[str, int], tuple[str, ...]] | str:
         classes = self.classes or order_classes(self.texts, self.where)
         label_of = {composed(name): label for label, name in enumerate(classes)}
-        if self.are_numbers and all(is_number(name) for name in classes):  # 7 may be the class 007
+        if self.are_numbers and all(is_number(name) for name in classes):  # the text 7 may be the class 007
             by_number = {int(name): label for label, name in enumerate(classes)}
             label_of |= {text: by_number[int(text)] for text in self.texts if int(text) in by_number}
         unknown = sorted(text for text in self.texts if composed(text) not in label_of)
@@ -175,7 +175,7 @@ def refuse_odd_labels(
     """Raise UserError for labels that are neither names nor positions of classes: `-1`, `1.0`, `nan`.
 
     If no classes are `known`, numbers together with other texts are refused, too, unless `may_mix` is true. `example`
-    returns, for the message, a line of the file that has a given text.
+    returns a line of the file with a given text, for the message.
     """
     unknown = [text for text in texts if text not in known]
     for pattern, expected in _ODD_NUMBERS:

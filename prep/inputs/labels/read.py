@@ -19,19 +19,21 @@ from prep.inputs.reader import ListOptions
 _ILSVRC_NUMBER = re.compile(rb"ILSVRC\d{4}_(?:val|test)_(\d{8})\.\w+")
 _TEST_IMAGE = re.compile(rb"ILSVRC\d{4}_test_")
 _OTHER_YEAR = re.compile(rb"ILSVRC201[01]")
-_SYNSET = re.compile(r"n\d{8}")  # a class of ImageNet
+# If the labels of at least this number of lines are the line numbers, the file is an index, not a label file.
+_SYNSET = re.compile(r"n\d{8}")
 _MIN_INDEX_LINES = 100  # a file of so many lines whose labels are the line numbers is an index, not a label file
 
 
 def read_labels(
     options: ListOptions, names: Sequence[bytes], root: Path, split: str, store_classes: Sequence[str]
 ) -> tuple[dict[bytes, int], tuple[str, ...], Path]:
-    """Read the labels of the images `names`: ({name: label 0..K−1}, names of the K classes, the label file).
+    """Read the labels of the images `names`.
 
-    If the options name no label file, the file beside `root` is used. `store_classes` are the classes of the store or
-    of the split that was listed before, empty if there are none yet. Prints lines that are surplus or occur twice.
-    Raises UserError if labels are missing or contradict each other, if they are not classes of the store, or if it is
-    unclear what they mean.
+    Return {name: label 0..K−1}, the names of the K classes, and the label file. If the options name no label file, the
+    label file beside `root` is used. `store_classes` are the classes of the store or of the split that was listed
+    before; empty if there are no such classes. Prints the lines that name no image, and the lines that occur twice.
+    Raises UserError if labels are missing, contradict each other or are not classes of the store. Also raises UserError
+    if the meaning of the labels is unclear.
     """
     if not names:
         raise UserError(f"{root}: no photograph in it.")
@@ -82,9 +84,9 @@ def read_labels(
 
 
 def _of_split(file: Path, rows: Sequence[Row], split: str, root: Path) -> list[Row]:
-    """The rows without those whose folder names another split than `split` (`train/1.jpg` in a list for val).
+    """Return the rows without those whose folder names another split than `split` (`train/1.jpg` in a list for val).
 
-    Raises UserError if no other rows are left.
+    Raises UserError if no rows are left.
     """
     kept: list[Row] = []
     others: list[Row] = []
@@ -105,7 +107,7 @@ def _of_split(file: Path, rows: Sequence[Row], split: str, root: Path) -> list[R
 
 
 def _refuse_other_year(file: Path, name: bytes) -> None:
-    """Raise UserError if numbers of ILSVRC 2010 or 2011 would be read in the order of the devkit of 2012."""
+    """Raise UserError if labels of ILSVRC 2010 or 2011 would be read with the class numbers of the devkit of 2012."""
     match = _OTHER_YEAR.search(file.name.encode(errors="replace")) or _OTHER_YEAR.match(name)
     if match:
         raise UserError(
@@ -117,7 +119,7 @@ def _refuse_other_year(file: Path, name: bytes) -> None:
 def _by_name(file: Path, rows: Sequence[Row], images: ImageNames, names: Sequence[bytes]) -> dict[bytes, str]:
     """Return {image: label text} of a file with a name and a label on each line.
 
-    Raises UserError for a missing label, or for two different labels.
+    Raises UserError if an image has no label, or has two different labels.
     """
     found: dict[bytes, Row] = {}
     double: list[str] = []
@@ -152,10 +154,9 @@ def _by_name(file: Path, rows: Sequence[Row], images: ImageNames, names: Sequenc
 def _by_position(file: Path, rows: Rows, names: Sequence[bytes], root: Path) -> dict[bytes, str]:
     """Return {image: label text} of a file with only a label on each line.
 
-    Line k belongs to the k-th image in the order of the names.
-
-    If the images have ILSVRC's names and the file has more lines than there are images, line k belongs to the image
-    with number k. Raises UserError if there are more or fewer lines than images.
+    Line k has the label of the k-th image in the order of the names. If the images have ILSVRC's names and the file
+    has more lines than there are images, line k has the label of the image with number k. Raises UserError if there are
+    more or fewer lines than images.
     """
     if _TEST_IMAGE.match(names[0]) and "test" not in file.name:
         raise UserError(
@@ -182,7 +183,7 @@ def _by_position(file: Path, rows: Rows, names: Sequence[bytes], root: Path) -> 
 
 
 def _by_numbers(name: bytes) -> list[tuple[bytes, int]]:
-    """Sort key that compares the numbers in names as numbers: `2.jpg` comes before `10.jpg`."""
+    """Return a sort key that compares the numbers in names as numbers: `2.jpg` comes before `10.jpg`."""
     parts = re.split(rb"(\d+)", name)
     return [(text, int(number)) for text, number in zip(parts[::2], [*parts[1::2], b"0"], strict=True)]
 
@@ -198,7 +199,7 @@ def _refuse_index(where: str, rows: Sequence[Row]) -> None:
 
 
 def _find_labels(options: ListOptions, root: Path, split: str) -> tuple[Path, bytes, Callable[[], Devkit | None]]:
-    """Return (label file, its content, function that returns the devkit, or None if there is none)."""
+    """Return the label file, its content, and a function that returns the devkit (or None if there is no devkit)."""
     parent = root.resolve().parent
     file = options.labels
 
@@ -223,13 +224,13 @@ def _find_labels(options: ListOptions, root: Path, split: str) -> tuple[Path, by
 
 
 def _file_beside(root: Path, parent: Path, split: str) -> Path | None:
-    """Return the label file beside a flat folder or archive; None if there is none.
+    """Return the label file beside a flat folder or archive, or None if there is no such file.
 
     Raises UserError if there are several label files.
 
-    The file's name is `*ground_truth*.txt` (also in a devkit beside `root`), that of `root` with the extension .txt,
-    .csv or .tsv, or LOC_val_solution.csv (Kaggle), which may also lie beside the folder ILSVRC of Kaggle's download. In
-    a folder `root`, the file may be named labels.txt, labels.csv or labels.tsv.
+    The file may be named `*ground_truth*.txt` (also in a devkit beside `root`). It may have the name of `root` with the
+    extension .txt, .csv or .tsv. It may also be LOC_val_solution.csv of Kaggle, which may lie beside the folder ILSVRC.
+    If `root` is a folder, the file may also be labels.txt, labels.csv or labels.tsv in this folder.
     """
     stem = root.resolve().name if root.is_dir() else root.resolve().stem
     kaggle = [parent] + ([parent.parents[2]] if parent.parts[-3:] == ("ILSVRC", "Data", "CLS-LOC") else [])
