@@ -57,16 +57,9 @@ ROOMS = {
         *("pipeline.diagnostics", "pipeline.cli", "pipeline.__main__", "pipeline.__init__"),
     ),
     "train": (
-        *(
-            "train.config",
-            "train.replicas",
-            "train.model",
-            "train.optim",
-            "train.runs",
-            "train.evaluation",
-            "train.monitor",
-        ),
-        *("train.trainer", "train.report", "train.convert", "train.cli", "train.__main__"),
+        *("train.config", "train.replicas", "train.model", "train.optim", "train.runs", "train.evaluation"),
+        *("train.monitor", "train.trainer", "train.experiments", "train.report", "train.convert", "train.cli"),
+        "train.__main__",
     ),
 }
 # Largest number of Python files in a folder.

@@ -32,7 +32,6 @@ from typing import Any
 import torch
 
 import pipeline.placement
-import train.trainer.loop
 from tests.helpers.small_training import small_config
 from train.runs import checkpoint
 from train.runs.run import Run
@@ -142,6 +141,6 @@ def main(store: Path, run_dir: Path, seed: int, when: str) -> None:
 if __name__ == "__main__":
     pipeline.placement.dali()
     os.fsync, checkpoint._append_digest = counted("fsync", os.fsync), counted("digest", checkpoint._append_digest)
-    train.trainer.loop.TrainingStep.__call__ = counted_step
+    TrainingStep.__call__ = counted_step
     sys.addaudithook(audit)
     main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4])

@@ -267,9 +267,9 @@ def ablate(store: Path, out: Path, dry_run: bool, as_json: bool, **options: Any)
     """
     opened = Store.open(store)
     opened.split("train")
+    from train.experiments.ablate import ablate as train_and_measure
+    from train.experiments.ablate import outcome_rows, plan_runs, table_lines
     from train.runs.run import Run
-    from train.trainer.ablate import ablate as train_and_measure
-    from train.trainer.ablate import outcome_rows, plan_runs, table_lines
 
     runs = plan_runs(store, out, **options)
     for planned in runs:

@@ -12,21 +12,37 @@ from typing import Any
 
 import torch
 
-from pipeline.loader import TrainLoader
+from pipeline.loader import TrainLoader, WaitTimes
 from train.model.alexnet import AlexNet
 from train.monitor.step_counters import Counts
+
+
+class StreamWaits:
+    """Total wait times of a loader and its consumer, for several readers (TrainLoader.wait_times has one reader)."""
+
+    def __init__(self, loader: TrainLoader) -> None:
+        self.loader, self._total = loader, WaitTimes(0, 0.0, 0.0)
+
+    def read(self) -> WaitTimes:
+        """Return the number of batches served, and the wait times, since the loader was made."""
+        total, new = self._total, self.loader.wait_times()
+        self._total = WaitTimes(
+            total.batches + new.batches,
+            total.consumer_wait_s + new.consumer_wait_s,
+            total.loader_wait_s + new.loader_wait_s,
+        )
+        return self._total
 
 
 class IntervalMetrics:
     """Times the steps since the last log line, counts their images, and computes the metrics of the line."""
 
-    def __init__(self, loader: TrainLoader, network: AlexNet) -> None:
-        self.loader, self.network = loader, network
+    def __init__(self, waits: StreamWaits, network: AlexNet) -> None:
+        self.waits, self.network = waits, network
         self._begin()
 
     def _begin(self) -> None:
-        self.started = time.perf_counter()
-        self.loader.wait_times()
+        self.started, self._waits_before = time.perf_counter(), self.waits.read()
         self.steps = self.images = 0
 
     def add(self, images: int) -> None:
@@ -40,14 +56,14 @@ class IntervalMetrics:
         norms   the result of train.trainer.watchdog.parameter_norms
         """
         loss, misses = counts.loss_sum / self.steps, counts.misses
-        seconds, waits = time.perf_counter() - self.started, self.loader.wait_times()
+        seconds, before, waits = time.perf_counter() - self.started, self._waits_before, self.waits.read()
         metrics = {
             "loss": loss,
             "top1_error": misses[0] / self.images,
             "top5_error": misses[1] / self.images,
             "images_per_s": self.images / seconds,
-            "waiting_share": waits.consumer_wait_s / seconds,
-            "stream_waiting_share": waits.loader_wait_s / seconds,
+            "waiting_share": (waits.consumer_wait_s - before.consumer_wait_s) / seconds,
+            "stream_waiting_share": (waits.loader_wait_s - before.loader_wait_s) / seconds,
             **layer_norms(norms),
             **peak_memory(self.network.devices),
         }

@@ -17,13 +17,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from pipeline.loader import TrainLoader
 from prep.console import Terminated, UserError, disk_error
 from prep.files import write_atomic
 from train.evaluation.evaluate import EvalResult
 from train.model.alexnet import AlexNet
 from train.monitor.console_view import ConsoleView, RunLength
-from train.monitor.interval_metrics import IntervalMetrics
+from train.monitor.interval_metrics import IntervalMetrics, StreamWaits
 from train.monitor.tensorboard import EventFile, NoTensorBoard
 from train.runs.append_log import AppendLog
 from train.runs.run_dir import EVENTS, METRICS, STATUS, parse_line, read_raw_lines
@@ -72,11 +71,11 @@ class MetricsLog:
             else:
                 self._write_status("failed", str(error) or type(error).__name__)
 
-    def interval(self, loader: TrainLoader, network: AlexNet) -> IntervalMetrics:
+    def interval(self, waits: StreamWaits, network: AlexNet) -> IntervalMetrics:
         """Begin an interval. Returns the IntervalMetrics that collects the values of the log line."""
-        interval = IntervalMetrics(loader, network)
+        interval = IntervalMetrics(waits, network)
         self.view.follow(lambda: interval.steps)
-        self.view.follow_service(loader.service_status)
+        self.view.follow_service(waits.loader.service_status)
         return interval
 
     def train(self, line: dict[str, Any]) -> None:

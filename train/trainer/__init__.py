@@ -1,1 +1,1 @@
-"""The training loop, its state and signals, the watchdog, forks, and ablations."""
+"""The training loop, its state and signals, the watchdog, and forks."""

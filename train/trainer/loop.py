@@ -1,7 +1,8 @@
-"""The training loop: resume, train, log, checkpoint, validate."""
+"""The training loop: resume, train, log, checkpoint, validate. One stream trains one run, or several runs at once."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -11,24 +12,18 @@ from pipeline.service.errors import ServiceError
 from prep.console import say
 from prep.files import hold_lock
 from train.config.devices import keep_freed_memory
-from train.config.identity import check_identity
-from train.evaluation.evaluate import EvalResult, eval_batch_size, evaluate
-from train.model.alexnet import AlexNet
-from train.monitor.console_view import ConsoleView, RunLength
-from train.monitor.metrics_log import MetricsLog
-from train.monitor.step_counters import StepCounters
+from train.evaluation.evaluate import eval_batch_size
+from train.monitor.console_view import ConsoleView
+from train.monitor.interval_metrics import StreamWaits
 from train.monitor.view import choose_view
-from train.optim.paper_sgd import make_optimizer
 from train.optim.schedule import Schedule
-from train.runs import checkpoint
-from train.runs.run import Run, make_run_dir, write_description
+from train.runs.run import Run, make_run_dir
 from train.trainer.determinism import use_deterministic_algorithms
 from train.trainer.out_of_memory import out_of_memory
-from train.trainer.state import capture_state, restore_state, seed_generators
-from train.trainer.step import TrainingStep
-from train.trainer.step_graph import CountedStep, graph_for
-from train.trainer.stop_requests import stop_requests
-from train.trainer.watchdog import Watchdog
+from train.trainer.state import Generators
+from train.trainer.stop_requests import StopRequests, stop_requests
+from train.trainer.training import Training
+from train.trainer.watchdog import Diverged
 
 
 def fit(run: Run, view: ConsoleView | None = None) -> Path:
@@ -42,108 +37,166 @@ def fit(run: Run, view: ConsoleView | None = None) -> Path:
     Ctrl-C, SIGTERM or SIGHUP, `fit` finishes the step, writes a checkpoint and raises KeyboardInterrupt or Terminated.
     During a validation, `fit` raises at once, because the checkpoint was written before the validation.
     """
-    make_run_dir(run.run_dir)
-    with hold_lock(run.run_dir, "training"), out_of_memory(run.config), ExitStack() as streams:
-        _fit(run, streams, view or choose_view())
+    fit_together([run], [view or choose_view()])
     return run.run_dir
 
 
-def _fit(run: Run, streams: ExitStack, view: ConsoleView) -> None:
-    # ---- network, optimizer, schedule
-    config, steps_per_epoch, last_step = run.config, run.steps_per_epoch, run.last_step
+def fit_together(runs: Sequence[Run], views: Sequence[ConsoleView]) -> None:
+    """Train several runs from one stream: each batch is decoded once and trains one run after another.
+
+    The runs may differ only in their seed and their folder. Their stream seeds are equal. The runs may be at different
+    steps: the stream begins at the lowest step, and a batch trains only the runs that have not had it. The result of
+    each run has the same bits as if `fit` had trained the run alone.
+
+    If one of several runs diverges, the others go on, and Diverged is raised at the end. The other errors are those of
+    `fit`, and end the training of all runs.
+    """
+    with ExitStack() as resources:
+        for run in runs:
+            make_run_dir(run.run_dir)
+            resources.enter_context(hold_lock(run.run_dir, "training"))
+        resources.enter_context(out_of_memory(runs[0].config))
+        _fit(runs, views, resources)
+
+
+def _fit(runs: Sequence[Run], views: Sequence[ConsoleView], resources: ExitStack) -> None:
+    config = runs[0].config
     if config.devices[0] == "cpu":
         keep_freed_memory()
     if config.deterministic:
         use_deterministic_algorithms()
-    seed_generators(config, 0)
-    network = AlexNet(len(run.store.classes), config.recipe, config.devices, config.model)
-    optimizer, schedule = make_optimizer(network, config.recipe), Schedule(config.recipe)
-    train_step = TrainingStep(network, optimizer, config.precision, config.accumulate)
-
-    # ---- resume from the newest intact checkpoint in the run folder. The checkpoint must have the
-    # ---- identity of the run.
-    # ---- Without a checkpoint the run begins at step 0, with parameters drawn from the seed.
-    step, validation_due = 0, False
-    resumed = checkpoint.load_latest(run.run_dir)
-    if resumed is not None:
-        check_identity(resumed.identity, run.identity, run.run_dir)
-        step, validation_due = resumed.step, resumed.validation_due
-        restore_state(resumed, config, network, optimizer, schedule)
-        checkpoint.drop_after(run.run_dir, step)
-        view.note(f"{run.run_dir}: resumes after step {step:,}.")
-    keeper = checkpoint.CheckpointKeeper(run.run_dir, config.keep, resumed)
-    write_description(run, keeper.ancestry)
-    loader = streams.enter_context(training_stream(run, schedule, step // max(steps_per_epoch, 1)))
-    if resumed is not None:
-        loader.load_state_dict(resumed.stream)
-    validation = validation_stream(run)
+    generators = Generators(config.devices)
+    trainings = [Training(run, generators, view) for run, view in zip(runs, views, strict=True)]
+    stream = _Stream(min(trainings, key=lambda training: training.step), resources)
+    validation = validation_stream(runs[0])
     if validation is not None:
-        streams.enter_context(validation)
-    length = RunLength(steps_per_epoch, last_step, config.batch_size, len(run.store.classes))
-    log = streams.enter_context(MetricsLog(run.run_dir, length, step, validation_due, view))
-    watchdog = Watchdog(run, network, view.warn)
-    counters = StepCounters(network.devices[0], config.log_every)
-    counted_step = CountedStep(train_step, counters, graph_for(network.devices))
-
-    def save(is_last: bool) -> None:
-        state = capture_state(run, step, network, optimizer, schedule, loader, validation_due)
-        keeper.save(state, is_last, before=log.sync)
-
-    def log_interval() -> None:
-        counts = counters.read()
-        norms = watchdog.check(step, interval.images, counts, loader.augmentation)
-        epoch = step / steps_per_epoch
-        log.train({"kind": "train", "epoch": epoch, "step": step, **interval.read(counts, norms), "lr": lr})
-
-    # ---- epochs. The checkpoint at the end of an epoch is written before the validation, so that a stop during the
-    # ---- validation loses nothing.
-    network.train()
+        resources.enter_context(validation)
+    for training in trainings:
+        training.open_log()
+        resources.enter_context(training)
     with stop_requests() as stop:
-        while True:
-            if validation_due and validation is not None:
-                with stop.raised_at_once():
-                    result = _validate(network, validation, config.precision, view)
-                schedule.record_validation(result.top1_error)
-                log.validation(step // steps_per_epoch, step, result)
-                keeper.record_validation(step, result.top1_error)
-                validation_due = False
-                if step >= last_step or schedule.finished:
-                    save(is_last=True)
-            if step >= last_step or schedule.finished:
-                break
+        _Loop(trainings, stream, validation, stop).run()
 
-            interval, saved_step = log.interval(loader, network), step
-            stop.on_request = loader.stop_waiting
+
+class _Loop:
+    """Gives the batches of a stream to trainings, which may be at different steps."""
+
+    def __init__(
+        self, trainings: Sequence[Training], stream: _Stream, validation: EvalLoader | None, stop: StopRequests
+    ) -> None:
+        self._active, self._stream, self._validation, self._stop = list(trainings), stream, validation, stop
+        self._run, self._is_alone = trainings[0].run, len(trainings) == 1
+        self._diverged: list[tuple[Path, Diverged]] = []  # run folder and error of each training that diverged
+
+    def run(self) -> None:
+        """Train until no step is left of any training.
+
+        The checkpoint at the end of an epoch is written before the validation, so that a stop during the validation
+        loses nothing.
+        """
+        while self._active:
+            for training in self._active:
+                if training.validation_due and self._validation is not None:
+                    with self._stop.raised_at_once():
+                        training.validate(self._validation)
+            for training in [training for training in self._active if training.is_done]:
+                training.close()
+                self._active.remove(training)
+            if self._active:
+                self._train(min(training.step for training in self._active))
+        if self._diverged:
+            run_dir, error = self._diverged[0]
+            names = ", ".join(run_dir.name for run_dir, _ in self._diverged)
+            raise Diverged(f"{names} diverged; the other members have been trained. {run_dir}: {error}")
+
+    def _train(self, step: int) -> None:
+        """Train from `step` on, until checkpoints have been written."""
+        stop, config, first_step, pause, epoch_ends = self._stop, self._run.config, step, False, False
+        loader = self._stream.move_to(step)
+        waits = StreamWaits(loader)
+        current = [training for training in self._active if training.step == step]
+        for training in current:
+            training.begin_interval(waits)
+        later_steps = {training.step for training in self._active} - {step}
+        stop.on_request = loader.stop_waiting
+        try:
+            for images, labels in loader:
+                for training in current:
+                    training.train(images, labels)
+                step += 1
+                epoch_ends = step % self._run.steps_per_epoch == 0
+                is_due = step % config.checkpoint_every == 0 or step == self._run.last_step
+                pause = bool(stop.requested) or epoch_ends or is_due
+                if pause or step % config.log_every == 0:
+                    self._log_interval(current, loader)
+                if pause or not current:
+                    break
+                if step in later_steps:  # other trainings, which are already at this step, go on from here
+                    joining = [training for training in self._active if training.step == step]
+                    for training in joining:
+                        if training not in current:
+                            training.begin_interval(waits)
+                    current = joining
+        except ServiceError as error:  # there is no batch for the next step
+            self._log_interval([training for training in current if training.steps_since_log], loader)
+            if step > first_step:
+                self._save([training for training in current if training in self._active], loader, is_last=True)
+            raise stop.requested or error from None
+        for training in current:
+            training.validation_due = epoch_ends and self._validation is not None
+        loader = self._stream.move_to(step)
+        self._save(current, loader, is_last=bool(stop.requested))
+        if stop.requested:
+            raise stop.requested
+
+    def _log_interval(self, trainings: list[Training], loader: TrainLoader) -> None:
+        """Write the log lines of `trainings`. If there are several runs, a run that has diverged is taken out."""
+        for training in list(trainings):
             try:
-                for images, labels in loader:
-                    lr = schedule.apply(optimizer, step / steps_per_epoch)
-                    counted_step(images, labels)
-                    step += 1
-                    interval.add(len(labels))
-                    epoch_ends = step % steps_per_epoch == 0
-                    is_due = step % config.checkpoint_every == 0 or step == last_step
-                    pause = bool(stop.requested) or epoch_ends or is_due
-                    if pause or step % config.log_every == 0:
-                        log_interval()
-                    if pause:
-                        break
-            except ServiceError as error:  # there is no batch for the next step
-                if interval.steps:
-                    log_interval()
-                if step > saved_step:
-                    save(is_last=True)
-                raise stop.requested or error from None
+                training.log_interval(loader.augmentation)
+            except Diverged as error:
+                if self._is_alone:
+                    raise
+                training.view.warn(f"{error} The other members go on.")
+                training.close(error)
+                trainings.remove(training)
+                self._active.remove(training)
+                self._diverged.append((training.run.run_dir, error))
 
-            validation_due = epoch_ends and validation is not None
-            if epoch_ends and schedule.colour(step // steps_per_epoch) != loader.augmentation.colour:
-                service = loader.service_status()
-                loader.close()
-                if service is not None and service.state == "local":  # a new stream could not connect to the service
-                    run = without_service(run)
-                loader = streams.enter_context(training_stream(run, schedule, step // steps_per_epoch))
-            save(is_last=bool(stop.requested) or (step == last_step and not validation_due))
-            if stop.requested:
-                raise stop.requested
+    def _save(self, trainings: Sequence[Training], loader: TrainLoader, is_last: bool) -> None:
+        for training in trainings:
+            ends = training.step == self._run.last_step and not training.validation_due
+            training.save(loader, is_last or ends)
+
+
+class _Stream:
+    """The training stream. It is opened again at the end of an epoch after which the schedule changes the colour noise.
+
+    The colour noise depends on the epoch only, so that it is the same for all trainings.
+    """
+
+    def __init__(self, first: Training, resources: ExitStack) -> None:
+        """Open the stream at the step of `first`. Raises the errors of train_loader and TrainLoader.load_state_dict."""
+        self._run, self._schedule, self._resources = first.run, first.schedule, resources
+        self._loader = self._open(first.step // max(self._run.steps_per_epoch, 1))
+        if first.resumed is not None:
+            self._loader.load_state_dict(first.resumed.stream)
+
+    def move_to(self, step: int) -> TrainLoader:
+        """Return the loader, whose next batch is that of the step after `step`."""
+        epoch, step_of_epoch = divmod(step, self._run.steps_per_epoch)
+        if self._schedule.colour(epoch) != self._loader.augmentation.colour:
+            service = self._loader.service_status()
+            self._loader.close()
+            if service is not None and service.state == "local":  # a new stream could not connect to the service
+                self._run = without_service(self._run)
+            self._loader = self._open(epoch)
+        if (self._loader.epoch, self._loader.step) != (epoch, step_of_epoch):
+            self._loader.seek(epoch, step_of_epoch)
+        return self._loader
+
+    def _open(self, epoch: int) -> TrainLoader:
+        return self._resources.enter_context(training_stream(self._run, self._schedule, epoch))
 
 
 def training_stream(run: Run, schedule: Schedule, epochs_done: int) -> TrainLoader:
@@ -195,8 +248,3 @@ def validation_stream(run: Run) -> EvalLoader | None:
 def without_service(run: Run) -> Run:
     """Return a copy of `run` whose streams decode the images in this process, without a service."""
     return replace(run, config=replace(run.config, service=None, service_fallback=None))
-
-
-def _validate(network: AlexNet, loader: EvalLoader, precision: str, view: ConsoleView) -> EvalResult:
-    with view.progress("validation", loader.records, "images") as counter:
-        return evaluate(network, loader, counter, precision)

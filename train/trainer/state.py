@@ -6,9 +6,12 @@ with any assignment of columns to devices. The state of the stream is restored b
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from pipeline.loader import TrainLoader
+import torch
+from torch import Tensor
+
 from train.config.run_config import RunConfig
 from train.model.alexnet import AlexNet
 from train.optim.paper_sgd import PaperSGD
@@ -23,26 +26,27 @@ def capture_state(
     network: AlexNet,
     optimizer: PaperSGD,
     schedule: Schedule,
-    loader: TrainLoader,
+    stream: Mapping[str, Any],
     validation_due: bool,
 ) -> Checkpoint:
     """Return the checkpoint of a training after `step`. CheckpointKeeper adds the best step and the ancestry.
 
+    stream          TrainLoader.state_dict after `step`
     validation_due  True if an epoch ended at `step`, and the validation of this epoch has not been computed
     """
     return Checkpoint(
         identity=run.identity,
         **run.training_facts(),
         step=step,
-        steps_per_epoch=len(loader),
+        steps_per_epoch=run.steps_per_epoch,
         validation_due=validation_due,
         parameters=network.joined_tensors(),
         velocity=network.joined_tensors(optimizer.velocity),
         schedule=schedule.state_dict(),
         devices=list(run.config.devices),
         random=torch.get_rng_state(),
-        random_cuda=[torch.cuda.get_rng_state(device) for device in network.devices if device.type == "cuda"],
-        stream=loader.state_dict(),
+        random_cuda=_cuda_states(network.devices),
+        stream=stream,
     )
 
 
@@ -59,10 +63,7 @@ def restore_state(
     if list(state.devices) != list(config.devices):
         seed_generators(config, state.step)
         return
-    torch.set_rng_state(state.random)
-    gpus = [device for device in network.devices if device.type == "cuda"]
-    for device, generator in zip(gpus, state.random_cuda, strict=True):
-        torch.cuda.set_rng_state(generator, device)
+    _set_states(network.devices, state.random, state.random_cuda)
 
 
 def seed_generators(config: RunConfig, step: int) -> None:
@@ -75,3 +76,38 @@ def seed_generators(config: RunConfig, step: int) -> None:
     if config.devices[0] != config.devices[1]:
         with torch.cuda.device(config.devices[1]):
             torch.cuda.manual_seed(config.seed + step + (1 << 32))
+
+
+class Generators:
+    """Lets the trainings of one process draw from torch's random generators by turns, each as if it were alone.
+
+    torch has one generator for the CPU and one for each GPU. A training draws its initial parameters and its dropout
+    from these generators. The states of a training that does not have its turn are kept here.
+    """
+
+    def __init__(self, devices: Sequence[str]) -> None:
+        """`devices` are the devices of all trainings."""
+        self._devices = [torch.device(device) for device in devices]
+        self._states: dict[int, tuple[Tensor, list[Tensor]]] = {}  # by the id of the training
+        self._training: object = None  # the training that has its turn
+
+    def switch_to(self, training: object) -> None:
+        """Give `training` its turn. At its first turn, `training` must seed the generators itself."""
+        if training is self._training:
+            return
+        if self._training is not None:
+            self._states[id(self._training)] = torch.get_rng_state(), _cuda_states(self._devices)
+        self._training = training
+        if id(training) in self._states:
+            _set_states(self._devices, *self._states[id(training)])
+
+
+def _cuda_states(devices: Sequence[torch.device]) -> list[Tensor]:
+    return [torch.cuda.get_rng_state(device) for device in devices if device.type == "cuda"]
+
+
+def _set_states(devices: Sequence[torch.device], random: Tensor, random_cuda: Sequence[Tensor]) -> None:
+    torch.set_rng_state(random)
+    gpus = [device for device in devices if device.type == "cuda"]
+    for device, state in zip(gpus, random_cuda, strict=True):
+        torch.cuda.set_rng_state(state, device)

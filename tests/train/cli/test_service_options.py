@@ -9,9 +9,9 @@ import pytest
 from tests.helpers.alextrain import alextrain, json_lines, refusal
 from tests.helpers.small_training import small_config
 from train.config.identity import identity_of
+from train.experiments.ablate import plan_runs
 from train.report.compare import read_runs, run_labels
 from train.runs.run import Run, write_description
-from train.trainer.ablate import plan_runs
 
 WITH_SERVICE = {"service": "imagenet", "service_fallback": "local"}
 

@@ -16,11 +16,11 @@ from tests.helpers.alextrain import alextrain, json_lines
 from tests.helpers.small_training import SMALL_ALEXNET, assert_same_result, small_config
 from train.config.architecture import ARCHITECTURES
 from train.convert.import_torchvision import create_run
+from train.experiments.ablate import plan_runs
 from train.model.alexnet import AlexNet
 from train.report.compare import differing_fields, read_runs, run_labels
 from train.runs import checkpoint
 from train.runs.run import Run
-from train.trainer.ablate import plan_runs
 from train.trainer.fork import fork
 from train.trainer.loop import fit
 

@@ -35,7 +35,7 @@ RUN_OUT_OF_MEMORY = {
 def test_an_out_of_memory_error_advises_more_parts_or_a_smaller_batch(
     stores: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fail: Any, parts: int, advice: str
 ) -> None:
-    monkeypatch.setattr("train.trainer.loop.TrainingStep.__call__", lambda *args: fail())
+    monkeypatch.setattr("train.trainer.step.TrainingStep.__call__", lambda *args: fail())
     with pytest.raises(UserError) as raised:
         fit(Run.open(small_config(stores["ppm"], tmp_path / "run", accumulate=parts)))
     message = str(raised.value)
@@ -50,6 +50,6 @@ def test_other_runtime_errors_pass_through(
     def fail(*args: object) -> None:
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
-    monkeypatch.setattr("train.trainer.loop.TrainingStep.__call__", fail)
+    monkeypatch.setattr("train.trainer.step.TrainingStep.__call__", fail)
     with pytest.raises(RuntimeError, match="mat1"):
         fit(Run.open(small_config(stores["ppm"], tmp_path / "run")))

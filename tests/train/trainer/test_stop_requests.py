@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-import train.trainer.loop
+import train.trainer.training
 from prep.console import Terminated, say
 from tests.helpers.small_training import assert_same_result, metrics_without_clock, small_config
 from train.monitor.metrics_log import MetricsLog
@@ -49,13 +49,13 @@ def test_a_signal_during_a_step_leaves_a_checkpoint_of_that_step_from_which_the_
 def test_a_signal_during_a_validation_stops_at_once_and_the_resumed_run_validates_again(
     stores: dict[str, Path], uninterrupted_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run_dir, evaluate = tmp_path / "run", train.trainer.loop.evaluate
+    run_dir, evaluate = tmp_path / "run", train.trainer.training.evaluate
 
     def send_signal(*args: Any) -> Any:
         os.kill(os.getpid(), signal.SIGTERM)
         return evaluate(*args)
 
-    monkeypatch.setattr(train.trainer.loop, "evaluate", send_signal)
+    monkeypatch.setattr(train.trainer.training, "evaluate", send_signal)
     with pytest.raises(BaseException) as raised:
         fit(Run.open(small_config(stores["jpeg"], run_dir)))
     assert raised.typename == "Terminated"

@@ -12,13 +12,13 @@ import pytest
 from click.testing import CliRunner
 
 import train.cli
-import train.trainer.ablate
+import train.experiments.ablate
 from prep.console import UserError
 from train.config.ablations import ABLATIONS, BASELINE
 from train.config.architecture import ALEXNET, ARCHITECTURES, ONE_GPU, Widths
 from train.config.recipes import PAPER, RELEASED
+from train.experiments.ablate import AblationRun, Outcome, ablate, outcome_rows, plan_runs, table_lines
 from train.runs.run import Run
-from train.trainer.ablate import AblationRun, Outcome, ablate, outcome_rows, plan_runs, table_lines
 
 SMALL = {
     "alexnet": replace(ALEXNET, widths=Widths(8, 8, 8, 8, 8, 16, 16)),
@@ -88,7 +88,7 @@ def test_stopped_ablations_resume_and_finished_ones_are_not_trained_again(
     store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trained: list[str] = []
-    fit = train.trainer.ablate.fit
+    fit = train.experiments.ablate.fit
 
     def fit_until_one_gpu(run: Run) -> Path:
         trained.append(run.run_dir.name)
@@ -97,7 +97,7 @@ def test_stopped_ablations_resume_and_finished_ones_are_not_trained_again(
             raise KeyboardInterrupt
         return fit(run)
 
-    monkeypatch.setattr(train.trainer.ablate, "fit", fit_until_one_gpu)
+    monkeypatch.setattr(train.experiments.ablate, "fit", fit_until_one_gpu)
     runs = small_runs(store, tmp_path / "a", only=["no-crossing", "one-gpu"])
     with pytest.raises(KeyboardInterrupt):
         ablate(runs)
@@ -128,7 +128,7 @@ def test_an_ablation_that_diverges_is_reported_and_does_not_stop_the_others(
     assert rows[0]["top1_error"]["mean"] is None and rows[1]["top1_error"]["mean"] is not None
     assert rows[1]["top1_difference"]["mean"] is None and "diverged" in "\n".join(table_lines(rows))
     assert "top-5" in table_lines(rows)[1] and "top-5" not in table_lines(rows, classes=5)[1]
-    monkeypatch.setattr(train.trainer.ablate, "fit", lambda config: pytest.fail("trained again"))
+    monkeypatch.setattr(train.experiments.ablate, "fit", lambda config: pytest.fail("trained again"))
     assert outcome_rows(ablate(runs)) == rows
 
 

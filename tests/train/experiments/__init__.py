@@ -1,0 +1,1 @@
+"""Tests of trainings of several networks with one command."""

@@ -1,0 +1,151 @@
+"""One run in training: its network, optimizer, schedule, random generators, log and checkpoints.
+
+The training loop (train/trainer/loop.py) gives the batches of a stream to one Training, or to those of several runs.
+"""
+
+from __future__ import annotations
+
+from types import TracebackType
+
+from torch import Tensor
+
+from pipeline.augment import Augmentation
+from pipeline.loader import EvalLoader, TrainLoader
+from train.config.identity import check_identity
+from train.evaluation.evaluate import evaluate
+from train.model.alexnet import AlexNet
+from train.monitor.console_view import ConsoleView, RunLength
+from train.monitor.interval_metrics import IntervalMetrics, StreamWaits
+from train.monitor.metrics_log import MetricsLog
+from train.monitor.step_counters import StepCounters
+from train.optim.paper_sgd import make_optimizer
+from train.optim.schedule import Schedule
+from train.runs import checkpoint
+from train.runs.run import Run, write_description
+from train.trainer.state import Generators, capture_state, restore_state, seed_generators
+from train.trainer.step import TrainingStep
+from train.trainer.step_graph import CountedStep, graph_for
+from train.trainer.watchdog import Watchdog
+
+
+class Training:
+    """A run in training. As a context manager, it writes to the run's status.json how the training ended.
+
+    `step` is the number of steps that the run has made. `validation_due` is True if an epoch ended with the last of
+    these steps, and the validation of the epoch has not been computed. `resumed` is the checkpoint from which the run
+    goes on, or None.
+    """
+
+    def __init__(self, run: Run, generators: Generators, view: ConsoleView) -> None:
+        """Make the network, and restore the newest intact checkpoint in the run folder.
+
+        The checkpoint must have the identity of the run. Without a checkpoint the run begins at step 0, with parameters
+        drawn from the seed. Raises UserError if the folder holds another run.
+        """
+        config = run.config
+        self.run, self.view, self._generators = run, view, generators
+        generators.switch_to(self)
+        seed_generators(config, 0)
+        self.network = AlexNet(len(run.store.classes), config.recipe, config.devices, config.model)
+        self.network.train()
+        self.optimizer, self.schedule = make_optimizer(self.network, config.recipe), Schedule(config.recipe)
+        self.step, self.validation_due = 0, False
+        self.resumed = resumed = checkpoint.load_latest(run.run_dir)
+        if resumed is not None:
+            check_identity(resumed.identity, run.identity, run.run_dir)
+            self.step, self.validation_due = resumed.step, resumed.validation_due
+            restore_state(resumed, config, self.network, self.optimizer, self.schedule)
+            checkpoint.drop_after(run.run_dir, self.step)
+            view.note(f"{run.run_dir}: resumes after step {self.step:,}.")
+            self._stream = resumed.stream  # state of the stream after `step`
+        self._keeper = checkpoint.CheckpointKeeper(run.run_dir, config.keep, resumed)
+        write_description(run, self._keeper.ancestry)
+        train_step = TrainingStep(self.network, self.optimizer, config.precision, config.accumulate)
+        self._counters = StepCounters(self.network.devices[0], config.log_every)
+        self._counted_step = CountedStep(train_step, self._counters, graph_for(self.network.devices))
+        self._watchdog = Watchdog(run, self.network, view.warn)
+        self._log: MetricsLog | None = None
+        self._lr = 0.0  # learning rate of the last step
+
+    @property
+    def is_done(self) -> bool:
+        """Whether no step is left, or a plateau schedule has ended the run."""
+        return self.step >= self.run.last_step or self.schedule.finished
+
+    def open_log(self) -> None:
+        """Begin the log of the run. Raises DiskFull if there is no disk space, UserError for any other disk error."""
+        run, config = self.run, self.run.config
+        length = RunLength(run.steps_per_epoch, run.last_step, config.batch_size, len(run.store.classes))
+        self._log = MetricsLog(run.run_dir, length, self.step, self.validation_due, self.view)
+
+    def __enter__(self) -> Training:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close(error)
+
+    def close(self, error: BaseException | None = None) -> None:
+        """End the log. `error` is the reason why the training ended early. A second call does nothing."""
+        log, self._log = self._log, None
+        if log is not None:
+            log.__exit__(None if error is None else type(error), error, None)
+
+    def begin_interval(self, waits: StreamWaits) -> None:
+        """Begin the interval of the next log line."""
+        self._interval: IntervalMetrics = self._open_log.interval(waits, self.network)
+
+    @property
+    def steps_since_log(self) -> int:
+        """Number of steps since the last log line."""
+        return self._interval.steps
+
+    def train(self, images: Tensor, labels: Tensor) -> None:
+        """Train the network on the next step's batch. Takes the arguments and raises the errors of TrainingStep."""
+        self._generators.switch_to(self)
+        self._lr = self.schedule.apply(self.optimizer, self.step / self.run.steps_per_epoch)
+        self._counted_step(images, labels)
+        self.step += 1
+        self._interval.add(len(labels))
+
+    def log_interval(self, augmentation: Augmentation) -> None:
+        """Check the steps since the last log line, and write their log line.
+
+        `augmentation` is the stream's augmentation in these steps. Raises Diverged if a loss, gradient or parameter is
+        NaN or infinite.
+        """
+        counts = self._counters.read()
+        norms = self._watchdog.check(self.step, self._interval.images, counts, augmentation)
+        metrics, epoch = self._interval.read(counts, norms), self.step / self.run.steps_per_epoch
+        self._open_log.train({"kind": "train", "epoch": epoch, "step": self.step, **metrics, "lr": self._lr})
+
+    def save(self, loader: TrainLoader, is_last: bool) -> None:
+        """Write a checkpoint. `loader` must be at the batch of the next step.
+
+        is_last  True if no later checkpoint can hold these steps (see CheckpointKeeper.save, also for the errors)
+        """
+        self._stream = loader.state_dict()
+        self._save(is_last)
+
+    def _save(self, is_last: bool) -> None:
+        self._generators.switch_to(self)
+        network, optimizer, schedule = self.network, self.optimizer, self.schedule
+        state = capture_state(self.run, self.step, network, optimizer, schedule, self._stream, self.validation_due)
+        self._keeper.save(state, is_last, before=self._open_log.sync)
+
+    def validate(self, validation: EvalLoader) -> None:
+        """Compute the validation errors after `step`, write their log line, and keep the best checkpoint."""
+        with self.view.progress("validation", validation.records, "images") as counter:
+            result = evaluate(self.network, validation, counter, self.run.config.precision)
+        self.schedule.record_validation(result.top1_error)
+        self._open_log.validation(self.step // self.run.steps_per_epoch, self.step, result)
+        self._keeper.record_validation(self.step, result.top1_error)
+        self.validation_due = False
+        if self.is_done:  # no later checkpoint can hold the state that the validation has changed
+            self._save(is_last=True)
+
+    @property
+    def _open_log(self) -> MetricsLog:
+        assert self._log is not None  # open_log has been called, and `close` has not
+        return self._log
