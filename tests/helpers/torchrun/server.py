@@ -35,7 +35,7 @@ from torch.distributed.elastic.multiprocessing.subprocess_handler import Subproc
 import pipeline.placement
 import train.cli
 import train.evaluation.predictions
-import train.trainer.ablate
+import train.experiments.ablate
 import train.trainer.fork
 import train.trainer.loop  # noqa: F401
 
