@@ -6,12 +6,13 @@ import click
 
 from prep.console import CONTEXT_SETTINGS, Group
 from prep.version import version_option
+from train.cli.ablate import ablate
 from train.cli.convert import export, import_
 from train.cli.describe import recipe, summary
 from train.cli.evaluate import evaluate
 from train.cli.images import features, predict, search
 from train.cli.results import figures, report
-from train.cli.run import ablate, run
+from train.cli.run import run
 from train.cli.runs import compare, status
 
 
