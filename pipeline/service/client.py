@@ -10,8 +10,8 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from types import ModuleType
 from typing import Any, cast
@@ -107,6 +107,9 @@ class ServiceClient:
         self._closed = threading.Event()
         self._lost = ""  # why the service is lost; empty while the service answers
         self._health = Health(0, 0)
+        self._calls_changed = threading.Condition()
+        self._running_calls = 0  # number of threads that are in a call of Ray
+        self._has_left = False  # whether this consumer has left the cluster
         self._exit = ExitStack()
         self._ray = self._exit.enter_context(connected(self._address))
         try:
@@ -175,7 +178,8 @@ class ServiceClient:
 
     def finish(self) -> None:
         """Tell the service that this consumer needs no further batch for now."""
-        with suppress(Exception):  # if this call fails, the service removes the consumer after `forget_s` seconds
+        with suppress(Exception), self._call_of_ray():
+            # If this call fails, the service removes the consumer after `forget_s` seconds.
             self._method("leave")(self._consumer)
 
     def stop(self) -> None:
@@ -188,6 +192,30 @@ class ServiceClient:
         self._thread.join()
         if not self._lost:
             self.finish()
+        self._leave_cluster()
+
+    @contextmanager
+    def _call_of_ray(self) -> Iterator[None]:
+        """A context in which a thread calls Ray. Raises ConnectionError if this consumer has left the cluster."""
+        with self._calls_changed:
+            if self._has_left:
+                raise ConnectionError("this consumer has left the cluster")
+            self._running_calls += 1
+        try:
+            yield
+        finally:
+            with self._calls_changed:
+                self._running_calls -= 1
+                self._calls_changed.notify_all()
+
+    def _leave_cluster(self) -> None:
+        """Leave the cluster after all running calls of Ray have ended.
+
+        If Ray disconnects while a thread waits in `ray.get`, the thread never returns, or the process crashes.
+        """
+        with self._calls_changed:
+            self._has_left = True
+            self._calls_changed.wait_for(lambda: not self._running_calls)
         self._exit.close()
 
     def _method(self, name: str) -> Callable[..., Any]:
@@ -212,8 +240,9 @@ class ServiceClient:
         reference = None
         while not self._closed.is_set() and not self._lost:
             try:
-                reference = method() if reference is None else reference
-                value = self._ray.get(reference, timeout=_POLL_S)
+                with self._call_of_ray():
+                    reference = method() if reference is None else reference
+                    value = self._ray.get(reference, timeout=_POLL_S)
                 self._heard_s = time.monotonic()
                 return value
             except exceptions.GetTimeoutError:
@@ -226,7 +255,7 @@ class ServiceClient:
             except exceptions.RayTaskError as error:
                 raise ServiceError(f"service {self.name}: {last_line(error)}") from None
             except (exceptions.RayError, ConnectionError, RuntimeError, OSError) as error:
-                self._lost = last_line(error)
+                self._lost = self._lost or last_line(error)
             silent_s = time.monotonic() - self._heard_s
             if silent_s > LOST_S:
                 self._lost = f"it has not answered for {silent_s:.0f} s (limit: {LOST_S:.0f} s)"
@@ -241,15 +270,16 @@ class ServiceClient:
         """Return the pixels to which a reference points; None if they are lost or do not arrive within _TRANSFER_S."""
         exceptions = self._ray.exceptions
         deadline = time.monotonic() + _TRANSFER_S
-        while time.monotonic() < deadline and not self._closed.is_set():
+        while time.monotonic() < deadline and not self._closed.is_set() and not self._lost:
             try:
-                return self._ray.get(reference, timeout=_GET_S)
+                with self._call_of_ray():
+                    return self._ray.get(reference, timeout=_GET_S)
             except exceptions.GetTimeoutError:
                 continue
             except exceptions.RayError:
                 return None
             except (ConnectionError, RuntimeError, OSError) as error:
-                self._lost = last_line(error)
+                self._lost = self._lost or last_line(error)
                 return None
         return None
 
@@ -293,7 +323,7 @@ class ServiceClient:
         if not self._closed.is_set():
             # The Ray node may end soon. When a Ray node ends, Ray ends every process that is still connected to the
             # object store of the node. Disconnect first. Arrays that this process still uses stay valid.
-            self._exit.close()
+            self._leave_cluster()
 
 
 def _expect(service: str, what: str, array: Any, dtype: np.dtype[Any], shape: tuple[int, ...]) -> npt.NDArray[Any]:

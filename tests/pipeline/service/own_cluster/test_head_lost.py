@@ -10,13 +10,25 @@ from __future__ import annotations
 import json
 import shlex
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+import ray
 
 from pipeline.loader import train_loader
+from pipeline.service import client
+from pipeline.service.client import ServiceClient
+from pipeline.service.errors import ServiceLost
+from pipeline.service.protocol import PROTOCOL_VERSION, Answer, Health, ServiceConfig, StreamKey
+from pipeline.windows import WindowRequest
+from prep.version import package_version
 from tests.pipeline.service.conftest import DEADLINE_S
 from tests.pipeline.service.consumer import digests
 from tests.pipeline.service.faults import HOST, TOKEN, Machine, free_port, head_commands, node_commands, wait_for_file
@@ -80,7 +92,8 @@ def ended(store: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, An
         head.switch_off()
         begun_s = time.monotonic()
         (folder / "off").touch()
-        code, _, _ = node.wait(DEADLINE_S)
+        code, _, stderr_of_shell = node.wait(DEADLINE_S)
+        assert (folder / "result").exists(), f"exit code {code}: {(folder / 'stderr').read_text()}{stderr_of_shell}"
         result: dict[str, Any] = json.loads((folder / "result").read_text())
         stderr = (folder / "stderr").read_text()
         return {**result, "code": code, "stderr": stderr, "seconds": time.monotonic() - begun_s}
@@ -111,3 +124,45 @@ def test_the_program_ends_cleanly(ended: dict[str, Any]) -> None:
     lines = ended["stderr"].splitlines()
     assert len(lines) == 1 and "This process now makes the batches itself, from" in lines[0], ended["stderr"]
     assert ended["seconds"] < LOST_S + 40
+
+
+def test_a_lost_service_is_left_when_no_thread_waits_in_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The service answers one request, and then nothing more arrives, not even the pixels of this request."""
+    pixels_requested, waiting, waiting_at_exit = threading.Event(), set[int](), list[int]()
+
+    def get(reference: Any, timeout: float) -> Any:
+        if reference != b"pixels" and not pixels_requested.is_set():
+            return reference
+        if reference == b"pixels":
+            pixels_requested.set()
+        waiting.add(threading.get_ident())
+        time.sleep(timeout)
+        waiting.remove(threading.get_ident())
+        raise ray.exceptions.GetTimeoutError
+
+    @contextmanager
+    def connected(address: str) -> Iterator[Any]:
+        yield SimpleNamespace(get=get, exceptions=ray.exceptions)
+        waiting_at_exit.append(len(waiting))
+
+    answers = {
+        "begin": (PROTOCOL_VERSION, package_version()),
+        "config": ServiceConfig("s", "/store", {"train": "fingerprint"}),
+        "alive": Health(1, 0),
+        "fetch": Answer((b"pixels",), np.zeros(1, np.int64)),
+    }
+    methods = {
+        name: SimpleNamespace(options=lambda answer=answer, **_: SimpleNamespace(remote=lambda *_: answer))
+        for name, answer in answers.items()
+    }
+    monkeypatch.setattr(client, "connected", connected)
+    monkeypatch.setattr(client, "find_service", lambda *_: SimpleNamespace(**methods))
+    monkeypatch.setattr(client, "_ALIVE_S", 0.1)
+    monkeypatch.setattr(client, "_GET_S", 1.0)
+    monkeypatch.setattr(client, "LOST_S", 0.3)
+    consumer = ServiceClient("s", StreamKey(1, "train", "fingerprint", 0, 1, 0, 1, "random", 0), lambda: 0.0)
+    request = WindowRequest("train", np.zeros(1, np.int64), np.zeros((1, 2), np.int32), 224)
+    with pytest.raises(ServiceLost, match="service s is lost: it has not answered for"):
+        consumer.fetch(0, [request])
+    consumer.close()
+    assert waiting_at_exit == [0]
