@@ -123,9 +123,13 @@ class Group(click.Group):
         except OSError as error:  # most likely the user passed the path that failed
             raise _CommandFailed(f"{error.filename or 'the system'}: {error.strerror or error}.", 1) from error
         except (KeyboardInterrupt, Terminated) as stop:
-            effect = "continue from here" if ctx.invoked_subcommand in self.resumable else "start over"
-            say(f"Interrupted. Run the same command again to {effect}.")
+            self.say_interrupted(ctx)
             ctx.exit(128 + (stop.signum if isinstance(stop, Terminated) else signal.SIGINT))
+
+    def say_interrupted(self, ctx: click.Context) -> None:
+        """Print that the command was interrupted, and what the same command does when it is run again."""
+        effect = "continue from here" if ctx.invoked_subcommand in self.resumable else "start over"
+        say(f"Interrupted. Run the same command again to {effect}.")
 
 
 _displays: list[Callable[[str], None]] = []  # the function that prints a line above the live display, if there is one

@@ -176,7 +176,7 @@ def _evaluate_run(
             if group.is_first:
                 say(f"The mean of {store.root} is subtracted, not the mean of the training store.")
     with group.together():
-        _check_same_inputs(group, {"checkpoint": loaded.digest, f"split {split}": fingerprint})
+        check_same_inputs(group, {"checkpoint": loaded.digest, f"split {split}": fingerprint})
     count = views if views == DENSE else int(views)
     result, predictions = predict_split(
         network,
@@ -195,7 +195,7 @@ def _evaluate_run(
     return result, predictions
 
 
-def _check_same_inputs(group: ReplicaGroup, digests: dict[str, str]) -> None:
+def check_same_inputs(group: ReplicaGroup, digests: dict[str, str]) -> None:
     """Raise UserError if a rank has another checkpoint or another split than rank 0, by their digests."""
     of_ranks = group.gather_json(digests)
     for rank, of_rank in enumerate(of_ranks):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
-from prep.console import CONTEXT_SETTINGS, Group
+from prep.console import CONTEXT_SETTINGS, Group, WrongArgument
 from prep.version import version_option
 from train.cli.ablate import ablate
 from train.cli.convert import export, import_
@@ -14,9 +16,52 @@ from train.cli.images import features, predict, search
 from train.cli.results import figures, report
 from train.cli.run import run
 from train.cli.runs import compare, status
+from train.replicas.errors import OtherReplicaFailed
+from train.replicas.torchrun import torchrun_rank, wait_for_message, write_error_file
+
+FOR_REPLICAS = ("run", "evaluate")  # commands that the processes of torchrun run together
 
 
-@click.group(cls=Group, context_settings=CONTEXT_SETTINGS, resumable=("run", "ablate"))
+class TorchrunGroup(Group):
+    """A command group whose messages are printed once under torchrun, not once by each process."""
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        """Find a command. With several processes of torchrun, only `--help` and FOR_REPLICAS are allowed."""
+        name, command, rest = super().resolve_command(ctx, args)
+        rank, size = torchrun_rank()
+        if size > 1 and name not in FOR_REPLICAS and not {"-h", "--help"} & set(rest):
+            if rank > 0:
+                wait_for_message()
+                ctx.exit(WrongArgument.exit_code)
+            raise WrongArgument(
+                f"alextrain {name} runs in one process, but torchrun has started {size}. Start it without torchrun: "
+                f"alextrain {name} … (Only {' and '.join(FOR_REPLICAS)} run in several processes.)"
+            )
+        return name, command, rest
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command. torchrun's report of failed processes shows the message of an error, too."""
+        try:
+            return super().invoke(ctx)
+        except click.ClickException as error:
+            # All ranks have the same command line, so rank 0 prints an error in it for all ranks.
+            is_own = torchrun_rank()[0] == 0 or not isinstance(error, click.UsageError)
+            write_error_file(f"Error: {error.format_message()}", is_own)
+            if is_own:
+                raise
+            wait_for_message()
+            ctx.exit(error.exit_code)
+        except OtherReplicaFailed:
+            write_error_file("Stopped, because another replica has failed.", is_own=False)
+            raise
+
+    def say_interrupted(self, ctx: click.Context) -> None:
+        """Print, on rank 0, that the command was interrupted."""
+        if torchrun_rank()[0] == 0:
+            super().say_interrupted(ctx)
+
+
+@click.group(cls=TorchrunGroup, context_settings=CONTEXT_SETTINGS, resumable=("run", "ablate"))
 @version_option
 def main() -> None:
     """The two-column AlexNet of Krizhevsky, Sutskever and Hinton (2012): train it, evaluate it, inspect it.

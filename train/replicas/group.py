@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -29,13 +28,11 @@ import numpy.typing as npt
 from prep.console import Terminated, UserError, WrongArgument
 from train.replicas.errors import OtherReplicaFailed, ReplicaLost
 from train.replicas.link import Link, connect
+from train.replicas.torchrun import wait_for_message
 
 Value = TypeVar("Value")
 
 REPLICA_TIMEOUT_S = 600.0  # default of --replica-timeout
-# A rank that prints nothing ends this much later than the rank that prints the error, because torchrun terminates all
-# processes as soon as one has failed.
-_QUIET_END_S = 1.0
 # Set by torchrun, and by hand where another program starts the processes.
 _NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _ALSO_NEEDED = ("LOCAL_RANK", "LOCAL_WORLD_SIZE")
@@ -207,14 +204,18 @@ def joined(group: ReplicaGroup, timeout_s: float = REPLICA_TIMEOUT_S) -> Iterato
     try:
         yield replace(group, link=link)
         link.gather_equal(np.zeros(1, dtype=np.int64))
-    except BaseException as error:
+    except BaseException as caught:
+        error = caught
+        is_stop = isinstance(error, KeyboardInterrupt | Terminated)
+        if is_stop and (told := link.roll_call.error_of_other()):  # torchrun terminates the other ranks after an error
+            error = OtherReplicaFailed(told, exit_code(error))
         is_of_group = isinstance(error, ReplicaLost | OtherReplicaFailed)
-        link.leave(None if is_of_group else _message(error))
+        link.leave(None if is_of_group or is_stop else _message(error))
         if isinstance(error, UserError) and not is_of_group and group.rank > 0:
             error.args = (f"rank {group.rank} of {group.size}: {error}",)
-        if isinstance(error, OtherReplicaFailed):
-            time.sleep(_QUIET_END_S)
-        raise
+        if isinstance(error, OtherReplicaFailed) and not is_stop:
+            wait_for_message()
+        raise error from None
     link.leave(None)
 
 

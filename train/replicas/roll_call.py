@@ -38,6 +38,14 @@ class RollCall:
         with suppress(Exception), self._lock:
             self._store.set(f"left/{self._rank}", json.dumps(error))
 
+    def error_of_other(self) -> str | None:
+        """Return the error with which another rank has ended; None if no rank has, or if the store is lost."""
+        with suppress(Exception):
+            for rank in range(len(self._places)):
+                if rank != self._rank and (error := self._read(f"left/{rank}")):
+                    return str(error)
+        return None
+
     def call(self, waited_s: float, cause: str) -> tuple[str, bool]:
         """Find the ranks that are missing. Returns (message, True if another rank prints the message).
 

@@ -23,7 +23,7 @@ def run_ranks(
         "train.replicas.group.connect",
         lambda rank, size, timeout_s: Link(rank, size, "127.0.0.1", server.port, False, timeout_s),
     )
-    monkeypatch.setattr("train.replicas.group._QUIET_END_S", 0.0)
+    monkeypatch.setattr("train.replicas.torchrun._QUIET_END_S", 0.0)
     outcomes: list[Outcome] = [None] * size
 
     def run(rank: int) -> None:
