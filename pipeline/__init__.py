@@ -2,7 +2,8 @@
 
     from pipeline import train_loader, eval_loader
 
-Importing these names loads torch and DALI. `import pipeline` alone loads neither, so `alexstream --help` stays fast.
+Importing these names loads torch and DALI. `import pipeline` alone loads neither torch nor DALI, so `alexstream --help`
+stays fast.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ _MODULES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name at its first use (PEP 562)."""
+    """Import a public name only when it is first used (PEP 562)."""
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = globals()[name] = getattr(import_module(_MODULES[name]), name)

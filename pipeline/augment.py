@@ -4,17 +4,18 @@ For a record whose central square is S (side_px × side_px × 3, RGB, 0..255), a
 
     image[c, i, j] = (S[y + i, x + j', c] + shift[c] − mean[c, i, j]) / divisor        j' = j, or 223 − j if flipped
 
-- y and x are uniform over 0..side_px − 224 inclusive. For side_px = 256 there are 33 × 33 positions. (Section 4.1 of
-  the paper counts 32 × 32 positions and 2 flips; the released code, convdata_jpeg.py, draws from 33 × 33 positions.)
+- y and x are drawn uniformly from 0..side_px − 224 inclusive. For side_px = 256 there are 33 × 33 positions. Section
+  4.1 of the paper counts 32 × 32 positions and 2 flips. The released code, convdata_jpeg.py, draws from 33 × 33
+  positions.
 - An image is flipped with probability one half.
-- shift = P·diag(σ)·z with z ~ N(0, I): one RGB offset for all pixels of an image. The columns of P are the eigenvectors
-  of the covariance matrix of the RGB values. Augmentation.colour gives σ.
+- shift = P·diag(σ)·z with z ~ N(0, I) is one RGB offset for all pixels of an image. The columns of P are the
+  eigenvectors of the covariance matrix of the RGB values. Augmentation.colour gives σ.
 - If a record is not square (`alexprep build-lmdb --keep-aspect`), S begins at row (height − side_px) // 2 and column
   (width − side_px) // 2 of the record.
 
-An evaluation image has no shift, and is divided by the same divisor, or by eval_divisor if that is a number. The
-authors' code divides training images alone, because the colour noise enlarges their values (convdata_jpeg.py:155-179);
-the recipe `released` therefore has an eval_divisor of 1.
+An evaluation image has no shift. It is divided by eval_divisor if eval_divisor is a number, and otherwise by the
+divisor. The authors' code divides only training images, because the colour noise enlarges their values
+(convdata_jpeg.py:155-179). The recipe `released` therefore has an eval_divisor of 1.
 
 The centre crop of an evaluation image begins at row and column (side_px − 224) // 2. The ten views are the crops at top
 left, top right, centre, bottom left and bottom right, then the same five crops mirrored. convdata_jpeg.py uses the same
@@ -58,16 +59,20 @@ SQUARE = "square"  # value of `views` that serves the complete central square as
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Settings of the formula in this module's docstring. A recipe (train/config) gives each setting and its source."""
+    """Settings of the formula that the docstring of this module describes.
 
-    mean: str = "channel"  # mean to subtract, one of MEANS, which the module's docstring defines
-    # σ in grey levels, from the eigenvalues λ of the covariance matrix of the RGB values. "stdev": strength·√λ, with λ
-    # of pixels in 0..255 (the authors' code); "eigenvalue": 255·strength·λ, with λ of pixels in [0, 1]; "off": 0
+    A recipe (train/config) gives each setting and its source.
+    """
+
+    mean: str = "channel"  # mean to subtract, one of MEANS; the docstring of this module describes them
+    # how σ, in grey levels, is computed from the eigenvalues λ of the covariance matrix of the RGB values "stdev":
+    # strength·√λ, with λ of pixels in 0..255 (the authors' code). "eigenvalue": 255·strength·λ, with λ of pixels in [0,
+    # 1]. "off": 0.
     colour: str = "stdev"
     strength: float = 0.1  # standard deviation of α, the factor of the colour noise (section 4.1)
     divisor: float = 1.0  # every finished image is divided by this number; 1 + strength in the authors' code
     shared_by: int = 1  # number of consecutive images that share crop and flip; 32 in the authors' code (crop_chunk)
-    eval_divisor: float | None = None  # divisor of evaluation images; None: `divisor`; 1 in the authors' code
+    eval_divisor: float | None = None  # divisor of evaluation images; None: same as `divisor`; 1 in the authors' code
 
     @property
     def divisor_in_evaluation(self) -> float:
@@ -94,10 +99,10 @@ def check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
 def noise_matrix(stats: ColorStats, colour: str, strength: float) -> npt.NDArray[np.float64]:
     """Return the matrix A of the colour noise, float64 (3, 3): shift = A·z in grey levels, with z ~ N(0, I).
 
-    Section 4.1 adds [p1, p2, p3][α1 λ1, α2 λ2, α3 λ3]ᵀ, with eigenvectors p, eigenvalues λ, and α of standard deviation
-    0.1. The paper does not state the scale of the pixels. The authors' code uses the standard deviations √λ of pixels
-    in 0..255 instead of λ (convdata.py: color_pca). fb.resnet.torch and its successors use the eigenvalues of pixels in
-    [0, 1], which give shifts 2 to 17 times smaller than the shifts of the authors' code. `colour` is "stdev" (the
+    Section 4.1 adds [p1, p2, p3][α1 λ1, α2 λ2, α3 λ3]ᵀ, with eigenvectors p, eigenvalues λ, and factors α of standard
+    deviation 0.1. The paper does not state the scale of the pixels. The authors' code uses the standard deviations √λ
+    of pixels in 0..255 instead of λ (convdata.py: color_pca). fb.resnet.torch and its successors use the eigenvalues of
+    pixels in [0, 1]. Their shifts are 2 to 17 times smaller than those of the authors' code. `colour` is "stdev" (the
     authors' code), "eigenvalue" or "off".
     """
     vectors, stdevs = np.array(stats.eigenvectors), np.array(stats.stdevs)
@@ -140,7 +145,7 @@ class Augmenter:
 
         `mean_rgb`, in grey levels, replaces the channel means of the store.
 
-        Raises StoreError if the store lacks colour statistics, UserError if its images are smaller than 224 px.
+        Raises StoreError if the store lacks colour statistics, and UserError if its images are smaller than 224 px.
         """
         self.side_px = store.settings.side_px
         if self.side_px < CROP_PX:
@@ -178,7 +183,10 @@ class Augmenter:
         )
 
     def _origin(self, records: RecordBatch, offset: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
-        """Return (N, 2): row and column of the central square in each record or, at 0 or less, in each window."""
+        """Return (N, 2): row and column of the central square in each record.
+
+        In a window, row and column can be 0 or less.
+        """
         if not self.from_windows:
             return central_offset(records.sizes, self.side_px)
         return -offset[:, 0] if offset.shape[1] == 1 else np.zeros_like(records.sizes)

@@ -1,6 +1,6 @@
 """Evaluation loader: serves every image of a split once, without random augmentation.
 
-pipeline.loader describes the batches.
+The docstring of pipeline.loader describes the batches.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class EvalLoader(Loader):
         service: str | None = None,
         service_fallback: str | None = None,
     ) -> None:
-        """eval_loader describes the arguments and the errors."""
+        """The docstring of eval_loader describes the arguments and the errors."""
         super().__init__(
             store,
             split,
@@ -87,9 +87,9 @@ class EvalLoader(Loader):
         return -(-len(self._record_numbers) // self.batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
-        """Serve this rank's range of the split once, from its beginning, in the order of the store.
+        """Serve this rank's range of the split once, from the beginning of the range, in the order of the store.
 
-        Raises StoreError for a damaged record, with its location.
+        Raises StoreError for a damaged record. The error names the location of the record.
         """
         self._start((partial(self._read_step, step) for step in range(len(self))), 0)
         while (batch := self._next()) is not None:
@@ -114,7 +114,7 @@ class EvalLoader(Loader):
         return WindowRequest(self.split, record_numbers, offset, window_px)
 
     def _step_records(self, step: int) -> npt.NDArray[np.int64]:
-        """Return the record numbers of the batch of a step; empty after the last step."""
+        """Return the record numbers of the batch of a step. Returns no numbers after the last step."""
         return self._record_numbers[step * self.batch_size : (step + 1) * self.batch_size]
 
 
@@ -137,21 +137,21 @@ def eval_loader(
 ) -> EvalLoader:
     """Evaluation batches of a store: every image of `split` exactly once, without random augmentation.
 
-    views         1: the centre crop. 10: the crops at the four corners and the centre, then the same five crops
-                  mirrored (section 4.1 of the paper). "square": the complete central square, for dense evaluation
-    augmentation  the settings `mean`, `divisor` and `eval_divisor` are used: images are divided as in training, unless
-                  `eval_divisor` is a number. The mean is computed from the training split
+    views 1: the centre crop. 10: the crops at the four corners and the centre, then the same five crops mirrored
+    (section 4.1 of the paper). "square": the complete central square, for dense evaluation augmentation only the
+    settings `mean`, `divisor` and `eval_divisor` are used. Images are divided as in training, unless `eval_divisor` is
+    a number. The mean is computed from the training split
     shard         rank of this process. Each of `world_size` loaders serves one contiguous range of records, and the
                   loaders together serve every record
 
-    train_loader describes the other arguments and the errors.
+    The docstring of train_loader describes the other arguments and the errors.
 
     Every `for` over the loader begins with the first image, also after a `break`.
 
     The loader yields Batch(images, labels). Images are RGB in grey levels (0 to 255) minus the mean. The shape of the
-    images is (N, 3, 224, 224) for one view, (N, 10, 3, 224, 224) for ten views, and (N, 3, side, side) for
-    views="square", with the side of the store's images. The ten views of an image take 6 MB in float32, so choose a
-    small batch_size for them. Labels are int64 (N,). The last batch can be smaller.
+    images is (N, 3, 224, 224) for one view and (N, 10, 3, 224, 224) for ten views. For views="square" the shape is (N,
+    3, side, side), with the side of the store's images. The ten views of an image take 6 MB in float32, so choose a
+    small batch_size for ten views. Labels are int64 (N,). The last batch can be smaller.
     """
     return EvalLoader(
         Store.open(store),

@@ -4,15 +4,15 @@
         ...  # images float32 (128, 3, 224, 224), labels int64 (128,)
 
 Images follow the formula of pipeline.augment. For given settings, the order of the records and the random numbers
-(pipeline.sampling) depend only on the seed and on the position in the stream: the epoch and the step, counted from 0. A
-stream can therefore resume from a saved state at any batch, bit for bit. The images depend neither on the number of
-threads nor on the number of loaders that share the records of a step.
+(pipeline.sampling) depend only on the seed and on the position in the stream. The position consists of the epoch and
+the step, counted from 0. A stream can therefore resume from a saved state at any batch, bit for bit. The images do not
+depend on the number of threads, or on the number of loaders that share the records of a step.
 
 Threads prepare batches before the training loop requests them. On a CPU, float32 images are served without a copy. The
-memory of a batch is not reused while one of its tensors exists, so the training loop can keep a batch and change it in
-place. On a GPU, a batch is bound to the CUDA stream that is torch's current stream in the thread that takes the batch.
-Work queued on this stream waits until the batch is complete. The memory of the batch is not reused before this work is
-done.
+memory of a batch is not reused while one of its tensors exists. The training loop can therefore keep a batch and change
+it in place. On a GPU, a batch is bound to the CUDA stream that is torch's current stream in the thread that takes the
+batch. Work that is queued on this stream waits until the batch is complete. The memory of the batch is not reused
+before the queued work is done.
 """
 
 from __future__ import annotations
@@ -41,11 +41,12 @@ __all__ = ["STREAM_VERSION", "Batch", "EvalLoader", "TrainLoader", "WaitTimes", 
 
 
 class TrainLoader(Loader):
-    """Serves randomly augmented batches, epoch after epoch; made by train_loader.
+    """Serves randomly augmented batches, epoch after epoch. train_loader creates this loader.
 
-    One `for` loop serves the rest of the current epoch. After a `break`, the next loop goes on with the batch after the
-    last one served; `set_epoch(n)` begins epoch n instead. An epoch has records // (batch_size · world_size) full
-    batches. The remaining records are left out (see `left_out`); each epoch leaves out different records.
+    One `for` loop serves the rest of the current epoch. After a `break`, the next loop continues with the batch after
+    the last batch that was served. `set_epoch(n)` begins epoch n instead. An epoch has records // (batch_size ·
+    world_size) full batches. The remaining records are left out (see `left_out`). Each epoch leaves out different
+    records.
 
     `epoch` and `step` are the position of the next batch. Epochs, and the steps of an epoch, are counted from 0.
     """
@@ -68,7 +69,7 @@ class TrainLoader(Loader):
         service: str | None = None,
         service_fallback: str | None = None,
     ) -> None:
-        """train_loader describes the arguments and the errors."""
+        """The docstring of train_loader describes the arguments and the errors."""
         super().__init__(
             store,
             split,
@@ -105,16 +106,16 @@ class TrainLoader(Loader):
 
     @property
     def left_out(self) -> int:
-        """Number of records that are not served in an epoch; always less than batch_size · world_size."""
+        """Number of records that are not served in an epoch. It is always less than batch_size · world_size."""
         return self.records - len(self) * self.batch_size * self.world_size
 
     def __iter__(self) -> Iterator[Batch]:
-        """Serve the remaining batches of the current epoch; the next iterator begins with the next epoch.
+        """Serve the remaining batches of the current epoch. The next iterator begins with the next epoch.
 
-        If the loop ends early, by `break` or an exception, the next iterator goes on with the batch after the last one
-        served. Call `set_epoch` first to begin an epoch instead.
+        If the loop ends early, by `break` or an exception, the next iterator continues with the batch after the last
+        batch that was served. To begin a new epoch instead, call `set_epoch` first.
 
-        Raises StoreError for a damaged record, with its location.
+        Raises StoreError for a damaged record. The error names the location of the record.
         """
         while True:
             if not self._is_prefetching:
@@ -132,14 +133,14 @@ class TrainLoader(Loader):
     def set_epoch(self, epoch: int) -> None:
         """Begin epoch `epoch`, counted from 0, with the next iterator, as torch's DistributedSampler does.
 
-        Without set_epoch, each iterator continues where the last one stopped. Raises WrongArgument if `epoch` is
+        Without set_epoch, each iterator continues where the last iterator stopped. Raises WrongArgument if `epoch` is
         negative or not a whole number.
         """
-        if (epoch, 0) != (self.epoch, self.step):  # otherwise the batches in the queue are the right ones
+        if (epoch, 0) != (self.epoch, self.step):  # otherwise, the batches in the queue are already the right ones
             self.seek(epoch)
 
     def seek(self, epoch: int, step: int = 0) -> None:
-        """Continue at a step of an epoch, both counted from 0; raises UserError if an epoch has no such step."""
+        """Continue at a step of an epoch, both counted from 0. Raises UserError if an epoch has no such step."""
         whole = isinstance(epoch, SupportsIndex) and isinstance(step, SupportsIndex)
         if not whole or epoch < 0 or not 0 <= step < len(self):
             raise WrongArgument(
@@ -180,7 +181,7 @@ class TrainLoader(Loader):
     def _identity(self) -> dict[str, Any]:
         """Return the settings that load_state_dict compares with a state.
 
-        The names are part of the format of states.
+        The names of the settings are part of the format of states.
         """
         return {
             "graph_version": STREAM_VERSION,
@@ -196,7 +197,7 @@ class TrainLoader(Loader):
         }
 
     def _positions(self) -> Iterator[tuple[int, int]]:
-        """Yield an endless sequence of positions (epoch, step), from the current position on."""
+        """Yield an endless sequence of positions (epoch, step), starting at the current position."""
         position = self.epoch, self.step
         while True:
             yield position
@@ -246,23 +247,23 @@ def train_loader(
 ) -> TrainLoader:
     """Training batches of a store: random 224×224 crop, flip and colour noise (section 4.1), minus the mean.
 
-    One `for` loop over the loader is one epoch. After a `break`, the next loop goes on within the epoch, with the batch
-    after the last one served; `loader.set_epoch(n)` begins epoch n instead.
+    One `for` loop over the loader is one epoch. After a `break`, the next loop continues within the epoch, with the
+    batch after the last batch that was served. `loader.set_epoch(n)` begins epoch n instead.
 
-    store         store folder written by `alexprep build-lmdb`
-    batch_size    number of images in a batch of this loader; an epoch has records // (batch_size · world_size) batches
+    store         store folder written by `alexprep build-lmdb` batch_size number of images in a batch of this loader.
+    An epoch has records // (batch_size · world_size) batches
     device        device that decodes and augments the images, and holds the batches: "cpu", "cuda:N" or a torch.device
     seed          seed of the record order and of all random numbers, 0..2^64 − 1. The same seed gives the same bits
                   with any number of threads
     split         split of the store to read
     augmentation  settings of the mean and of the colour noise (pipeline.Augmentation); None: the mean of each channel,
                   and the colour noise of the authors' code
-    normalize     ChannelStats(mean, std, max_value): each channel is (pixel − mean) / std, for pixels in 0..max_value,
-                  as transforms.Normalize does with max_value 1. `loader.channel_stats()` returns the numbers of the
-                  store. The division is an extra pass over the images. None: subtract the mean of `augmentation`, and
-                  do not divide
-    layout        "NCHW" or "NHWC" (channels last)
-    dtype         type of the images: "float32", "float16" or "bfloat16", or the torch.dtype of this name
+    normalize ChannelStats(mean, std, max_value): each channel becomes (pixel − mean) / std, for pixels in 0..max_value.
+    With max_value 1 this is the formula of transforms.Normalize. `loader.channel_stats()` returns the mean and standard
+    deviation of the store. The division needs an additional pass over the images. None: the mean of `augmentation` is
+    subtracted, and nothing is divided
+    layout        "NCHW" or "NHWC" (channels last) dtype type of the images: "float32", "float16" or "bfloat16", or the
+    torch.dtype of this name
     threads       number of CPU threads that decode and augment; None: one for each core that this process can use
     shard         rank of this process, 0..world_size − 1. In each step, each rank serves its own batch_size records
     world_size    number of ranks that share an epoch. Each rank has a loader. Together these loaders serve the same
@@ -270,15 +271,16 @@ def train_loader(
     service       "NAME" or "NAME@HOST:PORT": workers of this service decode and crop the images (`alexstream serve`).
                   The batches are the same, bit for bit, except for JPEG records on a GPU, which DALI decodes
                   differently. The loader then reads only manifest.json, colour.json and mean_image.npy of its store
-    service_fallback  "local": if the service is lost, the loader continues with the local store and the same batches
+    service_fallback "local": if the service is lost, the loader continues with the local store and the same batches
 
     Batches are Batch(images, labels). Images are RGB in grey levels minus the mean, (N, 3, 224, 224); labels are int64
     (N,).
 
     Raises StoreError for a store that is missing, damaged or of another version. Raises UserError for a batch larger
-    than the split, for a GPU that this machine lacks, for a value that is not allowed, and if the engine needs DALI
-    (JPEG records on a GPU, or if the C kernel cannot be used) and DALI is not installed. Raises ServiceError
-    (pipeline.service.errors), a UserError, if the service does not exist, serves another store or is lost.
+    than the split, for a GPU that this machine lacks, and for a value that is not allowed. Also raises UserError if the
+    engine needs DALI and DALI is not installed. The engine needs DALI for JPEG records on a GPU, or if the C kernel
+    cannot be used. Raises ServiceError (pipeline.service.errors) if the service does not exist, serves another store or
+    is lost. ServiceError is a UserError.
     """
     return TrainLoader(
         Store.open(store),

@@ -16,7 +16,7 @@ from prep.cluster import LOCAL
 from prep.console import Terminated, print_json, say
 
 _EVERY_S = 5.0  # interval between two lines of progress
-_LEAVE_S = 6.0  # consumers have this time to notice that the service was stopped, and to leave the cluster
+_LEAVE_S = 6.0  # time for consumers to notice that the service was stopped, and to leave the cluster
 _LOOK_S = 1.0  # interval between two checks whether the service was stopped
 
 
@@ -40,7 +40,7 @@ def serve_until_stopped(ray: ModuleType, config: ServiceConfig, as_json: bool) -
 def _stop(ray: ModuleType, name: str) -> None:
     """Stop the service, and wait until its consumers have left the cluster.
 
-    Otherwise Ray would kill the consumers' processes when the cluster ends.
+    If consumers had not left, Ray would kill their processes when the cluster ends.
     """
     # These errors occur if a signal to all processes has already ended the cluster.
     with suppress(ServiceError, TimeoutError, ray.exceptions.RayError):
@@ -63,7 +63,10 @@ def _print_ready(state: dict[str, Any], address: str, as_json: bool) -> None:
 
 
 def _print_progress(ray: ModuleType, state: dict[str, Any], as_json: bool) -> None:
-    """Print a line every _EVERY_S, unless it equals the line before. Returns when the service has been stopped."""
+    """Print a line every _EVERY_S, unless the line equals the previous line.
+
+    Returns when the service has been stopped.
+    """
     name, last, printed_s, shown = state["name"], state, time.monotonic(), ""
     while True:
         time.sleep(_LOOK_S)

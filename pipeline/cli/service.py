@@ -60,8 +60,10 @@ _running_cluster_option = _cluster_option(
     "--workers",
     callback=_parse_workers,
     metavar="MIN:MAX",
-    help="Smallest and largest number of workers, for example 2:32. One number fixes the number of workers. With a "
-    "range, the number follows the load.  [default: 1 to the number of workers for which the cluster has cores]",
+    help="Smallest and largest number of workers, for example 2:32. A single number keeps the number of workers "
+    "fixed. With a "
+    "range, the number of workers follows the load.  [default: 1 to the number of workers for which the cluster "
+    "has cores]",
 )
 @click.option(
     "--threads",
@@ -75,16 +77,16 @@ _running_cluster_option = _cluster_option(
     type=click.IntRange(1, 1024),
     default=16,
     show_default=True,
-    help="Number of steps by which the fastest training run of a stream may be ahead of the slowest. The service keeps "
-    "the batches of these steps.",
+    help="Number of steps by which the fastest training run of a stream may be ahead of the slowest. The service "
+    "keeps the batches of these steps in memory.",
 )
 @click.option(
     "--consumers",
     type=click.IntRange(1),
     default=1,
     show_default=True,
-    help="Number of training runs that read the same stream. The first batch waits until all of them have connected, "
-    "at most 60 s.",
+    help="Number of training runs that read the same stream. The first batch waits until all these runs have "
+    "connected, but at most 60 s.",
 )
 @json_option
 def serve(
@@ -173,7 +175,8 @@ def status(name: str | None, cluster: str, as_json: bool) -> None:
 def stop(name: str, cluster: str) -> None:
     """Stop a service and its workers.
 
-    Training runs that use the service end with an error. Runs with --service-fallback local continue without it.
+    Training runs that use the service end with an error. Runs with --service-fallback local continue without the
+    service.
 
     \b
     Example:

@@ -45,7 +45,7 @@ def preview(out: Path, store: Path, rows: int, seed: int) -> None:
     """Draw a contact sheet of random augmentations.
 
     Each row shows a stored image, eight random augmentations, and the eighth augmentation again with ten times the
-    colour noise. The names of the classes are at the left. Without OUT.png the file is preview.png.
+    colour noise. The names of the classes are at the left. Without OUT.png, the file is preview.png.
 
     \b
     Example:

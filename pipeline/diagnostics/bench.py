@@ -1,6 +1,7 @@
 """Benchmark of the stream: images/s of each stage, and an upper bound.
 
-The upper bound is the speed of decoding alone with libjpeg-turbo (JPEG stores) or of copying alone (PPM stores).
+In JPEG stores, the upper bound is the speed of decoding with libjpeg-turbo alone. In PPM stores, it is the speed of
+copying alone.
 """
 
 from __future__ import annotations
@@ -37,9 +38,10 @@ from prep.store.manifest import Store
 ROUNDS = 5  # every round measures all stages, so that a change of the machine's speed affects every stage
 STAGES = ("read", "decode", "augment", "hand over")
 _BOUND_RECORDS = 2000  # number of records that are repeatedly decoded or copied to measure the upper bound
-_AHEAD_BATCHES = 8  # number of batches taken before each measurement and not counted, because some were prefetched
+# Number of batches that are taken before each measurement and not counted, because some of them were prefetched.
+_AHEAD_BATCHES = 8
 
-Work = Callable[[], int]  # processes some images and returns their number
+Work = Callable[[], int]  # a function that processes some images and returns their number
 
 
 @dataclass(frozen=True)
@@ -52,8 +54,9 @@ class BenchResult:
     images_per_s: float
     bound_images_per_s: float
     share_of_bound: float
-    stages: dict[str, float]  # images/s of each stage with all stages before it; not above the rates of those
-    bound: str  # description of the upper bound; for JPEG stores, with the version of simplejpeg
+    # Images/s of each stage together with all stages before it; never more than the rate of the stage before it.
+    stages: dict[str, float]
+    bound: str  # description of the upper bound; for JPEG stores, it includes the version of simplejpeg
     batch: int
     threads: int
     device: str
@@ -112,16 +115,17 @@ def bench_stream(
 
 
 def result_json(result: BenchResult) -> dict[str, Any]:
-    """Return the result for --json: speeds are rounded to one decimal, `share_of_bound` to three decimals."""
+    """Return the result for --json. Speeds are rounded to one decimal, and `share_of_bound` to three decimals."""
     rounded = {name: round(value, 1) for name, value in asdict(result).items() if name.endswith("images_per_s")}
     stages = {name: round(value, 1) for name, value in result.stages.items()}
     return {**asdict(result), **rounded, "stages": stages, "share_of_bound": round(result.share_of_bound, 3)}
 
 
 def limit_stages(rates: dict[str, list[float]]) -> None:
-    """Limit the rate of each stage to that of the stage before it in the same round, because it includes that stage.
+    """Limit the rate of each stage to the rate of the previous stage in the same round.
 
-    The stages of a round are measured one after another, and the speed of a machine varies in the meantime.
+    Each stage includes the previous stage. The stages of a round are measured one after another, and the speed of a
+    machine can change between two measurements.
     """
     for before, stage in pairwise(name for name in STAGES if name in rates):
         rates[stage] = [min(pair) for pair in zip(rates[before], rates[stage], strict=True)]
@@ -182,7 +186,7 @@ class _DaliDecodeEngine:
         return decode_inputs(records, crops.origin + crops.offset[:, 0])
 
     def start(self, records: RecordBatch, crops: Crops) -> Any:
-        """This method is never called, because the prefetcher runs the graph."""
+        """This method is never called, because the prefetcher runs the DALI graph."""
         raise NotImplementedError
 
     def finish(self, outputs: tuple[Any, ...], records: RecordBatch, crops: Crops) -> torch.Tensor:
@@ -210,8 +214,9 @@ def _take(prefetcher: Prefetcher) -> int:
 
 
 def _bound_work(records: Records, is_jpeg: bool, pool: ThreadPoolExecutor, threads: int) -> Work:
-    """Return a function for the upper bound: `threads` threads only decode (JPEG) or copy (PPM) records."""
-    process: Callable[[Any], object] = decode_jpeg if is_jpeg else np.copy  # both functions release the GIL
+    """Return a function for the upper bound: `threads` threads only decode (JPEG) or only copy (PPM) records."""
+    # Both functions release the global interpreter lock (GIL).
+    process: Callable[[Any], object] = decode_jpeg if is_jpeg else np.copy
     payloads = [records[number].payload for number in range(min(len(records), _BOUND_RECORDS))]
     contents = [payload.tobytes() if is_jpeg else payload for payload in payloads]
 

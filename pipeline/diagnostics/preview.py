@@ -26,7 +26,8 @@ AUGMENTED = 8  # number of columns with random augmentations
 NOISE_FACTOR = 10.0  # factor of the colour noise in the last column
 
 _GAP_PX, _HEADER_PX = 6, 34
-_CLASS_PX, _CLASS_CHARS, _CLASS_LINES = 170, 17, 9  # class names: width in px, width in characters, number of lines
+# Width of the class names in px and in characters, and their number of lines.
+_CLASS_PX, _CLASS_CHARS, _CLASS_LINES = 170, 17, 9
 
 
 def save_preview(store: Store, out: Path, rows: int, seed: int, split: str = "train") -> None:
@@ -35,7 +36,7 @@ def save_preview(store: Store, out: Path, rows: int, seed: int, split: str = "tr
     A row shows the class, the stored image, eight random augmentations, and the eighth augmentation again with ten
     times the colour noise.
 
-    Raises UserError if the file cannot be written, StoreError for a damaged record.
+    Raises UserError if the file cannot be written, and StoreError for a damaged record.
     """
     rows = min(rows, store.split(split).records)
     titles = [

@@ -21,18 +21,18 @@ LEAST_SHARE = 0.95  # `alexstream inspect` warns if `share_of_ideal` is below th
 class ShuffleQuality:
     """Number of distinct classes in a batch of one epoch: measured, and expected for a perfect shuffle."""
 
-    batches: int  # number of batches counted
-    distinct_classes: float  # number of distinct classes in a batch, mean over the batches counted
+    batches: int  # number of batches that were counted
+    distinct_classes: float  # mean number of distinct classes in a counted batch
     ideal_distinct_classes: float  # expected number of distinct classes if a batch were drawn at random
     share_of_ideal: float
 
 
 def ideal_distinct(label_counts: npt.NDArray[np.int64], batch: int) -> float:
-    """Return expected number of classes among `batch` records drawn without replacement.
+    """Return the expected number of classes among `batch` records that are drawn without replacement.
 
     Class k has label_counts[k] records.
 
-    A class with n of N records is missing from the batch with probability C(N − n, batch) / C(N, batch).
+    A class with n of the N records is missing from a batch with probability C(N − n, batch) / C(N, batch).
     """
     total = int(label_counts.sum())
     counts = label_counts[label_counts > 0]

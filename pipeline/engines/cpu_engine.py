@@ -2,8 +2,8 @@
 
 The kernel decodes the part of a JPEG file that the crops need, then crops, flips and normalizes while the pixels are in
 the CPU's cache. Raw records are cropped directly from the mapped store. All threads work on the same batch. A thread
-that finds no further record in this batch begins the next batch, so no thread waits for others at the end of a batch.
-Each thread runs Python code once for each batch, not for each image (docs/measurements.md).
+that finds no further record in this batch begins the next batch. No thread therefore waits for others at the end of a
+batch. Each thread runs Python code once for each batch, not for each image (docs/measurements.md).
 """
 
 from __future__ import annotations
@@ -22,13 +22,17 @@ from pipeline.engines.device_stream import DeviceStream, InOrderStream
 from pipeline.engines.kernels import BatchJob, NativeKernels, address
 from pipeline.records import RecordBatch
 
-# Number of free blocks kept for later batches. Without spare blocks, allocation takes a fifth of the engine's time.
+# Number of free memory blocks that are kept for later batches. Without spare blocks, allocation takes a fifth of the
+# engine's time.
 _SPARE_BLOCKS = 3
 _ALIGNMENT_BYTES = 64
 
 
 class DecodeError(Exception):
-    """Raised for a batch with records that cannot be decoded. `index` is the index of the first of these records."""
+    """Raised for a batch with records that cannot be decoded.
+
+    `index` is the index of the first record that cannot be decoded.
+    """
 
     def __init__(self, index: int) -> None:
         super().__init__(f"record {index} of the batch cannot be decoded")
@@ -39,8 +43,8 @@ class _Started(NamedTuple):
     """A batch on which the threads work."""
 
     job: BatchJob
-    images: npt.NDArray[np.float32] | None  # (N · V, ...); None if the engine only decodes
-    futures: list[Future[None]]  # one for each thread that works on the batch
+    images: npt.NDArray[np.float32] | None  # (N · V, ...), the images of the batch; None if the engine only decodes
+    futures: list[Future[None]]  # one future for each thread that works on the batch
 
 
 class CpuEngine:
@@ -52,14 +56,18 @@ class CpuEngine:
     def __init__(
         self, augmenter: Augmenter, kernel: NativeKernels, output: OutputFormat, threads: int, decode_only: bool = False
     ) -> None:
-        """If `decode_only`, records are decoded and the pixels are dropped; `finish` returns an empty tensor."""
+        """If `decode_only` is true, records are decoded and their pixels are dropped.
+
+        `finish` then returns an empty tensor.
+        """
         self._kernel, self._threads, self._decode_only = kernel, threads, decode_only
         self._views, self._layout, self._dtype = output.views, output.layout, output.dtype
         self._scale = 1 / output.divisor
         self._side_px, self._jpeg = augmenter.side_px, None if augmenter.is_raw else kernel.jpeg
         self._is_aligned = augmenter.augmentation.mean == "aligned"
         self._crop_px, self._max_offset_px = output.crop_px, augmenter.side_px - output.crop_px
-        self._mean: npt.NDArray[np.float32] | None = None  # the mean image and its mirror image, in the output's layout
+        # The mean image and its mirror image, in the layout of the output.
+        self._mean: npt.NDArray[np.float32] | None = None
         if augmenter.mean_image is not None:
             both = np.stack([augmenter.mean_image, augmenter.mean_image[:, ::-1]]).astype(np.float32)
             self._mean = np.ascontiguousarray(both.transpose(0, 3, 1, 2) if output.layout == "NCHW" else both)
@@ -74,7 +82,7 @@ class CpuEngine:
         return {}
 
     def start(self, records: RecordBatch, crops: Crops) -> _Started:
-        """Queue a batch for the threads, behind the batches that were started earlier. Does not wait."""
+        """Queue a batch for the threads, after the batches that were started earlier. Does not wait."""
         side, count = self._crop_px, crops.flip.size
         shape = (3, side, side) if self._layout == "NCHW" else (side, side, 3)
         images = None if self._decode_only else self._memory.array((count, *shape))
@@ -120,9 +128,10 @@ class CpuEngine:
         self._memory.close()
 
     def _mean_addresses(self, crops: Crops) -> npt.NDArray[np.uint64]:
-        """Return addresses (N, V): for each crop, the upper left pixel of the part of the mean image to subtract.
+        """Return addresses (N, V).
 
-        If the mean is "aligned", a mirrored crop gets the mirrored mean.
+        Each address is that of the upper left pixel of the part of the mean image that is subtracted from the crop. If
+        the mean is "aligned", a mirrored crop gets the mirrored mean.
         """
         assert self._mean is not None
         y = x = np.full(crops.flip.shape, self._max_offset_px // 2)

@@ -1,9 +1,9 @@
 """Augmentation as a DALI graph: used for JPEG records on a GPU, and on a CPU if the C kernel cannot be used.
 
-The graph has no random operators and no state: random numbers are inputs. After the decoder, the operator
-crop_mirror_normalize crops, flips and normalizes. The operator takes a separate mean for each image. The colour noise
-is part of this mean (`mean − shift`), so the noise takes no extra time. Subtracting a mean image takes one more pass
-over the pixels.
+The graph has no random operators and no state: the random numbers are inputs of the graph. After the decoder, the
+operator crop_mirror_normalize crops, flips and normalizes. The operator takes a separate mean for each image. The
+colour noise is part of this mean (`mean − shift`), so the noise takes no extra time. Subtracting a mean image takes an
+additional pass over the pixels.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from pipeline.records import RecordBatch
 
 Node = Any  # nvidia.dali.pipeline.DataNode
 
-# Share of the JPEG files that the hardware decoder of a GPU gets; CUDA kernels decode the rest. On an H200, complete
-# images are decoded at 38,000 images/s with a share of 0.5, and at 36,000 images/s with DALI's default share of 0.65
-# (batches of 512).
+# Share of the JPEG files that the hardware decoder of a GPU decodes. CUDA kernels decode the other files. On an H200,
+# complete images are decoded at 38,000 images/s with a share of 0.5. With DALI's default share of 0.65, the rate is
+# 36,000 images/s (batches of 512).
 _HW_DECODER_LOAD = 0.5
 
 
@@ -39,7 +39,10 @@ class OutputFormat(NamedTuple):
 
 
 def decode_crop(placement: Placement, size_px: int) -> Node:
-    """Decode a square of `size_px` from each JPEG file to uint8 HWC. decode_inputs gives the inputs of the decoder."""
+    """Decode a square of `size_px` from each JPEG file to uint8 HWC.
+
+    The function decode_inputs returns the inputs of the decoder.
+    """
     fn, types = dali().fn, dali().types
     on_gpu = {} if placement.device_id is None else {"hw_decoder_load": _HW_DECODER_LOAD}
     return fn.decoders.image_slice(  # the decoder stops after the last row of the square
@@ -49,7 +52,7 @@ def decode_crop(placement: Placement, size_px: int) -> Node:
         shape=[size_px] * 2,
         axes=[0, 1],
         output_type=types.RGB,
-        jpeg_fancy_upsampling=True,  # for decoding on a GPU: upsample chroma like libjpeg-turbo
+        jpeg_fancy_upsampling=True,  # upsample the colour channels like libjpeg-turbo; used for decoding on a GPU
         adjust_orientation=False,
         **on_gpu,
     )
@@ -64,13 +67,19 @@ def decode_inputs(records: RecordBatch, start: npt.NDArray[np.int32]) -> dict[st
 
 
 def tensor_list(arrays: Sequence[npt.NDArray[np.uint8]], layout: str = "") -> Any:
-    """Return arrays of different shapes as a DALI TensorListCPU, without copies. DALI reads such inputs fastest."""
+    """Return arrays of different shapes as a DALI TensorListCPU, without copies.
+
+    This is the kind of input that DALI reads fastest.
+    """
     tensors = dali().tensors
     return tensors.TensorListCPU([tensors.TensorCPU(array, layout) for array in arrays], layout)
 
 
 def external_source(name: str, dtype: Any, dimensions: int, layout: str | None = None) -> Node:
-    """Return an input of the graph. For each batch, the prefetcher passes the input's values to DALI by name."""
+    """Return an input of the graph.
+
+    For each batch, the prefetcher passes the values of the input to DALI under the name of the input.
+    """
     return dali().fn.external_source(name=name, dtype=dtype, ndim=dimensions, layout=layout, no_copy=True)
 
 
@@ -91,7 +100,7 @@ class DaliEngine:
         return self._single_crop() if self._views == 1 else self._ten_views()
 
     def graph_inputs(self, records: RecordBatch, crops: Crops) -> dict[str, Any]:
-        """Return the values of the graph inputs, by name of the input. Each input has one value for each record."""
+        """Return the values of the graph's inputs by their names. Each input has one value for each record."""
         start = crops.origin if self._views > 1 else crops.origin + crops.offset[:, 0]
         if self._augmenter.is_raw:
             if self._views > 1:
@@ -114,10 +123,10 @@ class DaliEngine:
     def finish(self, outputs: tuple[Any, ...], records: RecordBatch, crops: Crops) -> torch.Tensor:
         """Return the images as a tensor. The memory of the images is not reused while a tensor refers to it.
 
-        On a CPU, float32 images share the memory of DALI's output. On a GPU, the images are copied, because DALI would
-        reuse the memory of its output in the order of `stream`, while the consumer's stream still reads the images.
-        Torch converts the images to half precision, because DALI has no bfloat16. DALI has float16, but on a CPU a
-        float16 output takes four times as long as a float32 output.
+        On a CPU, float32 images share the memory of DALI's output. On a GPU, the images are copied. DALI would reuse
+        the memory of its output in the order of `stream`, while the consumer's stream still reads the images. Torch
+        converts the images to half precision, because DALI has no bfloat16. DALI has float16, but on a CPU a float16
+        output takes four times as long as a float32 output.
         """
         if self.stream.at_once:
             shared: torch.Tensor = self._placement.tensor_from_dali(outputs[0])
@@ -138,7 +147,7 @@ class DaliEngine:
         return [np.ascontiguousarray(pixels[y : y + side, x : x + side]) for pixels, (y, x) in parts]
 
     def _image(self, size_px: int) -> Node:
-        """uint8 HWC pixels: a decoded square of `size_px` (JPEG), or the input `pixels` (raw records)."""
+        """uint8 HWC pixels: a decoded square of `size_px` (JPEG records), or the input `pixels` (raw records)."""
         if self._augmenter.is_raw:
             return self._placement.to_device(external_source("pixels", self._types.UINT8, 3, "HWC"))
         return decode_crop(self._placement, size_px)
@@ -174,7 +183,10 @@ class DaliEngine:
         return self._fn.stack(*views)
 
     def _normalize(self, image: Node, flip: Any, mean: Any, position: tuple[Any, Any] | None = None) -> Node:
-        """Crop `image`, mirror it if `flip` is 1, and normalize it. `position`: (y, x) in 0..1, or None for no crop."""
+        """Crop `image`, mirror it if `flip` is 1, and normalize it.
+
+        `position` is (y, x) in 0..1, or None if nothing is cropped.
+        """
         crop = {}
         if position is not None:
             crop = {"crop": [self._crop_px] * 2, "crop_pos_y": position[0], "crop_pos_x": position[1]}
@@ -205,7 +217,7 @@ class DaliEngine:
 def _relative(
     offset_px: npt.NDArray[np.int32], max_offset_px: npt.NDArray[np.int32]
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-    """Convert offsets (N, 2) in px to (crop_pos_y, crop_pos_x), fractions 0..1 of the largest offset.
+    """Convert offsets (N, 2) in px to (crop_pos_y, crop_pos_x), which are fractions 0..1 of the largest offset.
 
     DALI multiplies each fraction by the largest offset and rounds the product, which gives exactly the offset in px.
     """

@@ -1,13 +1,14 @@
 """Stop a DALI pipeline and its threads at a known time, with DALI's private method `Pipeline._shutdown`.
 
 The project calls no other private method of DALI. Closing a loader unmaps the store's files. DALI's threads read these
-files, so the threads must end first. DALI 2.4 has no public method that stops the threads: leaving a `with pipeline:`
-block only ends the definition of the graph, and `release_outputs` stops no thread. Dropping the last reference to the
-pipeline does stop its threads (`Pipeline.__del__` calls `_shutdown`), but an exception's traceback can keep the
-pipeline alive. DALI itself calls `_shutdown` when the interpreter exits.
+files, so the threads must end before a loader is closed. DALI 2.4 has no public method that stops the threads: leaving
+a `with pipeline:` block only ends the definition of the graph, and `release_outputs` stops no thread. Dropping the last
+reference to the pipeline also stops its threads, because `Pipeline.__del__` calls `_shutdown`. But the traceback of an
+exception can keep the pipeline alive. DALI itself calls `_shutdown` when the interpreter exits.
 
 The next major version of DALI can change private methods, so pyproject.toml requires an earlier version. The tests in
-test_dali_shutdown.py fail if DALI lacks the private method, and also if DALI has a public method to use instead.
+test_dali_shutdown.py fail if DALI lacks the private method. They also fail if DALI has a public method with the same
+effect.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from typing import Any
 
 
 def shut_down(pipe: Any) -> None:
-    """Stop the threads of a built `nvidia.dali.Pipeline` and release its memory; its outputs stay valid.
+    """Stop the threads of a built `nvidia.dali.Pipeline` and release its memory.
 
-    The pipeline cannot be used afterwards. A second call is harmless.
+    The outputs of the pipeline stay valid. The pipeline cannot be used afterwards. A second call has no effect.
     """
     pipe._shutdown()

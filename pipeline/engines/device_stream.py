@@ -1,12 +1,12 @@
 """Work of the loader on its device, in order: one interface for a CUDA stream and for a CPU.
 
-On a GPU, the loader queues copies and kernels on a CUDA stream of its own (a side stream). These copies and kernels run
+On a GPU, the loader queues copies and kernels on its own CUDA stream (a side stream). These copies and kernels run
 while the consumer's kernels run. Two rules keep the results correct:
 
-- The user of a result first waits for an event that was recorded after the work: with `Event.wait` on the host, or with
-  `Event.order` for the kernels that the consumer queues afterwards.
-- `Event.order` also tells torch that the consumer's stream uses the memory of the tensors. Otherwise torch could give
-  the memory to the loader's next batch while the consumer's kernels still read it.
+- The user of a result first waits for an event that was recorded after the work. `Event.wait` waits on the host, and
+  `Event.order` makes the kernels that the consumer queues afterwards wait.
+- `Event.order` also tells torch that the consumer's stream uses the memory of the tensors. Without this call, torch
+  could give the memory to the loader's next batch while the consumer's kernels still read it.
 
 On a CPU, InOrderStream does all work immediately. In tests on a CPU, tests/pipeline/engines/deferred_stream.py does
 work only when the code waits for an event after the work. If a wait is missing, a test finds wrong values.
@@ -26,37 +26,41 @@ Work = Callable[[], object]
 
 
 class Event(Protocol):
-    """A point in the order of a stream's work."""
+    """A point in the sequence of a stream's work."""
 
     def wait(self) -> None:
         """Let the calling thread wait until all work before this event is done."""
 
     def order(self, *tensors: Tensor) -> None:
-        """Let work that is queued from now on in the caller's current stream wait for this event.
+        """Make work that the caller queues from now on in its current stream wait for this event.
 
-        The memory of `tensors` is not reused before the waiting work is done, even if no tensor refers to the memory
+        The memory of `tensors` is not reused before the waiting work is done, even if no tensor refers to this memory
         any more.
         """
 
 
 class DeviceStream(Protocol):
-    """Work on one device, done in the order in which it was queued."""
+    """Work on one device that is done in the order in which it was queued."""
 
     device: torch.device
     at_once: bool  # whether `run` returns only when the work is done
-    dali_stream: Any  # the stream for nvidia.dali.Pipeline.outputs; None on a CPU
+    dali_stream: Any  # the CUDA stream for nvidia.dali.Pipeline.outputs; None on a CPU
 
     def run(self, work: Work) -> None:
-        """Queue `work` after all earlier work. Until an event after `work` has passed, the results are undefined.
+        """Queue `work` after all earlier work.
 
-        `work` may only use tensors that were made by this stream, or that exist already.
+        The results of `work` are undefined until an event that follows `work` has passed. `work` may only use tensors
+        that this stream made, or that exist before the call.
         """
 
     def record(self) -> Event:
-        """Return an event after all work that has been queued."""
+        """Return an event that passes when all queued work is done."""
 
     def record_consumer(self) -> Event:
-        """Return an event after all work that the caller has queued in its own current stream of the device."""
+        """Return an event that passes when the caller's earlier work is done.
+
+        This is all work that the caller has queued in its own current stream of the device.
+        """
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """Return uninitialized memory on the device for the results of `run`."""
@@ -87,15 +91,15 @@ class CudaStream:
             work()
 
     def record(self) -> Event:
-        """Return an event after all work that has been launched on this stream."""
+        """Return an event that passes when all work is done that was launched on this stream."""
         return _CudaEvent(self._stream)
 
     def record_consumer(self) -> Event:
-        """Return an event after all work that the caller has launched on its current stream of this GPU."""
+        """Return an event that passes when the caller's earlier work on its current stream of this GPU is done."""
         return _CudaEvent(torch.cuda.current_stream(self.device))
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """Return uninitialized memory on the GPU. Torch reuses the memory in the order of this stream."""
+        """Return uninitialized memory on the GPU. Torch reuses this memory in the order of this stream."""
         with torch.cuda.stream(self._stream):
             return torch.empty(tuple(shape), dtype=dtype, device=self.device)
 
@@ -113,7 +117,7 @@ class CudaStream:
 class _CudaEvent:
     def __init__(self, stream: torch.cuda.Stream) -> None:
         self._device = stream.device
-        # A waiting thread sleeps (blocking=True). By default the thread would keep a core busy.
+        # blocking=True lets a waiting thread sleep. By default, a waiting thread would keep a core busy.
         self._event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
         self._event.record(stream)
 
@@ -171,5 +175,5 @@ _PASSED = _PassedEvent()
 
 
 def open_stream(placement: Placement) -> DeviceStream:
-    """Return a stream on the loader's device."""
+    """Return the stream for the loader's device."""
     return InOrderStream() if placement.device_id is None else CudaStream(placement.device_id)

@@ -1,7 +1,7 @@
 """Interface of the engines, and the choice of an engine for a device.
 
-An engine turns records into augmented images. CpuEngine decodes, crops, flips and normalizes with a compiled C kernel,
-DaliEngine with a DALI graph, RawGpuEngine with a Triton kernel.
+An engine turns records into augmented images. CpuEngine decodes, crops, flips and normalizes with a compiled C kernel.
+DaliEngine uses a DALI graph, and RawGpuEngine uses a Triton kernel.
 """
 
 from __future__ import annotations
@@ -21,25 +21,28 @@ from pipeline.records import RecordBatch
 
 
 class Engine(Protocol):
-    """Interface that pipeline.prefetch requires of an engine. Batches are finished in the order of their starts."""
+    """Interface that pipeline.prefetch requires of an engine.
+
+    Batches are finished in the order in which they were started.
+    """
 
     uses_dali: bool
     stream: DeviceStream  # the stream whose work computes the images
 
     def define_graph(self) -> Any:
-        """Return the DALI nodes for `Pipeline.set_outputs`. Called only if the engine uses DALI."""
+        """Return the DALI nodes for `Pipeline.set_outputs`. This method is called only if the engine uses DALI."""
 
     def graph_inputs(self, records: RecordBatch, crops: Crops) -> dict[str, Any]:
-        """Return the values of the graph inputs, by name of the input. Each input has one value for each record."""
+        """Return the values of the graph's inputs by their names. Each input has one value for each record."""
 
     def start(self, records: RecordBatch, crops: Crops) -> Any:
-        """Start a batch without waiting for it. Called only if the engine does not use DALI."""
+        """Start a batch without waiting for it. This method is called only if the engine does not use DALI."""
 
     def finish(self, outputs: Any, records: RecordBatch, crops: Crops) -> torch.Tensor:
-        """Return the images of a batch, from the graph's outputs or from the result of `start`.
+        """Return the images of a batch, from the outputs of the graph or from the result of `start`.
 
-        The images are complete when an event has passed that is recorded on `stream` after this call. Raises
-        DecodeError for a record that cannot be decoded, if the engine does not use DALI.
+        The images are complete when an event has passed that was recorded on `stream` after this call. An engine
+        without DALI raises DecodeError for a record that cannot be decoded.
         """
 
     def close(self) -> None:
@@ -49,8 +52,8 @@ class Engine(Protocol):
 def choose_engine(augmenter: Augmenter, placement: Placement, output: OutputFormat, threads: int) -> Engine:
     """Return the engine for a device.
 
-    On a GPU: a RawGpuEngine for raw records, a DaliEngine for JPEG records. On a CPU: a CpuEngine if the C kernel can
-    read the records (pipeline.engines.kernels), otherwise a DaliEngine.
+    On a GPU, the engine is a RawGpuEngine for raw records and a DaliEngine for JPEG records. On a CPU, the engine is a
+    CpuEngine if the C kernel can read the records (pipeline.engines.kernels), otherwise a DaliEngine.
     """
     kernel, stream = kernels.native, open_stream(placement)
     if placement.device_id is not None and augmenter.is_raw:

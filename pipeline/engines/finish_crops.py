@@ -21,13 +21,13 @@ _ELEMENTS = 1024  # number of elements that a program of the Triton kernel write
 
 
 class CropFinisher:
-    """Computes (pixel + shift − mean) / divisor for V windows of each square: the formula of pipeline.augment."""
+    """Computes (pixel + shift − mean) / divisor, the formula of pipeline.augment, for V windows of each square."""
 
     def __init__(self, augmenter: Augmenter, output: OutputFormat, square_px: int, stream: DeviceStream) -> None:
         """Compile the Triton kernel and compare it with the operators. `square_px` is the side of the squares."""
         self._square_px, self._side_px, self._views = square_px, output.crop_px, output.views
         self._layout, self._dtype = output.layout, output.dtype
-        self._scale = float(np.float32(1 / output.divisor))  # kernels.c multiplies by this number too
+        self._scale = float(np.float32(1 / output.divisor))  # kernels.c multiplies by the same number
         self._max_offset_px = augmenter.side_px - output.crop_px
         self._is_aligned = augmenter.augmentation.mean == "aligned"
         self._mean = torch.empty(0, device=stream.device)  # the mean image (side, side, 3), or an empty tensor
@@ -44,8 +44,8 @@ class CropFinisher:
     def parameters(self, crops: Crops) -> tuple[Tensor, Tensor]:
         """Return the parameters of each crop, int32 (N · V, 6), and the shift of each record, float32 (N, 3).
 
-        The six parameters: row and column of the crop in its square, its flip, row and column of the crop in the mean
-        image, and whether the mean is mirrored. Each row and column is the position of the crop's upper left pixel
+        The six parameters are row and column of the crop in its square, its flip, row and column of the crop in the
+        mean image, and whether the mean is mirrored. Each row and column is the position of the crop's upper left pixel
         before the crop is mirrored.
         """
         windows = np.zeros((*crops.flip.shape, 6), np.int32)
@@ -93,10 +93,10 @@ class CropFinisher:
         out.copy_(images.permute(0, 3, 1, 2) if self._layout == "NCHW" else images)
 
     def _triton_works(self, stream: DeviceStream) -> bool:
-        """Whether the Triton kernel gives the same bits as the operators, for one small batch.
+        """Return whether the Triton kernel gives the same bits as the operators, for one small batch.
 
-        The kernel is compiled here, with the arguments of all later launches. A later compilation could disturb a CUDA
-        graph that the consumer records at that time.
+        This test compiles the kernel with the arguments of all later launches. If the kernel were compiled later, the
+        compilation could disturb a CUDA graph that the consumer is recording.
         """
         if not _can_try_triton(stream.device):
             return False
@@ -120,7 +120,8 @@ class CropFinisher:
             fault = None if torch.equal(actual, expected) else "a Triton kernel gives wrong results"
         except torch.OutOfMemoryError:
             raise
-        except Exception as error:  # failures of the compiler, the driver and the disk have different exception types
+        # Failures of the compiler, the driver and the disk raise different types of exceptions.
+        except Exception as error:
             fault = f"a Triton kernel fails: {type(error).__name__}: {error}".splitlines()[0][:300]
         if fault is not None:
             say(f"{stream.device}: {fault}. The stream uses PyTorch operators instead, which take longer.")

@@ -14,11 +14,11 @@
 #define INLINE static inline __attribute__((always_inline))
 
 typedef struct {
-    const uint8_t *pixels; /* upper left of the crop, RGB */
-    int64_t stride;        /* bytes from one row to the next */
+    const uint8_t *pixels; /* address of the crop's upper left pixel, RGB */
+    int64_t stride;        /* number of bytes from one row to the next */
     const float *mean;     /* upper left of the mean to subtract, in the layout of the output; null: no mean */
-    float shift[3];        /* added to R, G, B */
-    int32_t flip;          /* 1: mirror left and right */
+    float shift[3];        /* numbers that are added to R, G, B */
+    int32_t flip;          /* 1: the crop is mirrored left to right */
 } crop;
 
 /* Split a row of RGB `pixels` into three rows of bytes: R, G, B. */
@@ -93,7 +93,7 @@ enum { JPEG_API_VERSION = 62, COLOUR_RGB = 2, DCT_SLOW = 0 };
 
 typedef struct {
     void (*error_exit)(void *decoder);
-    void (*emit_message)(void *decoder, int level); /* level -1: the file is damaged, but decoding can go on */
+    void (*emit_message)(void *decoder, int level); /* level -1: the file is damaged, but decoding can continue */
     void *rest[32];
     jmp_buf on_error; /* ours */
 } jpeg_errors;
@@ -192,17 +192,17 @@ static const uint8_t *decode(worker *self, const uint8_t *file, int64_t bytes, i
 
 /* A batch: N records and V crops of each record. Several threads work on one batch at the same time. */
 typedef struct {
-    int64_t next;   /* index of the next record that no thread has begun; at the start 0 */
-    int64_t failed; /* lowest index of a record that cannot be decoded; at the start, and without damage, N */
+    int64_t next;   /* index of the next record that no thread has begun; 0 at the start */
+    int64_t failed; /* lowest index of a record that cannot be decoded; N at the start, and if no record is damaged */
     int64_t records, views, side, mean_side;
-    const jpeg_library *jpeg;      /* null: the records are raw */
-    const uint8_t *const *payload; /* (N): JPEG file, or upper left pixel of a raw image, RGB */
+    const jpeg_library *jpeg;      /* null if the records are raw */
+    const uint8_t *const *payload; /* (N): address of a JPEG file, or of the upper left pixel of a raw image, RGB */
     const int64_t *payload_bytes;  /* (N) */
     const int32_t *size;           /* (N, 2): height and width */
     const int32_t *position;       /* (N, V, 2): row and column of each crop in its image */
     const int32_t *flip;           /* (N, V) */
     const float *shift;            /* (N, 3) */
-    const float *const *mean;      /* (N, V): as in `crop`; null: no mean */
+    const float *const *mean;      /* (N, V): mean to subtract, as in `crop`; null: no mean */
     float *out;                    /* (N, V, ...): the images; null: only decode */
     int32_t channels_last;
     float scale;
@@ -246,7 +246,7 @@ static int make_record(worker *self, const batch *b, int64_t k) {
     return 1;
 }
 
-/* Copy the crops of record k unchanged to `out`, as bytes (V, side, side, 3). Returns 0 on failure. */
+/* Copy the crops of record k unchanged to `out`, as bytes (V, side, side, 3). Returns 0 if copying fails. */
 static int copy_record(worker *self, const batch *b, int64_t k) {
     const int64_t row_bytes = 3 * b->side;
     int64_t stride, top, left;
@@ -262,7 +262,7 @@ static int copy_record(worker *self, const batch *b, int64_t k) {
     return 1;
 }
 
-/* Take records of a batch, in order, and process them until no record is left. After a record that cannot be decoded,
+/* Take records of a batch in order and process them, until no record is left. After a record that cannot be decoded,
  * no thread takes a further record. */
 static void work(batch *b, int (*make)(worker *, const batch *, int64_t)) {
     worker self = {.jpeg = b->jpeg};

@@ -1,12 +1,12 @@
 """Python interface of kernels.c, the C kernel that decodes, crops, flips and normalizes images on a CPU.
 
 `native` is None if the library is not compiled, fails its self-test or is switched off (prep/compiled.py). Streams on a
-CPU then use DALI, whose operator crop_mirror_normalize takes two to three times as long as the kernel.
+CPU then use DALI, whose operator crop_mirror_normalize takes two to three times as long as the C kernel.
 
-JPEG files are decoded by the libjpeg-turbo that Pillow's wheels contain. kernels.c calls the library's functions
-directly, because Python would hold the GIL for each image, and because simplejpeg decodes only complete
-images. `NativeKernels.jpeg` is None if there is no such library or if it fails the self-test `_decodes_correctly`.
-Streams of JPEG records on a CPU then use DALI as well.
+The libjpeg-turbo in Pillow's wheels decodes JPEG files. kernels.c calls the functions of this library directly. Through
+Python, the GIL would be held for each image, and simplejpeg decodes only complete images. `NativeKernels.jpeg` is None
+if there is no such library, or if the library fails the self-test `_decodes_correctly`. Streams of JPEG records on a
+CPU then also use DALI.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from prep import compiled
 from prep.images.jpeg import decode_jpeg, encode_jpeg
 
 SOURCE = Path(__file__).with_name("kernels.c")
-CROP_DTYPE = np.dtype(  # struct crop in kernels.c
+CROP_DTYPE = np.dtype(  # same fields as struct crop in kernels.c
     [("pixels", np.uint64), ("stride", np.int64), ("mean", np.uint64), ("shift", np.float32, 3), ("flip", np.int32)]
 )
 
 
-_LIBJPEG_FUNCTIONS = (  # in the order of the fields of struct jpeg_library in kernels.c
+_LIBJPEG_FUNCTIONS = (  # same order as the fields of struct jpeg_library in kernels.c
     *("jpeg_std_error", "jpeg_CreateDecompress", "jpeg_mem_src", "jpeg_read_header", "jpeg_start_decompress"),
     *("jpeg_crop_scanline", "jpeg_skip_scanlines", "jpeg_read_scanlines", "jpeg_abort_decompress"),
     "jpeg_destroy_decompress",
@@ -42,7 +42,7 @@ class JpegLibrary(ctypes.Structure):
     _fields_ = tuple((name, ctypes.c_void_p) for name in _LIBJPEG_FUNCTIONS)
 
     def __init__(self, library: ctypes.CDLL) -> None:
-        self.library = library  # keeps the library loaded
+        self.library = library  # this reference keeps the library loaded
         super().__init__(*(ctypes.cast(library[name], ctypes.c_void_p).value for name in _LIBJPEG_FUNCTIONS))
 
 
@@ -75,20 +75,20 @@ class BatchJob(ctypes.Structure):
         scale: float,
         out: npt.NDArray[np.float32] | npt.NDArray[np.uint8] | None,
     ) -> None:
-        """Describe a batch. The addresses are not checked: each must point to memory that is large enough.
+        """Describe a batch. The addresses are not checked: each address must point to memory that is large enough.
 
-        jpeg           the decoder, or None if the records are raw
-        payload        (N,): addresses of the JPEG files, or of the first pixels of the raw images (RGB, no gaps)
+        jpeg           the decoder, or None if the records are raw payload (N,): addresses of the JPEG files, or of the
+        first pixels of the raw images (RGB, no gaps)
         payload_bytes  (N,): sizes of the JPEG files
         size           (N, 2): height and width of each image
         position       (N, V, 2): row and column of each crop in its image
         flip           (N, V): 0 or 1
-        shift          (N, 3): added to R, G and B
-        mean           (N, V): for each crop, the address of the part of the mean image to subtract; None for no mean
+        shift          (N, 3): added to R, G and B mean (N, V): for each crop, the address of the part of the mean image
+        that is subtracted from it; None for no mean
         mean_side_px   side of the square mean image
         side_px        side of the crops
-        layout         layout of `out` and of the mean image: "NCHW" or "NHWC"
-        scale          factor of the finished image
+        layout         layout of `out` and of the mean image: "NCHW" or "NHWC" scale number by which the finished image
+        is multiplied
         out            (N · V, 3, side, side) or (N · V, side, side, 3); None: the records are only decoded
         """
         arrays = [payload, payload_bytes, size, position, flip, shift, mean, out]
@@ -126,7 +126,7 @@ def address(array: npt.NDArray[Any]) -> int:
 class NativeKernels:
     """Functions of the compiled library. Raises AttributeError if the library lacks a function."""
 
-    jpeg: JpegLibrary | None  # the decoder of JPEG files; None if there is none
+    jpeg: JpegLibrary | None  # the decoder of JPEG files; None if no decoder can be used
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._crop = {"NCHW": library.crop_nchw, "NHWC": library.crop_nhwc}
@@ -145,10 +145,10 @@ class NativeKernels:
             self.jpeg = None
 
     def make_images(self, job: BatchJob) -> None:
-        """Take records of a batch and make their images, until no record is left. Each thread of the batch calls this
-        once.
+        """Take records of a batch and make their images, until no record is left.
 
-        When all threads have returned, job.failed is the lowest index of a record that cannot be decoded, or N.
+        Each thread of the batch calls this method once. When all threads have returned, job.failed is the lowest index
+        of a record that cannot be decoded. If no record is damaged, job.failed is N.
         """
         self._make_images(job)
 
@@ -169,8 +169,8 @@ class NativeKernels:
     ) -> None:
         """Write (pixel + shift − mean) · scale for the pixels of each crop to `out`.
 
-        crops         (N,) of CROP_DTYPE, contiguous. The addresses in this array are not checked: each must point to
-                      memory that is large enough. Only `mean` can be 0, which means that no mean is subtracted
+        crops         (N,) of CROP_DTYPE, contiguous. The addresses in this array are not checked: each address must
+                      point to memory that is large enough. Only `mean` can be 0, which means that no mean is subtracted
         layout        layout of `out` and of the mean image: "NCHW" or "NHWC"
         mean_side_px  side of the square mean image; the field `mean` of a crop is an address in this image
         out           (N, 3, side, side) or (N, side, side, 3)
@@ -215,7 +215,7 @@ def _copies_correctly(kernel: NativeKernels, image: npt.NDArray[np.uint8]) -> bo
 
 
 def find_libjpeg() -> JpegLibrary | None:
-    """Return the libjpeg-turbo in Pillow's wheel, else the system's libjpeg-turbo; None if neither can be loaded."""
+    """Return the libjpeg-turbo in Pillow's wheel, or else that of the system. Returns None if neither can be loaded."""
     pillow = find_spec("PIL")
     folders = [Path(folder).parent for folder in (pillow and pillow.submodule_search_locations) or ()]
     bundled = [path for folder in folders for path in folder.glob("pillow.libs/libjpeg-*.so*")]

@@ -1,8 +1,9 @@
 """Raw records on a GPU: threads copy the pixels into pinned memory, and the GPU computes the images from them.
 
-For one crop of each record, the threads copy only this crop; for ten views, the complete central square. A side stream
-(device_stream.py) copies the pixels to the GPU and finishes the images (finish_crops.py), while the consumer's kernels
-run. Blocks of pinned memory are used again, because the allocation of pinned memory takes longer than a batch.
+For one crop of each record, the threads copy only this crop. For ten views, the threads copy the complete central
+square. A side stream (device_stream.py) copies the pixels to the GPU and computes the images from them
+(finish_crops.py), while the consumer's kernels run. Blocks of pinned memory are reused, because allocating pinned
+memory takes longer than a batch.
 """
 
 from __future__ import annotations
@@ -24,14 +25,14 @@ from pipeline.engines.finish_crops import CropFinisher
 from pipeline.engines.kernels import BatchJob
 from pipeline.records import RecordBatch
 
-# On the CPU of an H200 machine, one thread copies 24,000 images/s and four threads copy 77,000 images/s, more than a
-# GPU needs.
+# On the CPU of an H200 machine, one thread copies 24,000 images/s. Four threads copy 77,000 images/s, which is more
+# than a GPU needs.
 _MAX_THREADS = 8
-_WAITING_BLOCKS = 2  # the oldest block is used again when this number of blocks has been given back
+_WAITING_BLOCKS = 2  # the oldest block is reused when this number of blocks have been given back
 
 
 class _Started(NamedTuple):
-    """A batch that the threads copy."""
+    """A batch whose pixels the threads copy."""
 
     block: Tensor  # uint8, at least as large as `pixels`
     pixels: Tensor  # uint8 (N, square, square, 3), in the memory of `block`
@@ -60,7 +61,10 @@ class RawGpuEngine:
         return {}
 
     def start(self, records: RecordBatch, crops: Crops) -> _Started:
-        """Let the threads copy the pixels of a batch to a block. Waits only if the GPU still copies from the block."""
+        """Let the threads copy the pixels of a batch to a block.
+
+        Waits only if the GPU is still copying from the block.
+        """
         shape = (len(records.numbers), self._square_px, self._square_px, 3)
         corner = crops.origin if self._views > 1 else crops.origin + crops.offset[:, 0]
         block = self._blocks.take(int(np.prod(shape)))
@@ -91,11 +95,12 @@ class RawGpuEngine:
 
 
 class BlockPool:
-    """Pool of pinned memory. A block is used again only after the device has copied its contents."""
+    """Pool of pinned memory. A block is reused only after the device has copied its contents."""
 
     def __init__(self, stream: DeviceStream) -> None:
         self._stream = stream
-        self._copied: deque[tuple[Tensor, Event]] = deque()  # blocks, and the events of their copies
+        # Blocks that were given back, with the events of their copies.
+        self._copied: deque[tuple[Tensor, Event]] = deque()
 
     def take(self, size_bytes: int) -> Tensor:
         """Return a block of at least `size_bytes`, uint8."""
@@ -107,7 +112,7 @@ class BlockPool:
         return self._stream.host_memory(size_bytes)
 
     def give_back(self, block: Tensor, copied: Event) -> None:
-        """Let `block` be used again after the event `copied`."""
+        """Let `block` be reused after the event `copied`."""
         self._copied.append((block, copied))
 
     def close(self) -> None:
