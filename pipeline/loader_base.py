@@ -22,7 +22,7 @@ from pipeline.windows import WindowRequest
 from prep.console import UserError, WrongArgument
 from prep.store.manifest import ChannelStats, Store
 
-if TYPE_CHECKING:  # imported only for loaders with a service
+if TYPE_CHECKING:  # these modules are imported only for loaders with a service
     from pipeline.service.source import WindowSource
     from pipeline.service.status import ServiceStatus
 
@@ -41,7 +41,10 @@ _loaders: weakref.WeakSet[Loader] = weakref.WeakSet()
 
 
 def _keep_loaders_of_parent() -> None:
-    """In a forked child, keep the parent's loaders until the process ends, so that nothing waits for their threads."""
+    """In a forked child, keep the parent's loaders until the child ends.
+
+    Otherwise their deletion would wait for threads that do not exist in the child.
+    """
     for loader in list(_loaders):
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(loader))
 
@@ -88,16 +91,16 @@ class WaitTimes(NamedTuple):
     batches: int  # number of batches served
     consumer_wait_s: float  # time for which the consumer (the training loop) waited for batches
     # Time between a served batch and the consumer's next request. On a GPU, this time includes the time for which the
-    # loader waits until the GPU has caught up with the consumer (Prefetcher.wait_for_consumer).
+    # loader waits until the GPU is close enough to the consumer (Prefetcher.wait_for_consumer).
     loader_wait_s: float
 
 
 class Loader:
     """Base of TrainLoader and EvalLoader. `close` or a `with` statement releases the threads and files of a loader.
 
-    A loader can be used only in the process that made it, because its threads exist only there. In a forked child,
-    iteration raises UserError, and `close` and the end of the process leave the parent's loader alone. A loader cannot
-    be pickled.
+    A loader can be used only in the process that made it, because only this process has its threads. In a forked child,
+    iteration raises UserError. `close` and the end of the child do not affect the parent's loader. A loader cannot be
+    pickled.
     """
 
     def __init__(
@@ -118,7 +121,7 @@ class Loader:
     ) -> None:
         """Check the arguments and open the split. Raises UserError and StoreError.
 
-        A subclass then calls `_open`. If `from_windows`, the records come from a service, and the subclass calls
+        A subclass calls `_open` afterwards. If `from_windows`, the records come from a service, and the subclass calls
         `_connect` before `_open`.
         """
         if batch_size < 1:
@@ -141,9 +144,9 @@ class Loader:
             mean_rgb, std_rgb = grey_levels(normalize, augmentation)
             self._std = torch.tensor(std_rgb).view((3, 1, 1) if layout == "NCHW" else (3,))
         self._augmenter = Augmenter(store, augmentation, from_windows, mean_rgb)
-        self._windows: WindowSource | None = None  # made by `_connect`
+        self._windows: WindowSource | None = None  # created by `_connect`
         self._waited_s = 0.0  # time for which the consumer has waited for batches since the start
-        self._prefetcher: Prefetcher  # made by `_open`
+        self._prefetcher: Prefetcher  # created by `_open`
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -153,24 +156,25 @@ class Loader:
     def channel_stats(self, max_value: float = 255) -> ChannelStats:
         """Return `mean` and `std` of R, G and B over the training split, for pixels in 0..`max_value`.
 
-        255 gives grey levels, the unit of the images of this loader; 1 gives the numbers for pixels in [0, 1]. The
-        loader divides by the standard deviation only with the argument `normalize`, which takes such an object.
+        With `max_value` 255 the numbers are grey levels, the unit of the images of this loader. With 1 the numbers are
+        for pixels in [0, 1]. The loader divides by the standard deviation only if the argument `normalize` is a
+        ChannelStats.
         """
         return self.store.color_stats().channel_stats(max_value)
 
     def wait_times(self) -> WaitTimes:
-        """Return the number of batches served, and wait times of loader and consumer, since the previous call."""
+        """Return the number of batches served, and the wait times of loader and consumer, since the previous call."""
         now, waits = time.perf_counter(), self._waits
         since_served_s = 0.0 if self._served_at is None else now - self._served_at
         self._waits, self._served_at = WaitTimes(0, 0.0, 0.0), now
         return waits._replace(loader_wait_s=waits.loader_wait_s + since_served_s)
 
     def service_status(self) -> ServiceStatus | None:
-        """Return the state of the service in its last answer; None if the loader uses no service."""
+        """Return the state of the service when it last answered; None if the loader uses no service."""
         return None if self._windows is None else self._windows.status
 
     def stop_waiting(self) -> None:
-        """Stop waiting for the service: batches that have not arrived raise ServiceError.
+        """Stop waiting for the service. Batches that have not arrived raise ServiceError.
 
         Another thread may call this method. Without a service, this method does nothing.
         """
@@ -178,7 +182,7 @@ class Loader:
             self._windows.stop()
 
     def close(self) -> None:
-        """Stop the threads, release memory and unmap the files. Batches already served stay valid.
+        """Stop the threads, release memory and unmap the files. Batches that were served before stay valid.
 
         The engines keep the memory of served batches that are still referenced (see the methods `finish` and `close` of
         CpuEngine, and DaliEngine.finish). On a GPU, the memory belongs to torch. In a forked child, this method closes
@@ -196,7 +200,10 @@ class Loader:
         raise UserError(f"a loader cannot be pickled or copied: its threads stay in this process. {_ADVICE}")
 
     def __getitem__(self, index: object) -> NoReturn:
-        """Raises UserError: batches come in the order of the stream. A torch DataLoader asks for items by number."""
+        """Raises UserError, because batches come only in the order of the stream.
+
+        A torch DataLoader around a loader would ask for items by number.
+        """
         raise UserError(f"a loader has no items, only batches in their order. {_ADVICE}")
 
     def _check_process(self) -> None:
@@ -255,7 +262,7 @@ class Loader:
             self._windows.finish()
 
     def _divided(self, images: torch.Tensor) -> torch.Tensor:
-        """Divide the images in place by the standard deviations of `normalize`, and return them."""
+        """Divide the images in place by the standard deviations of `normalize`, and return the images."""
         if self._std is None:
             return images
         self._std = self._std.to(images.device, images.dtype)

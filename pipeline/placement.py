@@ -1,4 +1,6 @@
-"""The device of the stream, a CPU or a GPU: import of DALI, devices of DALI's operators, DALI's outputs in torch.
+"""The device of the stream, which is a CPU or a GPU.
+
+This module imports DALI, chooses the devices of DALI's operators, and converts DALI's outputs to torch.
 
 Each DALI graph is written once for both devices. A Placement determines the device of each operator and the decoder of
 JPEG files.
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Placement:
-    """The device on which the stream decodes and augments. `device_id` is the index of the GPU, None for the CPU."""
+    """The device on which the stream decodes and augments. `device_id` is the index of the GPU; None for the CPU."""
 
     device_id: int | None
 
@@ -29,7 +31,8 @@ class Placement:
     def parse(device: str | torch.device) -> Placement:
         """Return the placement for `cpu`, `cuda` or `cuda:N`, as a string or a torch.device.
 
-        `cuda` is torch's current GPU. Raises WrongArgument for another device, and for a GPU that this machine lacks.
+        `cuda` is torch's current GPU. Raises WrongArgument for another kind of device, and for a GPU that this machine
+        lacks.
         """
         match = re.fullmatch(r"(cpu)(?::0)?|cuda(?::(\d+))?", str(device))
         if match is None:
@@ -48,7 +51,10 @@ class Placement:
 
     @property
     def decoder_device(self) -> str:
-        """The `device` argument of DALI's image decoder. "mixed" means input on the CPU and output on the GPU."""
+        """The `device` argument of DALI's image decoder.
+
+        "mixed" means that the input is on the CPU and the output on the GPU.
+        """
         return "cpu" if self.device_id is None else "mixed"
 
     def constant(self, types: Any, values: Any, layout: str | None = None) -> Any:
@@ -62,8 +68,8 @@ class Placement:
     def outputs(self, pipe: Any, stream: Any) -> tuple[Any, ...]:
         """Return the next outputs of a DALI pipeline. `stream` is a torch.cuda.Stream, or None on a CPU.
 
-        On a GPU the outputs are bound to the stream: work that is launched on this stream afterwards waits for DALI on
-        the GPU, and the host does not wait. DALI reuses the memory of the outputs in the order of this stream.
+        On a GPU the outputs are bound to `stream`: work that is launched on this stream afterwards waits on the GPU
+        until DALI is done. The host does not wait. DALI reuses the memory of the outputs in the order of `stream`.
         """
         with self._current_device():
             outputs: tuple[Any, ...] = pipe.outputs() if stream is None else pipe.outputs(stream)

@@ -1,11 +1,12 @@
 """Prefetch queue: reads records before the engine needs them, returns batches in order, and reports damaged records.
 
-A batch passes three queues: records being read from disk (READ_AHEAD), batches in the engine (ENGINE_AHEAD, or
-DALI_AHEAD or DALI_GPU_AHEAD if the engine uses DALI), finished batches (FINISHED_AHEAD). An engine that uses DALI gets
-its images from a DALI pipeline; another engine is started directly. A separate thread, the finisher, takes the images
-and calls Engine.finish while the engine works on the next batch.
+A batch passes through three queues. The first holds records that are being read from disk (READ_AHEAD). The second
+holds batches in the engine (ENGINE_AHEAD, or DALI_AHEAD or DALI_GPU_AHEAD if the engine uses DALI). The third holds
+finished batches (FINISHED_AHEAD). An engine that uses DALI gets its images from a DALI pipeline. An engine without DALI
+is started directly. A separate thread, the finisher, takes the images and calls Engine.finish while the engine works on
+the next batch.
 
-On a GPU, the finisher queues the last part of the work on the engine's stream, which is not the consumer's stream. The
+On a GPU, the finisher queues the last part of the work on the engine's stream, not on the consumer's stream. The
 consumer's thread takes a batch and an event. All work that this thread queues afterwards waits for the event on the
 GPU.
 """
@@ -33,14 +34,14 @@ from pipeline.records import RecordBatch, Records
 from prep.store.manifest import StoreError
 
 READ_AHEAD = 4  # number of batches whose records are read from disk while earlier batches are decoded
-DALI_AHEAD = 2  # number of batches in DALI: one being decoded, one decoded
-DALI_GPU_AHEAD = 4  # number of batches in DALI on a GPU, where several batches are decoded at the same time
-# Number of batches in an engine without DALI: one is being finished, and the second follows without a pause. The third
-# bridges delays: another thread can hold the GIL for 5 ms, the time in which 16 cores make a batch.
+DALI_AHEAD = 2  # number of batches in DALI: one that is being decoded, and one that is decoded
+DALI_GPU_AHEAD = 4  # number of batches in DALI on a GPU, which decodes several batches at the same time
+# Number of batches in an engine without DALI. While the first is being finished, the second is computed without a
+# pause. The third batch bridges delays: another thread can hold the GIL for 5 ms, in which 16 cores make a batch.
 ENGINE_AHEAD = 3
-FINISHED_AHEAD = 2  # number of batches finished before they are requested
-# Number of served batches on which a GPU may still have to work when the consumer requests the next batch. Two batches
-# keep the GPU busy; the third allows for delays of the consumer's thread.
+FINISHED_AHEAD = 2  # number of batches that are finished before they are requested
+# Number of served batches that a GPU may still have to process when the consumer requests the next batch. Two batches
+# keep the GPU busy. The third batch allows for delays of the consumer's thread.
 CONSUMER_AHEAD = 3
 _READER_THREADS = 4  # number of threads that read records; these threads mostly wait for the disk
 
@@ -61,13 +62,13 @@ class BatchOutput(NamedTuple):
 
 
 class _Finished(NamedTuple):
-    """A batch, and an event after the work that computes its tensors."""
+    """A batch, and an event that passes when the tensors of the batch have been computed."""
 
     output: BatchOutput
     event: Event
 
 
-Job = Callable[[], BatchInput]  # reads the records of one batch; runs on a reader thread
+Job = Callable[[], BatchInput]  # a function that reads the records of one batch; runs on a reader thread
 
 
 class Prefetcher:
@@ -82,7 +83,7 @@ class Prefetcher:
         threads: int,
         read_ahead: int = READ_AHEAD,
     ) -> None:
-        """`threads` is the number of DALI's threads. `read_ahead` jobs run at the same time."""
+        """`threads` is the number of DALI's threads. `read_ahead` is the number of jobs that run at the same time."""
         self._engine, self._placement, self._records = engine, placement, records
         self._pipe = _build_pipeline(engine, batch_size, placement, threads) if engine.uses_dali else None
         self._read_ahead = read_ahead
@@ -93,10 +94,11 @@ class Prefetcher:
             self._ahead = DALI_AHEAD if engine.stream.at_once else DALI_GPU_AHEAD
         self._jobs: Iterator[Job] = iter(())
         self._reading: deque[Future[tuple[BatchInput, dict[str, Any]]]] = deque()
-        self._in_engine: deque[tuple[BatchInput, Any]] = deque()  # (input, result of Engine.start)
+        # (input of a batch, result of Engine.start) of each batch in the engine.
+        self._in_engine: deque[tuple[BatchInput, Any]] = deque()
         self._finished: deque[Future[_Finished | None]] = deque()
         self._last_event = engine.stream.record()  # the event of the batch that was finished last
-        self._requests: deque[Event] = deque()  # for each request, an event in the consumer's work
+        self._requests: deque[Event] = deque()  # for each request, an event in the work of the consumer
         # Every later call of `next` raises this error again, because skipping a batch would shift all later batches.
         self._error: StoreError | None = None
         self._closed = False
@@ -109,7 +111,7 @@ class Prefetcher:
         return BatchInput(records, make_crops(records))
 
     def start(self, jobs: Iterator[Job]) -> None:
-        """Start new jobs. Batches of earlier jobs are dropped if they have not been served."""
+        """Start new jobs. Batches of earlier jobs that have not been served are dropped."""
         for future in self._finished:
             future.cancel()
         wait(self._finished)
@@ -117,7 +119,7 @@ class Prefetcher:
         for future_input in self._reading:
             future_input.cancel()
         self._reading.clear()
-        with suppress(StoreError):  # `next` raises the error later
+        with suppress(StoreError):  # `next` raises this error later
             while self._in_engine and self._error is None:
                 self._take_outputs()
         self._jobs = jobs
@@ -125,20 +127,20 @@ class Prefetcher:
     def next(self) -> BatchOutput | None:
         """Return the images of the next job; None after the last job.
 
-        Raises StoreError with shard, key and source of a damaged record, in this call and every later call. Raises
-        ValueError after close.
+        Raises StoreError for a damaged record, in this call and in every later call. The error names shard, key and
+        source of the record. Raises ValueError if the prefetcher was closed.
         """
         if self._closed:
             raise ValueError("the loader is closed")
         try:
             while len(self._finished) < FINISHED_AHEAD:
                 self._finished.append(self._finisher.submit(self._finish_next))
-            wait((self._finished[0],))  # if a KeyboardInterrupt occurs here, no batch is lost
+            wait((self._finished[0],))  # if a KeyboardInterrupt occurs during this wait, no batch is lost
             finished = self._finished.popleft().result()
         except (CancelledError, IndexError, RuntimeError):
             if not self._closed:
                 raise
-            raise ValueError("the loader is closed") from None  # by another thread, during this call
+            raise ValueError("the loader is closed") from None  # another thread closed the loader during this call
         if finished is None:
             return None
         output = finished.output
@@ -146,10 +148,10 @@ class Prefetcher:
         return output
 
     def wait_for_consumer(self) -> None:
-        """Wait until the GPU works on one of the last CONSUMER_AHEAD batches. Call this method before each `next`.
+        """Wait until the GPU has reached one of the last CONSUMER_AHEAD batches. Call this method before each `next`.
 
-        The consumer's thread only queues work for the GPU. Without this wait, the thread could request many more
-        batches than the GPU has worked on, and all these batches would need memory. Also, waiting for the GPU would be
+        The consumer's thread only queues work for the GPU. Without this wait, the thread could request batches far
+        ahead of the GPU, and all these batches would need memory. Also, the time of waiting for the GPU would be
         counted as waiting for the loader.
         """
         self._requests.append(self._engine.stream.record_consumer())
@@ -174,7 +176,7 @@ class Prefetcher:
         self._records.close()
 
     def _finish_next(self) -> _Finished | None:
-        """Schedule more batches, then take and finish the oldest batch in the engine. Runs on the finisher's thread."""
+        """Runs on the thread of the finisher. Runs on the finisher's thread."""
         if self._error is None:
             self._schedule()
         if self._in_engine and self._error is None:
@@ -193,9 +195,9 @@ class Prefetcher:
     def _record(self, images: torch.Tensor, batch_input: BatchInput) -> _Finished:
         """Queue the copy of the labels, and record the event of a batch.
 
-        Before it continues, the finisher waits until the previous batch is complete, so that the finisher is at most
-        one batch ahead of the GPU. If the stream is too slow, the consumer's thread then waits in `next`, where the
-        waiting time is measured.
+        The finisher waits until the previous batch is complete, before it continues. The finisher is therefore at most
+        one batch ahead of the GPU. If the stream is too slow, the consumer's thread then waits in `next`, which
+        measures the waiting time.
         """
         stream = self._engine.stream
         labels = stream.upload(torch.from_numpy(batch_input.records.labels))
@@ -205,7 +207,10 @@ class Prefetcher:
         return _Finished(BatchOutput(images, labels, batch_input), event)
 
     def _schedule(self) -> None:
-        """Start batches until the engine has enough, and READ_AHEAD others are being read or no jobs remain."""
+        """Start batches until the engine has enough batches and READ_AHEAD further batches are being read.
+
+        Stops earlier if no jobs remain.
+        """
         while len(self._in_engine) < self._ahead:
             for job in islice(self._jobs, self._read_ahead - len(self._reading)):
                 self._reading.append(self._readers.submit(self._run_job, job))
@@ -214,7 +219,7 @@ class Prefetcher:
             try:
                 batch_input, graph_inputs = self._reading[0].result()
             except StoreError as error:
-                if not self._in_engine:  # batches already in the engine are served before the error is raised
+                if not self._in_engine:  # batches that are already in the engine are served before the error is raised
                     self._error = error
                 return
             self._reading.popleft()
@@ -240,7 +245,8 @@ class Prefetcher:
         except RuntimeError as error:
             self._error = self._explain(error)
         if self._error is not None:
-            raise self._error  # not raised within `except`: a chained DALI error would keep the pipeline alive
+            # The error is not raised within `except`, because a chained DALI error would keep the pipeline alive.
+            raise self._error
         return outputs, self._in_engine.popleft()[0]
 
     def _explain(self, error: RuntimeError) -> StoreError:
@@ -262,7 +268,7 @@ def _build_pipeline(engine: Engine, batch_size: int, placement: Placement, threa
         batch_size=batch_size,
         num_threads=threads,
         device_id=placement.device_id,
-        exec_dynamic=True,  # every batch gets separate memory
+        exec_dynamic=True,  # every batch gets its own memory
         prefetch_queue_depth=1,  # the Prefetcher, not DALI, schedules batches ahead
     )
     with pipe:

@@ -35,19 +35,27 @@ class Record(NamedTuple):
 
 
 class RecordBatch(NamedTuple):
-    """N records as arrays. The addresses are valid until Records.close is called, or while `memory` exists."""
+    """N records as arrays.
 
-    numbers: npt.NDArray[np.int64]  # (N,): indices of the records in the store's order
+    The addresses are valid until Records.close is called. If `memory` is set, the addresses are valid while `memory`
+    exists.
+    """
+
+    numbers: npt.NDArray[np.int64]  # (N,): numbers of the records in the order of the store
     labels: npt.NDArray[np.int64]  # (N,)
     sizes: npt.NDArray[np.int32]  # (N, 2): height and width of the images in px
-    # (N,): addresses of the payloads in mapped files; JPEG stores: of the JPEG files; PPM stores: of the first pixels
+    # (N,): addresses of the payloads in mapped files. In JPEG stores, the addresses of the JPEG files; in PPM stores,
+    # the addresses of the first pixels.
     addresses: npt.NDArray[np.uint64]
     payload_bytes: npt.NDArray[np.int64]  # (N,): sizes of the payloads
     is_raw: bool  # True for PPM stores
     memory: object = None  # the array that holds the payloads, if they are not in mapped files
 
     def payloads(self) -> list[npt.NDArray[np.uint8]]:
-        """Return the payloads without copies: (n,) for each JPEG file, or (height, width, 3) for each raw record."""
+        """Return the payloads without copies.
+
+        A payload has the shape (n,) for a JPEG file, and (height, width, 3) for a raw record.
+        """
         parts = zip(self.addresses.tolist(), self.payload_bytes.tolist(), strict=True)
         payloads = [np.frombuffer(_view(address, size, _READ_ONLY), np.uint8) for address, size in parts]
         if not self.is_raw:
@@ -57,7 +65,10 @@ class RecordBatch(NamedTuple):
 
 
 class Records:
-    """The records of one split, numbered 0..len − 1 across all its shards. Each shard is opened at its first use."""
+    """The records of one split, with the numbers 0..len − 1 across all shards.
+
+    Each shard is opened when it is first used.
+    """
 
     def __init__(self, store: Store, split: str) -> None:
         """Raises StoreError if the store has no such split."""
@@ -66,12 +77,12 @@ class Records:
         self._ends = list(accumulate(shard.records for shard in self._shards))
         self._readers: dict[int, ShardReader] = {}
         self._is_raw, self._side_px = store.settings.format == "ppm", store.settings.side_px
-        self._last_numbers = np.array(self._ends, np.int64) - 1  # (S,): the last record of each shard
+        self._last_numbers = np.array(self._ends, np.int64) - 1  # (S,): number of the last record of each shard
         self._clear_index()
         self._lock = threading.Lock()
 
     def __reduce__(self) -> tuple[type[Records], tuple[Store, str]]:
-        """Return a pickled copy opens the files anew, for example in a spawned process."""
+        """A pickled copy opens the files again, for example in a spawned process."""
         return Records, (self.store, self.split)
 
     def __len__(self) -> int:
@@ -80,7 +91,7 @@ class Records:
     def __getitem__(self, number: int) -> Record:
         """Record `number`. Raises StoreError with the location of the record if a field is invalid.
 
-        The checksum is not verified here, because verification takes time; find_damage verifies the checksum.
+        This method does not verify the checksum, because verification takes time. find_damage verifies the checksum.
         """
         value = self._value(number)
         try:
@@ -88,7 +99,7 @@ class Records:
             if not 0 <= label < len(self.store.classes):
                 raise DatumError(f"label {label}, the store has {len(self.store.classes):,} classes")
             if self._is_raw:
-                start += 3 * width  # skip the PPM header, which has the length of a row of pixels (codec.ppm_header)
+                start += 3 * width  # skip the PPM header, which is as long as a row of pixels (codec.ppm_header)
                 if end - start != 3 * width * height:
                     raise DatumError(f"{end - start:,} bytes of pixels, expected {width}×{height}×3")
             if min(height, width) != self._side_px:
@@ -103,8 +114,8 @@ class Records:
 
         Raises the same StoreError as `self[number]` for the first bad record.
 
-        With the C library, all records are found in one call, without the GIL, and checked with NumPy. A record that
-        the library does not find, or whose fields are not valid, is read with `self[number]`, which explains the error.
+        With the C library, one call without the GIL finds all records, and NumPy checks them. A record that the library
+        does not find, or whose fields are not valid, is read again with `self[number]`, which explains the error.
         """
         if numbers.size and not 0 <= numbers.min() <= numbers.max() < len(self):
             raise IndexError(f"records {numbers.min()} to {numbers.max()}: expected 0 to {len(self) - 1}")
@@ -119,7 +130,7 @@ class Records:
         labels = np.ascontiguousarray(found["label"])
         valid = (found["image"] != 0) & (np.minimum(height, width) == self._side_px)
         valid &= (labels < len(self.store.classes)) & (np.maximum(height, width) <= _MAX_SIDE_PX)
-        # Sizes of the PPM headers (see __getitem__).
+        # sizes of the PPM headers (see __getitem__)
         header_bytes = 3 * width if self._is_raw else np.zeros(count, np.int64)
         if self._is_raw:
             valid &= size - header_bytes == 3 * width * height
@@ -138,12 +149,12 @@ class Records:
         return f"{self.store.root / self._shards[shard].path}, key {self.key(number)}{suffix}"
 
     def key(self, number: int) -> str:
-        """Return the LMDB key of record `number`: 8 digits, unique in its split."""
+        """Return the LMDB key of record `number`, which has 8 digits and is unique in its split."""
         shard, index = self._locate(number)
         return self._reader(shard).key(index).decode()
 
     def source(self, number: int) -> str:
-        """Return the input file of record `number`, relative to the split's input folder; empty if unknown."""
+        """Return the input file of record `number`, relative to the split's input folder; empty if it is unknown."""
         value = bytes(self._value(number))
         with suppress(DatumError):
             source = parse_fields(value, len(value) - CRC32_BYTES).get(SOURCE)
@@ -152,9 +163,9 @@ class Records:
         return ""
 
     def find_damage(self, number: int) -> str:
-        """Describe the damage of record `number`; empty if the record is intact.
+        """Return a description of the damage of record `number`; empty if the record is intact.
 
-        Verifies the checksum and the fields, and that a JPEG decodes to the size stored in the record.
+        Verifies the checksum and the fields, and that a JPEG has the size that is stored in the record.
         """
         try:
             verify_checksum(bytes(self._value(number)))
@@ -170,7 +181,7 @@ class Records:
         return ""
 
     def close(self) -> None:
-        """Unmap all files. Payloads must not be used afterwards, even if they are still referenced."""
+        """Unmap all files. After this call, payloads must not be used, even if they are still referenced."""
         with self._lock:
             for reader in self._readers.values():
                 reader.close()
@@ -180,8 +191,8 @@ class Records:
     def _clear_index(self) -> None:
         shards, records = len(self._shards), len(self)
         self._is_indexed = np.zeros(shards, np.bool_)
-        self._maps = np.zeros(shards, kernels.SHARD_DTYPE)  # the maps of the shards that are indexed
-        self._key_numbers = np.empty(records, np.int64)  # the keys of the records of these shards, as numbers
+        self._maps = np.zeros(shards, kernels.SHARD_DTYPE)  # the memory maps of the shards, for the C library
+        self._key_numbers = np.empty(records, np.int64)  # the keys of the records of all shards, as numbers
 
     def _index_shards(self, shards: list[int]) -> None:
         """Open and map the shards that `batch` needs."""
@@ -216,5 +227,5 @@ class Records:
 
     @property
     def advice(self) -> str:
-        """The last sentence of a message about a damaged record: the command that checks the store."""
+        """Return the last sentence of a message about a damaged record: the command that checks the store."""
         return f"Check the store with: alexprep verify --store {self.store.root}"

@@ -1,8 +1,8 @@
 """Epoch permutation and random augmentation parameters, as pure functions of seed, epoch and step.
 
 The functions keep no state, so a stream can resume from its position: the epoch, and the step within the epoch, both
-counted from 0. Together, `world_size` loaders of batch size B serve the same records as one loader of batch size
-world_size · B: rank r serves records r·B to (r + 1)·B − 1 of each step.
+counted from 0. Together, `world_size` loaders with batch size B serve the same records as one loader with batch size
+world_size · B. Rank r serves records r·B to (r + 1)·B − 1 of each step.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-BLOCK_RECORDS = 64  # number of consecutive records moved as one block: 1.5 MB of JPEG, read in sequence
+# Number of consecutive records that are moved as one block: 1.5 MB of JPEG, which a disk reads in sequence.
+BLOCK_RECORDS = 64
 WINDOW_RECORDS = 16_384  # number of records in a shuffle window: 0.5 GB of JPEG, which should fit in the page cache
-_PERMUTATION, _DRAWS = 0, 1  # purposes of a random generator; the purpose is the first integer of the generator's seed
+_PERMUTATION, _DRAWS = 0, 1  # the purpose of a random generator, which is the first integer of the generator's seed
 
 Integers = npt.NDArray[np.int64]
 
@@ -23,7 +24,7 @@ Integers = npt.NDArray[np.int64]
 class Draws(NamedTuple):
     """Random augmentation parameters of N images."""
 
-    offset: npt.NDArray[np.int32]  # (N, 2): y, x of the crop in the central square, 0..max_offset_px inclusive
+    offset: npt.NDArray[np.int32]  # (N, 2): y and x of the crop in the central square, 0..max_offset_px inclusive
     flip: npt.NDArray[np.int32]  # (N,): 0 or 1
     normal: npt.NDArray[np.float64]  # (N, 3): standard normal, for the three principal components of the colour noise
 
@@ -33,12 +34,12 @@ class Draws(NamedTuple):
 
 
 def epoch_permutation(records: int, seed: int, epoch: int) -> Integers:
-    """Return the order in which an epoch serves the records: int64 (records,), record numbers.
+    """Return the order in which an epoch serves the records, as record numbers: int64 (records,).
 
-    This method is called a block shuffle. Blocks of BLOCK_RECORDS consecutive records are put in random order. Then the
-    records within each window of WINDOW_RECORDS records are shuffled. The order of the store is itself a random
-    permutation (alexprep build-lmdb), so a block shuffle mixes the classes as well as a full shuffle does. The records
-    of a block are next to each other on the disk.
+    This kind of shuffle is called a block shuffle. Blocks of BLOCK_RECORDS consecutive records are put in random order.
+    Then the records within each window of WINDOW_RECORDS records are shuffled. The order of the store is itself a
+    random permutation (alexprep build-lmdb). A block shuffle therefore mixes the classes as well as a full shuffle
+    does. The records of a block are next to each other on the disk.
     """
     rng = _generator(_PERMUTATION, seed, epoch)
     starts = rng.permutation(np.arange(0, records, BLOCK_RECORDS))
@@ -50,7 +51,10 @@ def epoch_permutation(records: int, seed: int, epoch: int) -> Integers:
 
 
 class EpochPermutations:
-    """The permutations of a split for a seed; caches the permutations of two epochs. Threads can share an object."""
+    """The permutations of a split for one seed.
+
+    Caches the permutations of two epochs. Several threads can use the same object.
+    """
 
     def __init__(self, records: int, seed: int) -> None:
         self._records, self._seed = records, seed
@@ -58,7 +62,10 @@ class EpochPermutations:
         self._lock = threading.Lock()
 
     def __getitem__(self, epoch: int) -> Integers:
-        """Return the permutation of an epoch, counted from 0; several threads compute it only once."""
+        """Return the permutation of an epoch, counted from 0.
+
+        If several threads ask for it, it is computed only once.
+        """
         with self._lock:
             if epoch not in self._kept:
                 permutation = epoch_permutation(self._records, self._seed, epoch)
@@ -69,8 +76,9 @@ class EpochPermutations:
 def draw_params(seed: int, epoch: int, step: int, images: int, max_offset_px: int, shared_by: int = 1) -> Draws:
     """Return random augmentation parameters for one step, in which all ranks together serve `images` images.
 
-    Crop offsets are uniform over 0..max_offset_px in each direction. Flips have probability one half. `shared_by`
-    consecutive images share one offset and one flip; the authors' code uses 32 (convdata_jpeg.py, crop_chunk).
+    Crop offsets are drawn uniformly from 0..max_offset_px in each direction. Flips have probability one half.
+    `shared_by` consecutive images have the same offset and flip. The authors' code uses 32 (convdata_jpeg.py,
+    crop_chunk).
     """
     rng = _generator(_DRAWS, seed, epoch, step)
     groups = -(-images // shared_by)

@@ -1,7 +1,7 @@
 """Evaluation preprocessing of single images in NumPy: load a photograph or a record, crop it, subtract the mean.
 
 The results equal the images of an EvalLoader on a CPU, bit for bit. Photographs are rescaled like the images of a
-store; if the store has JPEG records, photographs are also encoded and decoded. The formula of pipeline.augment then
+store. If the store has JPEG records, photographs are also encoded and decoded. The formula of pipeline.augment then
 gives the result. EvalTransform needs only the settings and the mean of a store.
 """
 
@@ -31,7 +31,7 @@ Pixels = npt.NDArray[np.uint8]  # (H, W, 3) RGB
 def read_photograph(path: Path, settings: Settings) -> Photograph:
     """Prepare an image file in the same way as `alexprep build-lmdb` with these settings.
 
-    Raises UserError with the path if the file cannot be read, is too large, or is not an image.
+    Raises UserError with the path of the file if it cannot be read, is too large, or is not an image.
     """
     try:
         return prepare_photograph(path, settings)
@@ -42,9 +42,10 @@ def read_photograph(path: Path, settings: Settings) -> Photograph:
 def read_photographs(
     paths: Sequence[Path], settings: Settings, max_pixels: int = MAX_PIXELS
 ) -> Iterator[tuple[Path, Photograph | UserError]]:
-    """Prepare image files like read_photograph, in a separate process. Yields (path, photograph), or (path, error).
+    """Prepare image files like read_photograph, but in a separate process.
 
-    No file ends the loop, not even a file at which the decoder crashes or hangs.
+    Yields (path, photograph) for each file, or (path, error) for a bad file. No file ends the loop, not even a file at
+    which the decoder crashes or hangs.
     """
     for path, photograph in prepare_photographs(paths, settings, max_pixels):
         yield path, bad_photograph(path, photograph) if isinstance(photograph, BadImage) else photograph
@@ -61,14 +62,15 @@ class EvalTransform:
 
     settings: Settings
     mean: str  # one of pipeline.augment.MEANS
-    mean_rgb: tuple[float, ...]  # (3,), grey levels; used if `mean` is "channel"
+    mean_rgb: tuple[float, ...]  # (3,), in grey levels; used if `mean` is "channel"
     mean_image: npt.NDArray[np.float32] | None = None  # (side_px, side_px, 3); used if `mean` is "image" or "aligned"
     divisor: float = 1.0  # pipeline.augment.Augmentation.divisor_in_evaluation
 
     def crops(self, square: Pixels, views: int = 1) -> npt.NDArray[np.float32]:
-        """Return float32 (views, 3, 224, 224): the centre crop, or the ten views. pipeline.augment defines their order.
+        """Return the views of an image, float32 (views, 3, 224, 224).
 
-        `square` is (side_px, side_px, 3), the central square of an image; `views` is 1 or 10.
+        The views are the centre crop, or the ten views in the order that pipeline.augment defines. `square` is the
+        central square of an image, (side_px, side_px, 3). `views` is 1 or 10.
         """
         offsets, flips = eval_offsets(views, len(square) - CROP_PX)
         positions = zip(offsets.tolist(), flips.tolist(), strict=True)
@@ -111,7 +113,10 @@ class StoredImages:
         return len(self.records)
 
     def __getitem__(self, number: int) -> Pixels:
-        """Return the central square of a record, uint8 (side_px, side_px, 3); raises StoreError for damage."""
+        """Return the central square of a record, uint8 (side_px, side_px, 3).
+
+        Raises StoreError for a damaged record.
+        """
         pixels = self.records[number].payload
         if pixels.ndim == 1:
             try:
@@ -126,7 +131,7 @@ class StoredImages:
         return self.records[number].label
 
     def close(self) -> None:
-        """Unmap the files. Images already read stay valid."""
+        """Unmap the files. Images that were read before stay valid."""
         self.records.close()
 
     def __enter__(self) -> Self:

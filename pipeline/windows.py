@@ -1,11 +1,11 @@
 """Windows: squares of uint8 pixels that are decoded and cropped from the records of a store.
 
 A service sends windows to its loaders. The window of a training image is its random crop of 224 × 224 pixels. For ten
-views and for views="square", the window is the complete central square. The loader's own engine makes the image from
+views and for views="square", the window is the complete central square. The engine of the loader makes the image from
 its window: it flips, adds the colour noise, subtracts the mean and converts to float32. A training image is therefore
 sent as 150,528 bytes of uint8 instead of 602,112 bytes of float32.
 
-The workers of the service use WindowMaker. A loader that has lost its service also uses WindowMaker, with the local
+The workers of the service use WindowMaker. A loader that has lost its service also uses WindowMaker, but with the local
 store.
 """
 
@@ -31,7 +31,7 @@ LABEL_BYTES = 8  # size of the label that is sent with each window
 
 @dataclass(frozen=True)
 class WindowRequest:
-    """Request for the windows of N records: the numbers of the records, and a window position for each."""
+    """Request for the windows of N records: the numbers of the records, and a window position for each record."""
 
     split: str
     numbers: npt.NDArray[np.int64]  # (N,): record numbers
@@ -40,7 +40,7 @@ class WindowRequest:
 
     @classmethod
     def joined(cls, requests: Sequence[WindowRequest]) -> WindowRequest:
-        """Return one request for the windows of several requests of the same split, in their order."""
+        """Combine several requests for windows of the same split into one request, in their order."""
         first = requests[0]
         numbers = np.concatenate([request.numbers for request in requests])
         offset = np.concatenate([request.offset for request in requests])
@@ -63,7 +63,7 @@ class Windows(NamedTuple):
         return Windows(self.pixels[images], self.labels[images].copy())
 
     def records(self, numbers: npt.NDArray[np.int64]) -> RecordBatch:
-        """Return the windows as raw records, which an engine can read. The pixels are not copied."""
+        """Return the windows in the form of raw records, which an engine can read. The pixels are not copied."""
         count, window_px = self.pixels.shape[:2]
         window_bytes = 3 * window_px**2
         addresses = kernels.address(self.pixels) + window_bytes * np.arange(count)
@@ -112,7 +112,10 @@ class WindowMaker:
             records.close()
 
     def _cut(self, records: RecordBatch, corner: npt.NDArray[np.int32], out: npt.NDArray[np.uint8]) -> int:
-        """Write the N windows to `out`. Returns the index of the first record that cannot be decoded; N if all can."""
+        """Write the N windows to `out`.
+
+        Returns the index of the first record that cannot be decoded; N if all records can be decoded.
+        """
         kernel = kernels.native
         if kernel is None or not (records.is_raw or kernel.jpeg):
             return self._cut_without_kernel(records, corner, out)
@@ -132,7 +135,7 @@ class WindowMaker:
     def _cut_without_kernel(
         self, records: RecordBatch, corner: npt.NDArray[np.int32], out: npt.NDArray[np.uint8]
     ) -> int:
-        """Do the same as `_cut` without the C kernel: simplejpeg decodes complete images, which takes longer."""
+        """Do the same as `_cut` without the C kernel. simplejpeg decodes complete images, which takes longer."""
         payloads, corners, side = records.payloads(), corner.tolist(), out.shape[1]
 
         def cut(index: int) -> bool:

@@ -2,7 +2,7 @@
 
 The user names a cluster by its address:
 
-    local        a new cluster of this machine alone, which ends with the connection
+    local a new cluster of this machine alone, which ends with the connection
     auto         the cluster that this machine belongs to (`ray start`), or the address in RAY_ADDRESS
     HOST:PORT    the cluster whose head node listens at this address. This machine must belong to the cluster, because a
                  program reads the cluster's objects from the shared memory of its own machine
@@ -39,7 +39,7 @@ def ray_module() -> ModuleType:
     os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", _NEVER_S)
     # Without this setting, a call after the end of the connection makes Ray connect to any cluster of this machine.
     os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
-    # If the head node refuses the connection, Ray tries three times, for 40 s each. Ray's default is 20 times.
+    # If the head node refuses the connection, Ray tries three times, for 40 s each. Ray's default is 20 attempts.
     os.environ.setdefault("RAY_NUM_REDIS_GET_RETRIES", "3")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -76,16 +76,17 @@ class _Connection:
 def connected(
     address: str, *, cores: int | None = None, dashboard: bool = False, object_store_bytes: int | None = None
 ) -> Iterator[ModuleType]:
-    """Connect this process to a cluster during a `with` block, which receives the module ray.
+    """Connect this process to a cluster during a `with` block. The value of the block is the module ray.
 
     address             the cluster: local, auto or HOST:PORT
     cores               number of CPU cores of a local cluster; None: all usable cores
     dashboard           whether a local cluster starts Ray's dashboard
     object_store_bytes  size of the object store of a local cluster; None: 30 % of the memory
 
-    A process has one connection. The first of several blocks connects, and the last one disconnects. If the process
-    already has a connection, the blocks use it and leave it open. The signal handlers of the process stay installed.
-    Raises UserError if Ray is not installed, if no cluster answers, or if the cluster refuses this process.
+    A process has one connection, which all its `with` blocks share. The first block connects, and the last block
+    disconnects. If the process already has a connection, the blocks use this connection and leave it open. The signal
+    handlers of the process stay installed. Raises UserError if Ray is not installed, if no cluster answers, or if the
+    cluster refuses this process.
     """
     check_address(address)
     _use_token(address)
@@ -110,7 +111,7 @@ def _use_token(address: str) -> None:
     """Use the user's authentication token if the head node of the cluster is on this machine.
 
     Ray itself uses the token only for the address `auto`. A head node on another machine gets the token only if the
-    user has set RAY_AUTH_MODE, because a mistyped address would reveal the token to a stranger.
+    user has set RAY_AUTH_MODE. Otherwise, a mistyped address would reveal the token to a stranger.
     """
     has_token = {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys() or _TOKEN.expanduser().is_file()
     if address in (LOCAL, AUTO) or not has_token:
@@ -137,7 +138,7 @@ def _connect(ray: ModuleType, address: str, cores: int | None, dashboard: bool, 
             )
     except Exception as error:  # Ray raises a plain Exception if a process of a new cluster takes over 30 s to start
         raise UserError(f"cluster {address}: {_reason(error, address)}") from None
-    # Otherwise Ray prints the messages of all nodes to standard output, and many lines when a node dies.
+    # By default, Ray prints the messages of all nodes to standard output, and prints many lines when a node dies.
     ray._private.worker._worker_logs_enabled = False
 
 
@@ -171,18 +172,18 @@ def _reason(error: Exception, address: str) -> str:
 
 @contextmanager
 def _handlers_kept() -> Iterator[None]:
-    """Restore this process's handlers of SIGINT and SIGTERM afterwards. Ray's handlers print a stack and exit."""
+    """Restore this process's handlers of SIGINT and SIGTERM after the block. Ray's handlers print a stack and exit."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
-    except SystemExit as stop:  # while Ray starts, its own handler turns SIGTERM into SystemExit
+    except SystemExit as stop:  # while Ray starts, Ray's own handler turns SIGTERM into SystemExit
         if stop.code == signal.SIGTERM:
             raise Terminated from None
         raise
     finally:
         for number, handler in before.items():
-            with suppress(TypeError):  # the handler was not installed from Python
+            with suppress(TypeError):  # a handler that was not installed from Python cannot be restored
                 signal.signal(number, handler)

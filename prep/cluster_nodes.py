@@ -21,10 +21,10 @@ _CHECK_S = 60.0  # a node that does not answer within this time is reported as a
 def check_nodes(ray: ModuleType, folder: Path | None, source: Path, versions: Callable[[], dict[str, str]]) -> None:
     """Implement Runner.check_machines (prep/workers.py) for the nodes of a cluster.
 
-    To check `folder`, this function writes a temporary file with random content into it. Every node must read the same
-    content. Raises UserError with the name of the first node that differs, and with both values. A node that dies
-    during the check is ignored, because it will get no tasks. If the cluster has only this node, nothing is
-    compared.
+    To check `folder`, this function writes a temporary file with random content into this folder. Every node must read
+    the same content. Raises UserError with the name of the first node that differs, and with both values. A node that
+    dies during the check is ignored, because Ray gives it no tasks. If the cluster has only this node, the function
+    compares nothing.
     """
     if {node["NodeID"] for node in worker_nodes(ray)} == {ray.get_runtime_context().get_node_id()}:
         return
@@ -67,13 +67,13 @@ def worker_nodes(ray: ModuleType) -> list[dict[str, Any]]:
 def pinned(ray: ModuleType, node_id: str, soft: bool = False) -> Any:
     """Return the scheduling strategy that makes a task or actor run on one node.
 
-    With `soft`, Ray may choose another node if this node is not available.
+    With `soft`, Ray may choose another node if the given node is not available.
     """
     return ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(node_id, soft=soft)
 
 
 def cause_text(error: Exception) -> str:
-    """Return the cause of one of Ray's errors in one sentence, without a full stop."""
+    """Return the cause of one of Ray's errors as one sentence, without a full stop."""
     cause = getattr(error, "cause", None)
     if cause is not None and not isinstance(cause, str):
         return f"{type(cause).__name__}: {' '.join(str(cause).split())[:300]}".rstrip(".")
@@ -86,9 +86,9 @@ def _name(node: dict[str, Any]) -> str:
 
 
 def _describe(path: Path) -> str:
-    """Return the kind of a path (folder, file or missing) and size of a file, as text.
+    """Return a text with the kind of a path (folder, file or missing) and, for a file, its size.
 
-    All nodes must give the same text.
+    All nodes must return the same text.
     """
     try:
         status = os.stat(path)
@@ -100,7 +100,7 @@ def _describe(path: Path) -> str:
 def _check_node(
     probe: Path | None, source: Path, versions: Callable[[], dict[str, str]]
 ) -> tuple[str, dict[str, str], str]:
-    """Return, from this node: content of the file `probe`, versions of the software, description of `source`."""
+    """Return, for this node, the content of the file `probe`, the software versions and a description of `source`."""
     content = ""
     if probe is not None:
         with suppress(OSError):

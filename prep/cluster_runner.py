@@ -5,10 +5,10 @@
           ^                           │ counts, every 0.2 s or more
           └──────── _Counters <───────┘ whether the driver wants the task to stop
 
-The worker process belongs to a WorkerPool (prep/workers.py), so a task behaves as in the local pool: one BLAS thread,
-the same memory settings, and a WorkerDied with the index of the input if the process crashes. A task is lost if its
-node dies, or if Ray kills its Ray worker because memory is low. A lost task is submitted again, and no input is
-reported as the cause. The worker process ends with its Ray worker. The Ray worker ends with its node, or with the
+The worker process belongs to a WorkerPool (prep/workers.py), so a task behaves as in the local pool. There is one BLAS
+thread, and the memory settings are the same. If the process crashes, a WorkerDied names the index of the input. A task
+is lost if its node dies, or if Ray kills its Ray worker because memory is low. A lost task is submitted again. No input
+is reported as the cause. The worker process ends with its Ray worker. The Ray worker ends with its node, or with the
 driver.
 """
 
@@ -36,10 +36,11 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 _POLL_S = 0.2
-_REPORTS_PER_S = 1000  # all running tasks together send at most this number of progress reports
+_REPORTS_PER_S = 1000  # largest number of progress reports a second that all running tasks together send
 _LOST_LIMIT = 5  # if one task is lost this number of times, the run ends with an error
-_STOP_S = 5.0  # running tasks have this time to stop; then Ray kills them
-_HEAD_EVERY_S, _HEAD_LOST_S = 5.0, 30.0  # interval between checks of the head node; longest time without an answer
+_STOP_S = 5.0  # running tasks have this time to stop before Ray kills them
+# Interval between checks of the head node; longest time without an answer from it.
+_HEAD_EVERY_S, _HEAD_LOST_S = 5.0, 30.0
 
 
 @dataclass
@@ -53,7 +54,7 @@ class _Running:
 
 
 class ClusterRunner:
-    """A Runner whose tasks run on the cluster at `address`: at most `jobs` tasks at a time, and each on one core.
+    """A Runner whose tasks run on the cluster at `address`. At most `jobs` tasks run at a time, each on one core.
 
     If `jobs` is None, all cores of the cluster are used. If `preload` names a module, worker processes start at the
     beginning of the `with` block and import the module. prep/cluster.py describes the addresses.
@@ -64,7 +65,7 @@ class ClusterRunner:
         self._wanted_jobs, self._preload = jobs, preload
         self._resources = ExitStack()
         self._ray: Any = None
-        self._counters: Any = None  # the actor _Counters
+        self._counters: Any = None  # handle of the actor _Counters
         self._run: Any = None  # the remote function _run
 
     def __enter__(self) -> ClusterRunner:
@@ -90,7 +91,7 @@ class ClusterRunner:
         self._resources.close()
 
     def check_machines(self, folder: Path | None, source: Path, versions: Callable[[], dict[str, str]]) -> None:
-        """Check that all nodes see the same files and have the same software. See Runner.check_machines.
+        """Check that all nodes see the same files and have the same software versions. See Runner.check_machines.
 
         The error names the first node that differs, and both values.
         """
@@ -103,7 +104,7 @@ class ClusterRunner:
 
         If the generator is closed or raises, the running tasks are stopped before `map` ends.
         """
-        running: dict[Any, _Running] = {}  # by Ray's reference to the result
+        running: dict[Any, _Running] = {}  # Ray's reference to the result -> running task
         try:
             yield from self._map(work, iter(tasks), on_progress, running)
         finally:
@@ -117,7 +118,7 @@ class ClusterRunner:
         running: dict[Any, _Running],
     ) -> Iterator[tuple[T, Any]]:
         ray, lost = self._ray, deque[_Running]()
-        finished = Counts(0, 0, 0)  # sum over the tasks that have ended
+        finished = Counts(0, 0, 0)  # sum of the counts of the tasks that have ended
         reported: dict[str, Counts] = {}  # attempt -> counts of a running task
         reading, read_at = None, 0.0
         head = _HeadNode(ray.get_runtime_context().gcs_address, self.address)
@@ -168,7 +169,10 @@ class ClusterRunner:
 
 
 def _next_run(work: Callable[..., Any], tasks: Iterator[Any], lost: deque[_Running]) -> _Running | None:
-    """Return the next submission. Lost tasks come before new tasks. Returns None if no task is left."""
+    """Return the next submission to start.
+
+    Lost tasks are submitted before new tasks. Returns None if no task is left.
+    """
     if lost:
         again = lost.popleft()
         return _Running(secrets.token_hex(8), again.task, again.payload, again.lost_before + 1)
@@ -178,7 +182,7 @@ def _next_run(work: Callable[..., Any], tasks: Iterator[Any], lost: deque[_Runni
 
 
 def _lost(run: _Running, failure: Exception) -> _Running:
-    """Return `run`, which is to be submitted again.
+    """Return `run` for a new submission.
 
     Raises UserError if the task of `run` was lost _LOST_LIMIT times.
     """
@@ -195,7 +199,7 @@ def _sum(*counts: Counts) -> Counts:
 
 
 class _HeadNode:
-    """Checks every _HEAD_EVERY_S that the cluster's head node still accepts connections.
+    """Checks every _HEAD_EVERY_S whether the head node of the cluster still accepts connections.
 
     Without these checks, Ray waits for a lost head node without a limit.
     """
@@ -242,7 +246,7 @@ class _Counters:
         return attempt in self._stopped
 
     def read(self) -> dict[str, Counts]:
-        """Return the counts of each running task, by attempt."""
+        """Return the counts of each running task by the name of its attempt."""
         return self._counts
 
     def stop(self, attempts: list[str]) -> None:
@@ -259,9 +263,9 @@ _pools: dict[str, WorkerPool] = {}  # preloaded module -> pool of this Ray worke
 
 @contextmanager
 def _pool(preload: str) -> Iterator[WorkerPool]:
-    """The pool of this Ray worker. The pool has one worker process, which later tasks use again.
+    """Return the pool of this Ray worker. The pool has one worker process, which later tasks reuse.
 
-    multiprocessing makes a new process import the file of the module __main__. In a Ray worker, this is Ray's own
+    multiprocessing makes a new process import the file of the module __main__. In a Ray worker, this file is Ray's own
     program, which the worker process does not need. This function therefore hides `__main__.__file__`.
     """
     main = sys.modules["__main__"]
@@ -290,7 +294,7 @@ def _run(
 ) -> tuple[bytes, Counts, bytes | None]:
     """Run one task in the worker process of this Ray worker.
 
-    Returns (pickled result, counts, pickled error or None).
+    Returns the pickled result, the counts, and the pickled error (None if there was no error).
     """
     import ray
 
@@ -322,6 +326,9 @@ def _run(
 
 
 def _run_pickled(payload: bytes, task_progress: TaskProgress) -> bytes:
-    """Unpickle the pair (work, task) and run it. The Ray worker itself does not import the modules of the task."""
+    """Unpickle the pair (work, task), and call `work` with the task.
+
+    The Ray worker itself does not import the modules of the task.
+    """
     work, task = pickle.loads(payload)
     return pickle.dumps(work(task, task_progress))

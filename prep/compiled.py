@@ -1,7 +1,7 @@
-"""Loads compiled C kernels. At installation tools/compile_native.py compiles every kernels.c.
+"""Loads compiled C kernels. At installation, tools/compile_native.py compiles every kernels.c.
 
-The kernels are optional: NumPy, PyTorch or DALI can do the work of the kernels, but more slowly. The kernels are not
-used
+The kernels are optional: without them, NumPy, PyTorch or DALI do the same work more slowly. The kernels are not used in
+these cases:
 
 - if no C compiler was available at installation,
 - if kernels.c has changed since installation (the library's file name contains a digest of kernels.c),
@@ -22,16 +22,19 @@ Kernels = TypeVar("Kernels")
 
 
 def library_path(source: Path) -> Path:
-    """Return the path of the library compiled from the current text of `source`. The library need not exist."""
+    """Return the path of the library that is compiled from the current text of `source`.
+
+    The library need not exist at this path.
+    """
     return source.with_name(f"{source.stem}-{sha256(source.read_bytes()).hexdigest()[:16]}.so")
 
 
 def load(path: Path, wrap: Callable[[ctypes.CDLL], Kernels], is_correct: Callable[[Kernels], bool]) -> Kernels | None:
     """Load the library at `path` and return `wrap(library)`, or None if the library cannot be used.
 
-    The library cannot be used if its file is missing, if a function is missing (`wrap` raises AttributeError), if the
-    self-test `is_correct` returns False, or if the environment has ALEXNET_NATIVE=0. Calls into the library release the
-    GIL.
+    The library cannot be used if its file or a function is missing (`wrap` raises AttributeError), or if the self-test
+    `is_correct` returns False. It is not used either if the environment has ALEXNET_NATIVE=0. Calls into the library
+    release the global interpreter lock (GIL).
     """
     if os.environ.get("ALEXNET_NATIVE") == "0":
         return None

@@ -1,7 +1,7 @@
 """Command-line input and output: one-line errors, exit codes, interrupts, progress with rate and ETA, `--json`.
 
-alexprep, alexstream and alextrain share this module. Results go to standard output. Messages, warnings and progress go
-to standard error, so `command --json | jq` always works.
+ETA is the estimated time that is left. alexprep, alexstream and alextrain share this module. Results go to standard
+output. Messages, warnings and progress go to standard error, so `command --json | jq` always works.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class UserError(ValueError):
 
 
 class WrongArgument(UserError):
-    """An option or argument that the command cannot take: malformed, out of range, or in conflict with another.
+    """An option or argument that the command cannot take: malformed, out of range, or in conflict with another option.
 
     click exits with the same code for unknown commands and options.
     """
@@ -58,19 +58,22 @@ class WrongArgument(UserError):
 
 
 class DiskFull(UserError):
-    """A file cannot grow: the disk or a quota is full, or the file has reached the largest size allowed."""
+    """A file cannot grow, because the disk or a quota is full, or because the file has the largest allowed size."""
 
     exit_code = 3
 
 
 def disk_error(error: OSError, text: str) -> UserError:
-    """Make the exception for a failed write, with message `text`: DiskFull if the file cannot grow, else UserError."""
+    """Return the exception for a failed write: DiskFull if the file cannot grow, otherwise UserError.
+
+    `text` is the message of the exception.
+    """
     full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     return DiskFull(text) if full else UserError(text)
 
 
 class Terminated(BaseException):
-    """SIGTERM or another terminating signal as an exception, so that clean-up code runs as it does after Ctrl-C."""
+    """SIGTERM or another terminating signal as an exception. Clean-up code then runs as after Ctrl-C."""
 
     def __init__(self, signum: int = signal.SIGTERM) -> None:
         super().__init__()
@@ -89,7 +92,10 @@ class _CommandFailed(click.ClickException):
         self.exit_code = exit_code  # type: ignore[misc]  # click reads exit_code from the instance
 
     def show(self, file: IO[Any] | None = None) -> None:
-        """Print the line. If standard error cannot be written to (full disk), only the exit code reports the error."""
+        """Print the line.
+
+        If standard error cannot be written, for example on a full disk, only the exit code reports the error.
+        """
         with suppress(OSError):
             super().show(file)
 
@@ -97,8 +103,8 @@ class _CommandFailed(click.ClickException):
 class Group(click.Group):
     """A command group that prints a UserError as one line. The exit code after signal n is 128 + n (Ctrl-C: 130).
 
-    `resumable` names the commands that, when run again, continue where the interrupted run stopped. Other commands
-    start over.
+    `resumable` has the names of the commands that continue interrupted work when they are run again. Other commands
+    start from the beginning.
     """
 
     def __init__(self, *args: Any, resumable: tuple[str, ...] = (), **kwargs: Any) -> None:
@@ -119,8 +125,8 @@ class Group(click.Group):
         except UserError as error:
             raise _CommandFailed(str(error), error.exit_code) from error
         except BrokenPipeError:
-            raise  # click handles a closed pipe
-        except OSError as error:  # most likely the user passed the path that failed
+            raise  # click itself handles a closed pipe
+        except OSError as error:  # the user most likely passed the path that failed
             raise _CommandFailed(f"{error.filename or 'the system'}: {error.strerror or error}.", 1) from error
         except (KeyboardInterrupt, Terminated) as stop:
             self.say_interrupted(ctx)
@@ -136,12 +142,15 @@ _displays: list[Callable[[str], None]] = []  # the function that prints a line a
 
 
 def print_above(display: Callable[[str], None] | None) -> None:
-    """Let `say` print with `display`, which prints a line above a live display; None: print directly again."""
+    """Let `say` print with `display`, which prints a line above a live display.
+
+    With None, `say` prints directly again.
+    """
     _displays[:] = [] if display is None else [display]
 
 
 def say(text: str) -> None:
-    """Print one line to standard error. A failure to print (closed pipe, full disk) is ignored."""
+    """Print one line to standard error. A failure to print, such as a closed pipe or a full disk, is ignored."""
     with suppress(OSError):
         if _displays:
             _displays[0](one_line(text))
@@ -150,12 +159,15 @@ def say(text: str) -> None:
 
 
 def one_line(text: str) -> str:
-    """Return `text` with escaped control characters: file names may hold newlines and terminal escapes."""
+    """Return `text` with escaped control characters, because file names may contain newlines and terminal escapes."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def did_you_mean(value: object, allowed: Sequence[str]) -> str:
-    """Return ` Did you mean released?` with the values of `allowed` that are most like `value`; "" if none is."""
+    """Return ` Did you mean released?` with the values of `allowed` that are most similar to `value`.
+
+    Returns "" if no value is similar.
+    """
     similar = get_close_matches(str(value), allowed, 2, 0.5)
     return f" Did you mean {' or '.join(similar)}?" if similar else ""
 
@@ -195,7 +207,7 @@ def bytes_text(n: float) -> str:
 
 
 def usable_cores() -> int:
-    """Return the number of CPU cores that this process may use; containers and taskset limit them."""
+    """Return the number of CPU cores that this process may use. Containers and taskset limit this number."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -204,10 +216,10 @@ def usable_cores() -> int:
 def keep_freed_memory(max_bytes: int, map_large_blocks: bool) -> None:
     """Make glibc's malloc keep up to `max_bytes` of freed memory for later allocations.
 
-    By default glibc returns every large freed block to the kernel, and the kernel must zero new pages for the next
+    By default, glibc returns every large freed block to the kernel. The kernel must then zero new pages for the next
     allocation. Zeroing took half of the time to rescale a photograph, and a quarter of the time of AlexNet's training
-    step. With `map_large_blocks`, blocks over 32 MiB are still returned to the kernel at once. Nothing changes if the
-    C library is not glibc.
+    step. With `map_large_blocks`, blocks of more than 32 MiB are still returned to the kernel at once. If the C library
+    is not glibc, nothing changes.
     """
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
@@ -221,12 +233,15 @@ def keep_freed_memory(max_bytes: int, map_large_blocks: bool) -> None:
 
 
 class Progress:
-    """Count of finished work, with rate and ETA. Call `advance(n)`, or `update(done)` if the caller keeps the count."""
+    """Count of finished work, with rate and time left (ETA).
+
+    Call `advance(n)`, or call `update(done)` if the caller counts the work itself.
+    """
 
     def __init__(self, total: int, unit: str) -> None:
         self.total, self.unit, self.started = total, unit, time.monotonic()
-        self.done = 0  # units finished, of `total`
-        self.skipped = 0  # units of `done` that an earlier run finished; not counted in the rate
+        self.done = 0  # units that are finished, out of `total`
+        self.skipped = 0  # units of `done` that an earlier run finished; they do not count in the rate
         self.bad = 0  # bad inputs or records, including those that earlier runs found
         self.size_bytes = 0  # bytes that this run wrote
 
@@ -240,24 +255,30 @@ class Progress:
         self.update(self.done + n)
 
     def update(self, done: int, bad: int = 0, size_bytes: int = 0) -> None:
-        """Set the totals: `done` and `bad` include the work of earlier runs; `size_bytes` counts only this run."""
+        """Set the totals. `done` and `bad` include the work of earlier runs. `size_bytes` counts only this run."""
         self.done, self.bad, self.size_bytes = done, bad, size_bytes
 
     def rate(self) -> float:
-        """Return units that this run has finished per second, on average since its start."""
+        """Return the average number of units that this run has finished per second since its start."""
         return (self.done - self.skipped) / max(time.monotonic() - self.started, 1e-9)
 
     def eta_s(self) -> float:
-        """Return seconds left at the average rate of this run."""
+        """Return the seconds left, estimated from the average rate of this run."""
         return max(0, self.total - self.done) / max(self.rate(), 1e-9)
 
     def notes(self) -> list[str]:
-        """Return the bytes written and the number of bad inputs as texts, where there are any."""
+        """Return texts with the bytes written and with the number of bad inputs.
+
+        A text is left out if its number is 0.
+        """
         return [bytes_text(self.size_bytes)] * bool(self.size_bytes) + [f"{self.bad:,} bad"] * bool(self.bad)
 
 
 class _ProgressLines(Progress):
-    """Progress as lines of text or JSON, at most one every `every_s` seconds. The first comes after `every_s`."""
+    """Progress as lines of text or JSON, at most one every `every_s` seconds.
+
+    The first line is printed after `every_s` seconds.
+    """
 
     def __init__(self, label: str, total: int, unit: str, as_json: bool, every_s: float = 5.0) -> None:
         super().__init__(total, unit)
@@ -300,9 +321,9 @@ class _ProgressBar(Progress):
 
 @contextmanager
 def progress(label: str, total: int, unit: str) -> Iterator[Progress]:
-    """Show progress with rate and ETA on standard error: as a bar on a terminal, otherwise as lines.
+    """Show progress with rate and time left (ETA) on standard error: as a bar on a terminal, otherwise as lines.
 
-    The lines are text, or JSON objects if the command that runs has the option --json.
+    The lines are JSON objects if the running command has the option --json, and otherwise text.
     """
     if not sys.stderr.isatty():
         context = click.get_current_context(silent=True)

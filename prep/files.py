@@ -19,21 +19,21 @@ import numpy.typing as npt
 
 from prep.console import UserError, say
 
-# Errors of flock on file systems without locks; EINVAL comes from some file systems in user space.
+# Errors of flock on file systems without locks. Some file systems in user space raise EINVAL.
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)
 
 
 class LockHeld(UserError):
-    """Another process holds the lock of a folder."""
+    """Another process holds the lock of the folder."""
 
 
 def unique_suffix() -> str:
-    """Return the suffix of a temporary name, `PID-HEX.tmp`: unique among all machines that share a file system."""
+    """Return the suffix of a temporary name, `PID-HEX.tmp`, unique among all machines that share a file system."""
     return f"{os.getpid()}-{secrets.token_hex(4)}.tmp"
 
 
 def write_atomic(path: Path, content: bytes) -> None:
-    """Write a file atomically: until the new content is complete, `path` keeps its old content or does not exist."""
+    """Write a file atomically: `path` keeps its old content, or does not exist, until the new content is complete."""
     with atomic_file(path) as file:
         file.write(content)
 
@@ -58,24 +58,24 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
 
 _LOCK_RETRY_S, _LOCK_WAIT_S = 0.02, 0.1
 _uses_locks = True  # False within `without_locks`
-_told_folders: set[Path] = set()  # folders for which this process has printed that they cannot be locked
+_told_folders: set[Path] = set()  # folders for which this process has already printed the warning about missing locks
 
 
 @contextmanager
 def hold_lock(
     folder: Path, activity: str, *, name: str = ".lock", shared: bool = False, wait_s: float = _LOCK_WAIT_S
 ) -> Iterator[bool]:
-    """Hold the lock of a folder during a `with` block. The lock is a lock of the file `name` in the folder.
+    """Hold the lock of a folder during a `with` block. The function locks the file `name` in the folder.
 
-    Several processes can hold a `shared` lock at the same time. A shared lock can be taken unless another process holds
-    a lock that is not shared. A lock that is not shared can be taken only if no other process holds any lock. If the
-    lock cannot be taken, the function tries again for `wait_s`. After this time, the function raises LockHeld, with
-    `activity` in the message. The kernel releases the lock when the process ends, even after a crash. On NFS and on
-    most cluster file systems the lock excludes the processes of other machines, too.
+    Several processes can hold a `shared` lock at the same time. A `shared` lock can be taken unless another process
+    holds an exclusive lock. An exclusive lock (without `shared`) can be taken only if no other process holds any lock.
+    If the lock cannot be taken at once, the function tries again for `wait_s` seconds. After this time the function
+    raises LockHeld, with `activity` in the message. The kernel releases the lock when the process ends, even after a
+    crash. On NFS and on most cluster file systems, the lock also excludes processes of other machines.
 
     The value of the `with` block is True if the folder is locked. The value is False within `without_locks` and on a
-    file system without locks: other processes can then work in the folder. On such a file system, a warning is printed
-    once for each folder.
+    file system without locks. Other processes can then work in the folder. On a file system without locks, a warning is
+    printed once for each folder.
     """
     if not _uses_locks:
         yield False
@@ -88,7 +88,7 @@ def hold_lock(
             try:
                 fcntl.flock(handle, kind | fcntl.LOCK_NB)
                 is_held = True
-            except BlockingIOError:  # lock_is_held() in another process may hold the lock briefly: try again
+            except BlockingIOError:  # lock_is_held() in another process may hold the lock for a moment: try again
                 if time.monotonic() > deadline:
                     raise LockHeld(
                         f"{folder}: another {activity} is at work in this folder. "
@@ -115,7 +115,7 @@ def _tell_of_missing_locks(folder: Path, activity: str, error: OSError) -> None:
 
 @contextmanager
 def without_locks() -> Iterator[None]:
-    """Let hold_lock lock nothing during a `with` block (option --no-lock)."""
+    """Make hold_lock lock nothing during a `with` block (option --no-lock)."""
     global _uses_locks
     before, _uses_locks = _uses_locks, False
     try:
@@ -140,14 +140,14 @@ no_lock_option = click.option(
 
 
 def lock_is_held(folder: Path) -> bool | None:
-    """Whether a process holds the folder's lock; None if the file system has no locks.
+    """Return whether a process holds the folder's lock; None if the file system has no locks.
 
     The function takes a shared lock briefly and writes nothing. Raises OSError if the lock file cannot be opened.
     """
     try:
         with open(folder / ".lock") as handle:
             fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:  # no process has locked the folder, or a process with --no-lock works in it
+    except FileNotFoundError:  # no process has ever locked the folder, or a process with --no-lock works in it
         return None if not _uses_locks else False
     except BlockingIOError:
         return True

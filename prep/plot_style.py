@@ -1,7 +1,7 @@
 """matplotlib style and rendering of figures, shared by alexprep and alextrain.
 
 A figure is rendered as PNG or SVG. Rendering a figure again gives the same bytes. matplotlib is optional (the extra
-`figures`); only `render_figure` imports matplotlib.
+`figures`), and only `render_figure` imports it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from prep.console import UserError, WrongArgument
 from prep.version import pip_command
 
 FORMATS = ("png", "svg")
-TEXT_GRAY = "0.15"  # color of text and ticks; matplotlib's grays go from 0 (black) to 1 (white)
+TEXT_GRAY = "0.15"  # color of text and ticks; the grays of matplotlib go from 0 (black) to 1 (white)
 
 _PNG_DPI = 150
 _STYLE: dict[Any, Any] = {
@@ -33,7 +33,7 @@ _STYLE: dict[Any, Any] = {
     "text.parse_math": False,  # with True, a class name with two $ would be drawn as a formula
 }
 
-DrawFunction = Callable[[Any], None]  # draws into an empty matplotlib Figure
+DrawFunction = Callable[[Any], None]  # a function that draws into an empty matplotlib Figure
 
 
 def render_figure(
@@ -41,7 +41,7 @@ def render_figure(
 ) -> bytes:
     """Call `draw` with a Figure of `size_inches`, and return the figure as the bytes of an image file.
 
-    `format` is one of FORMATS; a PNG has 150 dpi. The file contains no creation date. matplotlib's global settings are
+    `format` is one of FORMATS. A PNG has 150 dpi. The file contains no creation date. matplotlib's global settings are
     not changed. Raises UserError if matplotlib is not installed.
     """
     try:
@@ -51,7 +51,8 @@ def render_figure(
         raise UserError(f"Figures need matplotlib. Install it with: {pip_command('figures')}") from None
     sizes: dict[Any, Any] = {"font.size": font_size_pt, "axes.titlesize": font_size_pt}
     with rc_context({**_STYLE, **sizes}), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from font")  # a missing glyph is drawn as a box
+        # A missing glyph is drawn as a box, without a warning.
+        warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from font")
         figure, buffer = Figure(figsize=size_inches), io.BytesIO()
         draw(figure)
         figure.savefig(buffer, format=format, dpi=_PNG_DPI, metadata={"Date": None} if format == "svg" else None)

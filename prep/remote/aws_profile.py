@@ -2,9 +2,9 @@
 
 obstore, the library that reads and writes buckets, takes settings from environment variables and from the metadata
 services of EC2, ECS and EKS. Unlike the AWS command line and boto3, obstore does not read ~/.aws/credentials and
-~/.aws/config. This module reads the settings that these files hold as text. Profiles that need a login or another role
-(sso_*, role_arn, credential_process) are not supported. For these profiles, `aws configure export-credentials --format
-env` prints environment variables.
+~/.aws/config. This module reads the settings that these two files contain as text. Profiles that need a login or
+another role (sso_*, role_arn, credential_process) are not supported. For these profiles, `aws configure
+export-credentials --format env` prints environment variables.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 
 from prep.console import UserError
 
-_KEYS = {  # key in the files -> setting of obstore's S3Store
+_KEYS = {  # name of a setting in the files -> name of the setting of obstore's S3Store
     "aws_access_key_id": "access_key_id",
     "aws_secret_access_key": "secret_access_key",
     "aws_session_token": "session_token",
@@ -31,10 +31,11 @@ _VARIABLES = {  # setting -> environment variables that take precedence over the
 
 
 def profile_settings(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """Settings for S3Store from the profile that AWS_PROFILE names (without AWS_PROFILE: the profile `default`).
+    """Return settings for S3Store from the profile that AWS_PROFILE names, or from the profile `default`.
 
-    Settings that the environment sets are left out. An access key in the environment replaces all keys of the profile,
-    as in the AWS command line. Raises UserError if a file cannot be read, or if neither file has the profile.
+    Settings that environment variables already set are left out. An access key in the environment replaces all keys of
+    the profile, as in the AWS command line. Raises UserError if a file cannot be read, or if neither file has the
+    profile.
     """
     profile = environment.get("AWS_PROFILE", "")
     home = Path(environment.get("HOME", "~")).expanduser()

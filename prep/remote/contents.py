@@ -36,8 +36,8 @@ class Damaged(Exception):
 class StoreFile:
     """A file of a store, and its expected content. Exactly one of the last three fields is set."""
 
-    path: str  # relative to the store
-    shard: Shard | None = None  # for a data.mdb: the shard's entry in the manifest
+    path: str  # path relative to the store
+    shard: Shard | None = None  # for a data.mdb: the entry of the shard in the manifest
     color_stats: ColorStats | None = None  # for a colour.json: statistics computed from the manifest's moments
     sha256: str = ""  # for any other file: SHA-256 (hex) from the manifest
 
@@ -51,7 +51,7 @@ def read_manifest(folder: Folder) -> tuple[Store, bytes]:
         content = folder.read(MANIFEST)
     except (FileNotFoundError, NotADirectoryError):
         if not folder.is_remote:
-            Store.open(folder.name)  # raises a StoreError that says what is in the folder
+            Store.open(folder.name)  # raises a StoreError that says what the folder contains
         unfinished = folder.states([SOURCE])
         hint = "a copy was not finished: run the same alexprep copy again" if unfinished else "not a store"
         raise StoreError(f"{folder.name}: no {MANIFEST} in it ({hint}).") from None

@@ -2,13 +2,13 @@
 
 A copy has these steps:
 
-1.  Read the source's manifest and check its checksum. Refuse a destination that holds anything else than an unfinished
-    copy of the same store.
+1.  Read the source's manifest and check its checksum. Refuse a destination that contains anything other than an
+    unfinished copy of the same store.
 2.  Write source.json of the journal, then copy and verify the files in worker processes (copy_task.py). Files that the
-    journal lists are skipped if the destination holds them unchanged.
-3.  Check that the destination still holds all files as they were verified, and that the source's manifest and the
+    journal lists are skipped if they are still unchanged in the destination.
+3.  Check that the destination still has all verified files unchanged. Check that the source's manifest and the
     journal's source.json are unchanged.
-4.  In object storage, write SHA256SUMS. Then write manifest.json, and read it back.
+4.  In object storage, write SHA256SUMS. Then write manifest.json, and read it back from the destination.
 5.  Delete the journal.
 
 The manifest is written last, so a folder with a manifest is a complete store. A command that opens an unfinished copy
@@ -85,8 +85,8 @@ class CopyResult:
 
     fingerprint: str
     files: int  # number of files in the store, the manifest included
-    bytes: int  # size of these files
-    copied_files: int  # number of files that this run copied; earlier runs copied the others
+    bytes: int  # size of all files in the store, in bytes
+    copied_files: int  # number of files that this run copied; earlier runs copied the other files
     copied_bytes: int  # size of the files that this run copied
     retries: int  # number of requests and transfers that were repeated
     seconds: float
@@ -96,8 +96,9 @@ class CopyResult:
 def planned_copy(source_name: str, target_name: str) -> Iterator[CopyPlan]:
     """Compare source and destination, and plan the copy. During the `with` block, a local destination is locked.
 
-    Raises UserError if the source is not a complete store, or if the destination has any content other than this store
-    or an unfinished copy of it. Raises DiskFull if a local destination has too little space.
+    Raises UserError if the source is not a complete store. Also raises UserError if the destination has any content
+    other than this store or an unfinished copy of this store. Raises DiskFull if a local destination has too little
+    space.
     """
     source, target = open_folder(source_name), open_folder(target_name)
     if _same_folder(source, target):
@@ -111,12 +112,13 @@ def planned_copy(source_name: str, target_name: str) -> Iterator[CopyPlan]:
             raise UserError(f"{source.name}: {file.path} is missing. The store is damaged: build or copy it again.")
     has_checksums = states.pop(CHECKSUMS, None) is not None and source.is_remote
     checksums = parse_checksums(source.read(CHECKSUMS)) if has_checksums else {}
-    if checksums.get(MANIFEST) != identity.manifest:  # another program replaced the store but not its SHA256SUMS
+    # Another program replaced the store, but did not replace its SHA256SUMS.
+    if checksums.get(MANIFEST) != identity.manifest:
         checksums = {}
     with ExitStack() as resources:
         scratch = Path()
         if isinstance(target, LocalFolder):
-            _refuse_other_content(target)  # before the lock file is written
+            _refuse_other_content(target)  # this check comes before the lock file is written
             with target.disk_errors():
                 target.root.mkdir(parents=True, exist_ok=True)
             resources.enter_context(hold_lock(target.root, "build or copy"))
@@ -144,7 +146,7 @@ def planned_copy(source_name: str, target_name: str) -> Iterator[CopyPlan]:
 def run_copy(plan: CopyPlan, runner: Runner, progress: Progress) -> CopyResult:
     """Copy and verify the files that have not arrived, then write the manifest. `progress` counts megabytes.
 
-    Raises UserError if a file cannot be copied or is damaged. The same copy can be run again, and then continues.
+    Raises UserError if a file cannot be copied or is damaged. If the same copy is run again, it continues.
     """
     started = time.monotonic()
     target, arrivals = plan.target, dict(plan.arrivals)
@@ -176,7 +178,7 @@ def run_copy(plan: CopyPlan, runner: Runner, progress: Progress) -> CopyResult:
             )
         arrivals[task.file.path] = copied.arrival
         retries += copied.retries
-    retries -= plan.retries  # plan.retries counts the tasks' requests again if the runner ran them in this process
+    retries -= plan.retries  # if the runner ran the tasks in this process, plan.retries has counted their requests, too
     if not plan.is_complete:
         _finish(plan, arrivals)
     if not plan.is_complete or journal.read_source(target) is not None:
@@ -225,7 +227,7 @@ def _finish(plan: CopyPlan, arrivals: dict[str, Arrival]) -> None:
 
 
 def _holds_store(target: Folder, identity: CopySource, states: dict[str, FileState]) -> bool:
-    """Whether the destination is already a complete copy.
+    """Return whether the destination is already a complete copy.
 
     Raises UserError if the destination is a damaged copy or another store.
     """
@@ -269,7 +271,7 @@ def _arrivals(target: Folder, identity: CopySource, paths: list[str]) -> dict[st
 
 
 def _refuse_other_content(target: Folder) -> None:
-    """Raise UserError if the destination has files, but no manifest and no unfinished copy."""
+    """Raise UserError if the destination has files, but neither a manifest nor an unfinished copy."""
     if not target.states([MANIFEST, journal.SOURCE]) and not target.is_empty():
         raise UserError(f"{target.name} is not empty and holds no unfinished copy. Name another destination.")
 

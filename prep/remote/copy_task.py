@@ -1,13 +1,14 @@
 """Copies one file of a store, and verifies the copy. Worker processes run these tasks.
 
-From object storage, and between local folders, a file is first written under a temporary name. The content of the
-temporary file is compared with the manifest (for a shard: SHA-256 over all keys and values) and with SHA256SUMS. The
-temporary file then gets its final name.
+If the source is in object storage, or both folders are local, a file is first written under a temporary name. The
+content of the temporary file is compared with SHA256SUMS and with the manifest, which has a SHA-256 over all keys and
+values of a shard. The temporary file then gets its final name.
 
-To object storage, the local file is first compared with the manifest, then sent, then read back from the server. The
-returned bytes must have the SHA-256 of the local file. The server's own checksum is not sufficient: the ETag of a
-multipart upload is not a digest of the content, and not every server computes checksums. Reading back doubles the
-traffic. S3 and Google charge nothing for traffic inside a region, and their usual fee for traffic elsewhere.
+If the destination is in object storage, the local file is first compared with the manifest, then sent, then read back
+from the server. The returned bytes must have the SHA-256 of the local file. The server's own checksum is not
+sufficient. The ETag of a multipart upload is not a digest of the content, and not every server computes checksums.
+Reading the files back doubles the traffic. S3 and Google charge nothing for traffic inside a region. They charge their
+usual fee for other traffic.
 """
 
 from __future__ import annotations
@@ -27,18 +28,18 @@ from prep.remote.object_store import ObjectFolder
 from prep.remote.urls import open_folder
 from prep.workers import TaskProgress
 
-TRIES = 3  # a file that arrives with wrong content is transferred at most this number of times
+TRIES = 3  # largest number of times that a file is transferred if it arrives with wrong content
 
 
 @dataclass(frozen=True)
 class CopyTask:
-    """The task to copy one file. A task is pickled for a worker process."""
+    """The task of copying one file. A task is pickled and sent to a worker process."""
 
     source: str  # name of the folder to copy from, for open_folder
     target: str  # name of the folder to copy to
     file: StoreFile
     state: FileState  # state of the file in the source
-    checksum: str  # SHA-256 (hex) in the source's SHA256SUMS; empty if there is none
+    checksum: str  # SHA-256 (hex) in the source's SHA256SUMS; empty if the source has no SHA256SUMS
     scratch: Path  # folder for files that are copied from one bucket to another
 
 
@@ -51,20 +52,26 @@ class Copied:
 
 
 class ByteCounter:
-    """Counts the bytes of a file as they are transferred. Bytes that are transferred again are not counted again."""
+    """Counts the bytes of a file as they are transferred.
+
+    Bytes that are transferred a second time are not counted again.
+    """
 
     def __init__(self, task_progress: TaskProgress) -> None:
         self._progress, self._counted = task_progress, 0
 
     def __call__(self, position: int) -> None:
-        """Record that the first `position` bytes of the file have been transferred."""
+        """Note that the first `position` bytes of the file have been transferred."""
         if position > self._counted:
             self._progress.count(position - self._counted)
             self._counted = position
 
 
 def copy_file(task: CopyTask, task_progress: TaskProgress) -> Copied:
-    """Copy a file, verify it and record its arrival. Raises UserError if the content is wrong TRIES times."""
+    """Copy a file, verify it and note in the journal that it has arrived.
+
+    Raises UserError if the content is wrong TRIES times.
+    """
     source, target = open_folder(task.source), open_folder(task.target)
     retries_before, count = source.retries + target.retries, ByteCounter(task_progress)
     for number in range(1, TRIES + 1):

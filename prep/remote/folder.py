@@ -1,4 +1,4 @@
-"""Folders that a store is copied from or to: the interface, and local folders. See object_store.py for buckets."""
+"""Folders that a store is copied from or to: the interface, and local folders. Buckets are in object_store.py."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from typing import NamedTuple, Protocol
 from prep.console import UserError, disk_error
 from prep.files import sync_folder, write_atomic
 
-CHUNK_BYTES = 8 << 20  # a large file is transferred in parts of this size, one request for each part
+CHUNK_BYTES = 8 << 20  # a large file is transferred in parts of this size, with one request for each part
 
-CountBytes = Callable[[int], None]  # is called with the number of bytes of a file that have been transferred so far
+# A function that is called with the number of bytes of a file that have been transferred so far.
+CountBytes = Callable[[int], None]
 
 
 class FileState(NamedTuple):
@@ -33,22 +34,22 @@ class Folder(Protocol):
     retries: int  # requests that failed and were sent again; 0 for a local folder
 
     def is_empty(self) -> bool:
-        """Whether the folder holds no file. A missing folder is empty."""
+        """Return whether the folder contains no file. A missing folder is empty."""
 
     def states(self, paths: Iterable[str]) -> dict[str, FileState]:
-        """Return {path: state} of the files that exist. Missing files are left out."""
+        """Return {path: state} of those files that exist. Missing files are left out."""
 
     def read(self, path: str) -> bytes:
         """Return the content of a small file."""
 
     def chunks(self, path: str, state: FileState) -> Iterator[bytes]:
-        """Yield the content of a file. Raises UserError if the file no longer has the state `state`."""
+        """Yield the content of a file. Raises UserError if the state of the file is no longer `state`."""
 
     def write(self, path: str, content: bytes) -> None:
         """Write a small file. The file appears with its whole content or not at all."""
 
     def delete(self, paths: Iterable[str]) -> None:
-        """Delete the files. Missing files are ignored."""
+        """Delete the files. Delete files; missing files are ignored."""
 
 
 class LocalFolder:
@@ -61,7 +62,10 @@ class LocalFolder:
         self.root, self.name = root, str(root)
 
     def is_empty(self) -> bool:
-        """Whether the folder holds no file except the lock file of an earlier command. See Folder.is_empty."""
+        """Return whether the folder contains no file except the lock file of an earlier command.
+
+        See Folder.is_empty.
+        """
         try:
             return all(name == ".lock" for name in os.listdir(self.root))
         except FileNotFoundError:
@@ -100,7 +104,7 @@ class LocalFolder:
             write_atomic(self.root / path, content)
 
     def move_in(self, temporary: Path, path: str) -> None:
-        """Move a file from a temporary path on the same disk to `path`. The file must be synced to the disk."""
+        """Move a file from a temporary path on the same disk to `path`. The file must already be synced to the disk."""
         final = self.root / path
         with self.disk_errors():
             final.parent.mkdir(parents=True, exist_ok=True)
@@ -113,7 +117,7 @@ class LocalFolder:
             (self.root / path).unlink(missing_ok=True)
 
     def disk_errors(self) -> _DiskErrors:
-        """Return a context manager that replaces an OSError by DiskFull or UserError with advice to the user."""
+        """Return a context manager that converts an OSError to DiskFull or UserError with advice to the user."""
         return _DiskErrors(self.name)
 
 

@@ -6,8 +6,8 @@ An interrupted copy reads the journal and continues with the other files.
     DST/.copy/train/00000/data.mdb.json size, version and SHA-256 of a file that was verified after it arrived
     DST/.copy/incoming/…                only in a local destination: files that are being transferred
 
-A file counts as arrived only if its size and version (ETag or modification time) in the destination still are those in
-its entry. The last step of a copy deletes the folder .copy.
+A file counts as arrived only if its size and version in the destination are still those in its entry. The version is
+the ETag or the modification time. The last step of a copy deletes the folder .copy.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Arrival:
 
 
 def read_source(target: Folder) -> CopySource | None:
-    """Return the store of which `target` holds an unfinished copy; None if there is no unfinished copy."""
+    """Return the identity of the store of which `target` contains an unfinished copy; None if there is none."""
     try:
         return CopySource(**json.loads(target.read(SOURCE)))
     except FileNotFoundError:
@@ -64,12 +64,12 @@ def write_source(target: Folder, source: CopySource) -> None:
 
 
 def record_arrival(target: Folder, path: str, arrival: Arrival) -> None:
-    """Record that a file arrived and was verified."""
+    """Note in the journal that a file arrived and was verified."""
     target.write(_entry(path), json.dumps(asdict(arrival)).encode())
 
 
 def read_arrivals(target: Folder, paths: Iterable[str]) -> dict[str, Arrival]:
-    """Return {path: arrival} of the files that the journal lists and the destination still holds unchanged."""
+    """Return {path: arrival} of the files that the journal lists and that are unchanged in the destination."""
     paths = list(paths)
 
     def read(path: str) -> Arrival | None:
@@ -83,7 +83,7 @@ def read_arrivals(target: Folder, paths: Iterable[str]) -> dict[str, Arrival]:
 
 
 def unchanged(target: Folder, arrivals: dict[str, Arrival]) -> dict[str, Arrival]:
-    """Return the part of `arrivals` whose files still have the recorded size and version in the destination."""
+    """Return those of `arrivals` whose files still have the noted size and version in the destination."""
     states = target.states(arrivals)
     return {
         path: arrival
@@ -93,7 +93,7 @@ def unchanged(target: Folder, arrivals: dict[str, Arrival]) -> dict[str, Arrival
 
 
 def incoming_file(target: LocalFolder, path: str, suffix: str) -> Path:
-    """Return temporary path of a file that is being transferred. `suffix` must be different in every process."""
+    """Return the temporary path of a file that is being transferred. `suffix` must be different in every process."""
     return target.root / _INCOMING / suffix / path
 
 

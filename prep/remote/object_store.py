@@ -2,8 +2,8 @@
 
 A request that fails because of the connection or the server is sent again. obstore first repeats the request almost at
 once (INNER_RETRIES). This module then repeats the request after each of the waiting times WAITS_S. A large file is read
-in parts of CHUNK_BYTES, and only a part that failed is read again. A large file is written as a multipart upload, which
-appears in the bucket as a whole or not at all. obstore repeats a part that failed.
+in parts of CHUNK_BYTES, and only a part that failed is read again. A large file is written as a multipart upload. The
+file appears in the bucket as a whole or not at all. obstore repeats a part that failed.
 """
 
 from __future__ import annotations
@@ -30,12 +30,13 @@ T = TypeVar("T")
 
 INNER_RETRIES: dict[str, Any] = {
     "max_retries": 2,
-    "backoff": {"init_backoff": timedelta(milliseconds=100)},  # the second wait is twice as long
+    "backoff": {"init_backoff": timedelta(milliseconds=100)},  # the second wait is twice as long as the first
 }
 WAITS_S = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)  # mean waiting times before the second and later tries of a request
-_TIMEOUTS = {"connect_timeout": "5s", "timeout": "900s"}  # limits of a request for one part, with a slow uplink
-# Longest time without a received byte. The limit is set only for reading, because in an upload it would include the
-# time in which the part is sent.
+# Time limits of a request for one part, long enough for a slow uplink.
+_TIMEOUTS = {"connect_timeout": "5s", "timeout": "900s"}
+# Longest time in which no byte is received. The limit is set only for reading. In an upload, the limit would include
+# the time in which the part is sent.
 _READ_TIMEOUT = "60s"
 _PARTS_AT_ONCE = 2  # number of parts of one upload that are kept in memory and sent at the same time
 _MAX_PARTS = 9_000  # largest number of parts of one upload; S3 allows 10,000
@@ -75,7 +76,7 @@ class ObjectFolder:
         if scheme == "s3":
             kind = self._obstore.store.S3Store
             options |= profile_settings()
-        # obstore uses http:// without TLS only if the user's endpoint begins with http://.
+        # obstore uses http:// without TLS only if the endpoint of the user begins with http://.
         client_options = {**_TIMEOUTS, "allow_http": True}
         try:
             self._store: Any = kind(bucket, **options, client_options={**client_options, "read_timeout": _READ_TIMEOUT})
@@ -88,7 +89,7 @@ class ObjectFolder:
         return not self._tried("", lambda: next(iter(self._obstore.list(self._store, chunk_size=1)), []))
 
     def states(self, paths: Iterable[str]) -> dict[str, FileState]:
-        """Return {path: state} of the files that exist. Lists all objects of the folder. See Folder.states."""
+        """Return {path: state} of those files that exist. Lists all objects of the folder. See Folder.states."""
         wanted = set(paths)
 
         def listed() -> dict[str, FileState]:
@@ -124,7 +125,10 @@ class ObjectFolder:
         self._tried(path, lambda: self._obstore.put(self._writing_store, path, content, use_multipart=False))
 
     def upload(self, path: str, file: Path, count: CountBytes) -> FileState:
-        """Upload a local file of any size. `count` is called with the number of bytes passed to obstore so far."""
+        """Upload a local file of any size.
+
+        `count` is called with the number of bytes that have been passed to obstore so far.
+        """
         size_bytes = file.stat().st_size
         chunk_bytes = max(CHUNK_BYTES, -(-size_bytes // _MAX_PARTS))
 
@@ -147,7 +151,10 @@ class ObjectFolder:
                 self._tried(path, partial(self._obstore.delete, self._store, path))
 
     def _tried(self, path: str, request: Callable[[], T]) -> T:
-        """Send a request and return its result. If it fails for a temporary reason, send it again after WAITS_S."""
+        """Send a request and return its result.
+
+        If the request fails for a temporary reason, send it again after WAITS_S.
+        """
         waits_s = list(WAITS_S)
         while True:
             try:
@@ -159,11 +166,11 @@ class ObjectFolder:
             time.sleep(waits_s.pop(0) * random.uniform(0.5, 1.5))
 
     def _is_temporary(self, error: Exception) -> bool:
-        """Whether the same request can succeed later.
+        """Return whether the same request can succeed later.
 
-        A repetition may succeed after a broken connection, a timeout, or a status of 408, 429 or 5xx. The same request
-        can also succeed later if the server has dropped an unfinished multipart upload, because this module then sends
-        the whole upload again.
+        A second try may succeed after a broken connection, after a timeout, or after a status of 408, 429 or 5xx. A
+        second try can also succeed if the server has dropped an unfinished multipart upload, because this module then
+        sends the whole upload again.
         """
         text = str(error)
         if "NoSuchUpload" in text:
@@ -174,7 +181,10 @@ class ObjectFolder:
         return status is None or status[1] in ("408", "429") or status[1].startswith("5")
 
     def _raise(self, path: str, error: Exception) -> NoReturn:
-        """Raise FileNotFoundError if only the object is missing, else UserError with the reason and advice."""
+        """Raise FileNotFoundError if only the object is missing.
+
+        Otherwise raise UserError with the reason and advice.
+        """
         text, where = str(error), f"{self.name}/{path}".rstrip("/")
         exceptions = self._obstore.exceptions
         if "NoSuchBucket" in text or (isinstance(error, FileNotFoundError) and not path):
@@ -203,8 +213,8 @@ class ObjectFolder:
 
 # Text in the GenericError that obstore raises if the server refuses to list objects or to begin a multipart upload.
 _REFUSED = "status code: 403"
-# Addresses of the metadata service of a machine in the cloud. Without credentials in the environment, obstore asks this
-# service for them.
+# Addresses of the metadata service of a machine in the cloud. If the environment has no credentials, obstore asks this
+# service for credentials.
 _METADATA_SERVICE = re.compile(r"//169\.254\.|/latest/api/token|/latest/meta-data/|/computeMetadata/")
 
 
@@ -220,7 +230,7 @@ def _counted_chunks(file: Path, chunk_bytes: int, count: CountBytes) -> Iterator
 
 
 def _reason(error: Exception) -> str:
-    """Return an obstore error's message on one line, without debug output and the server's full answer."""
+    """Return the message of an obstore error on one line, without debug output and without the server's full answer."""
     text = str(error).partition("\n\nDebug source")[0]
     code = re.search(r"<Code>(\w+)</Code>", text)
     text = re.sub(r"\s*<(\?xml|Error|html|!doctype).*", f" {code[1]}" if code else "", text, flags=re.S | re.I)
@@ -232,10 +242,12 @@ def _reason(error: Exception) -> str:
 
 
 def _interruptible(request: Callable[[], T]) -> T:
-    """Run a request so that Ctrl-C ends the command at once. obstore itself returns only when the request has ended.
+    """Run a request in such a way that Ctrl-C ends the command at once.
+
+    obstore itself returns only when the request has ended.
 
     In the main thread of the command, the request therefore runs in another thread. In other threads and in worker
-    processes, the request runs directly, because the command can kill them.
+    processes, the request runs directly, because the command can kill these threads and processes.
     """
     in_worker = multiprocessing.parent_process() is not None
     if in_worker or threading.current_thread() is not threading.main_thread():

@@ -1,16 +1,16 @@
 """Format of one record: a Caffe Datum (protobuf message) with a source path and a CRC-32, encoded and decoded here.
 
-Datums are so simple that this module writes and parses them without the protobuf library. Two optional fields are
-always written:
+Datums are so simple that this module writes and parses them without the protobuf library. Two fields that protobuf does
+not require are always written:
 
-- The label, even if the label is zero. If the field is missing (proto2's has_label() is false), DALI silently returns
+- The label, even if the label is zero. If the label is missing (proto2's has_label() is false), DALI silently returns
   an empty label.
 - `encoded`, always 1: the data of every record is a JPEG or PPM file, which contains its own height and width. Raw
   pixels are not stored, because Caffe reads raw Datums as C,H,W and DALI reads them as H,W,C.
 
 Field numbers 1 to 7 are Caffe's (src/caffe/proto/caffe.proto). This project adds two fields: the path of the source
 and, at the end of the message, a CRC-32 of all bytes before the CRC field. The numbers of both fields are too high to
-collide with Caffe's. Readers that do not know the fields skip them.
+collide with Caffe's. Readers that do not know the two fields skip them.
 
 A record can be checked without parsing it: `value[-4:]` is the little-endian zlib.crc32 of `value[:-6]`.
 """
@@ -39,7 +39,7 @@ _LABEL_FIELD = re.compile(rb"\x28" + _VARINT_BYTES, re.DOTALL)
 
 
 class DatumError(ValueError):
-    """Raised for bytes that are not a Datum of this format, or have a wrong checksum."""
+    """Raised for bytes that are not a Datum of this format, or that have a wrong checksum."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class ImageSpan(NamedTuple):
 
 
 def locate_image(value: memoryview) -> ImageSpan:
-    """Find the image in a record; nothing is copied or verified. Raises DatumError if the record has another format."""
+    """Find the image in a record. Nothing is copied or verified. Raises DatumError if the record has another format."""
     header = _HEADER_FIELDS.match(value)
     if header:
         height, width, size = (_varint_value(varint) for varint in header.groups())
@@ -124,10 +124,10 @@ def verify_checksum(value: bytes) -> None:
 
 
 def parse_fields(value: bytes, end: int) -> dict[int, int | bytes]:
-    """Return known fields of the message in `value[:end]`, by field number: varints as int, strings as bytes.
+    """Return the known fields of the message in `value[:end]` by field number.
 
-    If a field is repeated, the last value is used. Unknown and fixed-width fields are skipped. Raises DatumError if the
-    bytes are not a protobuf message.
+    Varints are returned as int, strings as bytes. If a field is repeated, the last value is used. Unknown and
+    fixed-width fields are skipped. Raises DatumError if the bytes are not a protobuf message.
     """
     fields: dict[int, int | bytes] = {}
     offset = 0
@@ -167,7 +167,10 @@ def _varint(value: int) -> bytes:
 
 
 def _read_varint(value: bytes, offset: int, end: int) -> tuple[int, int]:
-    """Read a varint: (number, offset of the next byte). Raises DatumError if the varint is cut off or too long."""
+    """Read a varint, and return the number and the offset of the next byte.
+
+    Raises DatumError if the varint is truncated or too long.
+    """
     number = shift = 0
     while offset < end and shift < 64:
         byte = value[offset]

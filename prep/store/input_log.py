@@ -1,12 +1,12 @@
-"""Log of a build's inputs: inputs.jsonl (conversions, EXIF orientations, bad inputs) and the totals for the manifest.
+"""Log of the inputs of a build: the file inputs.jsonl, and the totals for the manifest.
 
 inputs.jsonl has a line for each input that was converted, has an EXIF orientation other than 1, was kept although its
-decoder warned about it, or was left out. A line is the outcome of one input, a JSON object. Every outcome has the keys
-"source" and "fate" ("kept", "converted", "kept, with warnings", "bad", or "ignored" for a file that is no input, such
-as one beside class folders). These keys are written only if they apply: "how" (the conversions), "exif_orientation",
-"warnings" (the decoder's words), "why" (the reason for a bad or ignored input), and for a bad input about which an
-option decided, "limit" (the option) and the value of the input ("pixels", "seconds"). Outcomes are streamed, so memory
-never holds all of them.
+decoder warned, or was left out. A line is a JSON object with the outcome of one input. Every outcome has the keys
+"source" and "fate". The fate is "kept", "converted", "kept, with warnings", "bad", or "ignored" for a file that is no
+input, such as a file beside class folders. These keys are written only if they apply: "how" (the conversions),
+"exif_orientation", "warnings" (the texts of the decoder), "why" (the reason for a bad or ignored input). If an option
+decided that an input is bad, "limit" names the option, and "pixels" or "seconds" has the value of the input. Outcomes
+are written one by one, so memory never holds all of them.
 """
 
 from __future__ import annotations
@@ -21,14 +21,15 @@ from prep.files import atomic_file
 
 IGNORED = "ignored"  # fate of an entry that is not an input, such as a file beside class folders
 WARNED = "kept, with warnings"  # fate of an input that was kept although its decoder warned about it
-_MAX_REASONS = 20  # keeps the manifest small if there are many different reasons
+_MAX_REASONS = 20  # this limit keeps the manifest small if there are many different reasons
 
 
 def summarize_outcomes(outcomes: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """Count conversions, EXIF orientations, warnings about kept inputs and reasons for bad inputs, as in Split.account.
+    """Count conversions, EXIF orientations, warnings about kept inputs, and reasons for bad inputs.
 
-    The _MAX_REASONS most frequent reasons are counted by name. All other reasons are counted together as "other
-    reasons". Of the warnings about an input, the first is counted, in the same way.
+    The result has the form of Split.account. The _MAX_REASONS most frequent reasons are counted by name. All other
+    reasons are counted together as "other reasons". Of the warnings about an input, only the first is counted, in the
+    same way.
     """
     converted: Counter[str] = Counter()
     orientations: Counter[str] = Counter()
@@ -72,7 +73,7 @@ def _write_each(outcomes: Iterable[Mapping[str, Any]], file: BinaryIO) -> Iterat
 
 
 def read_outcomes(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the outcomes in an inputs.jsonl. Raises OSError if reading fails, ValueError if a line is not JSON.
+    """Yield the outcomes in an inputs.jsonl. Raises OSError if reading fails, and ValueError if a line is not JSON.
 
     Only \\n ends a line. str.splitlines would also split at U+2028, which a file name may contain.
     """

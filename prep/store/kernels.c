@@ -1,4 +1,4 @@
-/* Look up many records in the memory maps of LMDB shards. Called by kernels.py, which explains the formats. */
+/* Look up many records in the memory maps of LMDB shards. kernels.py calls these functions and explains the formats. */
 
 #include <stdint.h>
 #include <string.h>
@@ -7,11 +7,11 @@ typedef struct {
     const uint8_t *map; /* the mapped file data.mdb */
     int64_t bytes;      /* size of the map */
     int64_t page_bytes;
-    int64_t root; /* number of the page at the root of the B+ tree; less than 0: the shard cannot be searched */
+    int64_t root; /* number of the page at the root of the B+ tree; less than 0 if the shard cannot be searched */
 } shard;
 
 typedef struct {
-    const uint8_t *image; /* the JPEG or PPM file in the map; null: the record was not found or has another format */
+    const uint8_t *image; /* the JPEG or PPM file in the map; null if the record was not found or has another format */
     int64_t bytes;        /* size of the file */
     int64_t height, width, label;
 } record;
@@ -22,7 +22,7 @@ static int64_t u16(const uint8_t *p) { return p[0] | p[1] << 8; }
 static int64_t u32(const uint8_t *p) { return u16(p) | u16(p + 2) << 16; }
 static int64_t u64(const uint8_t *p) { return (int64_t)((uint64_t)u32(p) | (uint64_t)u32(p + 4) << 32); }
 
-/* Node `index` of a page; null if it is not within the page. */
+/* Return node `index` of a page; null if the node is not within the page. */
 static const uint8_t *node(const shard *s, const uint8_t *page, int64_t index) {
     const int64_t offset = u16(page + PAGE_HEADER + 2 * index);
     if (offset + NODE_HEADER > s->page_bytes || offset + NODE_HEADER + u16(page + offset + 6) > s->page_bytes)
@@ -70,11 +70,11 @@ static const uint8_t *find(const shard *s, const uint8_t *key, int64_t *size) {
         const uint8_t *value = at + NODE_HEADER + KEY;
         const int64_t flags = u16(at + 4);
         *size = u32(at);
-        if (flags == 0) /* a short value is in the page */
+        if (flags == 0) /* a short value is in this page */
             return value - page + *size <= s->page_bytes ? value : 0;
         if (flags != IN_PAGES || value - page + 8 > s->page_bytes)
             return 0;
-        number = u64(value); /* a long value is in pages of its own, after a page header */
+        number = u64(value); /* a long value is in its own pages, after a page header */
         if (number < 0 || number >= s->bytes / s->page_bytes)
             return 0;
         value = s->map + number * s->page_bytes + PAGE_HEADER;
@@ -83,7 +83,7 @@ static const uint8_t *find(const shard *s, const uint8_t *key, int64_t *size) {
     return 0;
 }
 
-/* Read a varint of at most 9 bytes at *at, and advance *at behind it. Returns -1 if the varint does not end. */
+/* Read a varint of at most 9 bytes at *at, and move *at to the byte after it. Returns -1 if the varint does not end. */
 static int64_t varint(const uint8_t **at, const uint8_t *end) {
     uint64_t number = 0;
     for (int shift = 0; shift < 63 && *at < end; shift += 7) {
@@ -112,7 +112,7 @@ static int parse(const uint8_t *value, int64_t size, record *out) {
     return *at++ == 0x28 && (out->label = varint(&at, end)) >= 0;
 }
 
-/* Look up `count` records: record k has the key keys[k], 8 digits, in shards[shard_of[k]]. */
+/* Look up `count` records. Record k has the key keys[k] of 8 digits, in shard shards[shard_of[k]]. */
 void find_records(const shard *shards, const int64_t *shard_of, const int64_t *keys, int64_t count, record *out) {
     for (int64_t k = 0; k < count; k++) {
         uint8_t key[KEY];
