@@ -8,7 +8,7 @@ import io
 import os
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -17,7 +17,7 @@ import click
 import numpy as np
 import numpy.typing as npt
 
-from prep.console import UserError, say
+from prep.console import UserError, WrongArgument, say
 
 # Errors of flock on file systems without locks. Some file systems in user space raise EINVAL.
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)
@@ -54,6 +54,58 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
     finally:
         temporary.unlink(missing_ok=True)
     sync_folder(path.parent)
+
+
+def check_extension(path: Path, option: str, extensions: Sequence[str], kind: str) -> None:
+    """Raise WrongArgument unless the name of a file ends in one of `extensions`, such as `.png`, in any case.
+
+    `option` and `kind` (`a figure is`) are parts of the message.
+    """
+    if path.suffix.lower() not in extensions:
+        names = " or ".join(path.with_suffix(extension).name for extension in extensions[:2]) if path.name else ""
+        advice = f"Name it {names}." if names else "Name a file."
+        raise WrongArgument(f"{option} {path}: {kind} {' or '.join(extensions)}. {advice}".lstrip())
+
+
+def check_output_file(path: Path, option: str = "") -> None:
+    """Raise WrongArgument if a file cannot be written at `path`: the path is a folder, or its folder does not exist.
+
+    `option` is the option that names the file, for the message.
+    """
+    name = f"{option} {path}".lstrip()
+    if path.is_dir():
+        raise WrongArgument(f"{name}: this is a folder. Name a file in it.")
+    if not path.parent.is_dir():
+        raise WrongArgument(f"{name}: there is no folder {path.parent}. Make it, or name another folder.")
+
+
+def check_output_folder(path: Path, option: str = "") -> None:
+    """Raise WrongArgument if the folder `path` can never be made, because it or a folder around it is a file.
+
+    `option` is the option that names the folder, for the message.
+    """
+    existing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    if not existing.is_dir():
+        raise WrongArgument(f"{option} {path}: {existing} is a file, not a folder. Name another folder.".lstrip())
+
+
+def output_file(
+    *extensions: str, kind: str = "the file is"
+) -> Callable[[click.Context, click.Parameter, Path | None], Path | None]:
+    """Return a click callback that checks an option for an output file, if the option is given.
+
+    The name must end in one of `extensions`; if none is given, in anything. See check_extension, check_output_file.
+    """
+
+    def check(context: click.Context, parameter: click.Parameter, path: Path | None) -> Path | None:
+        if path is not None:
+            option = parameter.opts[0] if isinstance(parameter, click.Option) else ""
+            if extensions:
+                check_extension(path, option, extensions, kind)
+            check_output_file(path, option)
+        return path
+
+    return check
 
 
 _LOCK_RETRY_S, _LOCK_WAIT_S = 0.02, 0.1

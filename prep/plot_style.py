@@ -12,7 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from prep.console import UserError, WrongArgument
+from prep.console import UserError
+from prep.files import check_extension
 from prep.version import pip_command
 
 FORMATS = ("png", "svg")
@@ -64,8 +65,5 @@ def figure_format(path: Path, option: str) -> str:
 
     Raises UserError, with `option` in its message, if the format is unknown.
     """
-    format = path.suffix.lower().removeprefix(".")
-    if format not in FORMATS:
-        names = " or ".join(path.with_suffix(f".{known}").name for known in FORMATS)
-        raise WrongArgument(f"{option} {path}: a figure is .{' or .'.join(FORMATS)}. Name it {names}.")
-    return format
+    check_extension(path, option, [f".{format}" for format in FORMATS], "a figure is")
+    return path.suffix.lower().removeprefix(".")

@@ -10,7 +10,6 @@ from typing import Any, TypeVar
 import click
 
 from prep.console import (
-    UserError,
     WrongArgument,
     json_option,
     print_json,
@@ -19,6 +18,7 @@ from prep.console import (
     store_option,
     usable_cores,
 )
+from prep.files import output_file
 from prep.store.manifest import SPLITS, Store
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -35,7 +35,13 @@ def _seed_option(max_seed: int) -> Callable[[Command], Command]:
 
 
 @click.command("preview")
-@click.argument("out", type=click.Path(path_type=Path, dir_okay=False), metavar="[OUT.png]", default="preview.png")
+@click.argument(
+    "out",
+    type=click.Path(path_type=Path, dir_okay=False),
+    callback=output_file(),
+    metavar="[OUT.png]",
+    default="preview.png",
+)
 @store_option
 @click.option(
     "--rows", type=click.IntRange(1, 64), default=6, show_default=True, help="Number of images, one in each row."
@@ -53,8 +59,6 @@ def preview(out: Path, store: Path, rows: int, seed: int) -> None:
       alexstream preview preview.png --store store --rows 4
     """
     opened = Store.open(store)
-    if not out.parent.is_dir():
-        raise UserError(f"{out}: there is no folder {out.parent}. Create it, or choose another folder.")
     from pipeline.diagnostics.preview import save_preview
 
     save_preview(opened, out, rows, seed)

@@ -19,7 +19,7 @@ from pipeline.prefetch import BatchInput, Prefetcher
 from pipeline.records import Records
 from pipeline.sampling import draw_params
 from pipeline.still_image import Pixels, StoredImages
-from prep.console import UserError, one_line
+from prep.console import UserError, WrongArgument, one_line
 from prep.store.manifest import Store
 
 AUGMENTED = 8  # number of columns with random augmentations
@@ -36,8 +36,13 @@ def save_preview(store: Store, out: Path, rows: int, seed: int, split: str = "tr
     A row shows the class, the stored image, eight random augmentations, and the eighth augmentation again with ten
     times the colour noise.
 
-    Raises UserError if the file cannot be written, and StoreError for a damaged record.
+    Raises WrongArgument if the extension of `out` is not one of an image format, UserError if the file cannot be
+    written, and StoreError for a damaged record.
     """
+    Image.init()
+    formats = {extension: format for extension, format in Image.EXTENSION.items() if format in Image.SAVE}
+    if out.suffix.lower() not in formats:
+        raise WrongArgument(f"{out}: a contact sheet is an image file. Name it {out.with_suffix('.png').name}.")
     rows = min(rows, store.split(split).records)
     titles = [
         "as stored",

@@ -18,7 +18,7 @@ from prep.build.plan import BuildPolicy, tool_versions
 from prep.build.preflight import bad_inputs_error, estimate_resources, fits_surely, free_bytes, probe, space_error
 from prep.build.split import BuildEstimate, open_plan
 from prep.console import UserError, bytes_text, count_noun, say
-from prep.files import LockHeld, lock_is_held
+from prep.files import LockHeld, check_output_folder, lock_is_held
 from prep.inputs.classes import refuse_empty_classes
 from prep.inputs.names import name_text
 from prep.inputs.reader import Source
@@ -116,11 +116,8 @@ def _count_bad(source: Source, bad: dict[str, str], batches: dict[int, list[int]
 
 def check_store_folder(store: Path) -> None:
     """Raise UserError if the folder of the store can neither be written to nor be created."""
-    folder = store
-    while not folder.exists():
-        folder = folder.absolute().parent
-    if not folder.is_dir():
-        raise UserError(f"--store {store}: {folder} is a file, not a folder. Choose another folder.")
+    check_output_folder(store, "--store")
+    folder = next(folder for folder in (store, *store.absolute().parents) if folder.exists())
     if not os.access(folder, os.W_OK | os.X_OK):
         raise UserError(f"--store {store}: no permission to write into {folder}. Choose another folder.")
 

@@ -1,13 +1,19 @@
-"""Exports the records of a split as image files in class folders. An export can be resumed and overwrites no file."""
+"""Exports the records of a split as image files in class folders. An export can be resumed and overwrites no file.
+
+The file `.alexprep-export.json` in the folder of the export holds the fingerprint of the split. It is written first, so
+the same command can resume the export. A folder that holds anything else is refused.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from prep.console import Progress, UserError, disk_error
+from prep.console import Progress, UserError, WrongArgument, disk_error
+from prep.files import check_output_folder, write_atomic
 from prep.inputs.names import name_text
 from prep.store import lmdb_shard
 from prep.store.datum import Datum, DatumError
@@ -16,6 +22,7 @@ from prep.workers import Runner, TaskProgress, WorkerDied
 
 _EXTENSIONS = {"jpeg": (".jpg", ".jpeg"), "ppm": (".ppm",)}
 _MAX_NAME_BYTES = 255
+MARKER = ".alexprep-export.json"  # hidden, so a build from the exported folder leaves it out
 
 
 @dataclass(frozen=True)
@@ -32,8 +39,10 @@ def export_split(store: Store, split: str, out: Path, runner: Runner, progress: 
     """Write the image of every record of a split to `out`/CLASS/NAME (for NAME see `file_name`).
 
     A file that already has the bytes of its record is not written again, so a second call resumes an interrupted
-    export. Raises UserError if a file with other bytes exists at that path, and StoreError if a record is damaged.
+    export. Raises WrongArgument if `out` holds anything but an export of this split, UserError if a file with other
+    bytes exists at that path, and StoreError if a record is damaged.
     """
+    _begin_or_resume(out, {"split": split, "fingerprint": store.split(split).fingerprint})
     tasks = [_ExportTask(path, out, store.classes, store.settings.format) for path in store.shard_paths(split)]
     on_progress = lambda counts: progress.update(counts.done, size_bytes=counts.bytes)  # noqa: E731
     for task, result in runner.map(_export_shard, tasks, on_progress):
@@ -42,6 +51,25 @@ def export_split(store: Store, split: str, out: Path, runner: Runner, progress: 
                 f"{task.path}: the process that read this shard {result.describe()}. "
                 "Check the store with: alexprep verify"
             )
+
+
+def _begin_or_resume(out: Path, identity: dict[str, str]) -> None:
+    """Make the folder `out` with its marker file. Raises WrongArgument if the folder holds something else."""
+    check_output_folder(out)
+    marker = out / MARKER
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        names = sorted(path.name for path in out.iterdir() if not path.name.startswith(f".{MARKER}."))
+        if MARKER in names:
+            with suppress(ValueError):
+                if json.loads(marker.read_bytes()) == identity:
+                    return
+            raise WrongArgument(f"{out}: the folder has an export of another split or store. Name an empty folder.")
+        if names:
+            raise WrongArgument(f"{out}: the folder has other files (first: {names[0]}). Name an empty folder.")
+        write_atomic(marker, json.dumps(identity).encode())
+    except OSError as error:
+        raise disk_error(error, f"{out}: {error.strerror or error}.") from error
 
 
 def _export_shard(task: _ExportTask, task_progress: TaskProgress) -> None:

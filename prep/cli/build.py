@@ -320,9 +320,11 @@ def import_caffe(
       alexprep import-caffe ilsvrc12_val_lmdb --store store --split val
     """
     from prep.build.plan import tool_versions
+    from prep.build.split_checks import check_store_folder
     from prep.inputs.caffe import list_caffe_lmdbs
 
     store, lmdbs = path_for(cluster, store), tuple(path_for(cluster, path) for path in lmdbs)
+    check_store_folder(store)
     settings, policy = _settings_and_policy(options, store, allow_empty_classes)
     with make_runner(cluster, jobs, preload="prep.build.shard_task") as workers:
         workers.check_machines(None, lmdbs[0], tool_versions)

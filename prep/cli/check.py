@@ -25,6 +25,7 @@ from prep.console import (
     store_option,
     usable_cores,
 )
+from prep.files import output_file
 from prep.store.manifest import SPLITS, Store
 
 
@@ -95,7 +96,10 @@ def verify(store: Path, split: str | None, quick: bool, jobs: int | None, cluste
 )
 @click.option("--key", metavar="K", help="Key of the record to describe.  [default: describe the store]")
 @click.option(
-    "--out", type=click.Path(path_type=Path, dir_okay=False), help="File for the image of the record that --key names."
+    "--out",
+    type=click.Path(path_type=Path, dir_okay=False),
+    callback=output_file(),
+    help="File for the image of the record that --key names.",
 )
 @json_option
 def inspect(store: Path, split: str, key: str | None, out: Path | None, as_json: bool) -> None:
@@ -161,7 +165,8 @@ def _inspect_record(store: Store, split: str, key: str, out: Path | None, as_jso
 def export_files(out: Path, store: Path, split: str, jobs: int | None, as_json: bool) -> None:
     """Write the image of every record of a split to OUT/CLASS/NAME.
 
-    Each file has the bytes of the stored image. After an interruption the same command resumes the export.
+    Each file has the bytes of the stored image. OUT must be empty or must not exist. After an interruption the same
+    command resumes the export.
 
     \b
     Example:
@@ -195,6 +200,7 @@ def export_files(out: Path, store: Path, split: str, jobs: int | None, as_json: 
 @click.option(
     "--plot",
     type=click.Path(path_type=Path, dir_okay=False),
+    callback=output_file(".png", ".svg", kind="a figure is"),
     metavar="FILE.png|.svg",
     help="File for a plot of the colours and their principal components.",
 )

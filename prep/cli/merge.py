@@ -33,9 +33,11 @@ def merge(
     Example:
       alexprep merge store more-photographs --store both
     """
+    from prep.build.split_checks import check_store_folder
     from prep.merge.stores import count_records, merge_stores
 
     sources, store = tuple(path_for(cluster, path) for path in sources), path_for(cluster, store)
+    check_store_folder(store)
     started = time.monotonic()
     records = count_records(sources)
     with make_runner(cluster, jobs) as workers, progress("merging", records, "records") as merge_progress:

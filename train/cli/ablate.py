@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from prep.console import json_option, print_json, say, store_option
-from prep.files import no_lock_option
+from prep.files import check_output_folder, no_lock_option
 from prep.store.manifest import Store
 from train.cli.options import (
     batch_option,
@@ -71,6 +71,7 @@ def ablate(store: Path, out: Path, dry_run: bool, as_json: bool, **options: Any)
       alextrain ablate --store store --out ablations --recipe modern --epochs 20 --seeds 3
       alextrain ablate --recipe short --only no-lrn --only one-gpu
     """
+    check_output_folder(out, "--out")
     opened = Store.open(store)
     opened.split("train")
     from train.experiments.ablate import ablate as train_and_measure

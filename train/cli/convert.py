@@ -8,11 +8,10 @@ from typing import Any
 import click
 
 from prep.console import UserError, bytes_text, json_option, print_json, say, shell_quoted
-from prep.files import no_lock_option
+from prep.files import no_lock_option, output_file
 from prep.store.manifest import Store
 from train.cli.options import (
     batch_option,
-    check_folder,
     checkpoint_option,
     epochs_option,
     precision_option,
@@ -33,7 +32,7 @@ from train.config.recipes import RECIPES
 @click.option(
     "--out",
     type=click.Path(path_type=Path, dir_okay=False),
-    callback=check_folder,
+    callback=output_file(),
     help="File to write; an existing file is replaced atomically.  [default: alexnet.safetensors, alexnet.pth or "
     "alexnet.onnx in RUN_DIR]",
 )

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from prep.console import UserError, count_noun, json_option, print_json, say
+from prep.files import output_file
 from prep.store.manifest import Store
 from train.cli.options import (
     checkpoint_option,
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
+    callback=output_file(".npz", kind="probabilities are saved as"),
     metavar="FILE.npz",
     help="File for the probabilities, labels and keys of all images.  [default: none]",
 )
@@ -79,21 +81,18 @@ def evaluate(
     from train.replicas.group import group_from_environment, joined
 
     with joined(group_from_environment()) as group:
-        is_file = [path.suffix == ".npz" for path in runs]
+        is_file = [path.suffix.lower() == ".npz" for path in runs]
         with group.together():
             if store is not None and not all(is_file):
                 Store.open(store).split(split)  # a missing store is reported before torch is imported
             from train.evaluation.evaluate import average_probabilities, error_rates
             from train.evaluation.predictions import (
                 Predictions,
-                check_output_path,
                 check_same_images,
                 load_predictions,
                 parse_weights,
             )
 
-            if out is not None:
-                check_output_path(out)  # an invalid path is refused before the long evaluation
             member_weights, names = parse_weights(weights, len(runs)), [str(path) for path in runs]
         options: dict[str, Any] = {
             "views": views,

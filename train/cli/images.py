@@ -7,9 +7,9 @@ from pathlib import Path
 import click
 
 from prep.console import UserError, WrongArgument, count_noun, json_option, one_line, print_json, say
+from prep.files import output_file
 from prep.store.manifest import Store
 from train.cli.options import (
-    check_folder,
     checkpoint_option,
     gpus_option,
     index_option,
@@ -101,7 +101,7 @@ def predict(
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
-    callback=check_folder,
+    callback=output_file(".npy", kind="features are written as"),
     metavar="FILE.npy",
     help="File for the activations.  [default: RUN_DIR/features-LAYER-SPLIT.npy]",
 )
@@ -161,7 +161,7 @@ def features(
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
-    callback=check_folder,
+    callback=output_file(".png", ".svg", kind="a figure is"),
     metavar="FILE.png|.svg",
     help="File for the sheet of images.  [default: RUN_DIR/search.png]",
 )

@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from prep.console import UserError, WrongArgument
+from prep.console import WrongArgument
 from prep.images.limits import MAX_PIXELS
 from train.config.architecture import ARCHITECTURES
 from train.config.choices import (
@@ -149,13 +149,6 @@ keep_option = click.option(
     metavar="K",
     help="Number of newest checkpoints to keep, in addition to the checkpoint with the lowest validation error.",
 )
-
-
-def check_folder(context: click.Context, option: click.Parameter, out: Path | None) -> Path | None:
-    """The value of an option --out FILE. Raises UserError if the folder of the file does not exist."""
-    if out is not None and not out.parent.is_dir():
-        raise UserError(f"--out {out}: there is no folder {out.parent}. Make it, or name another folder.")
-    return out
 
 
 fork_option = click.option(

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from prep.console import UserError, did_you_mean, json_option, print_json, say
+from prep.files import check_output_folder, output_file
 from prep.plot_style import FORMATS
 from train.cli.options import (
-    check_folder,
     checkpoint_option,
     gpus_option,
     index_option,
@@ -128,6 +128,7 @@ def _check_complete(trained: TrainedRun, split: str) -> None:
 
 
 def _make_folder(folder: Path) -> None:
+    check_output_folder(folder, "--out")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -139,7 +140,7 @@ def _make_folder(folder: Path) -> None:
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
-    callback=check_folder,
+    callback=output_file(".html", ".htm", kind="a report is"),
     metavar="FILE.html",
     help="File for the report.  [default: RUN_DIR/report.html]",
 )

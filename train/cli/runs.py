@@ -7,7 +7,8 @@ from pathlib import Path
 import click
 
 from prep.console import json_option, one_line, print_json, say
-from train.cli.options import check_folder, run_argument
+from prep.files import output_file
+from train.cli.options import run_argument
 
 
 @click.command()
@@ -39,7 +40,7 @@ def status(run_dir: Path, as_json: bool) -> None:
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
-    callback=check_folder,
+    callback=output_file(".png", ".svg", kind="a figure is"),
     default="compare.png",
     show_default=True,
     help="File for the figure of all learning curves, .png or .svg.",

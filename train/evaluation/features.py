@@ -20,7 +20,7 @@ from torch import Tensor
 from pipeline.loader import eval_loader
 from pipeline.records import Records
 from prep.console import WrongArgument, did_you_mean, disk_error, one_line, progress
-from prep.files import atomic_file, write_atomic
+from prep.files import atomic_file, check_extension, write_atomic
 from prep.store.manifest import Store
 from train.config.architecture import LAYERS
 from train.evaluation.evaluate import eval_batch_size
@@ -123,8 +123,7 @@ def write_features(
     The text file `keys_path(out)` gets a line for each row of the array: key, class and source path, separated by tabs.
     Raises UserError if a file cannot be written, and the errors of `iter_split_activations`.
     """
-    if out.suffix != ".npy":
-        raise WrongArgument(f"--out {out}: features are written as .npy. Name the file {out.with_suffix('.npy')}.")
+    check_extension(out, "--out", [".npy"], "features are written as")
     records, stored = store.split(split).records, Records(store, split)
     shape: tuple[int, ...] = ()
     try:

@@ -23,7 +23,7 @@ from pipeline.augment import SQUARE
 from pipeline.loader import eval_loader
 from pipeline.records import Records
 from prep.console import Progress, UserError, WrongArgument, count_noun, disk_error, progress
-from prep.files import atomic_file
+from prep.files import atomic_file, check_extension
 from prep.store.manifest import Store
 from train.evaluation.evaluate import EvalResult, eval_batch_size, evaluate
 from train.model.alexnet import AlexNet
@@ -47,22 +47,14 @@ class Predictions:
     about: Mapping[str, Any]  # see the module's docstring
 
     def save(self, out: Path) -> None:
-        """Write a .npz file atomically. Raises UserError if the file cannot be written."""
-        check_output_path(out)
+        """Write a .npz file atomically. Raises UserError if the file cannot be written or has another extension."""
+        check_extension(out, "--out", [".npz"], "probabilities are saved as")
         about = np.array(json.dumps(dict(self.about)))
         try:
             with atomic_file(out) as file:
                 np.savez(file, about=about, labels=self.labels, keys=self.keys, probabilities=self.probabilities)
         except OSError as error:
             raise disk_error(error, f"--out {out}: {error.strerror or error}.") from None
-
-
-def check_output_path(out: Path) -> None:
-    """Raise UserError if the name `out` does not end in .npz, or if the folder of `out` does not exist."""
-    if out.suffix != ".npz":
-        raise WrongArgument(f"--out {out}: probabilities are saved as .npz. Name the file {out.with_suffix('.npz')}.")
-    if not out.parent.is_dir():
-        raise UserError(f"--out {out}: there is no folder {out.parent}. Make it, or name another folder.")
 
 
 def load_predictions(path: Path) -> Predictions:

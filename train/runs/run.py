@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from prep.console import UserError, WrongArgument, count_noun, disk_error
-from prep.files import write_atomic
+from prep.files import check_output_folder, write_atomic
 from prep.store.manifest import Store
 from prep.version import package_version
 from train.config.identity import as_json, identity_of
@@ -101,6 +101,7 @@ def make_run_dir(run_dir: Path) -> None:
 
     Raises UserError if the folder cannot be made, or if the folder holds files but no run.
     """
+    check_output_folder(run_dir, "--run-dir")
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         names = [path.name for path in run_dir.iterdir() if path.name != ".lock"]

@@ -6,6 +6,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+import pytest
 from click.testing import CliRunner
 from PIL import Image
 
@@ -39,6 +40,13 @@ def test_preview_shows_stored_images_augmentations_and_stronger_noise(stores: di
             assert (stronger - last)[inside].std(0).max() < 1.5
 
 
-def test_a_missing_folder_is_reported_in_one_line(store: Path, tmp_path: Path) -> None:
-    result = CliRunner().invoke(main, ["preview", str(tmp_path / "no" / "out.png"), "--store", str(store)])
-    assert result.exit_code == 1 and result.stderr.count("\n") == 1 and "there is no folder" in result.stderr
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("no/out.png", "there is no folder"), ("a.xyz", "Name it a.png"), ("a", "Name it a.png"), (".", "is a directory")],
+)
+def test_a_file_that_cannot_be_written_is_a_wrong_argument(
+    store: Path, tmp_path: Path, name: str, message: str
+) -> None:
+    result = CliRunner().invoke(main, ["preview", str(tmp_path / name), "--store", str(store)])
+    assert result.exit_code == 2 and message in result.stderr and "Traceback" not in result.stderr
+    assert not list(tmp_path.iterdir())

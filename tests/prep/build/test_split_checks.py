@@ -187,7 +187,7 @@ def test_a_store_that_cannot_be_written_is_found_by_a_dry_run(source: Path, tmp_
     (tmp_path / "file").touch()
     for store in (tmp_path / "file", tmp_path / "file" / "store"):
         result = alexprep("build-lmdb", source, "--store", store, "--dry-run")
-        assert result.exit_code == 1 and "file is a file, not a folder" in result.stderr
+        assert result.exit_code == 2 and "file is a file, not a folder" in result.stderr
 
 
 def test_the_command_compares_the_splits_before_it_builds(source: Path, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -46,7 +47,9 @@ def fails(result: Result, *parts: str) -> None:
 
 
 def files_in(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    """The files below a folder, without the marker file of an export."""
+    paths = [path for path in folder.rglob("*") if path.is_file() and path.name != export.MARKER]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
 
 class OtherOs:
@@ -178,6 +181,33 @@ def test_files_with_other_content_are_not_overwritten(store: Path, tmp_path: Pat
     path.unlink()
     path.mkdir()
     fails(alexprep("export-files", out, "--store", store, "--split", "val", "--jobs", "1"), "same command again")
+
+
+def test_a_folder_with_other_files_is_refused(stores: dict[str, Path], tmp_path: Path) -> None:
+    """The folder may be empty, or hold an export of the same split, also one that was interrupted."""
+    out, store = tmp_path / "out", stores["jpeg"]
+
+    def run(split: str, kind: str = "jpeg") -> Result:
+        return alexprep("export-files", out, "--store", stores[kind], "--split", split, "--jobs", "1")
+
+    for other in (out / CLASSES[0] / "a.jpg", out / ".git" / "config", out / "notes.txt"):
+        other.parent.mkdir(parents=True)
+        other.write_text("mine")
+        before = files_in(tmp_path)
+        result = run("val")
+        assert result.exit_code == 2 and f"{out}: the folder has other files (first: " in result.stderr
+        assert files_in(tmp_path) == before and not (out / export.MARKER).exists()
+        shutil.rmtree(out)
+    out.mkdir()
+    assert run("val").exit_code == 0 and len(files_in(out)) == Store.open(store).split("val").records
+    next(out.rglob("*.JPEG")).unlink()
+    assert run("val").exit_code == 0 and len(files_in(out)) == Store.open(store).split("val").records
+    for words in (("train",), ("val", "ppm-whole")):
+        result = run(*words)
+        assert result.exit_code == 2 and "an export of another split or store" in result.stderr
+    assert len(files_in(out)) == Store.open(store).split("val").records
+    (out / export.MARKER).write_text("damaged")
+    assert run("val").exit_code == 2
 
 
 def test_a_killed_export_is_resumed(photo_folder: Path, tmp_path: Path, build: Build) -> None:

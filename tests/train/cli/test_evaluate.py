@@ -35,5 +35,5 @@ def test_a_missing_folder_for_out_is_refused_before_the_work(small_run: Path, tm
         "compare": (out / "x.png",),
     }
     for command, (file, *others) in commands.items():
-        error = refusal(command, small_run, *others, "--out", file)
+        error = refusal(command, small_run, *others, "--out", file, code=2)
         assert error == f"Error: --out {file}: there is no folder {out}. Make it, or name another folder.\n"

@@ -227,7 +227,7 @@ def test_an_export_needs_the_mean_image_in_the_run_folder_but_not_the_store(make
         with safe_open(tmp_path / name, "pt") as file:
             metadata.append(file.metadata())
     assert metadata[0] == metadata[1] and "mean_image" in metadata[0]["preprocessing"]
-    assert "there is no folder" in refusal(*args, tmp_path / "no" / "net")
+    assert "there is no folder" in refusal(*args, tmp_path / "no" / "net", code=2)
     (run_dir / "mean_image.npy").unlink()
     assert "mean_image.npy: cannot be read" in refusal(*args, tmp_path / "net")
     assert not (tmp_path / "net").exists()
