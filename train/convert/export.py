@@ -34,7 +34,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.augment import CROP_PX
+from pipeline.augment import CROP_PX, eval_offsets
 from pipeline.still_image import EvalTransform
 from prep.console import UserError, disk_error
 from prep.files import atomic_file
@@ -53,11 +53,11 @@ class Preprocessing:
 
     The image has the channels `channel_order` and values in `range`. The EXIF orientation of the image is not applied.
     The shorter side is rescaled to `shorter_side_px` with `resize_filter`; the longer side is rounded. The central
-    square begins at row (height − shorter_side_px) // 2 and column (width − shorter_side_px) // 2. A crop with a side
-    of `window_px` is taken from this square: the centre crop, for an evaluation with one view, begins at row and column
-    (shorter_side_px − window_px) // 2. The mean is subtracted, and the result divided by `input_divisor`. The batch is
-    float32 in the order `layout`. The value of `mean` determines what is subtracted from a crop whose top left corner
-    is at (y, x) in the square:
+    square begins at row (height − shorter_side_px) // 2 and column (width − shorter_side_px) // 2, as `square_first`
+    says. A crop with a side of `window_px` is taken from this square: the centre crop, for an evaluation with one view,
+    has the rows `window_rows` and the columns `window_columns` of the square. The mean is subtracted, and the result
+    divided by `input_divisor`. The batch is float32 in the order `layout`. The value of `mean` determines what is
+    subtracted from a crop whose top left corner is at (y, x) in the square:
 
         channel   mean_rgb
         image     the centre crop of the mean image, for every (y, x)
@@ -78,7 +78,10 @@ class Preprocessing:
     resize_filter: str = "area"
     stored_as: str = "ppm"  # format of the rescaled training images: "jpeg, quality N" or "ppm", which loses nothing
     background: str = "white"  # colour behind transparent pixels; "dropped": no colour, alpha is left out
+    square_first: str = "(length - shorter_side_px) // 2"  # first row (length: height) and column (length: width)
     window_px: int = CROP_PX
+    window_rows: tuple[int, int] = (0, 0)  # first and last row of the centre crop in the square, counted from 0
+    window_columns: tuple[int, int] = (0, 0)  # first and last column
     layout: str = "NCHW"
     channel_order: str = "RGB"
     range: tuple[int, int] = (0, 255)
@@ -100,6 +103,7 @@ def export_preprocessing(transform: EvalTransform, input_divisor: float) -> Prep
             "base64": b64encode(mean_image.astype("<f4").tobytes()).decode(),
         }
     settings = transform.settings
+    ((top, left),) = eval_offsets(1, settings.side_px - CROP_PX)[0].tolist()
     stored_as = f"jpeg, quality {settings.quality}" if settings.format == "jpeg" else settings.format
     return Preprocessing(
         settings.side_px,
@@ -110,6 +114,8 @@ def export_preprocessing(transform: EvalTransform, input_divisor: float) -> Prep
         settings.filter,
         stored_as,
         background=settings.background,
+        window_rows=(top, top + CROP_PX - 1),
+        window_columns=(left, left + CROP_PX - 1),
     )
 
 

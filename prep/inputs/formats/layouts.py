@@ -7,7 +7,7 @@ zip            a zip archive of class folders or of images, with or without fold
 tiny-imagenet  train/CLASS/images/…, val/images/… and val/val_annotations.txt
 kaggle         ILSVRC/Data/CLS-LOC, and LOC_val_solution.csv for the labels of val
 webdataset     tar files with samples KEY.jpg and KEY.cls or KEY.json
-parquet        Parquet files with columns image and label
+parquet        Parquet files with columns image and label, also in folders of splits and of a configuration
 csv            a CSV file of paths and labels
 """
 
@@ -21,7 +21,8 @@ from pathlib import Path
 from prep.console import UserError, count_noun, say
 from prep.inputs.classes import is_no_class_folder, may_be_image
 from prep.inputs.formats.csv_list import csv_splits
-from prep.inputs.formats.shards import files_by_split, refuse_unreadable
+from prep.inputs.formats.parquet_folders import parquet_splits
+from prep.inputs.formats.shards import files_by_split, refuse_unreadable, split_of_folder
 from prep.inputs.formats.webdataset import is_webdataset
 from prep.inputs.formats.zip_archive import zip_layout
 from prep.inputs.formats.zip_directory import is_zip
@@ -61,7 +62,7 @@ def find_splits(source: Path, split: str | None, layout: str | None = None) -> d
     else:
         raise UserError(f"{source}: {'not a folder or an archive' if source.exists() else 'no such folder'}.")
     if _ONLY_SPLIT in found:
-        return {split or _split_named_by(source): found[_ONLY_SPLIT]}
+        return {split or _split_named_by(source, found[_ONLY_SPLIT].layout): found[_ONLY_SPLIT]}
     if split is None:
         _report_ignored_folders(source, found)
         return {name: found[name] for name in SPLITS if name in found}
@@ -81,10 +82,13 @@ def split_source(path: Path, layout: str | None = None) -> SplitSource:
     return found[_ONLY_SPLIT]
 
 
-def _split_named_by(source: Path) -> str:
-    named = files_by_split([source])
-    is_named = source.is_file() and _ONLY_SPLIT not in named and "test" not in named
-    return next(iter(named)) if is_named else SPLITS[0]
+def _split_named_by(source: Path, layout: str) -> str:
+    """Return the split that the name of a file means, or the name of the folder of Parquet files; else train."""
+    (named,) = files_by_split([source]) if source.is_file() else (_ONLY_SPLIT,)
+    if layout == "parquet" and named == _ONLY_SPLIT:
+        folder = source.resolve().parent if source.is_file() else source.resolve()
+        named = split_of_folder(folder.name) or _ONLY_SPLIT
+    return named if named in SPLITS else SPLITS[0]
 
 
 def _splits_of_file(source: Path, layout: str | None) -> dict[str, SplitSource]:
@@ -128,6 +132,13 @@ def _splits_of_folder(source: Path, layout: str | None) -> dict[str, SplitSource
             base, layout = kaggle, None
     if layout == "csv" and _files(base, ".csv"):
         return _splits_of_file(_one_folder(base, "csv").path, "csv")
+    if layout in (None, "parquet"):
+        parquet = parquet_splits(base)
+        named = _named_splits(base) if parquet and layout is None else {}
+        if parquet and all(name in parquet and parquet[name][0].is_relative_to(path) for name, path in named.items()):
+            return {
+                name: SplitSource(paths[0].parent, "parquet", files=tuple(paths)) for name, paths in parquet.items()
+            }
     named = _named_splits(base)
     if named:
         return {name: _one_path(path, layout) for name, path in named.items()}
@@ -203,6 +214,8 @@ def _shards_by_split(folder: Path, layout: str | None) -> dict[str, SplitSource]
         files = _files(folder, suffix) if layout in (None, kind) else []
         if not files or (layout is None and kind == "webdataset" and not is_webdataset(files[0])):
             continue
+        if layout is None and kind == "parquet" and _layout_of_folder(folder) != "parquet":
+            continue  # the files describe images in class folders
         groups = files_by_split(files)
         left_out = [path for name, paths in groups.items() if name not in SPLITS for path in paths]
         found = {name: SplitSource(folder, kind, files=tuple(groups[name])) for name in SPLITS if name in groups}

@@ -15,7 +15,7 @@ from pathlib import Path
 from prep.console import UserError
 from prep.images.codec import BadImage
 from prep.images.limits import MAX_FILE_BYTES
-from prep.inputs.classes import examples
+from prep.inputs.classes import SPLIT_OF_FOLDER, examples
 from prep.inputs.listing import Input
 from prep.inputs.names import name_text
 
@@ -125,6 +125,11 @@ def files_by_split(paths: Iterable[Path]) -> dict[str, list[Path]]:
         split = next((_SPLIT_WORDS[word] for word in words if word in _SPLIT_WORDS), "")
         groups.setdefault(split, []).append(path)
     return groups
+
+
+def split_of_folder(name: str) -> str | None:
+    """Return the split that the name of a folder means; None if the name is not that of a split."""
+    return SPLIT_OF_FOLDER.get(name.lower())
 
 
 def refuse_unreadable(paths: Sequence[Path], suffix: str) -> None:

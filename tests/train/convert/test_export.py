@@ -125,10 +125,11 @@ def test_the_metadata_of_an_onnx_file_are_enough_to_compute_its_input(
     assert told["background"] == Store.open(store).settings.background
     assert told["channel_order"] == "RGB" and told["layout"] == "NCHW" and told["range"] == [0, 255]
     side, window = told["shorter_side_px"], told["window_px"]
+    (first_row, last_row), (first_column, last_column) = told["window_rows"], told["window_columns"]
+    assert (first_row, last_row) == (first_column, last_column) == (16, 239) and told["square_first"].endswith("// 2")
     mean = np.array(told["mean_rgb"])
-    margin = (side - window) // 2
     if told["mean"] == "image":
-        mean = decoded_mean_image(told)[margin:, margin:][:window, :window]
+        mean = decoded_mean_image(told)[first_row : last_row + 1, first_column : last_column + 1]
     with StoredImages(Store.open(store), "val") as stored:
         sources = [Path(stored.records.source(number)).name for number in range(12)]
     batch = []
@@ -138,8 +139,11 @@ def test_the_metadata_of_an_onnx_file_are_enough_to_compute_its_input(
         size = [(2 * length * side + short) // (2 * short) for length in image.size]  # rounded
         kind = {"area": "BICUBIC" if short < side else "BOX"}.get(told["resize_filter"], told["resize_filter"].upper())
         pixels = np.asarray(image.resize(size, Image.Resampling[kind]), np.float32)
-        top, left = ((length - side) // 2 + margin for length in pixels.shape[:2])
-        crop = (pixels[top : top + window, left : left + window] - mean) / told["input_divisor"]
+        top, left = ((length - side) // 2 for length in pixels.shape[:2])
+        square = pixels[top : top + side, left : left + side]
+        crop = square[first_row : last_row + 1, first_column : last_column + 1]
+        assert crop.shape[:2] == (window, window)
+        crop = (crop - mean) / told["input_divisor"]
         batch.append(crop.transpose(2, 0, 1))
     images = np.stack(batch).astype(np.float32)
     (logits,) = session.run(["logits"], {"images": images})
@@ -158,7 +162,7 @@ def test_exported_preprocessing_gives_the_images_of_the_stream(make_run: MakeRun
     exported = json.loads(json.dumps(vars(export_preprocessing(transform, recipe.input_divisor))))
     pixels = eval_images(store, "none").numpy()
     assert exported["shorter_side_px"] == 256 and exported["input_divisor"] == recipe.input_divisor
-    assert pixels.min() >= 0
+    assert pixels.min() >= 0 and exported["window_rows"] == exported["window_columns"] == [16, 239]
     if exported["mean_image"] is None:
         mean = np.array(exported["mean_rgb"])[:, None, None]
     else:

@@ -17,7 +17,7 @@ from prep.images.codec import BadImage
 from prep.inputs.formats import parquet
 from prep.inputs.sources import find_splits, list_source
 from tests.helpers.listings import paths_and_labels
-from tests.prep.inputs.formats.sample_data import hugging_face_table, make_pictures
+from tests.prep.inputs.formats.sample_data import hugging_face_table, make_pictures, put
 
 JPEG = b"\xff\xd8\xff"
 
@@ -28,6 +28,73 @@ def write(path: Path, columns: dict[str, Any], names: list[str] | None = None) -
     path.parent.mkdir(exist_ok=True)
     pq.write_table(table, path, row_group_size=2)
     return path
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("data/{}-00000-of-00001-a09b74b3ef9c3b56.parquet",),
+        ("data/{}-00000-of-00002.parquet", "data/{}-00001-of-00002.parquet"),
+        ("{}-00000-of-00001.parquet",),
+        ("{}/0000.parquet", "{}/0001.parquet"),
+        ("data/{}/0000.parquet",),
+        ("default/{}/0000.parquet", "default/{}/0001.parquet"),
+        ("default/partial-{}/0000.parquet",),
+        ("full size/imagenet-{}-00000-of-00001.parquet",),
+    ],
+)
+def test_files_are_found_under_the_names_that_huggingface_uses(
+    names: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`datasets` calls the splits train, validation and test. Each file has one row; its class is the split."""
+    for split in ("train", "validation", "test"):
+        for number, name in enumerate(names):
+            path = tmp_path / name.format(split)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write(path, {"image": images(f"{number}.jpg"), "label": [split]})
+    (tmp_path / ".gitattributes").touch()
+    (tmp_path / "README.md").touch()
+    for layout in (None, "parquet"):
+        found = find_splits(tmp_path, None, layout)
+        listed = {name: list_source(where, name) for name, where in found.items()}
+        assert {name: source.classes for name, source in listed.items()} == {
+            "train": ("train",),
+            "val": ("validation",),
+        }
+        assert {len(source.inputs) for source in listed.values()} == {len(names)}
+        messages = capsys.readouterr().err
+        assert f"{len(names)} Parquet file" in messages and "of no split left out (first: " in messages
+        assert ("only a part of the split train" in messages) == ("partial" in names[0])
+    file = tmp_path / names[0].format("validation")
+    assert find_splits(file, None).keys() == ({"train"} if "partial" in names[0] else {"val"})
+    if file.parent.name == "validation":
+        assert find_splits(file.parent, None).keys() == {"val"}
+
+
+def test_several_configurations_are_refused(tmp_path: Path) -> None:
+    for config in ("large", "small"):
+        for split in ("train", "test"):
+            folder = tmp_path / config / split
+            folder.mkdir(parents=True)
+            write(folder / "0000.parquet", {"image": images("a.jpg"), "label": ["cat"]})
+    with pytest.raises(UserError, match=r"2 configurations \(large, small\)\. Name one of them as SOURCE"):
+        find_splits(tmp_path, None)
+    assert find_splits(tmp_path / "small", None).keys() == {"train"}
+    write(tmp_path / "small" / "partial-train" / "0000.parquet", {"image": images("a.jpg"), "label": ["cat"]})
+    with pytest.raises(UserError, match="Parquet files of train in partial-train and in train"):
+        find_splits(tmp_path / "small", None)
+
+
+def test_parquet_files_that_describe_images_are_no_split(tmp_path: Path) -> None:
+    """The library `datasets` reads folders of images with a file metadata.parquet."""
+    for split in ("train", "val"):
+        for name in ("cat/1.jpg", "dog/2.jpg"):
+            put(tmp_path / split / name, JPEG)
+        write(tmp_path / split / "metadata.parquet", {"file_name": ["cat/1.jpg"], "text": ["a cat"]})
+        write(tmp_path / f"{split}.parquet", {"file_name": ["cat/1.jpg"], "text": ["a cat"]})
+    write(tmp_path / "train" / "cat" / "train.parquet", {"text": ["a cat"]})
+    for source in (tmp_path, tmp_path / "train"):
+        assert {where.layout for where in find_splits(source, None).values()} == {"folders"}
 
 
 def images(*paths: str | None) -> list[dict[str, Any]]:
