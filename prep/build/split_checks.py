@@ -8,8 +8,8 @@ too little disk space for all splits together.
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Sequence
+from functools import reduce
 from pathlib import Path
 
 import numpy as np
@@ -122,33 +122,23 @@ def check_store_folder(store: Path) -> None:
         raise UserError(f"--store {store}: no permission to write into {folder}. Choose another folder.")
 
 
-def _lines_with(file: Path, path: bytes) -> int:
-    """Return how many lines of a label file have the name of `path`.
-
-    A line may lack the folders and the extension of the name.
-    """
-    file_name = path.rpartition(b"/")[2]
-    name = re.escape(file_name.rpartition(b".")[0] or file_name)
-    pattern = re.compile(rb"(?<![\w.-])" + name + rb"(?![\w-])")
-    return sum(pattern.search(line) is not None for line in file.read_bytes().splitlines())
-
-
 def compare_splits(sources: Sequence[Source]) -> None:
     """Warn if two splits list the same files.
 
     Raise UserError if lines of one label file match images of both splits.
     """
     files = {source.labels_from for source in sources}
-    if len(sources) > 1 and len(files) == 1 and None not in files:
-        first, second = ({item.path: item.label for item in source.inputs} for source in sources)
-        common = sorted(first.keys() & second.keys())
-        (file,) = files
-        is_same = common and all(first[path] == second[path] for path in common)
-        if is_same and file is not None and _lines_with(file, common[0]) < 2:
+    lines = [source.label_lines for source in sources if source.label_lines is not None]
+    if len(lines) > 1 and len(files) == 1:
+        shared = reduce(np.intersect1d, lines)
+        if len(shared):
+            paths = [{source.inputs.path(k) for k in range(len(source.inputs))} for source in sources]
+            name = name_text(min(set.intersection(*paths), default=b""))
+            folders = f"Write the folder of the split before the names, such as {sources[0].split}/{name}, or build"
             raise UserError(
-                f"--labels {file}: {count_noun(len(common), 'line')} would label images of both splits (first: "
-                f"{name_text(common[0])}). Write the folder of the split before the names, such as "
-                f"{sources[0].split}/{name_text(common[0])}, or build each split with --split and its own label file."
+                f"--labels {files.pop()}: {count_noun(len(shared), 'line')} would label images of both splits (first: "
+                f"{name + ', ' if name else ''}line {shared[0]}). {folders if name else 'Build'} each split with "
+                "--split and its own label file."
             )
     digests = {source.split: source.inputs.digest() for source in sources if len(sources) > 1}
     if len(set(digests.values())) < len(digests):

@@ -5,7 +5,7 @@ Each format has a module with a function that lists the images and a class that 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -79,6 +79,8 @@ class Source:
     # Name and reason of entries that are not inputs, such as files beside class folders.
     ignored: tuple[tuple[str, str], ...] = ()
     labels_from: Path | None = None  # the label file that was read; None if class folders give the labels
+    # Numbers of the lines of the label file that are the only line of one of the inputs; None without a label file.
+    label_lines: npt.NDArray[np.int64] | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)

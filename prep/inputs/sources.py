@@ -98,7 +98,7 @@ def _label_flat_inputs(
                 labelled = FoundInputs(source.inputs, source.classes, False, source.refused, source.ignored)
                 labelled = _select_classes(labelled, options, (), str(reader.root))
                 selected = label_inputs(reader, labelled, split, replace(options, labels=None), store_classes)
-                return replace(selected, labels_from=source.labels_from)
+                return replace(selected, labels_from=source.labels_from, label_lines=source.label_lines)
         raise
 
 
@@ -158,13 +158,13 @@ def label_inputs(
     if found.is_flat:
         names = [found.listing.path(i) for i in range(len(found.listing))]
         images = [name for name in names if may_be_image(name)] or names
-        label_of, classes, file = read_labels(options, images, path, split, store_classes)
+        label_of, classes, file, lines = read_labels(options, images, path, split, store_classes)
         inputs = Listing()
         for item in found.listing:
             if item.path in label_of:
                 inputs.add(item.path, label_of[item.path], item.size, item.mtime_ns, item.location)
         strays = [(name_text(name), NO_PHOTOGRAPH) for name in names if name not in label_of]
-        return Source(reader, split, classes, inputs, found.refused, (*found.ignored, *strays), file)
+        return Source(reader, split, classes, inputs, found.refused, (*found.ignored, *strays), file, lines)
     if options.labels is not None:
         say(f"{path}: class folders give the labels of {split}; --labels is ignored.")
     inputs, classes = found.listing, found.classes

@@ -41,6 +41,7 @@ class Row:
     line: int  # number of the line, from 1
     name: str  # name of the image as the file spells it; empty if the file has only labels
     label: str  # text of the label; bytes that are not UTF-8 are escaped, as in the names of class folders
+    is_repeated: bool = False  # a later line has the same image and label
 
 
 class ImageNames:

@@ -7,6 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
 
 from prep.console import UserError, count_noun, say
 from prep.inputs.classes import SPLIT_OF_FOLDER, examples, refuse_empty_classes, wanted_classes
@@ -24,14 +28,22 @@ _SYNSET = re.compile(r"n\d{8}")
 _MIN_INDEX_LINES = 100  # a file of so many lines whose labels are the line numbers is an index, not a label file
 
 
+class Labels(NamedTuple):
+    """Labels of the images of a split."""
+
+    label_of: dict[bytes, int]  # name of the image -> label from 0
+    classes: tuple[str, ...]
+    file: Path  # the label file
+    lines: npt.NDArray[np.int64]  # sorted numbers of the lines that are the only line of an image
+
+
 def read_labels(
     options: ListOptions, names: Sequence[bytes], root: Path, split: str, store_classes: Sequence[str]
-) -> tuple[dict[bytes, int], tuple[str, ...], Path]:
+) -> Labels:
     """Read the labels of the images `names`.
 
-    Return {name: label 0..K−1}, the names of the K classes, and the label file. If the options name no label file, the
-    label file beside `root` is used. `store_classes` are the classes of the store or of the split that was listed
-    before; empty if there are no such classes. Prints the lines that name no image, and the lines that occur twice.
+    If the options name no label file, the label file beside `root` is used. `store_classes` are the classes of the
+    store or of the split that was listed before; empty if there are no such classes. Prints the lines that name no image, and the lines that occur twice.
     Raises UserError if labels are missing, contradict each other or are not classes of the store. Also raises UserError
     if the meaning of the labels is unclear.
     """
@@ -48,7 +60,7 @@ def read_labels(
     texts: dict[str, Row] = {}
     for row in rows.rows:
         texts.setdefault(row.label, row)
-    found = _by_name(file, rows.rows, images, names) if rows.has_names else _by_position(file, rows, names, root)
+    row_of = _by_name(file, rows.rows, images, names) if rows.has_names else _by_position(file, rows, names, root)
     classes, owner = wanted_classes(options.class_file, list(texts), store_classes)
 
     def example(text: str) -> str:
@@ -66,7 +78,7 @@ def read_labels(
     label_of, classes, order = label_texts.resolve(options.label_order, not rows.has_names)
     if order == "devkit":
         _refuse_other_year(file, names[0])
-    labels = {name: label_of[text] for name, text in found.items()}
+    labels = {name: label_of[row.label] for name, row in row_of.items()}
     first = names[0]
     meaning = {"name": "names of classes", "devkit": f"numbers of {getattr(devkit(), 'path', '')}"}.get(
         order, f"positions of classes (--label-order {order})"
@@ -80,7 +92,8 @@ def read_labels(
         refuse_empty_classes(where, empty)
     if empty:
         say(f"{root}: {count_noun(len(empty), 'class', 'classes')} without a photograph: {examples(empty)}.")
-    return labels, classes, file
+    lines = np.sort(np.fromiter((row.line for row in row_of.values() if not row.is_repeated), np.int64))
+    return Labels(labels, classes, file, lines)
 
 
 def _of_split(file: Path, rows: Sequence[Row], split: str, root: Path) -> list[Row]:
@@ -116,8 +129,8 @@ def _refuse_other_year(file: Path, name: bytes) -> None:
         )
 
 
-def _by_name(file: Path, rows: Sequence[Row], images: ImageNames, names: Sequence[bytes]) -> dict[bytes, str]:
-    """Return {image: label text} of a file with a name and a label on each line.
+def _by_name(file: Path, rows: Sequence[Row], images: ImageNames, names: Sequence[bytes]) -> dict[bytes, Row]:
+    """Return {image: its first row} of a file with a name and a label on each line.
 
     Raises UserError if an image has no label, or has two different labels.
     """
@@ -136,6 +149,7 @@ def _by_name(file: Path, rows: Sequence[Row], images: ImageNames, names: Sequenc
                 f"{before.line}) and {row.label}."
             )
         if before is not row:
+            found[name] = replace(before, is_repeated=True)
             double.append(name_text(name))
     missing = [name_text(name) for name in names if name not in found]
     if missing:
@@ -148,11 +162,11 @@ def _by_name(file: Path, rows: Sequence[Row], images: ImageNames, names: Sequenc
         say(f"{file}: {count_noun(len(double), 'line')} repeated with the same label: {examples(double)}.")
     if surplus:
         say(f"{file}: {count_noun(len(surplus), 'line')} without an image: {examples(surplus)}.")
-    return {name: found[name].label for name in names}
+    return {name: found[name] for name in names}
 
 
-def _by_position(file: Path, rows: Rows, names: Sequence[bytes], root: Path) -> dict[bytes, str]:
-    """Return {image: label text} of a file with only a label on each line.
+def _by_position(file: Path, rows: Rows, names: Sequence[bytes], root: Path) -> dict[bytes, Row]:
+    """Return {image: its row} of a file with only a label on each line.
 
     Line k has the label of the k-th image in the order of the names. If the images have ILSVRC's names and the file
     has more lines than there are images, line k has the label of the image with number k. Raises UserError if there are
@@ -166,7 +180,7 @@ def _by_position(file: Path, rows: Rows, names: Sequence[bytes], root: Path) -> 
     numbers = [int(match[1]) for name in names if (match := _ILSVRC_NUMBER.fullmatch(name))]
     if len(numbers) == len(names) < len(rows.rows) and 0 < min(numbers) and max(numbers) <= len(rows.rows):
         say(f"{root}: {len(names):,} images, {len(rows.rows):,} lines in {file}: line k is read for image number k.")
-        return {name: rows.rows[number - 1].label for name, number in zip(names, numbers, strict=True)}
+        return {name: rows.rows[number - 1] for name, number in zip(names, numbers, strict=True)}
     if len(rows.rows) != len(names):
         raise UserError(
             f"--labels {file}: {len(rows.rows):,} lines for {len(names):,} images in {root} "
@@ -179,7 +193,7 @@ def _by_position(file: Path, rows: Rows, names: Sequence[bytes], root: Path) -> 
             f"--labels {file}: the order of the images is ambiguous: {name_text(other[0])} comes before "
             f"{name_text(other[1])} as text and after it as numbers. Expected `name label` on each line."
         )
-    return {name: row.label for name, row in zip(names, rows.rows, strict=True)}
+    return dict(zip(names, rows.rows, strict=True))
 
 
 def _by_numbers(name: bytes) -> list[tuple[bytes, int]]:

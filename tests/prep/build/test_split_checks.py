@@ -22,7 +22,7 @@ from prep.inputs.reader import ListOptions, Source
 from prep.inputs.sources import list_source
 from prep.store.manifest import Store
 from tests.helpers.building import PPM, SKIP, STRICT, InlineRunner, Stopped, StoppingRunner, build, make_pictures
-from tests.helpers.listings import touch
+from tests.helpers.listings import paths_and_labels, touch
 
 Usage = namedtuple("Usage", ["total", "used", "free"])
 ALLOW = BuildPolicy(skip_bad=True, allow_empty_classes=True)
@@ -254,8 +254,42 @@ def test_a_line_that_labels_images_of_both_splits_is_refused(tmp_path: Path) -> 
     for option in ((), ("--dry-run",)):
         result = alexprep("build-lmdb", tmp_path / "in", "--store", tmp_path / "s", "--labels", labels, *option)
         assert result.exit_code == 1
-        assert "2 lines would label images of both splits (first: 1.jpg)" in result.output
+        assert "2 lines would label images of both splits (first: 1.jpg, line 1)" in result.output
     labels.write_text("train/1.jpg,cat\ntrain/2.jpg,dog\nval/1.jpg,dog\nval/2.jpg,cat\n")
     splits = {split: list_source(tmp_path / "in" / split, split, ListOptions(labels)) for split in ("train", "val")}
     compare_splits(list(splits.values()))
     assert [[item.label for item in source.inputs] for source in splits.values()] == [[0, 1], [1, 0]]
+
+
+def test_one_label_file_may_label_images_of_both_splits_on_lines_of_their_own(tmp_path: Path) -> None:
+    """Names with several dots are told apart: cat.0.jpg and cat.1.jpg are different images, as in Kaggle's cats."""
+    touch(tmp_path / "in" / "train", "cat.0.jpg", "dog.0.jpg", "dog.0.1.jpg")
+    touch(tmp_path / "in" / "val", "cat.1.jpg", "dog.1.jpg")
+    labels = tmp_path / "labels.csv"
+
+    def read(content: str) -> dict[str, list[tuple[bytes, int]]]:
+        labels.write_text(content)
+        splits = [list_source(tmp_path / "in" / split, split, ListOptions(labels)) for split in ("train", "val")]
+        compare_splits(splits)
+        return {source.split: paths_and_labels(source) for source in splits}
+
+    lines = "cat.0.jpg,cat\ncat.1.jpg,cat\ndog.0.jpg,dog\ndog.1.jpg,dog\ndog.0.1.jpg,dog\n"
+    expected = {
+        "train": [(b"cat.0.jpg", 0), (b"dog.0.1.jpg", 1), (b"dog.0.jpg", 1)],
+        "val": [(b"cat.1.jpg", 0), (b"dog.1.jpg", 1)],
+    }
+    assert read(lines) == read(lines.replace(".jpg", "")) == expected
+    shutil.copy(tmp_path / "in" / "val" / "cat.1.jpg", tmp_path / "in" / "train" / "cat.1.jpg")
+    with pytest.raises(UserError, match=r"1 line would label images of both splits \(first: cat\.1\.jpg, line 2\)"):
+        read(lines)
+    assert read(lines + "cat.1.jpg,cat\n")["val"] == expected["val"]  # one line for each split
+
+
+def test_numbers_alone_are_not_read_for_both_splits(tmp_path: Path) -> None:
+    """Line k belongs to the k-th image of a split, so the same lines would label different images of both splits."""
+    for split, prefix in (("train", "a"), ("val", "b")):
+        touch(tmp_path / "in" / split, f"{prefix}1.jpg", f"{prefix}2.jpg")
+    (tmp_path / "labels.txt").write_text("0\n1\n")
+    options = ListOptions(tmp_path / "labels.txt", "sorted-from-0")
+    with pytest.raises(UserError, match=r"2 lines would label images of both splits \(first: line 1\)\. Build each"):
+        compare_splits([list_source(tmp_path / "in" / split, split, options) for split in ("train", "val")])
