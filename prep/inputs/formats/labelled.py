@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from prep.console import UserError
+from prep.console import UserError, count_noun
 from prep.inputs.classes import examples, is_number, order_classes, wanted_classes
 from prep.inputs.labels.devkit import open_devkit
 from prep.inputs.labels.numbers import LabelTexts, refuse_odd_labels
@@ -31,13 +31,19 @@ class LabelledRows:
         self.texts: dict[str, int] = {}  # label as text -> index of this text
         self.labels_are_names = False  # whether a label of digits can also be the name of a class
         self.refused: list[tuple[str, str]] = []  # (name, reason)
+        self.unlabelled: list[str] = []  # names of the refused inputs whose class is not known
         self.ignored: list[tuple[str, str]] = []  # (name, reason)
 
     def refuse(self, path: bytes, label: str, reason: str) -> None:
-        """Refuse an input. The class of a refused input remains a class, so that other classes keep their labels."""
+        """Refuse an input. The class of a refused input remains a class, so that other classes keep their labels.
+
+        If `label` is empty, the class is not known; see `found`.
+        """
         self.refused.append((name_text(path), reason))
         if label:
             self.texts.setdefault(label, len(self.texts))
+        else:
+            self.unlabelled.append(name_text(path))
 
     def add(self, path: bytes, label: str, size: int, mtime_ns: int, location: int = OWN_FILE) -> None:
         """Add an input. `label` is the name of a class or a number from 0. An empty label is refused."""
@@ -70,10 +76,17 @@ class LabelledRows:
         The name of class k is the k-th name in the first of these lists that exists: `names` (from the format itself),
         the file `options.class_file`, `store_classes`. Without any list, the name is k. With `in_class_folders`, an
         input whose name has no folder gets its class as the folder. Raises UserError if there is no input, if a label
-        is no class, or if two inputs have the same name.
+        is no class, if two inputs have the same name, or if there is no such list and an input has no label.
         """
         if not len(self.rows):
             raise UserError(f"{self.origin}: {_first_reason(self.refused)}.")
+        if self.unlabelled and not (names or store_classes or options.class_file or options.allow_empty_classes):
+            raise UserError(
+                f"{self.origin}: {count_noun(len(self.unlabelled), 'image')} without a label "
+                f"({examples(self.unlabelled)}), so a class may be missing, and other classes may get its label. Add "
+                "the labels, remove these images, or name all classes with --classes FILE. With --allow-empty-classes, "
+                "the classes of the other images are all classes."
+            )
         texts = list(self.texts)
         if len(set(names)) < len(names):
             twice = next(name for name in names if list(names).count(name) > 1)

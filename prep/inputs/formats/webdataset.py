@@ -84,8 +84,11 @@ def list_webdataset(
                 label = _label(sample)
                 images = [member for member in sample if member.is_image]
                 reason = _double_member(sample) or ("" if images else "a sample without an image")
-                if reason:
+                if reason and (label or images):
                     rows.refuse(f"{path.name}/".encode() + key, label, reason)
+                    continue
+                if reason:
+                    rows.refused.append((name, reason))
                     continue
                 image = images[0]
                 for other in images[1:]:

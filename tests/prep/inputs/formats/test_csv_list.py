@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from prep.console import UserError
+from prep.inputs.reader import ListOptions
 from prep.inputs.sources import find_splits, list_source
 from tests.helpers.listings import paths_and_labels, touch
 
@@ -52,9 +53,8 @@ def test_a_column_names_the_splits(tmp_path: Path) -> None:
 
 
 def test_missing_files_and_labels_are_refused(tmp_path: Path) -> None:
-    source = list_source(
-        csv_file(tmp_path, "cat/1.jpg,cat\ncat/9.jpg,cat\ncat,cat\ncat/\0.jpg,cat\ncat/2.jpg,\n"), "train"
-    )
+    path = csv_file(tmp_path, "cat/1.jpg,cat\ncat/9.jpg,cat\ncat,cat\ncat/\0.jpg,cat\ncat/2.jpg,\n")
+    source = list_source(path, "train", ListOptions(allow_empty_classes=True))
     assert paths_and_labels(source) == [(b"cat/1.jpg", 0)]
     assert source.refused == (
         ("cat/9.jpg", "cannot be read: No such file or directory"),
@@ -62,6 +62,22 @@ def test_missing_files_and_labels_are_refused(tmp_path: Path) -> None:
         ("cat/\0.jpg", "a NUL byte in its path"),
         ("cat/2.jpg", "no label"),
     )
+
+
+@pytest.mark.parametrize("file", ["dog/a b, c.jpg", "dog/missing.jpg"])
+def test_a_row_without_a_label_drops_no_class(file: str, tmp_path: Path) -> None:
+    """The class of the row may be one that no other row has: the store would lack it, without a word."""
+    path = csv_file(tmp_path, f'cat/1.jpg,cat\ncat/2.jpg,cat\n"{file}",\n')
+    with pytest.raises(
+        UserError, match=rf"1 image without a label \({file}\), so a class may be missing.*--classes FILE"
+    ):
+        list_source(path, "train")
+    (tmp_path / "classes.txt").write_text("cat\ndog\n")
+    with pytest.raises(UserError, match="1 class has no photograph: dog"):
+        list_source(path, "train", ListOptions(class_file=tmp_path / "classes.txt"))
+    (tmp_path / "classes.txt").write_text("cat\n")
+    source = list_source(path, "train", ListOptions(class_file=tmp_path / "classes.txt"))
+    assert [name for name, _ in source.refused] == [file] and source.classes == ("cat",)
 
 
 @pytest.mark.parametrize(

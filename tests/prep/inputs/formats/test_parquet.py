@@ -15,6 +15,7 @@ import pytest
 from prep.console import DiskFull, UserError
 from prep.images.codec import BadImage
 from prep.inputs.formats import parquet
+from prep.inputs.reader import ListOptions
 from prep.inputs.sources import find_splits, list_source
 from tests.helpers.listings import paths_and_labels
 from tests.prep.inputs.formats.sample_data import hugging_face_table, make_pictures, put
@@ -238,7 +239,10 @@ def test_files_that_differ_are_refused(
 
 def test_kinds_of_labels(tmp_path: Path) -> None:
     three = images("a.jpg", "b.jpg", "c.jpg")
-    floats = list_source(write(tmp_path / "f.parquet", {"image": three, "label": [1.0, float("nan"), 0.0]}), "train")
+    path = write(tmp_path / "f.parquet", {"image": three, "label": [1.0, float("nan"), 0.0]})
+    with pytest.raises(UserError, match=r"1 image without a label \(b\.jpg\), so a class may be missing"):
+        list_source(path, "train")
+    floats = list_source(path, "train", ListOptions(allow_empty_classes=True))
     assert (floats.classes, floats.refused) == (("0", "1"), (("b.jpg", "no label"),))
     assert list_source(
         write(tmp_path / "b.parquet", {"image": three, "label": [b"x", b"y", b"x"]}), "train"

@@ -37,7 +37,7 @@ def test_samples_without_image_or_label_are_refused(tmp_path: Path) -> None:
     no_image = {"__key__": "c", "cls": 0}
     other_image = {"__key__": "d", "seg.png": JPEG, "cls": 0}
     path = shard(tmp_path / "x.tar", sample("a", cls=0), sample("b", txt="a caption"), no_image, other_image)
-    source = list_source(path, "train")
+    source = list_source(path, "train", ListOptions(allow_empty_classes=True))
     assert paths_and_labels(source) == [(b"0/a.jpg", 0)]
     assert source.refused == (
         ("x.tar/c", "a sample without an image"),
@@ -55,7 +55,7 @@ def test_samples_without_image_or_label_are_refused(tmp_path: Path) -> None:
 )
 def test_labels_in_json(content: Any, label: int | None, tmp_path: Path) -> None:
     path = shard(tmp_path / "x.tar", sample("a", json={"label": 0}), sample("b", json=content))
-    source = list_source(path, "train")
+    source = list_source(path, "train", ListOptions(allow_empty_classes=True))
     assert [item.label for item in source.inputs] == ([0] if label is None else [0, label])
 
 
@@ -149,7 +149,10 @@ def test_a_class_whose_samples_have_no_image_keeps_its_place(tmp_path: Path) -> 
 
 def test_pickled_labels_are_refused(tmp_path: Path) -> None:
     members = [("b.jpg", JPEG), ("b.cls", b"\x80\x04K\x01."), ("c.jpg", JPEG)]
-    source = list_source(raw_shard(tmp_path / "x.tar", *members, ("c.cls", b"0")), "train")
+    path = raw_shard(tmp_path / "x.tar", *members, ("c.cls", b"0"))
+    with pytest.raises(UserError, match=r"1 image without a label \(b\.jpg\), so a class may be missing"):
+        list_source(path, "train")
+    source = list_source(path, "train", ListOptions(allow_empty_classes=True))
     assert paths_and_labels(source) == [(b"0/c.jpg", 0)]
     assert source.refused == (("b.jpg", "no label"),)
 
