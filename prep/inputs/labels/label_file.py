@@ -42,6 +42,8 @@ class Row:
     name: str  # name of the image as the file spells it; empty if the file has only labels
     label: str  # text of the label; bytes that are not UTF-8 are escaped, as in the names of class folders
     is_repeated: bool = False  # a later line has the same image and label
+    # The label has several words without quotes, and blanks separate the columns: the words may be further columns.
+    has_blanks: bool = False
 
 
 class ImageNames:
@@ -204,6 +206,9 @@ def _name_and_label(file: Path, lines: Sequence[tuple[int, str]], images: ImageN
             "Expected `name label`, without further columns."
         )
     rows = _without_boxes(file, rows)
+    if chosen == "":
+        quoted = {number for number, line in lines if line.rstrip().endswith('"')}
+        rows = [replace(row, has_blanks=len(row.label.split()) > 1 and row.line not in quoted) for row in rows]
     if all(has_image_name(os.fsencode(row.label)) for row in rows):
         raise UserError(
             f"--labels {file}, line {rows[0].line}: {rows[0].name[:60]}, {rows[0].label[:60]}: two names of images. "

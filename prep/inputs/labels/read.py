@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
@@ -23,8 +24,8 @@ from prep.inputs.reader import ListOptions
 _ILSVRC_NUMBER = re.compile(rb"ILSVRC\d{4}_(?:val|test)_(\d{8})\.\w+")
 _TEST_IMAGE = re.compile(rb"ILSVRC\d{4}_test_")
 _OTHER_YEAR = re.compile(rb"ILSVRC201[01]")
-# If the labels of at least this number of lines are the line numbers, the file is an index, not a label file.
-_SYNSET = re.compile(r"n\d{8}")
+_SYNSET = re.compile(r"n\d{8}")  # a class of ImageNet
+_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", re.IGNORECASE)
 _MIN_INDEX_LINES = 100  # a file of so many lines whose labels are the line numbers is an index, not a label file
 
 
@@ -70,6 +71,8 @@ def read_labels(
     label_texts = LabelTexts(where, list(texts), classes, owner, devkit, example)
     if rows.has_names:
         _refuse_index(where, rows.rows)
+        if not classes:
+            _refuse_further_columns(where, rows.rows)
     elif not label_texts.are_numbers and not classes and not all(_SYNSET.fullmatch(text) for text in texts):
         raise UserError(
             f"{where}: words alone, such as {examples(list(texts))}, and it is not known whether they are classes. "
@@ -209,6 +212,38 @@ def _refuse_index(where: str, rows: Sequence[Row]) -> None:
             raise UserError(
                 f"{where}: the numbers are those of the lines, {first} to {len(rows) - 1 + first:,}: an index of the "
                 "images, not labels. Name another label file."
+            )
+
+
+def _refuse_further_columns(where: str, rows: Sequence[Row]) -> None:
+    """Raise UserError if words after a name are a class of several words, or a class and a further column.
+
+    A class of several words, separated by blanks and without quotes, is accepted if it occurs on several lines, or if
+    most classes have several words. It is refused if its words are also classes (`cat dog` beside `cat` and `dog`,
+    `cat old` beside `cat`), or if the last words of all lines look like a column: names of splits, numbers, or words
+    that follow every class.
+    """
+    several = [row for row in rows if row.has_blanks]
+    if not several:
+        return
+    lines_of = Counter(row.label for row in rows)
+    are_few = 2 * len(several) <= len(rows)
+    parts = [row.label.rsplit(maxsplit=1) for row in several]
+    firsts, lasts = {first for first, _ in parts}, {last for _, last in parts}
+    is_column = len(several) == len(rows) and (
+        all(last.lower() in SPLIT_OF_FOLDER for last in lasts)
+        or (len(firsts) > 1 and all(_NUMBER.fullmatch(last) for last in lasts))
+        or (len(firsts) > 1 and len(lasts) > 1 and len(lines_of) == len(firsts) * len(lasts))
+    )
+    for row in several:
+        words = row.label.split()
+        begins = any(" ".join(words[:k]) in lines_of for k in range(1, len(words)))
+        ends = any(" ".join(words[k:]) in lines_of for k in range(1, len(words)))
+        if is_column or begins or (lines_of[row.label] == 1 and (ends or are_few)):
+            raise UserError(
+                f"{where}, line {row.line}: {row.label[:60]!r} follows the name {row.name[:60]}, and it is unclear "
+                "whether this is a class of several words or a class and a further column. Put quotes around the "
+                "class, or separate the columns with tabs or commas."
             )
 
 

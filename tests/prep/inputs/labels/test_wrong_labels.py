@@ -64,6 +64,58 @@ def test_labels_that_are_no_labels_are_refused(text: str, part: str, allow: bool
         list_source(photos, "val", ListOptions(label_file(tmp_path, text), allow_empty_classes=allow))
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a.jpg cat dog\nb.jpg cat\nc.jpg dog\n",
+        "a.jpg cat dog\nb.jpg bird\nc.jpg bird\n",
+        "a.jpg cat old\nb.jpg cat old\nc.jpg cat\n",
+        "a.jpg wild cat\nb.jpg cat\nc.jpg grey wolf\n",
+        "a.jpg cat train\nb.jpg dog train\nc.jpg cat val\n",
+        "a.jpg cat 0.93\nb.jpg dog 1e-3\nc.jpg cat 1\n",
+        "a.jpg\tcat dog\nb.jpg cat\nc.jpg dog\n",
+        "filename label\na.jpg cat dog\nb.jpg cat\nc.jpg dog\n",
+        '"a.jpg" cat dog\nb.jpg "cat"\nc.jpg dog\n',
+    ],
+)
+def test_a_third_word_may_be_a_further_column(text: str, photos: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"line \d: '(cat|wild) \S+' follows the name a\.jpg.*quotes .*tabs or commas"):
+        list_labelled(photos, label_file(tmp_path, text))
+
+
+def test_words_that_follow_every_class_are_a_further_column(tmp_path: Path) -> None:
+    root = touch(tmp_path / "photos", *(f"{k}.jpg" for k in range(4)))
+    text = "0.jpg cat True\n1.jpg cat False\n2.jpg dog True\n3.jpg dog False\n"
+    with pytest.raises(UserError, match=r"'cat True' follows the name 0\.jpg"):
+        list_labelled(root, label_file(tmp_path, text))
+
+
+@pytest.mark.parametrize(
+    ("text", "classes"),
+    [
+        ('a.jpg "cat dog"\nb.jpg cat\nc.jpg dog\n', ("cat", "cat dog", "dog")),
+        ("a.jpg,cat dog\nb.jpg,cat\nc.jpg,dog\n", ("cat", "cat dog", "dog")),
+        ("a.jpg\tcat dog\nb.jpg\tcat\nc.jpg\tdog\n", ("cat", "cat dog", "dog")),
+        ("a.jpg grey wolf\nb.jpg grey wolf\nc.jpg dog\n", ("dog", "grey wolf")),
+        ("a.jpg wild cat\nb.jpg wild cat\nc.jpg cat\n", ("cat", "wild cat")),
+        ("a.jpg golden retriever\nb.jpg golden eagle\nc.jpg tabby cat\n", None),
+        ("a.jpg class 1\nb.jpg class 2\nc.jpg class 1\n", ("class 1", "class 2")),
+    ],
+)
+def test_classes_of_several_words_are_read(
+    text: str, classes: tuple[str, ...] | None, photos: Path, tmp_path: Path
+) -> None:
+    classes = classes or ("golden eagle", "golden retriever", "tabby cat")
+    assert list_labelled(photos, label_file(tmp_path, text)).classes == classes
+
+
+def test_a_class_of_the_store_may_have_several_words(photos: Path, tmp_path: Path) -> None:
+    labels = label_file(tmp_path, "a.jpg cat dog\nb.jpg cat\nc.jpg dog\n")
+    assert [k for _, k in paths_and_labels(list_labelled(photos, labels, None, ("dog", "cat dog", "cat")))] == [1, 2, 0]
+    with pytest.raises(UserError, match=r"1 label \(cat dog\) not among the 2 classes"):
+        list_labelled(photos, labels, None, ("cat", "dog"))
+
+
 def test_numbers_and_words_together_are_names_if_the_user_says_so(photos: Path, tmp_path: Path) -> None:
     labels = label_file(tmp_path, "a.jpg 0\nb.jpg dog\nc.jpg 0\n")
     assert list_labelled(photos, labels, "name").classes == ("0", "dog")
