@@ -60,13 +60,13 @@ def _file_descriptor(path: str) -> int:
     return os.open(path, os.O_RDONLY)
 
 
-def list_archive(path: Path, flat: bool) -> FoundInputs:
+def list_archive(path: Path, flat: bool, classes_are_given: bool = False) -> FoundInputs:
     """List the images of a tar file.
 
     If no image is in a folder, the list has no classes. The list also has no classes if `flat` is true and all images
     are in a single folder. A member is refused if it is neither a plain file nor a folder. A member is also refused if
-    its name leads out of the archive. An image is refused if it is in a folder inside a class folder. An image is also
-    refused if a later member has the same name. System folders and files, hidden files, and files beside class folders
+    its name leads out of the archive. An image is refused if a later member has the same
+    name. For `classes_are_given`, see list_folder. System folders and files, hidden files, and files beside class folders
     are ignored. Raises UserError for a file that is not a tar, is compressed, is damaged or is truncated.
     """
     size = path.stat().st_size
@@ -89,7 +89,7 @@ def list_archive(path: Path, flat: bool) -> FoundInputs:
             else:
                 contents.add(name, member.size, member.offset_data)
     refuse_folders_in_class_tars(str(path), class_tars)
-    return found_inputs(path, contents, flat)
+    return found_inputs(path, contents, flat, classes_are_given)
 
 
 def checked_name(name: bytes, is_folder: bool, hidden: set[bytes] | None = None) -> tuple[bytes, str]:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from prep.console import UserError, count_noun, say
 from prep.inputs.classes import (
+    INNER_FOLDER,
     NO_CLASS,
     STRAY_FILE,
     SYSTEM_FILE,
@@ -27,7 +28,6 @@ from prep.inputs.reader import FoundInputs
 LINK = "a link, not a file"
 MAX_DEPTH = 50  # largest number of parts of a name
 _DOUBLE = "another member of the same name follows in the archive"
-_TOO_DEEP = "in a folder inside a class folder"
 
 
 class ArchiveContents:
@@ -99,7 +99,7 @@ def refuse_folders_in_class_tars(where: str, tars: Sequence[ClassTar]) -> None:
             )
 
 
-def found_inputs(path: Path, contents: ArchiveContents, flat: bool) -> FoundInputs:
+def found_inputs(path: Path, contents: ArchiveContents, flat: bool, classes_are_given: bool = False) -> FoundInputs:
     """Find the class folders or the flat folder in the contents of the archive (or folder of archives) `path`.
 
     The rules are those of prep.inputs.folder.list_folder. If several members have the same name, the last of these
@@ -117,7 +117,8 @@ def found_inputs(path: Path, contents: ArchiveContents, flat: bool) -> FoundInpu
         tree.check_links()
         is_flat = flat and len(tree.class_folders) == 1
     ordered = sorted(tree.class_folders, key=lambda folder: folder.split(b"/"))
-    names = [] if is_flat else class_names([folder[len(tree.root) :] for folder in ordered], str(path))
+    below_root = [folder[len(tree.root) :] for folder in ordered]
+    names = [] if is_flat else class_names(below_root, str(path), classes_are_given)
     classes = order_classes(names, str(path))
     position = {name: label for label, name in enumerate(classes)}
     label_of = {folder: position[name] for folder, name in zip(ordered, names, strict=False)}
@@ -125,16 +126,15 @@ def found_inputs(path: Path, contents: ArchiveContents, flat: bool) -> FoundInpu
     for index in tree.indices:
         item = contents.images[index]
         folder, slash, name = item.path.rpartition(b"/")
-        below_root = item.path[len(tree.root) :]
         if is_flat and (folder in tree.class_folders or folder + slash == tree.root):
             listing.add(name, 0, item.size, item.mtime_ns, item.location)
         elif folder in label_of:
-            replaced = replace(item, path=below_root, label=label_of[folder])
+            replaced = replace(item, path=item.path[len(tree.root) :], label=label_of[folder])
             listing.add(replaced.path, replaced.label, replaced.size, replaced.mtime_ns, replaced.location)
         elif is_flat or folder + slash in tree.inner_folders:
             tree.ignored.append((name_text(item.path), STRAY_FILE))
         else:
-            refused.append((name_text(below_root), _TOO_DEEP))
+            tree.ignored.append((name_text(item.path), INNER_FOLDER))
     return FoundInputs(listing, classes, is_flat, tuple(refused), tuple(tree.ignored))
 
 
@@ -238,10 +238,21 @@ class _Tree:
         """Collect the class folders in `folder` and below it. `folder` ends with a slash or is the root."""
         self.inner_folders.add(folder)
         for below in sorted(self.folders_in[folder]):
-            if self.folders_in[below + b"/"] and below + b"/" not in self.has_images:
-                self.find_class_folders(below + b"/")
-            else:
-                self.class_folders.append(below)
+            self._add_folder(below)
+
+    def _add_folder(self, folder: bytes) -> None:
+        inside = sorted(self.folders_in[folder + b"/"])
+        if inside and folder + b"/" not in self.has_images:
+            self.find_class_folders(folder + b"/")
+            return
+        self.class_folders.append(folder)
+        for below in inside:
+            if self._have_images(below):
+                self._add_folder(below)
+
+    def _have_images(self, folder: bytes) -> bool:
+        """Whether there are images in a folder or in a folder in it."""
+        return folder + b"/" in self.has_images or any(map(self._have_images, self.folders_in[folder + b"/"]))
 
     def check_links(self) -> None:
         """Raise UserError if a link lies beside class folders, because the link may be a class.
@@ -273,13 +284,14 @@ def _no_class_part(folder: bytes) -> bytes:
 
 
 def _sorted_indices(images: Listing) -> Sequence[int]:
-    """Return indices of `images` sorted by class, name and offset.
+    """Return indices of `images` sorted by folder, name and offset.
 
     If `images` is already sorted, returns a range, which saves memory.
     """
 
-    def key(i: int) -> bytes:
-        return images.path(i).replace(b"/", b"\0") + b"\0" + images[i].location.to_bytes(8)
+    def key(i: int) -> tuple[bytes, bytes, int]:
+        folder, _, name = images.path(i).rpartition(b"/")
+        return folder.replace(b"/", b"\0"), name, images[i].location
 
     if all(key(i) < key(i + 1) for i in range(len(images) - 1)):
         return range(len(images))

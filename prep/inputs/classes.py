@@ -45,6 +45,7 @@ SPLIT_OF_FOLDER = {  # name of a folder in lower case -> split
 
 NO_CLASS = "a folder of the system or of a program, not a class"
 STRAY_FILE = "a file beside the class folders"
+INNER_FOLDER = "a folder without photographs in a class folder"
 NO_PHOTOGRAPH = "a file beside the photographs, not a photograph by its name"
 SYSTEM_FILE = "a file of the system, not a photograph"
 
@@ -76,12 +77,13 @@ def may_be_image(name: bytes) -> bool:
     return has_image_name(name) or not (is_text or b"." in name)
 
 
-def class_names(folders: Sequence[bytes], where: str) -> list[str]:
+def class_names(folders: Sequence[bytes], where: str, are_given: bool = False) -> list[str]:
     """Return the names of class folders.
 
     A name is the path of the folder, without a last part that all paths share (`n01/images`). Raises UserError if it is
-    unclear which folders are the classes: class folders lie at the top and deeper, or a part of a path is the name of a
-    split.
+    unclear which folders are the classes: a part of a path is the name of a split, or, unless `are_given` is true, a
+    class folder is inside another, or class folders lie at the top and deeper. `are_given` says that the store or a
+    file names all classes.
     """
     parts = [folder.split(b"/") for folder in folders]
     inner = [path for path in parts if len(path) > 1]
@@ -91,18 +93,33 @@ def class_names(folders: Sequence[bytes], where: str) -> list[str]:
             f"{where}: {_text(of_split)} is a folder of a split around or inside class folders. Expected a folder for "
             "each split with the class folders in it: name that folder as SOURCE, or move the class folders into it."
         )
+    nested = None if are_given else _nested_folders(parts)
+    if nested:
+        outside, inside = map(_text, nested)
+        raise UserError(
+            f"{where}: photographs in {outside}, and in the folder {inside} inside it, so it is unclear whether "
+            f"{inside} is a class of its own. If it is, name all classes with --classes FILE, one on each line. "
+            f"Otherwise move its photographs into {outside}."
+        )
     top = next((path for path in parts if len(path) == 1), None)
-    if top and inner:
+    if top and inner and not are_given:
         raise UserError(
             f"{where}: photographs in {_text(top)}, and deeper in {_text(inner[0])}, so it is unclear which folders "
-            "are the classes. Put all class folders at the same depth."
+            "are the classes. Put all class folders at the same depth, or name all classes with --classes FILE."
         )
-    if len(parts) > 1 and inner and len({path[-1] for path in parts}) == 1:
+    if len(parts) > 1 and inner and not top and len({path[-1] for path in parts}) == 1:
         parts = [path[:-1] for path in parts]
     names = [_text(path) for path in parts]
     if len(set(names)) < len(names):
         raise UserError(f"{where}: two class folders have the same name when bytes that are not UTF-8 are escaped.")
     return names
+
+
+def _nested_folders(paths: Sequence[list[bytes]]) -> tuple[list[bytes], list[bytes]] | None:
+    """Return (a class folder, a class folder inside it); None if there is no such pair."""
+    folders = set(map(tuple, paths))
+    pairs = ((path[:depth], path) for path in paths for depth in range(1, len(path)) if tuple(path[:depth]) in folders)
+    return next(pairs, None)
 
 
 def _text(parts: Sequence[bytes]) -> str:

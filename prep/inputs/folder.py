@@ -18,6 +18,7 @@ from prep.console import Progress, UserError, count_noun, progress, say
 from prep.images.codec import BadImage
 from prep.images.limits import MAX_FILE_BYTES
 from prep.inputs.classes import (
+    INNER_FOLDER,
     NO_CLASS,
     STRAY_FILE,
     SYSTEM_FILE,
@@ -76,11 +77,14 @@ class FolderReader:
             raise BadImage(f"cannot be read: {error.strerror or error}") from None
 
 
-def list_folder(root: Path, split: str, follow_links: bool, flat: bool = False) -> FoundInputs:
+def list_folder(
+    root: Path, split: str, follow_links: bool, flat: bool = False, classes_are_given: bool = False
+) -> FoundInputs:
     """List the files of class folders or of a flat folder, sorted by the bytes of their names. No file is opened.
 
     A class folder is a folder at any depth that contains images, or that contains nothing. The class name of a class
-    folder is the path of the folder. If `root` contains only one folder, and this folder contains folders, this folder
+    folder is the path of the folder. A class folder may be inside another one if the store or a file names all classes
+    (`classes_are_given`). If `root` contains only one folder, and this folder contains folders, this folder
     is used instead of `root`. Names that begin with a dot, system folders and files beside class folders are ignored.
     If `root` contains both images and folders, the images are listed if `flat` is true and the images are at least as
     many as the folders. In all other cases, the class folders are listed.
@@ -100,7 +104,7 @@ def list_folder(root: Path, split: str, follow_links: bool, flat: bool = False) 
         raise UserError(f"{root}: {count_noun(len(walk.class_folders), 'class folder')} without any file.")
     walk.refuse_aliases()
     walk.refuse_class_tars()
-    names = class_names(walk.class_folders, str(folder))
+    names = class_names(walk.class_folders, str(folder), classes_are_given)
     classes = order_classes(names, str(folder))
     label_of = {name: label for label, name in enumerate(classes)}
     listing = walk.listing.relabelled([label_of[name] for name in names])
@@ -222,7 +226,7 @@ class _Walk:
                 )
 
     def _add_folder(self, path: bytes, entries: Sequence[_Entry], around: tuple[tuple[int, int], ...]) -> None:
-        """Add `path` as a class folder if it contains images or is empty. Otherwise add the class folders in `path`."""
+        """Add `path` as a class folder if it contains images or is empty, and add the class folders in `path`."""
         folders, files, links = _sorted_out(entries)
         if (folders or links) and not any(may_be_image(file.name) for file in files):
             status = os.stat(os.path.join(self.folder, path))
@@ -236,8 +240,22 @@ class _Walk:
         for entry in entries:
             if stat.S_ISDIR(entry.mode) and is_no_class_folder(entry.name):
                 self.ignored.append((name_text(path + b"/" + entry.name), NO_CLASS))
-            else:
+            elif not _may_have_classes(entry):
                 self._add_file(path + b"/", entry, len(self.class_folders) - 1)
+        for below in [path + b"/" + entry.name for entry in entries if _may_have_classes(entry)]:
+            inner = self._scan(os.path.join(self.folder, below))
+            if self._have_images(below, inner):
+                self._add_folder(below, inner, around)
+            else:
+                self.ignored.append((name_text(below), INNER_FOLDER))
+
+    def _have_images(self, path: bytes, entries: Sequence[_Entry]) -> bool:
+        """Whether there are images among the `entries` of the folder `path`, or in a folder in it."""
+        folders, files, _ = _sorted_out(entries)
+        inner = (os.path.join(path, folder.name) for folder in folders if not folder.is_link)
+        return any(may_be_image(file.name) for file in files) or any(
+            self._have_images(below, self._scan(os.path.join(self.folder, below))) for below in inner
+        )
 
     def _add_file(self, parent: bytes, entry: _Entry, label: int) -> None:
         name = parent + entry.name
@@ -282,6 +300,12 @@ class _Walk:
 
     def _scan(self, folder: bytes) -> list[_Entry]:
         return sorted(_entries(folder, self.base, self.follow_links), key=lambda entry: entry.name)
+
+
+def _may_have_classes(entry: _Entry) -> bool:
+    """Whether an entry of a class folder is a folder that may have class folders in it, and not a link to one."""
+    is_folder = stat.S_ISDIR(entry.mode) and not entry.is_link
+    return is_folder and not has_image_name(entry.name) and not is_no_class_folder(entry.name)
 
 
 def _sorted_out(entries: Sequence[_Entry]) -> tuple[list[_Entry], list[_Entry], list[_Entry]]:

@@ -128,13 +128,14 @@ def _find_inputs(
 ) -> tuple[InputReader, FoundInputs]:
     """Return the reader and the inputs of a split, before the labels are compared with the classes of the store."""
     path, flat = where.path, options.labels is not None
+    are_given = bool(store_classes or options.class_file)  # all classes have names
     match where.layout:
         case "tar":
-            return TarReader(path), list_archive(path, flat)
+            return TarReader(path), list_archive(path, flat, are_given)
         case "class-tars":
             return list_class_tars(path, split)
         case "zip":
-            return ZipReader(path), found_inputs(path, zip_contents(path, where.inside, split), flat)
+            return ZipReader(path), found_inputs(path, zip_contents(path, where.inside, split), flat, are_given)
         case "tiny-imagenet":
             return list_tiny_imagenet(path, where.inside, split, options, store_classes)
         case "webdataset" | "parquet":
@@ -145,7 +146,7 @@ def _find_inputs(
         case "csv":
             return list_csv(path, split, options, store_classes)
         case "folders":
-            found = list_folder(path, split, options.follow_links, flat)
+            found = list_folder(path, split, options.follow_links, flat, are_given)
             return FolderReader(found.root or path), found
     raise UserError(f"{path}: layout {where.layout} has no splits of its own.")
 

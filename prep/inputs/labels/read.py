@@ -44,9 +44,9 @@ def read_labels(
     """Read the labels of the images `names`.
 
     If the options name no label file, the label file beside `root` is used. `store_classes` are the classes of the
-    store or of the split that was listed before; empty if there are no such classes. Prints the lines that name no image, and the lines that occur twice.
-    Raises UserError if labels are missing, contradict each other or are not classes of the store. Also raises UserError
-    if the meaning of the labels is unclear.
+    store or of the split that was listed before; empty if there are no such classes. Prints the lines that name no
+    image, and the lines that occur twice. Raises UserError if labels are missing, contradict each other or are not
+    classes of the store. Also raises UserError if the meaning of the labels is unclear.
     """
     if not names:
         raise UserError(f"{root}: no photograph in it.")

@@ -216,7 +216,6 @@ ODD: dict[str, tuple[Member, str]] = {
     "n1/fifo": (("n1/fifo", b"", {"type": tarfile.FIFOTYPE}), "neither"),
     "n1/unknown": (("n1/unknown", A, {"type": b"Z"}), "neither"),
     "n1/volume": (("n1/volume", b"", {"type": b"V"}), "neither"),
-    "n1/in a folder/x.JPEG": (("n1/in a folder/x.JPEG", A), "folder"),
 }
 
 

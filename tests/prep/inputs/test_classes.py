@@ -6,6 +6,8 @@ Most images are empty files, since the listing opens no file. The expected class
 from __future__ import annotations
 
 import tarfile
+import zipfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from prep.inputs.classes import NO_CLASS, STRAY_FILE, SYSTEM_FILE, order_classes
 from prep.inputs.reader import ListOptions
 from prep.inputs.sources import list_source
 from tests.helpers.listings import list_images, paths_and_labels, touch
+from tests.helpers.tars import tar_of
 
 
 def test_an_empty_class_is_refused_unless_it_is_allowed(tmp_path: Path) -> None:
@@ -223,3 +226,62 @@ def test_accents_in_another_unicode_form_name_the_same_class(tmp_path: Path) -> 
     source = list_images(root, ("cat", "K\u00e4fer"), "val")
     assert source.classes == ("cat", "K\u00e4fer")
     assert dict(paths_and_labels(source)) == {"Ka\u0308fer/1.jpg".encode(): 1, b"cat/2.jpg": 0}
+
+
+# Names of files -> (classes if they are given, photographs of each class)
+NESTED = {
+    ("b/bar/1.jpg", "b/bar/indoor.jpg", "b/bar/indoor/2.jpg", "c/cafe/3.jpg"): ("b/bar", "b/bar/indoor", "c/cafe"),
+    ("cat/1.jpg", "cat/old/new/2.jpg", "cat/old/new/deep/3.jpg", "dog/4.jpg"): (
+        *("cat", "cat/old/new", "cat/old/new/deep", "dog"),
+    ),
+    ("cat/1.jpg", "more/dog/2.jpg"): ("cat", "more/dog"),
+    ("images/1.jpg", "a/images/2.jpg"): ("a/images", "images"),
+}
+
+
+def _in_folder(root: Path, names: Sequence[str]) -> Path:
+    return touch(root, *names)
+
+
+def _in_tar(root: Path, names: Sequence[str]) -> Path:
+    root.with_suffix(".tar").write_bytes(tar_of([(name, b"\xff\xd8\xff") for name in names]))
+    return root.with_suffix(".tar")
+
+
+def _in_zip(root: Path, names: Sequence[str]) -> Path:
+    with zipfile.ZipFile(root.with_suffix(".zip"), "w") as archive:
+        for name in names:
+            archive.writestr(name, b"\xff\xd8\xff")
+    return root.with_suffix(".zip")
+
+
+@pytest.mark.parametrize("make", [_in_folder, _in_tar, _in_zip])
+@pytest.mark.parametrize("names", NESTED, ids=" ".join)
+def test_class_folders_inside_class_folders_are_classes_if_the_classes_are_given(
+    make: Callable[[Path, Sequence[str]], Path], names: tuple[str, ...], tmp_path: Path
+) -> None:
+    """Otherwise it is unclear whether `cat/old` is a class, or a part of the class `cat`: refused with the options."""
+    source, classes = make(tmp_path / "x", names), NESTED[names]
+    with pytest.raises(UserError, match=r"photographs in .*so it is unclear .*--classes FILE"):
+        list_source(source, "train")
+    file = tmp_path / "classes.txt"
+    file.write_text("\n".join(reversed(classes)))
+    expected = {name.encode(): name.rpartition("/")[0] for name in names}
+    for options, store_classes in ((ListOptions(class_file=file), ()), (ListOptions(), classes[::-1])):
+        listed = list_source(source, "train", options, store_classes)
+        assert listed.classes == classes[::-1] and not listed.refused
+        assert {item.path: listed.classes[item.label] for item in listed.inputs} == expected
+    file.write_text("\n".join(classes[:1]))  # photographs of other folders are left out, and are no part of this class
+    listed = list_source(source, "train", ListOptions(class_file=file))
+    assert {item.path for item in listed.inputs} == {path for path, name in expected.items() if name == classes[0]}
+    with pytest.raises(UserError, match="Only here: "):
+        list_source(source, "val", ListOptions(), classes[:1])
+
+
+@pytest.mark.parametrize("make", [_in_folder, _in_tar, _in_zip])
+def test_folders_without_photographs_in_class_folders_are_left_out(
+    make: Callable[[Path, Sequence[str]], Path], tmp_path: Path
+) -> None:
+    source = list_source(make(tmp_path / "x", ("cat/1.jpg", "cat/boxes/more/1.xml", "dog/2.jpg")), "train")
+    assert source.classes == ("cat", "dog") and len(source.inputs) == 2 and not source.refused
+    assert [reason for _, reason in source.ignored] == ["a folder without photographs in a class folder"]

@@ -203,7 +203,7 @@ def test_the_root_may_be_a_link(tmp_path: Path) -> None:
 
 
 def test_entries_that_are_not_files_are_refused_by_name(tmp_path: Path) -> None:
-    root = touch(tmp_path / "t", "n1/a.JPEG", "n1/inner/b.JPEG")
+    root = touch(tmp_path / "t", "n1/a.JPEG", "n1/inner.JPEG/b.JPEG", "n1/notes/b.txt")
     os.mkfifo(root / "n1" / "fifo.JPEG")
     os.mkfifo(root / "fifo")
     with socket.socket(socket.AF_UNIX) as bound:
@@ -212,11 +212,12 @@ def test_entries_that_are_not_files_are_refused_by_name(tmp_path: Path) -> None:
     assert paths_and_labels(source) == [(b"n1/a.JPEG", 0)]
     assert source.classes == ("n1",)
     assert dict(source.refused) == {
-        "n1/inner": "a folder, not a file",
+        "n1/inner.JPEG": "a folder, not a file",
         "n1/fifo.JPEG": "a FIFO, not a file",
         "n1/socket.JPEG": "a socket, not a file",
         "fifo": "a FIFO, not a file",
     }
+    assert source.ignored == (("n1/notes", "a folder without photographs in a class folder"),)
 
 
 def test_odd_names_are_kept_byte_for_byte(tmp_path: Path) -> None:
