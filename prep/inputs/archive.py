@@ -65,9 +65,9 @@ def list_archive(path: Path, flat: bool, classes_are_given: bool = False) -> Fou
 
     If no image is in a folder, the list has no classes. The list also has no classes if `flat` is true and all images
     are in a single folder. A member is refused if it is neither a plain file nor a folder. A member is also refused if
-    its name leads out of the archive. An image is refused if a later member has the same
-    name. For `classes_are_given`, see list_folder. System folders and files, hidden files, and files beside class folders
-    are ignored. Raises UserError for a file that is not a tar, is compressed, is damaged or is truncated.
+    its name leads out of the archive. An image is refused if a later member has the same name. For `classes_are_given`,
+    see list_folder. System folders and files, hidden files, and files beside class folders are ignored. Raises
+    UserError for a file that is not a tar, is compressed, is damaged or is truncated.
     """
     size = path.stat().st_size
     contents, class_tars = ArchiveContents(path.stat().st_mtime_ns), list[ClassTar]()

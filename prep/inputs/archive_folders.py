@@ -247,12 +247,12 @@ class _Tree:
             return
         self.class_folders.append(folder)
         for below in inside:
-            if self._have_images(below):
+            if self._has_images(below):
                 self._add_folder(below)
 
-    def _have_images(self, folder: bytes) -> bool:
+    def _has_images(self, folder: bytes) -> bool:
         """Whether there are images in a folder or in a folder in it."""
-        return folder + b"/" in self.has_images or any(map(self._have_images, self.folders_in[folder + b"/"]))
+        return folder + b"/" in self.has_images or any(map(self._has_images, self.folders_in[folder + b"/"]))
 
     def check_links(self) -> None:
         """Raise UserError if a link lies beside class folders, because the link may be a class.

@@ -243,19 +243,16 @@ class _Walk:
             elif not _may_have_classes(entry):
                 self._add_file(path + b"/", entry, len(self.class_folders) - 1)
         for below in [path + b"/" + entry.name for entry in entries if _may_have_classes(entry)]:
-            inner = self._scan(os.path.join(self.folder, below))
-            if self._have_images(below, inner):
-                self._add_folder(below, inner, around)
+            if self._has_images(below):
+                self._add_folder(below, self._scan(os.path.join(self.folder, below)), around)
             else:
                 self.ignored.append((name_text(below), INNER_FOLDER))
 
-    def _have_images(self, path: bytes, entries: Sequence[_Entry]) -> bool:
-        """Whether there are images among the `entries` of the folder `path`, or in a folder in it."""
-        folders, files, _ = _sorted_out(entries)
-        inner = (os.path.join(path, folder.name) for folder in folders if not folder.is_link)
-        return any(may_be_image(file.name) for file in files) or any(
-            self._have_images(below, self._scan(os.path.join(self.folder, below))) for below in inner
-        )
+    def _has_images(self, path: bytes) -> bool:
+        """Whether there are images in the folder `path` or in a folder in it."""
+        folders, files, _ = _sorted_out(self._scan(os.path.join(self.folder, path)))
+        inner = (path + b"/" + folder.name for folder in folders if not folder.is_link)
+        return any(may_be_image(file.name) for file in files) or any(map(self._has_images, inner))
 
     def _add_file(self, parent: bytes, entry: _Entry, label: int) -> None:
         name = parent + entry.name
