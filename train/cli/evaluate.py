@@ -22,6 +22,7 @@ from train.cli.options import (
     service_options,
     views_option,
 )
+from train.runs.ensemble_dir import with_members
 
 if TYPE_CHECKING:
     from train.evaluation.evaluate import EvalResult
@@ -65,8 +66,9 @@ def evaluate(
 ) -> None:
     """Measure the error rates of a run on a split. Every image is counted exactly once.
 
-    An argument can also be a file that --out saved. For several arguments, print the errors of each argument, and the
-    errors of the (weighted) average of all probabilities. The paper averages five and seven networks in this way.
+    An argument can also be a file that --out saved, or the folder of an ensemble, which stands for all its members. For
+    several networks, print the errors of each network, and the errors of the (weighted) average of all probabilities.
+    The paper averages five and seven networks in this way.
 
     Under torchrun, each process evaluates a part of the images, and the first process prints the result.
 
@@ -75,17 +77,18 @@ def evaluate(
       alextrain evaluate run
       alextrain evaluate run --store store --views 10 --out run.npz
       alextrain evaluate run.npz other.npz third-run --weights 2,1,1
+      alextrain evaluate five --views 10 --out five.npz
       alextrain evaluate run --service imagenet
       torchrun --nproc-per-node 4 -m train evaluate run --views 10
     """
     from train.replicas.group import group_from_environment, joined
 
     with joined(group_from_environment()) as group:
-        is_file = [path.suffix.lower() == ".npz" for path in runs]
         with group.together():
-            if store is not None and not all(is_file):
+            if store is not None and not all(path.suffix.lower() == ".npz" for path in runs):
                 Store.open(store).split(split)  # a missing store is reported before torch is imported
             from train.evaluation.evaluate import average_probabilities, error_rates
+            from train.evaluation.paper_table import paper_row
             from train.evaluation.predictions import (
                 Predictions,
                 check_same_images,
@@ -93,7 +96,11 @@ def evaluate(
                 parse_weights,
             )
 
+            runs, given = tuple(with_members(runs)), runs
+            is_file = [path.suffix.lower() == ".npz" for path in runs]
             member_weights, names = parse_weights(weights, len(runs)), [str(path) for path in runs]
+            last = [path.name for path in runs]
+            titles = [str(path) if last.count(path.name) > 1 else path.name for path in runs]
         options: dict[str, Any] = {
             "views": views,
             "checkpoint": checkpoint,
@@ -115,26 +122,35 @@ def evaluate(
             members.append(member)
             results.append(result)
             if not as_json:
-                _print_result(path.name if len(runs) > 1 else "", member.about, result)
+                _print_result(titles[len(members) - 1] if len(runs) > 1 else "", member.about, result)
             check_same_images(names[: len(members)], members)
         if not group.is_first:
             return
-        combined, combined_result = members[0], results[0]
+        combined, combined_result, row = members[0], results[0], None
         if len(members) > 1:
             mean = average_probabilities([member.probabilities for member in members], member_weights)
             combined_result = error_rates(mean, combined.labels)
             about = {**combined.about, "run": names, "step": [member.about["step"] for member in members]}
             about |= {key: _common_value(members, key) for key in ("views", "precision")}
+            if weights is None:
+                row = paper_row(len(members), len(about["classes"]), about["views"], about["split"])
+            if runs != given and len({str(step) for step in about["step"]}) > 1:
+                steps = ", ".join(f"{title} {step}" for title, step in zip(titles, about["step"], strict=True))
+                say(f"The networks have been trained for different numbers of steps: {steps}.")
             combined = Predictions(mean.astype("float32"), combined.labels, combined.keys, about)
             if not as_json:
                 title = f"average of {len(members)}" + (f", weights {weights}" if weights else "")
-                _print_result(title, about, combined_result)
+                _print_result(f"{len(runs)} CNNs, {title}" if runs != given else title, about, combined_result)
+                if row is not None:
+                    click.echo(row.text())
         if out is not None:
             combined.save(out)
             say(f"Saved: {out}")
         if as_json:
             each = [_result_json(member, result) for member, result in zip(members, results, strict=True)]
             of_average = {"members": each, "weights": member_weights} if len(each) > 1 else {}
+            if row is not None:
+                of_average["paper"] = row.as_json()
             print_json({**_result_json(combined, combined_result), **of_average})
 
 

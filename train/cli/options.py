@@ -98,6 +98,20 @@ stream_seed_option = click.option(
     help="Seed of the record order, crops and colour noise. Runs with equal stream seeds train on the same batches.  "
     "[default: the value of --seed]",
 )
+members_option = click.option(
+    "--members",
+    type=click.IntRange(2),
+    metavar="N",
+    help="Train an ensemble of N networks on one stream. --run-dir gets a run folder for each network: member-1, "
+    "member-2, and so on. Member k has the seed --seed + k. The stream has the seed --stream-seed, by default --seed. "
+    "Each batch is decoded once.  [default: one network, or the members of the ensemble in --run-dir]",
+)
+one_at_a_time_option = click.option(
+    "--one-at-a-time",
+    is_flag=True,
+    help="Train the members of an ensemble one after another, which needs the memory of one network. The results have "
+    "the same bits, and the stream is decoded once for each member.",
+)
 _service_option = click.option(
     "--service",
     metavar="NAME[@HOST:PORT]",

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
 
-from prep.console import UserError, count_noun, json_option, print_json, say, shell_quoted, store_option
+from prep.console import UserError, WrongArgument, count_noun, json_option, print_json, say, shell_quoted, store_option
 from prep.files import no_lock_option
 from prep.store.manifest import Store
 from train.cli.options import (
@@ -19,7 +20,9 @@ from train.cli.options import (
     fork_option,
     gpus_option,
     keep_option,
+    members_option,
     model_option,
+    one_at_a_time_option,
     recipe_option,
     recipe_settings,
     run_dir_option,
@@ -29,9 +32,12 @@ from train.cli.options import (
     stream_seed_option,
     training_precision_option,
 )
+from train.experiments.ensemble_options import open_members, requested_ensemble
+from train.replicas.group import group_from_environment
 from train.runs.run_dir import DESCRIPTION, newest_checkpoint
 
 if TYPE_CHECKING:
+    from train.runs.ensemble_dir import Ensemble
     from train.runs.run import Run
 
 
@@ -48,6 +54,8 @@ if TYPE_CHECKING:
 @steps_option
 @seed_option
 @stream_seed_option
+@members_option
+@one_at_a_time_option
 @training_precision_option
 @deterministic_option
 @service_options
@@ -86,6 +94,8 @@ def run(
     steps: int | None,
     seed: int,
     stream_seed: int | None,
+    members: int | None,
+    one_at_a_time: bool,
     precision: str | None,
     deterministic: bool,
     service: str | None,
@@ -111,10 +121,15 @@ def run(
       alextrain run --model half --set lr=0.02 --no-dropout
       alextrain run --run-dir run --fork cooled --set lr=0.001
       alextrain run --service imagenet --service-fallback local
+      alextrain run --members 5 --run-dir five
     """
     options = dict(locals())
     context = click.get_current_context()
     given = {name for name in options if context.get_parameter_source(name) is ParameterSource.COMMANDLINE}
+    ensemble = requested_ensemble(options, given)
+    if ensemble is not None:
+        _run_members(ensemble, options, given)
+        return
     opened = None
     is_run = (run_dir / DESCRIPTION).exists() or newest_checkpoint(run_dir) is not None
     if fork and not is_run and fork.resolve() != run_dir.resolve():  # an equal folder has an error of its own
@@ -122,7 +137,6 @@ def run(
     if "store" in given or not (run_dir / DESCRIPTION).exists():  # a missing store is reported before torch is imported
         opened = Store.open(store)
         opened.split("train")
-    from train.config.recipe import insensitive_at_init
     from train.runs.run import Run
     from train.runs.saved_config import requested_config, saved_config
 
@@ -131,15 +145,7 @@ def run(
     training = Run.open(config, opened)
     if saved is not None and not quiet:
         say(f"{run_dir}: options that are not given have the values in {run_dir / DESCRIPTION}.")
-    if insensitive_at_init(config.recipe):
-        say(
-            f"recipe {config.recipe.name}: with weights of standard deviation 0.01 and biases of 1, the output hardly "
-            "depends on the image at first, so learning starts late. --recipe released, as in the authors' code, "
-            "learns sooner."
-        )
-    for line in _description_lines(training, fork or run_dir):
-        if not quiet or dry_run:
-            say(line)
+    _say_description(training, fork or run_dir, quiet and not dry_run)
     if dry_run:
         from train.trainer.fork import preview_fork
 
@@ -159,6 +165,53 @@ def run(
         print_json(_result_json(training, fork or run_dir, dry_run))
 
 
+def _run_members(ensemble: Ensemble, options: dict[str, Any], given: set[str]) -> None:
+    """Train the members of an ensemble. `options` has the parameters of `run`, `given` the names of those typed."""
+    run_dir, fork, dry_run, quiet = (options[name] for name in ("run_dir", "fork", "dry_run", "quiet"))
+    if group_from_environment().size > 1:
+        raise WrongArgument(
+            f"--members {ensemble.members}: the processes of torchrun cannot train an ensemble together. Start the "
+            "command without torchrun, or train each member as a run of its own under torchrun: --seed "
+            f"{ensemble.seed + 1} --stream-seed {ensemble.stream_seed} --run-dir {shell_quoted(run_dir / 'member-1')}, "
+            "and so on."
+        )
+    runs = open_members(ensemble, options, given)
+    _say_description(runs[0], fork or run_dir, quiet and not dry_run, ensemble)
+    if dry_run:
+        from train.experiments.ensemble import preview_members
+
+        for line in preview_members(runs, fork):
+            say(line)
+    else:
+        from train.experiments.ensemble import fork_members, train_members
+        from train.monitor.view import choose_view
+
+        if fork:
+            runs = fork_members(fork, ensemble, runs)
+        before = _steps_of(runs)
+        train_members(fork or run_dir, ensemble, runs, choose_view(quiet), options["one_at_a_time"])
+        steps = _steps_of(runs) - before
+        further = "" if steps else f" {runs[0].how_to_train_further}"
+        say(
+            f"{fork or run_dir}: {count_noun(steps, 'step')} trained, over {ensemble.members} networks.{further} Next: "
+            f"alextrain evaluate {shell_quoted(fork or run_dir)}"
+        )
+    if options["as_json"]:
+        folders = [(fork or run_dir) / run.run_dir.name for run in runs]
+        results = [_result_json(run, folder, dry_run) for run, folder in zip(runs, folders, strict=True)]
+        shared = {key: value for key, value in results[0].items() if key not in ("run_dir", "train", "val")}
+        members = [
+            {"seed": run.config.seed, **{key: result[key] for key in ("run_dir", "train", "val")}}
+            for run, result in zip(runs, results, strict=True)
+        ]
+        print_json({"run_dir": str(fork or run_dir), **shared, "members": members})
+
+
+def _steps_of(runs: Sequence[Run]) -> int:
+    """Return the sum of the steps of the newest checkpoints of runs."""
+    return sum(newest[0] for run in runs if (newest := newest_checkpoint(run.run_dir)) is not None)
+
+
 def _ending_text(training: Run, first_step: int) -> str:
     """Return the last line of a training that began after `first_step`: the steps trained, and what to do next."""
     newest = newest_checkpoint(training.run_dir)
@@ -172,8 +225,25 @@ def _ending_text(training: Run, first_step: int) -> str:
     )
 
 
-def _description_lines(training: Run, run_dir: Path) -> list[str]:
+def _say_description(training: Run, run_dir: Path, quiet: bool, ensemble: Ensemble | None = None) -> None:
+    """Print what is trained. If `quiet`, print only advice. Raises the errors of _description_lines."""
+    from train.config.recipe import insensitive_at_init
+
+    recipe = training.config.recipe
+    if insensitive_at_init(recipe):
+        say(
+            f"recipe {recipe.name}: with weights of standard deviation 0.01 and biases of 1, the output hardly depends "
+            "on the image at first, so learning starts late. --recipe released, as in the authors' code, learns sooner."
+        )
+    for line in _description_lines(training, run_dir, ensemble):
+        if not quiet:
+            say(line)
+
+
+def _description_lines(training: Run, run_dir: Path, ensemble: Ensemble | None = None) -> list[str]:
     """Return two lines that describe the network and the training, and a third line if the run uses a service.
+
+    training  the run, or the first member of `ensemble`
 
     Raises UserError if the training split has fewer records than a batch.
     """
@@ -184,14 +254,18 @@ def _description_lines(training: Run, run_dir: Path) -> list[str]:
     records, classes = store.split("train").records, len(store.classes)
     training.check_batch()
     parameters = sum(row.parameters for row in summarize(classes, config.model, config.recipe))
-    stream_seed = "" if config.seed_of_stream == config.seed else f", stream seed {config.seed_of_stream}"
+    seeds = f"seed {config.seed}"
+    if ensemble is not None:
+        seeds = f"{ensemble.members} networks with seeds {ensemble.seed + 1} to {ensemble.seed + ensemble.members}"
+    if config.seed_of_stream != config.seed:
+        seeds += f", stream seed {config.seed_of_stream}"
     parts = f" in {config.accumulate} parts" if config.accumulate > 1 else ""
     fallback = "this machine decodes" if config.service_fallback else "the run stops with an error"
     service = f"service {config.service} decodes the images; if the service is lost, {fallback}"
     return [
         f"{config.model.name}, {describe_devices(config.devices, config.model.columns)}; "
         f"{count_noun(parameters, 'parameter')}, {count_noun(classes, 'class', 'classes')}",
-        f"recipe {config.recipe.name}, batch {config.batch_size}{parts}, seed {config.seed}{stream_seed}, "
+        f"recipe {config.recipe.name}, batch {config.batch_size}{parts}, {seeds}, "
         f"{config.precision}; "
         f"{records:,} records, {count_noun(training.steps_per_epoch, 'step')} an epoch, "
         f"{count_noun(training.last_step, 'step')} in all, into {run_dir}",

@@ -9,6 +9,7 @@ import click
 from prep.console import json_option, one_line, print_json, say
 from prep.files import output_file
 from train.cli.options import run_argument
+from train.runs.ensemble_dir import read_ensemble, with_members
 
 
 @click.command()
@@ -16,6 +17,8 @@ from train.cli.options import run_argument
 @json_option
 def status(run_dir: Path, as_json: bool) -> None:
     """Print the state of a run: steps, time left, errors, newest checkpoint, whether the run's process is alive.
+
+    For the folder of an ensemble, print the state of each member.
 
     The command also works while another process trains the run. For a run that has ended, the command prints how the
     run ended. The exit code is 0 for every run, even for a run that crashed.
@@ -25,13 +28,15 @@ def status(run_dir: Path, as_json: bool) -> None:
       alextrain status run
       alextrain status run --json
     """
+    from train.runs.ensemble_status import ensemble_status, ensemble_status_lines
     from train.runs.status import status_lines, status_of
 
-    state = status_of(run_dir)
+    ensemble = read_ensemble(run_dir)
+    state = status_of(run_dir) if ensemble is None else ensemble_status(run_dir, ensemble)
     if as_json:
         print_json(state)
         return
-    for line in status_lines(state):
+    for line in status_lines(state) if ensemble is None else ensemble_status_lines(state):
         click.echo(one_line(line))
 
 
@@ -49,6 +54,8 @@ def status(run_dir: Path, as_json: bool) -> None:
 def compare(run_dirs: tuple[Path, ...], out: Path, as_json: bool) -> None:
     """Compare runs: print the fields that differ and the errors, and draw all learning curves in one figure.
 
+    The folder of an ensemble stands for all its members.
+
     \b
     Example:
       alextrain compare run other
@@ -56,7 +63,7 @@ def compare(run_dirs: tuple[Path, ...], out: Path, as_json: bool) -> None:
     """
     from train.report.compare import comparison_json, comparison_lines, draw_comparison, read_runs
 
-    runs = read_runs(run_dirs)
+    runs = read_runs(with_members(run_dirs))
     draw_comparison(runs, out)
     if as_json:
         print_json({**comparison_json(runs), "out": str(out)})

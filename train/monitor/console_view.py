@@ -14,6 +14,8 @@ from prep.console import Progress, count_noun, progress, say
 from train.runs.run_dir import shown_errors
 
 Line = Mapping[str, Any]  # an object of metrics.jsonl
+# Keys that only the lines of an ensemble have: the values of the members by their names.
+MEMBER_LOSSES, MEMBER_TOP1_ERRORS = "member_losses", "member_top1_errors"
 
 
 class RunLength(NamedTuple):
@@ -55,7 +57,7 @@ class ConsoleView:
         """Show the log line of an interval that has ended."""
         status = self._service_status()
         say(
-            f"epoch {line['epoch']:6.2f}  step {line['step']:,}  loss {line['loss']:.3f}  "
+            f"epoch {line['epoch']:6.2f}  step {line['step']:,}  loss {line['loss']:.3f}{member_values(line)}  "
             f"{_columns(line, self._length.classes)}  lr {line['lr']:g}  "
             f"{line['images_per_s']:,.1f} images/s  waits for stream {line['waiting_share']:.1%}, "
             f"stream waits {line['stream_waiting_share']:.1%}" + (f"  {service_text(status)}" if status else "")
@@ -104,9 +106,18 @@ def service_text(status: ServiceStatus) -> str:
 def validation_text(line: Line, classes: int) -> str:
     """Return the console line of a validation of a network with `classes` classes, as text."""
     return (
-        f"epoch {line['epoch']:6.2f}  validation  loss {line['loss']:.3f}  {_columns(line, classes)}  of "
-        f"{line['images']:,} images, centre view"
+        f"epoch {line['epoch']:6.2f}  validation  loss {line['loss']:.3f}  {_columns(line, classes)}"
+        f"{member_values(line)}  of {line['images']:,} images, centre view"
     )
+
+
+def member_values(line: Line) -> str:
+    """Return the losses or the top-1 errors of the members of an ensemble as text; "" for the line of a single run."""
+    if losses := line.get(MEMBER_LOSSES):
+        return f" (members {' '.join(f'{loss:.3f}' for loss in losses.values())})"
+    if errors := line.get(MEMBER_TOP1_ERRORS):
+        return f" (members, top-1 {' '.join(f'{error:.1%}' for error in errors.values())})"
+    return ""
 
 
 def _columns(line: Line, classes: int) -> str:

@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from prep.console import Progress, bytes_text, duration_text, print_above
-from train.monitor.console_view import ConsoleView, Line, RunLength, service_text, validation_text
+from train.monitor.console_view import ConsoleView, Line, RunLength, member_values, service_text, validation_text
 from train.runs.run_dir import RATE_LINES, errors_text, seconds_left, shown_errors
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
@@ -139,6 +139,8 @@ class LiveView(ConsoleView):
         yield table
         if self._recent:
             line = self._recent[-1]
+            if members := member_values(line):
+                yield Text(f"losses of the {members.strip(' ()')}")
             memory = [_memory(line["memory_mb"]), *(f"GPU {_memory(n)}" for n in line.get("gpu_memory_mb", ()))]
             yield Text(
                 f"lr {line['lr']:g}   {line['images_per_s']:,.1f} images/s   waits for stream "

@@ -55,7 +55,7 @@ def fit_together(runs: Sequence[Run], views: Sequence[ConsoleView]) -> None:
         for run in runs:
             make_run_dir(run.run_dir)
             resources.enter_context(hold_lock(run.run_dir, "training"))
-        resources.enter_context(out_of_memory(runs[0].config))
+        resources.enter_context(out_of_memory(runs[0].config, len(runs)))
         _fit(runs, views, resources)
 
 

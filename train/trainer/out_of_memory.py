@@ -17,18 +17,21 @@ _MESSAGES = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAIL
 
 
 @contextmanager
-def out_of_memory(config: RunConfig) -> Iterator[None]:
-    """A context that turns out-of-memory errors into a UserError that names options that need less memory."""
+def out_of_memory(config: RunConfig, runs: int = 1) -> Iterator[None]:
+    """A context that turns out-of-memory errors into a UserError that names options that need less memory.
+
+    `runs` is the number of runs that are trained at the same time, with this configuration.
+    """
     try:
         yield
     except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
         has_type = isinstance(error, MemoryError | torch.OutOfMemoryError)
         if not has_type and not any(message in str(error) for message in _MESSAGES):
             raise
-        raise UserError(_advice(config, str(error).strip().split("\n")[0][:200])) from None
+        raise UserError(_advice(config, runs, str(error).strip().split("\n")[0][:200])) from None
 
 
-def _advice(config: RunConfig, message: str) -> str:
+def _advice(config: RunConfig, runs: int, message: str) -> str:
     batch, parts = config.batch_size, config.accumulate
     more_parts = next((n for n in range(2 * parts, batch + 1) if batch % n == 0), None)
     options = [f"--accumulate {more_parts} (the same batch in {more_parts} parts)"] * (more_parts is not None)
@@ -36,6 +39,8 @@ def _advice(config: RunConfig, message: str) -> str:
     advice = " or ".join(options) or "a smaller --model"
     if checkpoint.checkpoint_paths(config.run_dir):
         advice += ", with --fork NEW_DIR to continue from the newest checkpoint"
+    if runs > 1:
+        advice = f"--one-at-a-time (the {runs} networks are trained one after another), or {advice}"
     given = f"--batch {batch}" + (f" --accumulate {parts}" if parts > 1 else "")
     devices = " and ".join(dict.fromkeys(config.devices))
     return f"{given}: out of memory on {devices} ({message}). Pass {advice}."

@@ -1,0 +1,77 @@
+"""Trains the members of an ensemble: networks that differ in their seeds, and are trained on one stream.
+
+Krizhevsky, Sutskever and Hinton (2012) averaged the predictions of five networks. The seed of a member determines its
+initial parameters and its dropout. The record order, crops and colour noise are those of the stream, which all members
+share. Each member is an ordinary run with a run folder of its own. Its bits are those of a run that is trained alone
+with the same seed and stream seed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from prep.files import hold_lock
+from train.config.run_config import RunConfig
+from train.monitor.console_view import ConsoleView
+from train.monitor.ensemble_view import EnsembleView
+from train.runs.ensemble_dir import Ensemble, make_ensemble_dir, member_dir
+from train.runs.run import Run
+from train.trainer.fork import fork, preview_fork
+from train.trainer.loop import fit, fit_together
+
+
+def member_configs(config: RunConfig, members: int) -> list[RunConfig]:
+    """Return the configurations of the members of an ensemble.
+
+    config  configuration of the ensemble. Its run_dir is the folder of the ensemble. Member k, counted from 1, has the
+            seed config.seed + k
+    """
+    return [
+        replace(
+            config,
+            seed=config.seed + number,
+            stream_seed=config.seed_of_stream,
+            run_dir=member_dir(config.run_dir, number),
+        )
+        for number in range(1, members + 1)
+    ]
+
+
+def train_members(
+    folder: Path, ensemble: Ensemble, runs: Sequence[Run], view: ConsoleView, one_at_a_time: bool = False
+) -> None:
+    """Train the members of an ensemble, or continue each of them from its newest checkpoint.
+
+    folder         folder of the ensemble
+    runs           the members
+    view           console output
+    one_at_a_time  True: train one member after another, which needs the memory of one member. False: each batch trains
+                   all members
+
+    Raises the errors of fit_together. Raises UserError if the folder holds other files or another ensemble.
+    """
+    make_ensemble_dir(folder, ensemble)
+    with hold_lock(folder, "training"):
+        if not one_at_a_time:
+            views = EnsembleView(view, [run.run_dir.name for run in runs])
+            fit_together(runs, [views.member(run.run_dir.name) for run in runs])
+            return
+        for run in runs:
+            view.note(f"{run.run_dir}: seed {run.config.seed}")
+            fit(run, view)
+
+
+def fork_members(new_dir: Path, ensemble: Ensemble, runs: Sequence[Run]) -> list[Run]:
+    """Start an ensemble in `new_dir` whose members are forks of `runs`, and return the forks.
+
+    Raises the errors of `fork` and make_ensemble_dir.
+    """
+    make_ensemble_dir(new_dir, ensemble)
+    return [fork(run, new_dir / run.run_dir.name) for run in runs]
+
+
+def preview_members(runs: Sequence[Run], new_dir: Path | None) -> list[str]:
+    """Return the messages of `alextrain run --dry-run` for each member (see preview_fork)."""
+    return [line for run in runs for line in preview_fork(run, new_dir and new_dir / run.run_dir.name)]
