@@ -7,7 +7,7 @@ import click
 from prep.console import json_option, print_json
 from train.cli.options import model_option, recipe_settings
 from train.config.architecture import ARCHITECTURES
-from train.config.recipes import RECIPES
+from train.config.recipes import RECIPES, recipe_note
 
 
 @click.command()
@@ -63,11 +63,12 @@ def recipe(name: str, settings: list[str], as_json: bool) -> None:
     from dataclasses import asdict
 
     from train.config.overrides import recipe_with_overrides
-    from train.config.recipe_table import recipe_lines
+    from train.config.recipe_table import rate_lines, recipe_lines
 
     chosen = recipe_with_overrides(name, settings)
     if as_json:
         print_json(asdict(chosen))
         return
-    for line in recipe_lines(chosen):
+    note = recipe_note(name)
+    for line in [*recipe_lines(chosen), *([""] if note else []), *rate_lines(chosen), *([note] if note else [])]:
         click.echo(line)

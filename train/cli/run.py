@@ -241,13 +241,17 @@ def _say_description(training: Run, run_dir: Path, quiet: bool, ensemble: Ensemb
 
 
 def _description_lines(training: Run, run_dir: Path, ensemble: Ensemble | None = None) -> list[str]:
-    """Return two lines that describe the network and the training, and a third line if the run uses a service.
+    """Return two lines that describe the network and the training, and more lines if they apply.
+
+    More lines: the learning rate if it depends on the batch, the note on the recipe, and the service.
 
     training  the run, or the first member of `ensemble`
 
     Raises UserError if the training split has fewer records than a batch.
     """
     from train.config.devices import describe_devices
+    from train.config.recipe_table import rate_lines
+    from train.config.recipes import recipe_note
     from train.model.summary import summarize
 
     config, store = training.config, training.store
@@ -261,6 +265,7 @@ def _description_lines(training: Run, run_dir: Path, ensemble: Ensemble | None =
         seeds += f", stream seed {config.seed_of_stream}"
     parts = f" in {config.accumulate} parts" if config.accumulate > 1 else ""
     fallback = "this machine decodes" if config.service_fallback else "the run stops with an error"
+    note = recipe_note(config.recipe.name)
     service = f"service {config.service} decodes the images; if the service is lost, {fallback}"
     return [
         f"{config.model.name}, {describe_devices(config.devices, config.model.columns)}; "
@@ -269,6 +274,8 @@ def _description_lines(training: Run, run_dir: Path, ensemble: Ensemble | None =
         f"{config.precision}; "
         f"{records:,} records, {count_noun(training.steps_per_epoch, 'step')} an epoch, "
         f"{count_noun(training.last_step, 'step')} in all, into {run_dir}",
+        *rate_lines(config.recipe, config.batch_size),
+        *([note] if note else []),
         *([service] if config.service else []),
     ]
 
@@ -283,6 +290,7 @@ def _result_json(training: Run, run_dir: Path, dry_run: bool) -> dict[str, Any]:
         "model": config.model.name,
         "recipe": config.recipe.name,
         "batch_size": config.batch_size,
+        "lr": config.recipe.lr * config.recipe.rate_factor(config.batch_size),
         "precision": config.precision,
         "devices": list(config.devices),
         "dry_run": dry_run,

@@ -7,7 +7,7 @@ ARCHITECTURES (train/config/architecture.py) or ABLATIONS (train/config/ablation
 ACTIVATIONS = ("relu", "tanh", "sigmoid")  # implemented in train/model/alexnet.py
 POOLS_PX = (2, 3)  # side of a pooling window, in px; the stride is 2
 INITS = ("normal", "he")  # implemented by `initialize` in train/model/alexnet.py
-SCHEDULES = ("plateau", "steps", "cosine")  # implemented in train/config/overrides.py
+SCHEDULES = ("plateau", "steps", "cosine", "polynomial")  # implemented in train/config/overrides.py
 PRECISIONS = ("fp32", "tf32", "bf16")  # explained in train/model/precision.py
 EXPORT_FORMATS = ("safetensors", "torchvision", "onnx")  # explained in train/convert/export.py
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from prep.console import UserError
 from prep.store.manifest import Store
 from train.config.architecture import architecture_values
-from train.config.recipe import Recipe
+from train.config.recipe import ADDED_FIELDS, Recipe
 from train.config.run_config import RunConfig
 
 
@@ -62,14 +62,16 @@ def stream_seed_of(identity: Mapping[str, Any]) -> Any:
 def recipe_values(recipe: Recipe) -> dict[str, Any]:
     """Return all fields of a recipe except `name` and `sources`, as JSON values.
 
-    `augmentation.eval_divisor` is the divisor of evaluation images, and is left out if evaluation does not divide.
+    `augmentation.eval_divisor` is the divisor of evaluation images, and is left out if evaluation does not divide. The
+    fields that version 0.1.0 did not have are left out if they are None. A run of that version therefore keeps its
+    identity.
     """
     values: dict[str, Any] = as_json({k: v for k, v in asdict(recipe).items() if k not in ("name", "sources")})
     divisor = recipe.augmentation.divisor_in_evaluation
     values["augmentation"]["eval_divisor"] = divisor
     if divisor == 1:  # in version 0.1.0, which wrote no eval_divisor, every run had this value
         del values["augmentation"]["eval_divisor"]
-    return values
+    return {name: value for name, value in values.items() if name not in ADDED_FIELDS or value is not None}
 
 
 def as_json(data: Any) -> Any:

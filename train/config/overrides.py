@@ -9,8 +9,9 @@ parts. The syntax of a value depends on the type of the field:
     lrn, within_map, augmentation     lrn=none; lrn=5,1e-4,0.75,2 (all parts, in their order); lrn.alpha=1e-4
     init_std, init_bias               a number for all layers; init_std.conv3=0.01 for one layer;
                                       init_bias=none (all biases start at 0)
-    schedule                          plateau; cosine; steps (lr divided by 10 after 1/3 and after 2/3 of the epochs);
-                                      none (constant lr); 25,51,79 (lr divided by 10 after each of these epochs);
+    schedule                          plateau; cosine; polynomial; none (constant lr);
+                                      steps (lr divided by 10 after 1/3 and after 2/3 of the epochs);
+                                      25,51,79 (lr divided by 10 after each of these epochs);
                                       25:1e-3,51:1e-4 (lr 1e-3 after epoch 25, 1e-4 after epoch 51); schedule.drops=2
 
 `augmentation.divisor` sets the divisor of training and evaluation. To divide only training images, as the authors'
@@ -31,12 +32,13 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from prep.console import UserError, WrongArgument, did_you_mean
 from train.config.architecture import LAYERS
-from train.config.recipe import Cosine, Plateau, Recipe, ScheduleChange, ScheduleSpec, recipe_fields
+from train.config.recipe import Cosine, Plateau, Polynomial, Recipe, ScheduleChange, ScheduleSpec, recipe_fields
 from train.config.recipes import recipe_named
 
 OVERRIDE_SOURCE = "set on the command line"
 PLATEAU = Plateau(factor=0.1, patience_epochs=5, drops=3)  # the schedule that schedule=plateau sets
 COSINE = Cosine(warmup_epochs=5, start=0.1, end=0.001)  # the schedule that schedule=cosine sets
+POLYNOMIAL = Polynomial(warmup_epochs=5, start=0.1, power=2, end=1e-6)  # the schedule that schedule=polynomial sets
 _EXPECTED = {int: "a whole number", float: "a number", bool: "true or false", str: "a word"}
 
 
@@ -48,7 +50,7 @@ def recipe_with_overrides(name: str, settings: Sequence[str], epochs: int | None
     """Return the recipe `name` with the overrides `settings`, each FIELD=VALUE, for a run of `epochs` epochs.
 
     epochs  number of epochs of the run; None: the recipe's `epochs`. `epochs` changes the recipe only if the schedule
-            is a cosine or `schedule=steps`, because only these schedules depend on the number of epochs
+            is a cosine, a polynomial or `schedule=steps`, because only these schedules depend on the number of epochs
 
     Raises UserError for an unknown recipe and for an invalid override.
     """
@@ -58,7 +60,7 @@ def recipe_with_overrides(name: str, settings: Sequence[str], epochs: int | None
 def override(base: Recipe, settings: Sequence[str], epochs: int | None = None) -> Recipe:
     """Return the recipe `base` with overrides, for a run of `epochs` epochs, as `recipe_with_overrides` describes."""
     recipe = apply_overrides(base, settings)
-    spans_all_epochs = isinstance(recipe.schedule, Cosine) or "schedule=steps" in settings
+    spans_all_epochs = isinstance(recipe.schedule, Cosine | Polynomial) or "schedule=steps" in settings
     if epochs and spans_all_epochs:
         return apply_overrides(base, [*settings, f"epochs={epochs}"])
     return recipe
@@ -176,6 +178,8 @@ def _parse_schedule(text: str, recipe: Recipe) -> ScheduleSpec:
         return PLATEAU
     if text == "cosine":
         return COSINE
+    if text == "polynomial":
+        return POLYNOMIAL
     entries = text.split(",")
     if text == "steps":
         entries = [f"{recipe.epochs * third / 3:g}" for third in (1, 2)]
@@ -186,7 +190,9 @@ def _parse_schedule(text: str, recipe: Recipe) -> ScheduleSpec:
             epochs = float(epochs_text)
             lr = float(lr_text) if lr_text else float(f"{recipe.lr / 10**drop:.6g}")
         except ValueError:
-            raise _InvalidValue("plateau, cosine, steps, none, or epochs as in 25,51,79 or 25:1e-3,51:1e-4") from None
+            raise _InvalidValue(
+                "plateau, cosine, polynomial, steps, none, or epochs as in 25,51,79 or 25:1e-3,51:1e-4"
+            ) from None
         if not (0 <= epochs < math.inf and 0 < lr < math.inf):
             raise _InvalidValue("epochs of at least 0, and learning rates of more than 0")
         changes.append(ScheduleChange(epochs, lr))

@@ -84,7 +84,32 @@ class Cosine:
             )
 
 
-ScheduleSpec = tuple[ScheduleChange, ...] | Plateau | Cosine  # implemented by train.optim.schedule.Schedule
+@dataclass(frozen=True)
+class Polynomial:
+    """Schedule: linear warm-up from `start` · lr to lr, then lr · (1 − e / E)^`power` after e of E epochs.
+
+    The warm-up takes `warmup_epochs` epochs. E is `Recipe.epochs`, and e includes the warm-up: after the warm-up, the
+    rate is lr · (1 − warmup_epochs / E)^power. The rate never falls below `end` · lr. `start` and `end` must be above
+    0, because a learning rate of 0 would freeze the network.
+    """
+
+    warmup_epochs: float
+    start: float
+    power: float
+    end: float
+
+    def __post_init__(self) -> None:
+        """Raise UserError if a value is out of range."""
+        if self.warmup_epochs < 0 or not 0 < self.start <= 1 or self.power <= 0 or not 0 < self.end <= 1:
+            raise UserError(
+                f"warmup_epochs {self.warmup_epochs}, start {self.start}, power {self.power}, end {self.end}: expected "
+                "warmup_epochs of at least 0, start and end (shares of lr) above 0 and at most 1, and a power above 0."
+            )
+
+
+ScheduleSpec = (
+    tuple[ScheduleChange, ...] | Plateau | Cosine | Polynomial
+)  # implemented by train.optim.schedule.Schedule
 
 
 @dataclass(frozen=True)
@@ -119,11 +144,15 @@ class Recipe:
 
     label_smoothing: float  # share of the target probability that is spread evenly over all classes
     lr: float
+    # Batch size for which all learning rates of the recipe hold: with another batch size, they are multiplied by
+    # batch size / lr_batch. None: they do not depend on the batch size.
+    lr_batch: int | None
     lr_bias: float | None  # constant learning rate of the biases; None: the rate is lr_bias_factor · lr
     lr_bias_factor: float  # used only if lr_bias is None
     momentum: float
     weight_decay: float
     decay_biases: bool
+    lars_trust: float | None  # trust coefficient of LARS (train/optim/lars.py); None: SGD without LARS
     schedule: ScheduleSpec
 
     sources: Mapping[str, str]
@@ -132,6 +161,10 @@ class Recipe:
     def eval_input_divisor(self) -> float:
         """Divisor of the pixels minus the mean, before conv1, in evaluation: by the loader and by the network."""
         return self.input_divisor * self.augmentation.divisor_in_evaluation
+
+    def rate_factor(self, batch_size: int) -> float:
+        """Return the factor of all learning rates for a batch size: batch_size / lr_batch, or 1 without lr_batch."""
+        return 1.0 if self.lr_batch is None else batch_size / self.lr_batch
 
     def __post_init__(self) -> None:
         """Raise UserError if a value is out of range."""
@@ -145,9 +178,11 @@ class Recipe:
             "dropout": (0 <= self.dropout < 1, "at least 0, less than 1"),
             "label_smoothing": (0 <= self.label_smoothing < 1, "at least 0, less than 1"),
             "lr": (self.lr > 0, "more than 0"),
+            "lr_batch": (self.lr_batch is None or self.lr_batch >= 1, "at least 1, or none"),
             "lr_bias_factor": (self.lr_bias_factor > 0, "more than 0"),
             "momentum": (0 <= self.momentum < 1, "at least 0, less than 1"),
             "weight_decay": (self.weight_decay >= 0, "at least 0"),
+            "lars_trust": (self.lars_trust is None or self.lars_trust > 0, "more than 0, or none"),
             "init_std": (set(self.init_std) == set(LAYERS), f"a number for each of {', '.join(LAYERS)}"),
             "init_bias": (set(self.init_bias) <= set(LAYERS), f"layers of {', '.join(LAYERS)}"),
         }
@@ -156,9 +191,18 @@ class Recipe:
                 raise UserError(f"{name} {getattr(self, name)}: expected {expected}.")
 
 
+# Fields that version 0.1.0 did not have. The value None of each field gives the training of that version.
+ADDED_FIELDS = ("lr_batch", "lars_trust")
+
+
 def recipe_from_json(data: Mapping[str, Any]) -> Recipe:
-    """Convert the result of asdict back to a Recipe. Raises TypeError, KeyError or ValueError for other data."""
+    """Convert the result of asdict back to a Recipe. Raises TypeError, KeyError or ValueError for other data.
+
+    `data` may lack the fields of ADDED_FIELDS.
+    """
     converted = {
+        **{name: data.get(name) for name in ADDED_FIELDS},
+        "sources": {**dict.fromkeys(ADDED_FIELDS, "not in the version that began the run"), **data["sources"]},
         "augmentation": Augmentation(**with_eval_divisor(data["augmentation"])),
         "lrn": None if data["lrn"] is None else Lrn(**data["lrn"]),
         "within_map": None if data["within_map"] is None else Lrn(**data["within_map"]),
@@ -179,7 +223,7 @@ def with_eval_divisor(augmentation: Mapping[str, Any]) -> dict[str, Any]:
 def _schedule_from_json(data: Any) -> ScheduleSpec:
     if not isinstance(data, dict):
         return tuple(ScheduleChange(**change) for change in data)
-    kind = Cosine if "warmup_epochs" in data else Plateau
+    kind = Polynomial if "power" in data else Cosine if "warmup_epochs" in data else Plateau
     return kind(**data)
 
 

@@ -17,6 +17,7 @@ HEADINGS = {  # {first field of a group: heading of the group}
     "label_smoothing": "Optimization",
 }
 _WIDTH = 120  # characters
+_EXAMPLE_BATCHES = (1024, 2048, 4096, 8192)  # batch sizes whose learning rates `rate_lines` lists
 
 
 def recipe_lines(recipe: Recipe) -> list[str]:
@@ -39,6 +40,18 @@ def recipe_lines(recipe: Recipe) -> list[str]:
             name, value = row or ("", "")
             lines.append(f"  {name:{name_width}}  {value:{value_width}}  {source or ''}".rstrip())
     return lines
+
+
+def rate_lines(recipe: Recipe, batch_size: int | None = None) -> list[str]:
+    """Return a line with the learning rate of a batch size, for a recipe that sets `lr_batch`; otherwise no line.
+
+    batch_size  images of a step; None: the line lists the rates of several batch sizes
+    """
+    if recipe.lr_batch is None:
+        return []
+    batches = _EXAMPLE_BATCHES if batch_size is None else (batch_size,)
+    rates = ", ".join(f"{recipe.lr * recipe.rate_factor(images):g} at {images}" for images in batches)
+    return [f"learning rate before the schedule, lr · batch / {recipe.lr_batch}: {rates}"]
 
 
 def has_parts(rows: Sequence[tuple[str, str]]) -> bool:

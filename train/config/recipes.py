@@ -7,6 +7,7 @@ released  the values in the code and parameter files that gave the paper's resul
 caffe     the values of models/bvlc_alexnet in BVLC's Caffe (train_val.prototxt, solver.prototxt, readme.md)
 modern    the same network with present-day initialization and schedule
 short     settings for a training that takes a few minutes on a CPU, with small batches
+large     batches of 1,024 to 8,192 images, with LARS; not yet tried on ImageNet by this project
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 from pipeline.augment import Augmentation
 from prep.console import WrongArgument, did_you_mean
 from train.config.architecture import LAYERS
-from train.config.recipe import Cosine, Lrn, Plateau, Recipe, ScheduleChange
+from train.config.recipe import Cosine, Lrn, Plateau, Polynomial, Recipe, ScheduleChange
 
 _BIASED = ("conv2", "conv4", "conv5", "fc6", "fc7")  # layers whose biases do not start at 0
 
@@ -65,11 +66,13 @@ PAPER = _recipe(
     ),
     label_smoothing=(0.0, "section 3.5: the multinomial logistic regression objective"),
     lr=(0.01, "section 5"),
+    lr_batch=(None, "ours: none, lr does not depend on --batch"),
     lr_bias=(None, "section 5: 'an equal learning rate for all layers'"),
     lr_bias_factor=(1.0, "section 5: the same"),
     momentum=(0.9, "section 5"),
     weight_decay=(0.0005, "section 5"),
     decay_biases=(True, "section 5 makes no exception for them"),
+    lars_trust=(None, "ours: none, SGD without LARS, which is of 2017"),
     schedule=(
         Plateau(factor=0.1, patience_epochs=5, drops=3),
         "section 5: divided by 10 when the validation error stopped improving, three times; ours: the patience",
@@ -222,7 +225,43 @@ SHORT = _variant(
     schedule=((ScheduleChange(2, lr=0.001),), "ours: one drop, for the last third of the epochs"),
 )
 
-RECIPES = {recipe.name: recipe for recipe in (PAPER, RELEASED, CAFFE, MODERN, SHORT)}
+# The published settings for AlexNet with local response normalization and LARS: You, Gitman and Ginsburg 2017 (arXiv
+# 1708.03888), with the authors' files in models/ of borisgin/nvcaffe, their fork of NVIDIA's Caffe.
+LARGE = _variant(
+    CAFFE,
+    "large",
+    batch_size=(
+        8192,
+        "borisgin/nvcaffe, models/bvlc_alexnet/solver_8K.prototxt; ours: 1,024 to 8,192. This project has not trained "
+        "ImageNet with this recipe",
+    ),
+    epochs=(100, "bvlc_alexnet/solver_8K.prototxt: 15,600 batches of 8,192 are 99.7 epochs"),
+    lr=(10.0, "arXiv 1708.03888; bvlc_alexnet/solver_8K.prototxt"),
+    lr_batch=(
+        8192,
+        "Goyal et al. 2017 (arXiv 1706.02677), section 2.1: all learning rates are proportional to --batch, here from "
+        "10 at 8,192. alexnet_bn/solver_16k.prototxt: 2 at 1,024, 10 at 8K, 24 at 16K",
+    ),
+    lr_bias_factor=(1.0, "bvlc_alexnet/train_val.prototxt: no lr_mult"),
+    momentum=(0.9, "bvlc_alexnet/solver_8K.prototxt"),
+    weight_decay=(0.0005, "bvlc_alexnet/solver_8K.prototxt"),
+    decay_biases=(True, "bvlc_alexnet/train_val.prototxt: no decay_mult"),
+    lars_trust=(0.001, "arXiv 1708.03888, η; bvlc_alexnet/solver.prototxt: local_gw_ratio"),
+    schedule=(
+        Polynomial(warmup_epochs=5, start=0.1, power=2, end=1e-6),
+        "arXiv 1708.03888, algorithm 1: power 2; 5 epochs of warm-up, as in alexnet_bn/solver_16k.prototxt, from 1 to "
+        "10 (rampup_lr 1; bvlc_alexnet/solver.prototxt has 4 epochs); ours: end, so that lr is never 0",
+    ),
+)
+
+# {name of a recipe: a note for users, printed by `alextrain recipe` and `alextrain run`}
+NOTES = {"large": "Recipe large is unproven on ImageNet: this project has tried it only on small data."}
+RECIPES = {recipe.name: recipe for recipe in (PAPER, RELEASED, CAFFE, MODERN, SHORT, LARGE)}
+
+
+def recipe_note(name: str) -> str | None:
+    """Return the note for users of a recipe, by its name with or without overrides; None if there is no note."""
+    return NOTES.get(name.partition(",")[0])
 
 
 def recipe_named(name: str) -> Recipe:

@@ -90,9 +90,8 @@ def create_run(run: Run, network: AlexNet) -> None:
             optimizer = make_optimizer(network, config.recipe)
             torch.manual_seed(config.seed)
             on_cpu = replace(run, config=replace(config, devices=("cpu", "cpu")))  # where the network is
-            state = capture_state(
-                on_cpu, 0, network, optimizer, Schedule(config.recipe), loader.state_dict(), validation_due=False
-            )
+            schedule = Schedule(config.recipe, config.batch_size)
+            state = capture_state(on_cpu, 0, network, optimizer, schedule, loader.state_dict(), validation_due=False)
         write_description(run)
         checkpoint.CheckpointKeeper(run.run_dir, config.keep, None).save(state, is_last=True)
 

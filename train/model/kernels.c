@@ -1,5 +1,5 @@
 /* Elementwise operations of a training step on a CPU, each in one pass over memory: ReLU, local response normalization
- * and max-pooling, and the parameter update. kernels.py calls the functions; lrn.py, pooling.py and train/optim have
+ * and max-pooling, the parameter update, and sums of squares. kernels.py calls the functions; lrn.py, pooling.py and train/optim have
  * equivalents in PyTorch operators. Feature maps are channels-last arrays (images, rows, columns, maps) without gaps.
  * A "position" is one row and column of one image: `maps` consecutive values. */
 
@@ -252,5 +252,25 @@ EACH_CPU void update(float *restrict w, float *restrict v, const float *restrict
     for (int64_t i = 0; i < count; i++) {
         v[i] = momentum * v[i] - pull * w[i] - lr * g[i];
         w[i] += v[i];
+    }
+}
+
+#define LANES 8 /* independent sums, so that the compiler can use vectors without changing the order of an addition */
+
+/* For each block of `block` values of x, the last possibly shorter: the sum of the squares, in float64. The square of a
+ * float32 number is exact in float64. */
+EACH_CPU void sums_of_squares(const float *restrict x, int64_t count, int64_t block, double *restrict sums) {
+    for (int64_t first = 0; first < count; first += block) {
+        const int64_t end = first + block < count ? first + block : count;
+        double lanes[LANES] = {0}, sum = 0;
+        int64_t i = first;
+        for (; i + LANES <= end; i += LANES)
+            for (int lane = 0; lane < LANES; lane++)
+                lanes[lane] += (double)x[i + lane] * x[i + lane];
+        for (; i < end; i++)
+            sum += (double)x[i] * x[i];
+        for (int lane = 0; lane < LANES; lane++)
+            sum += lanes[lane];
+        *sums++ = sum;
     }
 }

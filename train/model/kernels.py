@@ -1,4 +1,5 @@
-"""C kernels (kernels.c) for training on a CPU: ReLU, normalization and pooling in one pass, and the parameter update.
+"""C kernels (kernels.c) for training on a CPU: ReLU, normalization and pooling in one pass, the parameter update, and
+sums of squares.
 
 `native` is a NativeKernels object, or None if the kernels could not be compiled or are switched off (prep/compiled.py).
 lrn.py, pooling.py and train/optim fall back to equivalent PyTorch operators if `native` is None, on a GPU, and for
@@ -9,6 +10,7 @@ number of threads.
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Callable
 from pathlib import Path
 from threading import Thread
@@ -20,7 +22,7 @@ from prep import compiled
 
 SOURCE = Path(__file__).with_name("kernels.c")
 _NORM_BLOCK = 4096  # number of values normalized at a time; the values and their squares fit into an L1 cache
-_UPDATE_BLOCK = 1 << 16  # number of parameters in a block; each thread updates whole blocks
+_UPDATE_BLOCK = 1 << 16  # number of parameters in a block; each thread updates, or squares, whole blocks
 
 
 class NormParams(ctypes.Structure):
@@ -72,8 +74,10 @@ class NativeKernels:
         self._pool_backward.argtypes = [pointer, pointer, pointer, number, PoolParams, NormParams, pointer, pointer]
         self._update = library.update
         self._update.argtypes = [pointer, pointer, pointer, number, *[ctypes.c_float] * 3]
+        self._sums_of_squares = library.sums_of_squares
+        self._sums_of_squares.argtypes = [pointer, number, number, pointer]
         functions = (self._norm_forward, self._norm_backward, self._pool_forward, self._pool_backward, self._update)
-        for function in functions:
+        for function in (*functions, self._sums_of_squares):
             function.restype = None
 
     def norm(self, x: Tensor, norm: NormParams) -> Tensor:
@@ -160,6 +164,19 @@ class NativeKernels:
         run_in_threads(-(-w.numel() // _UPDATE_BLOCK), work)
         torch.autograd.graph.increment_version((w, v))
 
+    def sum_of_squares(self, x: Tensor) -> float:
+        """Σ x², computed in float64, for a float32 tensor without gaps in memory."""
+        sums = torch.zeros(-(-x.numel() // _UPDATE_BLOCK), dtype=torch.float64)
+
+        def work(first: int, end: int) -> None:
+            count = min(_UPDATE_BLOCK * end, x.numel()) - _UPDATE_BLOCK * first
+            address = x.data_ptr() + 4 * _UPDATE_BLOCK * first
+            self._sums_of_squares(address, count, _UPDATE_BLOCK, sums[first:].data_ptr())
+
+        if len(sums):
+            run_in_threads(len(sums), work)
+        return math.fsum(sums.tolist())
+
 
 def run_in_threads(items: int, work: Callable[[int, int], None]) -> None:
     """Divide range(items) among as many threads as torch uses; each thread calls work(first, end) for its part.
@@ -227,6 +244,7 @@ def _is_correct_for(
     next_v = 0.9 * v.double() - 0.1 * (0.2 * w.double() + x)
     pairs += [(v, next_v), (w, w + next_v)]
     kernels.update(w, v, x, 0.9, 0.1, 0.2)
+    pairs.append((torch.tensor(kernels.sum_of_squares(x)), x.double().square().sum()))
     return all(torch.allclose(actual.double(), expected, 1e-5, 1e-6) for actual, expected in pairs)
 
 

@@ -9,7 +9,7 @@ reduction of ε therefore has its full effect at once. If ε is constant, both r
 
 The C kernel (train/model/kernels.c) updates float32 parameters on a CPU; fused_sgd.py updates all other parameters, and
 every parameter if the kernels are not compiled. If the learning rates are in a tensor, rate_tensor_update.py updates
-all parameters.
+all parameters. lars.py scales the rate of each layer.
 """
 
 from __future__ import annotations
@@ -24,18 +24,24 @@ from train.config.recipe import Recipe
 from train.model import kernels
 from train.model.alexnet import AlexNet
 from train.optim import fused_sgd
+from train.optim.lars import LocalRates
 from train.optim.rate_tensor_update import RateTensorUpdate, Trio
 
 
 class PaperSGD(torch.optim.Optimizer):
     """SGD by the paper's rule. In a group with lr 0, neither parameters nor velocity change (weights.cu:148)."""
 
-    def __init__(self, groups: Iterable[dict[str, Any]], momentum: float) -> None:
+    def __init__(
+        self, groups: Iterable[dict[str, Any]], momentum: float, local_rates: LocalRates | None = None
+    ) -> None:
         """Each group is a dict with "params" and optionally "lr", "weight_decay" and "name".
 
         "lr" and "weight_decay" have the default 0. This class ignores "name".
+
+        local_rates  factors of the learning rates, for each layer (LARS); None: all factors are 1
         """
         super().__init__(groups, {"lr": 0.0, "weight_decay": 0.0, "momentum": momentum})
+        self._local_rates = local_rates
         self._rate_tensor_update: RateTensorUpdate | None = None
 
     def velocity(self, parameter: nn.Parameter) -> Tensor:
@@ -49,6 +55,9 @@ class PaperSGD(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]  # closures are not supported
         """Update every parameter that has a gradient."""
+        if self._local_rates is not None:
+            self._step_with(self._local_rates)
+            return
         if self._rate_tensor_update is not None:
             self._rate_tensor_update.run()
             return
@@ -85,6 +94,27 @@ class PaperSGD(torch.optim.Optimizer):
         assert self._rate_tensor_update is not None
         self._rate_tensor_update.write_addresses()
 
+    def _step_with(self, local_rates: LocalRates) -> None:
+        """Update every parameter that has a gradient, with its group's learning rate times its local rate."""
+        group_of = {
+            parameter: group
+            for group in self.param_groups
+            for parameter in group["params"]
+            if group["lr"] != 0 and parameter.grad is not None
+        }
+        rates = local_rates({parameter: group["weight_decay"] for parameter, group in group_of.items()})
+        if self._rate_tensor_update is not None:
+            self._rate_tensor_update.run(rates)
+            return
+        for parameter, group in group_of.items():
+            rate, lr, decay = rates[parameter], group["lr"], group["weight_decay"]
+            if parameter.device.type == "cpu" and kernels.native is not None:
+                scaled = {**group, "lr": lr * rate.item()}  # on a CPU, item() waits for no device
+                if self._update_by_kernel(parameter, scaled):
+                    continue
+            velocity = self.velocity(parameter).mul_(group["momentum"])
+            parameter.add_(velocity.sub_(lr * rate * (parameter.grad + decay * parameter)))
+
     def _update(self, parameters: list[nn.Parameter], group: dict[str, Any]) -> None:
         gradients = [p.grad for p in parameters if p.grad is not None]
         velocities = [self.velocity(p) for p in parameters]
@@ -105,7 +135,7 @@ class PaperSGD(torch.optim.Optimizer):
 def make_optimizer(network: AlexNet, recipe: Recipe) -> PaperSGD:
     """Return a PaperSGD with four groups: conv1's weights, conv1's biases, all other weights, all other biases.
 
-    Schedule.apply sets the learning rates.
+    If the recipe sets `lars_trust`, each layer has a local rate. Schedule.apply sets the learning rates.
     """
     groups: dict[str, dict[str, Any]] = {
         "conv1": {"params": [], "weight_decay": recipe.weight_decay},
@@ -119,4 +149,6 @@ def make_optimizer(network: AlexNet, recipe: Recipe) -> PaperSGD:
             groups["conv1 biases" if first else "biases"]["params"] += parameters
         else:
             groups["conv1" if first else "weights"]["params"] += parameters
-    return PaperSGD([{"name": name, **group} for name, group in groups.items()], recipe.momentum)
+    layers = network.parameters_by_joined_name().values()
+    local_rates = None if recipe.lars_trust is None else LocalRates(recipe.lars_trust, layers)
+    return PaperSGD([{"name": name, **group} for name, group in groups.items()], recipe.momentum, local_rates)

@@ -7,7 +7,7 @@ addresses. For a recorded step, the table is written after the recording, when t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -28,7 +28,10 @@ class Trio(NamedTuple):
 
 
 class RateTensorUpdate:
-    """Updates parameters in place: v ← momentum · v − rate · decay · w − rate · g, then w ← w + v."""
+    """Updates parameters in place: v ← momentum · v − rate · decay · w − rate · g, then w ← w + v.
+
+    `rate` is the learning rate of the parameter's group, times the parameter's scale if `run` is given scales.
+    """
 
     def __init__(self, trios: Sequence[Trio], groups: int, momentum: float) -> None:
         """All parameters and velocities are float32 and on one device. Raises ValueError otherwise."""
@@ -39,6 +42,7 @@ class RateTensorUpdate:
         self._rates = torch.zeros(groups, device=self._device)
         self._written: list[float | None] = [None] * groups
         self._decays = torch.tensor([trio.decay for trio in trios], device=self._device)
+        self._scales = torch.ones(len(trios), device=self._device)  # factor of each parameter's rate: λ of lars.py
         # ---- the kernel's table (parameters, 5): addresses of parameter, velocity, gradient; size; group
         self._table = torch.zeros(len(trios), 5, dtype=torch.int64, device=self._device)
         sizes = [trio.parameter.numel() for trio in trios]
@@ -52,8 +56,14 @@ class RateTensorUpdate:
                 self._rates[index].fill_(rate)  # passes the rate as a kernel argument, not by a copy
                 self._written[index] = rate
 
-    def run(self) -> None:
-        """Update every parameter that has a gradient."""
+    def run(self, scales: Mapping[nn.Parameter, Tensor] | None = None) -> None:
+        """Update every parameter that has a gradient.
+
+        scales  {parameter with a gradient: factor of its learning rate, (), on the device}; None: all factors are 1
+        """
+        if scales is not None:
+            unscaled = torch.ones((), dtype=torch.float64, device=self._device)
+            self._scales.copy_(torch.stack([scales.get(trio.parameter, unscaled) for trio in self._trios]))
         if self._device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
             self.write_addresses()
         if self._device.type == "cuda":
@@ -64,9 +74,9 @@ class RateTensorUpdate:
     @torch.no_grad()
     def run_operators(self) -> None:
         """The update that `run` makes, by PyTorch operators on any device."""
-        for w, v, group, decay in self._trios:
+        for (w, v, group, decay), scale in zip(self._trios, self._scales, strict=True):
             if w.grad is not None:
-                rate = self._rates[group]
+                rate = self._rates[group] * scale
                 v.mul_(self._momentum).sub_(rate * (w.grad + decay * w if decay else w.grad))
                 w.add_(v)
 
@@ -89,6 +99,6 @@ class RateTensorUpdate:
         kernel: Any = update
         with torch.cuda.device_of(self._rates):  # type: ignore[no-untyped-call]  # torch leaves it untyped
             kernel[(len(self._blocks),)](
-                self._table, self._blocks, self._decays, self._rates, self._momentum, BLOCK=_BLOCK
+                self._table, self._blocks, self._decays, self._scales, self._rates, self._momentum, BLOCK=_BLOCK
             )
         torch.autograd.graph.increment_version([t for w, v, *_ in self._trios for t in (w, v)])

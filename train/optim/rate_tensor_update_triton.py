@@ -16,12 +16,13 @@ def _tensor(table, entry):
 
 
 @triton.jit  # type: ignore[untyped-decorator,unused-ignore]
-def update(table, blocks, decays, rates, momentum, BLOCK: tl.constexpr):
+def update(table, blocks, decays, scales, rates, momentum, BLOCK: tl.constexpr):
     """Update BLOCK values of a parameter. A row of `blocks` is (index of the parameter, index of the first value)."""
     index = tl.load(blocks + 2 * tl.program_id(0))
     i = tl.load(blocks + 2 * tl.program_id(0) + 1) + tl.arange(0, BLOCK)
     inside = i < tl.load(table + 5 * index + 3)
-    rate, decay = tl.load(rates + tl.load(table + 5 * index + 4)), tl.load(decays + index)
+    rate = tl.load(rates + tl.load(table + 5 * index + 4)) * tl.load(scales + index)
+    decay = tl.load(decays + index)
     weights, velocities = _tensor(table, 5 * index) + i, _tensor(table, 5 * index + 1) + i
     w = tl.load(weights, mask=inside, other=0.0)
     g = tl.load(_tensor(table, 5 * index + 2) + i, mask=inside, other=0.0)

@@ -1,4 +1,4 @@
-"""Learning-rate schedules (steps, plateau, cosine), and scheduled changes of the colour noise."""
+"""Learning-rate schedules (steps, plateau, cosine, polynomial), and scheduled changes of the colour noise."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from train.config.recipe import Cosine, Plateau, Recipe, ScheduleChange
+from train.config.recipe import Cosine, Plateau, Polynomial, Recipe, ScheduleChange
 from train.optim.paper_sgd import PaperSGD
 
 
@@ -18,22 +18,35 @@ def cosine_share(cosine: Cosine, epochs_done: float, epochs: int) -> float:
     After `epochs` epochs the factor stays at `cosine.end`.
     """
     if epochs_done < cosine.warmup_epochs:
-        return cosine.start + (1 - cosine.start) * epochs_done / cosine.warmup_epochs
+        return _warmup_share(cosine, epochs_done)
     if epochs_done >= epochs:
         return cosine.end
     progress = (epochs_done - cosine.warmup_epochs) / (epochs - cosine.warmup_epochs)
     return cosine.end + (1 - cosine.end) * (1 + math.cos(math.pi * progress)) / 2
 
 
+def polynomial_share(polynomial: Polynomial, epochs_done: float, epochs: int) -> float:
+    """Return the factor by which a polynomial schedule multiplies the recipe's lr after `epochs_done` of `epochs`."""
+    if epochs_done < polynomial.warmup_epochs:
+        return _warmup_share(polynomial, epochs_done)
+    remaining = max(0.0, 1 - epochs_done / epochs)
+    return max(polynomial.end, math.pow(remaining, polynomial.power))
+
+
+def _warmup_share(schedule: Cosine | Polynomial, epochs_done: float) -> float:
+    return schedule.start + (1 - schedule.start) * epochs_done / schedule.warmup_epochs
+
+
 @dataclass
 class Schedule:
     """Learning rates and colour noise of a recipe, at any epoch.
 
-    The schedules `steps` and `cosine` depend only on the epoch. A plateau schedule also depends on the validation
-    errors so far. The fields after `recipe` summarize these errors and are saved in checkpoints.
+    The schedules `steps`, `cosine` and `polynomial` depend only on the epoch. A plateau schedule also depends on the
+    validation errors so far. The fields after `batch_size` summarize these errors and are saved in checkpoints.
     """
 
     recipe: Recipe
+    batch_size: int | None = None  # images of a step, over all processes; None: the recipe's batch size
     best_error: float = float("inf")  # lowest validation top-1 error so far, 0..1
     epochs_since_best: int = 0
     drops: int = 0  # number of reductions of the learning rate so far
@@ -41,18 +54,24 @@ class Schedule:
     finished: bool = field(default=False, init=False)
 
     def learning_rates(self, epochs_done: float) -> tuple[float, float, float]:
-        """Return (lr of weights, lr of conv1's weights, lr of biases) after `epochs_done` epochs."""
+        """Return (lr of weights, lr of conv1's weights, lr of biases) after `epochs_done` epochs.
+
+        If the recipe sets `lr_batch`, all three are multiplied by batch_size / lr_batch.
+        """
         recipe = self.recipe
         lr, lr_conv1 = recipe.lr, None  # None: conv1 has the same learning rate as the other layers
         if isinstance(recipe.schedule, Plateau):
             lr *= recipe.schedule.factor**self.drops
         if isinstance(recipe.schedule, Cosine):
             lr *= cosine_share(recipe.schedule, epochs_done, recipe.epochs)
+        if isinstance(recipe.schedule, Polynomial):
+            lr *= polynomial_share(recipe.schedule, epochs_done, recipe.epochs)
         for change in self._changes_until(epochs_done):
             lr = lr if change.lr is None else change.lr
             lr_conv1 = lr_conv1 if change.lr_conv1 is None else change.lr_conv1
         lr_bias = lr * recipe.lr_bias_factor if recipe.lr_bias is None else recipe.lr_bias
-        return lr, lr if lr_conv1 is None else lr_conv1, lr_bias
+        factor = recipe.rate_factor(recipe.batch_size if self.batch_size is None else self.batch_size)
+        return factor * lr, factor * (lr if lr_conv1 is None else lr_conv1), factor * lr_bias
 
     def colour(self, epochs_done: int) -> str:
         """Return the colour noise after `epochs_done` complete epochs: a value of Augmentation.colour."""

@@ -131,7 +131,7 @@ def _begin(run: Run, origin: Path) -> None:
     changed = differences(parent.identity, run.identity)
     names = {difference.name for difference in changed}
     position = _position(run, parent)
-    schedule = Schedule(run.config.recipe)
+    schedule = Schedule(run.config.recipe, run.config.batch_size)
     if not any(name.startswith("recipe.schedule") for name in names):
         schedule.load_state_dict(parent.schedule)
     with training_stream(without_service(run), schedule, position.epoch) as loader:

@@ -48,7 +48,8 @@ class Training:
         seed_generators(config, 0)
         self.network = AlexNet(len(run.store.classes), config.recipe, config.devices, config.model)
         self.network.train()
-        self.optimizer, self.schedule = make_optimizer(self.network, config.recipe), Schedule(config.recipe)
+        self.optimizer = make_optimizer(self.network, config.recipe)
+        self.schedule = Schedule(config.recipe, config.batch_size)
         self.step, self.validation_due = 0, False
         self.resumed = resumed = checkpoint.load_latest(run.run_dir)
         if resumed is not None:

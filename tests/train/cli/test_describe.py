@@ -57,3 +57,10 @@ def test_a_shorthand_option_for_set_changes_only_its_own_fields(options: list[st
     assert {**before, **changed} == {**after, "name": "released", "sources": before["sources"]}
     assert after["name"].startswith("released, ")
     assert {name for name in after["sources"] if "command line" in after["sources"][name]} == set(changed)
+
+
+def test_the_recipe_large_prints_the_rates_of_several_batches() -> None:
+    result = alextrain("recipe", "large", "--set", "lr=8")
+    rates = "lr · batch / 8192: 1 at 1024, 2 at 2048, 4 at 4096, 8 at 8192"
+    assert rates in result.stdout and "unproven on ImageNet" in result.stdout
+    assert "lr · batch" not in alextrain("recipe", "modern").stdout

@@ -24,3 +24,17 @@ def test_only_the_recipe_paper_warns_that_learning_starts_late(store: Path, tmp_
     assert alextrain(*args).stderr == messages["released"]  # `paper` is the default recipe
     larger_weights = ["--recipe", "paper", "--set", "init_std.conv3=0.03"]
     assert "learning starts late" not in alextrain(*args, *larger_weights).stderr
+
+
+def test_the_learning_rate_of_the_recipe_large_follows_the_batch(store: Path, tmp_path: Path) -> None:
+    args = ["run", "--store", store, "--run-dir", tmp_path / "run", "--gpus", "cpu", "--batch", "16", "--dry-run"]
+    result = alextrain(*args, "--recipe", "large", "--json")
+    assert result.exit_code == 0, result.output
+    assert "learning rate before the schedule, lr · batch / 8192: 0.0195312 at 16\n" in result.stderr
+    assert "large is unproven on ImageNet" in result.stderr
+    assert json.loads(result.stdout)["lr"] == 10 * 16 / 8192
+    scaled = alextrain(*args, "--recipe", "released", "--set", "lr_batch=128", "--json")
+    assert json.loads(scaled.stdout)["lr"] == 0.01 / 8 and "unproven" not in scaled.stderr
+    assert "learning rate before" not in alextrain(*args).stderr
+    refused = alextrain(*args[:-3], "--recipe", "large", "--dry-run")
+    assert refused.exit_code == 2 and "--batch 8192: " in refused.stderr

@@ -10,7 +10,7 @@ import pytest
 from pipeline.augment import Augmentation
 from prep.console import UserError
 from train.config.architecture import LAYERS
-from train.config.overrides import COSINE, OVERRIDE_SOURCE, PLATEAU, apply_overrides, recipe_with_overrides
+from train.config.overrides import COSINE, OVERRIDE_SOURCE, PLATEAU, POLYNOMIAL, apply_overrides, recipe_with_overrides
 from train.config.recipe import Cosine, Lrn, Plateau, Recipe, ScheduleChange, recipe_from_json
 from train.config.recipes import PAPER, RECIPES, RELEASED, SHORT
 
@@ -36,6 +36,9 @@ from train.config.recipes import PAPER, RECIPES, RELEASED, SHORT
         ("init_bias.conv4=0.1", "init_bias", {**PAPER.init_bias, "conv4": 0.1}),
         ("schedule.patience_epochs=3", "schedule", Plateau(0.1, 3, 3)),
         ("schedule=cosine", "schedule", COSINE),
+        ("schedule=polynomial", "schedule", POLYNOMIAL),
+        ("lr_batch=128", "lr_batch", 128),
+        ("lars_trust=0.001", "lars_trust", 0.001),
         ("schedule=none", "schedule", ()),
         ("schedule=steps", "schedule", (ScheduleChange(30, lr=1e-3), ScheduleChange(60, lr=1e-4))),
         (
@@ -101,13 +104,19 @@ def test_an_override_with_the_current_value_returns_the_same_recipe() -> None:
         ("within_map.alpha=1", "--set within_map.alpha=1: the present value, none, has no part alpha"),
         ("lr.x=1", "has no part x"),
         ("lr_bias=some", "--set lr_bias=some: expected a number, or none"),
-        ("schedule=soon", "--set schedule=soon: expected plateau, cosine, steps, none, or epochs as in 25,51,79"),
+        (
+            "schedule=soon",
+            "--set schedule=soon: expected plateau, cosine, polynomial, steps, none, or epochs as in",
+        ),
         ("schedule=51,25", "expected epochs in rising order"),
         ("schedule=nan", "expected epochs of at least 0, and learning rates of more than 0"),
         ("schedule=25:-1e-3", "learning rates of more than 0"),
         ("schedule=25:inf", "learning rates of more than 0"),
         ("schedule.drops=-1", "drops -1"),
         ("schedule.end=0.1", "there is no end"),
+        ("lr_batch=0", "lr_batch 0: expected at least 1, or none"),
+        ("lr_batch=1e3", "expected a whole number, or none"),
+        ("lars_trust=0", "lars_trust 0.0: expected more than 0, or none"),
     ],
 )
 def test_errors_name_the_field_the_value_and_what_is_expected(setting: str, message: str) -> None:
@@ -124,6 +133,7 @@ def test_one_item_of_the_list_of_schedule_changes_cannot_be_set() -> None:
 def test_the_epochs_of_a_run_change_only_a_schedule_that_depends_on_them() -> None:
     assert recipe_with_overrides("paper", [], 5) is PAPER
     assert recipe_with_overrides("paper", ["schedule=cosine"], 5).epochs == 5
+    assert recipe_with_overrides("large", [], 5).epochs == 5
     steps = recipe_with_overrides("paper", ["schedule=steps"], 30)
     assert steps.epochs == 30 and steps.schedule == (ScheduleChange(10, lr=1e-3), ScheduleChange(20, lr=1e-4))
     assert recipe_with_overrides("paper", ["schedule=25,51"], 30).epochs == 90

@@ -173,6 +173,7 @@ def test_kernels_agree_with_pytorch_operators(monkeypatch: pytest.MonkeyPatch) -
         ("a.first_index + right)", "a.first_index + left)"),
         ("b = {grad + above, argmax + above, 6}", "b = {grad + above, argmax + above, 3}"),
         ("- pull * w[i]", "- decay * w[i]"),
+        ("sum += lanes[lane]", "sum = lanes[lane]"),
         ("void norm_backward", "void norm_back"),
     ],
 )

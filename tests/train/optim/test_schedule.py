@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from train.config.architecture import ALEXNET, Widths
-from train.config.recipe import Cosine, Plateau, ScheduleChange
-from train.config.recipes import CAFFE, MODERN, PAPER, RECIPES, RELEASED, SHORT
+from train.config.recipe import Cosine, Plateau, Polynomial, ScheduleChange
+from train.config.recipes import CAFFE, LARGE, MODERN, PAPER, RECIPES, RELEASED, SHORT
 from train.model.alexnet import AlexNet
 from train.optim.paper_sgd import make_optimizer
 from train.optim.schedule import Schedule
@@ -63,6 +63,28 @@ def test_a_cosine_with_warm_up_follows_its_formula() -> None:
     assert Schedule(replace(recipe, schedule=Cosine(0, 1.0, 0.01))).learning_rates(0)[0] == 0.2
     schedule.record_validation(0.5)
     assert not schedule.finished and schedule == Schedule(recipe, best_error=schedule.best_error)
+
+
+def test_a_polynomial_with_warm_up_follows_its_formula() -> None:
+    """As in the authors' code, the decay counts from the first step, so the rate drops a little after the warm-up."""
+    recipe = replace(LARGE, lr=8.0, epochs=50, schedule=Polynomial(warmup_epochs=5, start=0.1, power=2, end=1e-4))
+    schedule, epochs = Schedule(recipe), np.linspace(0, 60, 241)
+    rates = np.array([schedule.learning_rates(epoch)[0] for epoch in epochs])
+    warm_up, decay = 0.8 + 7.2 * epochs / 5, 8 * np.maximum(1 - epochs / 50, 0) ** 2
+    assert np.allclose(rates, np.where(epochs < 5, warm_up, np.maximum(decay, 8e-4)), rtol=1e-12)
+    assert rates[20] == pytest.approx(8 * 0.81) and rates[-1] == pytest.approx(8e-4)
+    cubic = Schedule(replace(recipe, schedule=Polynomial(0, 1.0, power=3, end=1e-9)))
+    assert [cubic.learning_rates(epoch)[0] for epoch in (0, 25)] == [8, 1]
+
+
+def test_all_rates_are_proportional_to_the_batch_if_the_recipe_sets_lr_batch() -> None:
+    assert Schedule(LARGE).learning_rates(50) == Schedule(LARGE, 8192).learning_rates(50) == pytest.approx([2.5] * 3)
+    assert Schedule(LARGE, 1024).learning_rates(50) == pytest.approx([2.5 / 8] * 3)
+    recipe = replace(RELEASED, lr_batch=128)
+    for epochs_done in (0, 30, 70, 80):
+        expected = 4 * np.array(Schedule(RELEASED, 512).learning_rates(epochs_done))
+        assert Schedule(recipe, 512).learning_rates(epochs_done) == pytest.approx(tuple(expected))
+    assert Schedule(RELEASED, 512).learning_rates(0) == Schedule(RELEASED).learning_rates(0)
 
 
 def test_a_plateau_reduces_the_rate_three_times_then_ends_the_run_and_its_state_is_restored() -> None:

@@ -14,8 +14,8 @@ from prep.console import UserError
 from tests.helpers.small_training import SMALL_ALEXNET, assert_same_result, metrics_without_clock, small_config
 from train.config.architecture import HALF, Widths
 from train.config.overrides import OVERRIDE_SOURCE, apply_overrides
-from train.config.recipe import Cosine, Plateau, ScheduleChange
-from train.config.recipes import SHORT
+from train.config.recipe import Cosine, Plateau, Polynomial, ScheduleChange
+from train.config.recipes import LARGE, SHORT
 from train.evaluation.evaluate import EvalResult
 from train.model.alexnet import AlexNet
 from train.runs import checkpoint
@@ -42,6 +42,25 @@ def test_a_run_ended_by_steps_resumes_with_more_steps_to_the_same_bits(
     assert checkpoint.load(run_dir).step == 5
     fit(Run.open(small_config(stores["jpeg"], run_dir)))
     assert_same_result(run_dir, uninterrupted_run)
+
+
+def test_a_run_with_lars_resumes_to_the_same_bits(stores: dict[str, Path], tmp_path: Path) -> None:
+    """The checkpoint is in the warm-up. The learning rate is proportional to the batch: 8 of lr_batch 16."""
+    schedule = Polynomial(warmup_epochs=2, start=0.1, power=2, end=1e-6)
+    recipe = replace(LARGE, lr=20.0, lr_batch=16, epochs=3, schedule=schedule)
+    whole, parts = (small_config(stores["ppm"], tmp_path / name, recipe=recipe) for name in ("whole", "parts"))
+    fit(Run.open(whole))
+    fit(Run.open(replace(parts, steps=4)))
+    fit(Run.open(parts))
+    assert_same_result(whole.run_dir, parts.run_dir)
+    rates = [line["lr"] for line in metrics_without_clock(whole.run_dir) if line["kind"] == "train"]
+    warm_up = [1 + 9 * step / 6 for step in range(6)]
+    assert rates == pytest.approx(warm_up + [10 * (1 - step / 9) ** 2 for step in (6, 7, 8)])
+    description = json.loads((whole.run_dir / "run.json").read_text())
+    assert description["identity"]["recipe_numbers"]["lars_trust"] == 0.001
+    assert description["identity"]["recipe_numbers"]["schedule"]["power"] == 2
+    with pytest.raises(UserError, match=r"lars_trust is 0\.001, here None"):
+        fit(Run.open(replace(parts, recipe=replace(recipe, lars_trust=None))))
 
 
 def test_the_schedule_ends_colour_noise_during_a_run_and_after_resuming(

@@ -13,7 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests.helpers.small_training import SMALL_ALEXNET
 from train.config.architecture import ALEXNET
 from train.config.recipe import Recipe
-from train.config.recipes import PAPER, RELEASED, SHORT
+from train.config.recipes import LARGE, PAPER, RELEASED, SHORT
+from train.model import kernels
 from train.model.alexnet import AlexNet
 from train.monitor.step_counters import StepCounters
 from train.optim.paper_sgd import make_optimizer
@@ -141,7 +142,7 @@ def test_a_batch_in_parts_keeps_only_the_activations_of_one_part() -> None:
     assert peaks_bytes[1] < 0.3 * peaks_bytes[0]
 
 
-@pytest.mark.parametrize("recipe", [PAPER, RELEASED], ids=lambda recipe: recipe.name)
+@pytest.mark.parametrize("recipe", [PAPER, RELEASED, LARGE], ids=lambda recipe: recipe.name)
 def test_step_and_counters_read_no_value_of_a_tensor(recipe: Recipe) -> None:
     """Tests the full-size network with 128 images on the device `meta`, where reading a value raises."""
     model, step = make_step(recipe, "meta")
@@ -155,9 +156,13 @@ def test_step_and_counters_read_no_value_of_a_tensor(recipe: Recipe) -> None:
         counters.read()
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_no_operation_of_step_and_counters_waits_for_a_device(precision: str) -> None:
-    model, step = make_step(PAPER, precision=precision)
+@pytest.mark.parametrize(("recipe", "precision"), [(PAPER, "fp32"), (PAPER, "bf16"), (LARGE, "fp32")])
+def test_no_operation_of_step_and_counters_waits_for_a_device(
+    recipe: Recipe, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without the C kernels, LARS uses the operators that it uses on a GPU."""
+    monkeypatch.setattr(kernels, "native", None)
+    model, step = make_step(recipe, precision=precision)
     images, labels = random_batch()
     counters = StepCounters(model.devices[0], max_steps=2)
     with RefuseWaiting():

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tests.helpers.small_training import SMALL_ALEXNET
+from train.config.recipe import Recipe
 from train.config.recipes import PAPER
 from train.model import kernels
 from train.model.alexnet import AlexNet
@@ -99,11 +100,12 @@ def train(
     graph: RecordedGraph | None,
     steps: Sequence[tuple[Tensor, Tensor]],
     change: Callable[[int, AlexNet, Any], None] = lambda index, network, optimizer: None,
+    recipe: Recipe = RECIPE,
 ) -> tuple[dict[str, Tensor], list[Counts]]:
     """Train a small network; returns its parameters, and the counts of each step."""
     torch.manual_seed(0)
-    network = AlexNet(5, RECIPE, architecture=SMALL_ALEXNET)
-    optimizer = make_optimizer(network, RECIPE)
+    network = AlexNet(5, recipe, architecture=SMALL_ALEXNET)
+    optimizer = make_optimizer(network, recipe)
     for group in optimizer.param_groups:
         group["lr"] = 0.02
     counters = StepCounters(torch.device("cpu"), 1)
@@ -133,12 +135,17 @@ def test_replayed_steps_train_like_steps_without_a_graph() -> None:
     assert (graph.recordings, graph.replays) == (1, STEPS - 3)
 
 
-def test_a_replayed_step_uses_the_learning_rate_of_its_time() -> None:
+@pytest.mark.parametrize("lars_trust", [None, 0.05])
+def test_a_replayed_step_uses_the_learning_rates_of_its_time(lars_trust: float | None) -> None:
+    """With LARS, the local rates also change from step to step."""
+
     def change(index: int, network: AlexNet, optimizer: Any) -> None:
         for group in optimizer.param_groups:
             group["lr"] = 0.02 if index < 5 else 0.002
 
-    assert_equal_training(train(RecordedGraph(), batches(), change), train(None, batches(), change))
+    recipe = replace(RECIPE, lars_trust=lars_trust)
+    actual = train(RecordedGraph(), batches(), change, recipe)
+    assert_equal_training(actual, train(None, batches(), change, recipe))
 
 
 def test_a_frozen_layer_is_recorded_anew_and_stays_unchanged() -> None:
