@@ -13,15 +13,18 @@ from prep.store.manifest import Store
 from train.cli.options import (
     batch_option,
     epochs_option,
-    gpus_option,
     recipe_option,
     seed_option,
     service_options,
     set_option,
     steps_option,
     stream_seed_option,
+    threads_option,
+    training_gpus_option,
 )
+from train.cli.replicas import check_same_run, replica_group, replica_timeout_option, set_threads
 from train.config.ablations import ABLATIONS
+from train.replicas.group import ReplicaGroup
 
 
 @click.command()
@@ -54,12 +57,14 @@ from train.config.ablations import ABLATIONS
     metavar="N",
     help="Number of runs of each ablation. The first run has the seed --seed, the second --seed + 1, and so on.",
 )
-@gpus_option
+@training_gpus_option
+@threads_option
+@replica_timeout_option
 @service_options
 @click.option("-n", "--dry-run", is_flag=True, help="Print what would be trained, and train nothing.")
 @no_lock_option
 @json_option
-def ablate(store: Path, out: Path, dry_run: bool, as_json: bool, **options: Any) -> None:
+def ablate(replica_timeout: float, **options: Any) -> None:
     """Train networks with one part removed or replaced; print the measured and the reported increase of the errors.
 
     An ablation that was trained before is not trained again. To resume after a stop or a kill, run the same command
@@ -71,23 +76,40 @@ def ablate(store: Path, out: Path, dry_run: bool, as_json: bool, **options: Any)
       alextrain ablate --store store --out ablations --recipe modern --epochs 20 --seeds 3
       alextrain ablate --recipe short --only no-lrn --only one-gpu
     """
-    check_output_folder(out, "--out")
-    opened = Store.open(store)
-    opened.split("train")
+    with replica_group(replica_timeout) as group:
+        _ablate(group, **options)
+
+
+def _ablate(
+    group: ReplicaGroup, store: Path, out: Path, dry_run: bool, as_json: bool, threads: int | None, **options: Any
+) -> None:
+    """Train the networks of the ablations on one replica of a group."""
+    with group.together():
+        if group.is_first:
+            check_output_folder(out, "--out")
+        opened = Store.open(store)
+        opened.split("train")
     from train.experiments.ablate import ablate as train_and_measure
     from train.experiments.ablate import outcome_rows, plan_runs, table_lines
     from train.runs.run import Run
 
-    runs = plan_runs(store, out, **options)
-    for planned in runs:
-        Run.open(planned.config, opened).check_batch()
+    threads = set_threads(group, threads)
+    with group.together():
+        runs = plan_runs(store, out, threads=threads, group=group, **options)
+        opened_runs = [Run.open(planned.config, opened) for planned in runs]
+        for training in opened_runs:
+            training.check_batch()
+    for training in opened_runs:
+        check_same_run(group, training)
     if dry_run:
-        for run in runs:
-            say(f"{run.config.run_dir}: {run.config.model.name}, recipe {run.config.recipe.name}")
-        if as_json:
+        for planned in runs:
+            say(f"{planned.config.run_dir}: {planned.config.model.name}, recipe {planned.config.recipe.name}")
+        if as_json and group.is_first:
             print_json({"dry_run": True, "runs": [str(run.config.run_dir) for run in runs]})
         return
-    rows = outcome_rows(train_and_measure(runs))
+    rows = outcome_rows(train_and_measure(runs, group))
+    if not group.is_first:
+        return
     if as_json:
         settings = {name: list(value) if isinstance(value, tuple) else value for name, value in options.items()}
         print_json({"store": str(store), **settings, "ablations": rows})

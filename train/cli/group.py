@@ -19,7 +19,7 @@ from train.cli.runs import compare, status
 from train.replicas.errors import OtherReplicaFailed
 from train.replicas.torchrun import torchrun_rank, wait_for_message, write_error_file
 
-FOR_REPLICAS = ("run", "evaluate")  # commands that the processes of torchrun run together
+FOR_REPLICAS = ("run", "ablate", "evaluate")  # commands that the processes of torchrun run together
 
 
 class TorchrunGroup(Group):
@@ -33,9 +33,10 @@ class TorchrunGroup(Group):
             if rank > 0:
                 wait_for_message()
                 ctx.exit(WrongArgument.exit_code)
+            together = f"{', '.join(FOR_REPLICAS[:-1])} and {FOR_REPLICAS[-1]}"
             raise WrongArgument(
                 f"alextrain {name} runs in one process, but torchrun has started {size}. Start it without torchrun: "
-                f"alextrain {name} … (Only {' and '.join(FOR_REPLICAS)} run in several processes.)"
+                f"alextrain {name} … (Only {together} run in several processes.)"
             )
         return name, command, rest
 

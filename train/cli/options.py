@@ -54,6 +54,19 @@ gpus_option = click.option(
     help="Devices: 0,1 (one column on each GPU), 0 (both columns on one GPU) or cpu.  [default: the machine's GPUs, "
     "else cpu]",
 )
+training_gpus_option = click.option(
+    "--gpus",
+    metavar="0,1|0|cpu",
+    help="Devices: 0,1 (one column on each GPU), 0 (both columns on one GPU) or cpu. Under torchrun, the number of "
+    "GPUs of each process: 1, 2 (one column on each), or cpu.  [default: the machine's GPUs, else cpu]",
+)
+threads_option = click.option(
+    "--threads",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Number of CPU threads of a process: threads that prepare images, and with --gpus cpu also threads that "
+    "compute the network.  [default: the usable cores; under torchrun, divided by the processes that share them]",
+)
 model_option = click.option(
     "--model",
     type=click.Choice(list(ARCHITECTURES)),

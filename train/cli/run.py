@@ -18,7 +18,6 @@ from train.cli.options import (
     deterministic_option,
     epochs_option,
     fork_option,
-    gpus_option,
     keep_option,
     members_option,
     model_option,
@@ -30,10 +29,13 @@ from train.cli.options import (
     service_options,
     steps_option,
     stream_seed_option,
+    threads_option,
+    training_gpus_option,
     training_precision_option,
 )
+from train.cli.replicas import check_same_run, replica_group, replica_timeout_option, set_threads
 from train.experiments.ensemble_options import open_members, requested_ensemble
-from train.replicas.group import group_from_environment
+from train.replicas.group import ReplicaGroup
 from train.runs.run_dir import DESCRIPTION, newest_checkpoint
 
 if TYPE_CHECKING:
@@ -42,7 +44,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@gpus_option
+@training_gpus_option
 @store_option
 @run_dir_option
 @model_option
@@ -58,6 +60,8 @@ if TYPE_CHECKING:
 @one_at_a_time_option
 @training_precision_option
 @deterministic_option
+@threads_option
+@replica_timeout_option
 @service_options
 @click.option(
     "--log-every",
@@ -98,6 +102,8 @@ def run(
     one_at_a_time: bool,
     precision: str | None,
     deterministic: bool,
+    threads: int | None,
+    replica_timeout: float,
     service: str | None,
     service_fallback: str | None,
     log_every: int,
@@ -122,60 +128,94 @@ def run(
       alextrain run --run-dir run --fork cooled --set lr=0.001
       alextrain run --service imagenet --service-fallback local
       alextrain run --members 5 --run-dir five
+      torchrun --nproc-per-node 4 -m train run --gpus 1 --store store --run-dir run
     """
     options = dict(locals())
     context = click.get_current_context()
     given = {name for name in options if context.get_parameter_source(name) is ParameterSource.COMMANDLINE}
-    ensemble = requested_ensemble(options, given)
-    if ensemble is not None:
-        _run_members(ensemble, options, given)
-        return
-    opened = None
-    is_run = (run_dir / DESCRIPTION).exists() or newest_checkpoint(run_dir) is not None
-    if fork and not is_run and fork.resolve() != run_dir.resolve():  # an equal folder has an error of its own
-        raise UserError(f"--run-dir {run_dir}: no such run to fork. Name the folder of a run.")
-    if "store" in given or not (run_dir / DESCRIPTION).exists():  # a missing store is reported before torch is imported
-        opened = Store.open(store)
-        opened.split("train")
-    from train.runs.run import Run
-    from train.runs.saved_config import requested_config, saved_config
+    with replica_group(replica_timeout) as group:
+        with group.together():
+            ensemble = requested_ensemble(options, given)
+            if ensemble is not None:
+                _check_one_replica(group, ensemble, run_dir)
+        options["threads"] = set_threads(group, threads)
+        if ensemble is not None:
+            _run_members(ensemble, options, given)
+        else:
+            _run(group, options, given)
 
-    saved = saved_config(run_dir)
-    config = requested_config(options, given, saved)
-    training = Run.open(config, opened)
-    if saved is not None and not quiet:
-        say(f"{run_dir}: options that are not given have the values in {run_dir / DESCRIPTION}.")
+
+def _run(group: ReplicaGroup, options: dict[str, Any], given: set[str]) -> None:
+    """Train on one replica of a group. `options` has the parameters of `run`, `given` the names of those typed."""
+    run_dir, fork, quiet, dry_run = (options[name] for name in ("run_dir", "fork", "quiet", "dry_run"))
+    with group.together():
+        training = _open_run(group, options, given)
+    check_same_run(group, training)
     _say_description(training, fork or run_dir, quiet and not dry_run)
     if dry_run:
         from train.trainer.fork import preview_fork
 
-        for line in preview_fork(training, fork):
+        for line in group.on_first(lambda: preview_fork(training, fork)):
             say(line)
     else:
+        from train.monitor.console_view import QuietView
         from train.monitor.view import choose_view
         from train.trainer.fork import fork as start_fork
         from train.trainer.loop import fit
 
         if fork:
-            training = start_fork(training, fork)
+            training = start_fork(training, fork, group)
         before = newest_checkpoint(training.run_dir)
-        fit(training, choose_view(quiet))
+        fit(training, choose_view(quiet) if group.is_first else QuietView(), group)
         say(_ending_text(training, before[0] if before else 0))
-    if as_json:
+    if options["as_json"] and group.is_first:
         print_json(_result_json(training, fork or run_dir, dry_run))
 
 
-def _run_members(ensemble: Ensemble, options: dict[str, Any], given: set[str]) -> None:
-    """Train the members of an ensemble. `options` has the parameters of `run`, `given` the names of those typed."""
-    run_dir, fork, dry_run, quiet = (options[name] for name in ("run_dir", "fork", "dry_run", "quiet"))
-    if group_from_environment().size > 1:
+def _open_run(group: ReplicaGroup, options: dict[str, Any], given: set[str]) -> Run:
+    """Return the run that the options describe. Raises UserError for options that are wrong or do not fit together."""
+    run_dir, fork = options["run_dir"], options["fork"]
+    opened = None
+    has_description, is_run = group.on_first(lambda: _what_is_in(run_dir))
+    if fork and not is_run and fork.resolve() != run_dir.resolve():  # an equal folder has an error of its own
+        raise UserError(f"--run-dir {run_dir}: no such run to fork. Name the folder of a run.")
+    if "store" in given or not has_description:  # a missing store is reported before torch is imported
+        opened = Store.open(options["store"])
+        opened.split("train")
+    from train.runs.run import Run
+    from train.runs.saved_config import requested_config, saved_config
+
+    saved = saved_config(run_dir, group)
+    config = requested_config(options, given, saved, group)
+    training = Run.open(config, opened)
+    training.check_batch()
+    if saved is not None and not options["quiet"]:
+        say(f"{run_dir}: options that are not given have the values in {run_dir / DESCRIPTION}.")
+    return training
+
+
+def _what_is_in(run_dir: Path) -> tuple[bool, bool]:
+    """Return whether a folder has a run.json, and whether it holds a run."""
+    has_description = (run_dir / DESCRIPTION).exists()
+    return has_description, has_description or newest_checkpoint(run_dir) is not None
+
+
+def _check_one_replica(group: ReplicaGroup, ensemble: Ensemble, run_dir: Path) -> None:
+    """Raise WrongArgument if there are several replicas, which cannot train an ensemble together."""
+    if group.size > 1:
         raise WrongArgument(
             f"--members {ensemble.members}: the processes of torchrun cannot train an ensemble together. Start the "
             "command without torchrun, or train each member as a run of its own under torchrun: --seed "
             f"{ensemble.seed + 1} --stream-seed {ensemble.stream_seed} --run-dir {shell_quoted(run_dir / 'member-1')}, "
             "and so on."
         )
+
+
+def _run_members(ensemble: Ensemble, options: dict[str, Any], given: set[str]) -> None:
+    """Train the members of an ensemble. `options` has the parameters of `run`, `given` the names of those typed."""
+    run_dir, fork, dry_run, quiet = (options[name] for name in ("run_dir", "fork", "dry_run", "quiet"))
     runs = open_members(ensemble, options, given)
+    runs[0].check_batch()
     _say_description(runs[0], fork or run_dir, quiet and not dry_run, ensemble)
     if dry_run:
         from train.experiments.ensemble import preview_members
@@ -226,7 +266,7 @@ def _ending_text(training: Run, first_step: int) -> str:
 
 
 def _say_description(training: Run, run_dir: Path, quiet: bool, ensemble: Ensemble | None = None) -> None:
-    """Print what is trained. If `quiet`, print only advice. Raises the errors of _description_lines."""
+    """Print what is trained. If `quiet`, print only advice."""
     from train.config.recipe import insensitive_at_init
 
     recipe = training.config.recipe
@@ -246,8 +286,6 @@ def _description_lines(training: Run, run_dir: Path, ensemble: Ensemble | None =
     More lines: the learning rate if it depends on the batch, the note on the recipe, and the service.
 
     training  the run, or the first member of `ensemble`
-
-    Raises UserError if the training split has fewer records than a batch.
     """
     from train.config.devices import describe_devices
     from train.config.recipe_table import rate_lines
@@ -256,7 +294,6 @@ def _description_lines(training: Run, run_dir: Path, ensemble: Ensemble | None =
 
     config, store = training.config, training.store
     records, classes = store.split("train").records, len(store.classes)
-    training.check_batch()
     parameters = sum(row.parameters for row in summarize(classes, config.model, config.recipe))
     seeds = f"seed {config.seed}"
     if ensemble is not None:
@@ -264,6 +301,8 @@ def _description_lines(training: Run, run_dir: Path, ensemble: Ensemble | None =
     if config.seed_of_stream != config.seed:
         seeds += f", stream seed {config.seed_of_stream}"
     parts = f" in {config.accumulate} parts" if config.accumulate > 1 else ""
+    if config.replicas > 1:
+        parts = f" on {config.replicas} replicas, {config.batch_size // config.replicas} images{parts} each"
     fallback = "this machine decodes" if config.service_fallback else "the run stops with an error"
     note = recipe_note(config.recipe.name)
     service = f"service {config.service} decodes the images; if the service is lost, {fallback}"

@@ -16,3 +16,4 @@ EVAL_VIEWS = (*PREDICT_VIEWS, "dense")  # dense: a crop at every 32 px of the ce
 
 CHECKPOINTS_KEPT = 2  # default number of newest checkpoints that a run keeps, in addition to the best checkpoint
 INDEX_RECORDS = 50_000  # default number of images in the nearest-neighbor index: 0.8 GB if the layer has 4096 units
+REPLICA_TIMEOUT_S = 600.0  # default time in seconds for which a replica waits for another replica

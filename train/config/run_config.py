@@ -23,12 +23,12 @@ class RunConfig:
 
     store: Path
     recipe: Recipe
-    batch_size: int  # images per step
+    batch_size: int  # images per step, over all replicas
     seed: int = 0  # seed of the initial parameters and of dropout
     stream_seed: int | None = None  # seed of the training stream: record order, crops and colour noise; None: `seed`
     model: Architecture = ALEXNET
     precision: str = "fp32"  # one of PRECISIONS (train/model/precision.py)
-    accumulate: int = 1  # number of equal parts of a batch, which are computed one after the other
+    accumulate: int = 1  # number of equal parts of a replica's batch, which are computed one after the other
 
     run_dir: Path = Path("run")
     devices: Devices = ("cpu", "cpu")  # device of column 0, device of column 1
@@ -39,6 +39,7 @@ class RunConfig:
     keep: int = CHECKPOINTS_KEPT  # number of newest checkpoints to keep, in addition to the best checkpoint
     deterministic: bool = False  # whether a GPU computes the same bits in every run (train/trainer/determinism.py)
     threads: int | None = None  # CPU threads that decode and augment; None: one for each usable core
+    replicas: int = 1  # number of replicas that compute a step together (train/replicas)
     service: str | None = None  # service that decodes the images: NAME or NAME@HOST:PORT; None: this process decodes
     service_fallback: str | None = None  # "local": this process decodes if the service is lost; None: the run fails
 
@@ -49,10 +50,32 @@ class RunConfig:
 
 
 def check_parts(config: RunConfig) -> None:
-    """Raise UserError if the batch cannot be divided into `accumulate` equal parts."""
+    """Raise UserError if the batch cannot be divided among the replicas, and then into `accumulate` equal parts."""
+    share, replicas = config.batch_size // config.replicas, config.replicas
+    if config.batch_size % replicas:
+        raise WrongArgument(
+            f"--batch {config.batch_size}: a step of {config.batch_size} images cannot be divided equally among "
+            f"{replicas} replicas. Pass --batch {max(share, 1) * replicas} or {(share + 1) * replicas}, or start "
+            f"{_joined_by_or(_divisors(config.batch_size))} replicas."
+        )
+    if replicas > 1 and share % config.accumulate:
+        raise WrongArgument(
+            f"--accumulate {config.accumulate}: the {share} images of a step that each of {replicas} replicas takes "
+            f"cannot be divided into that many equal parts. Pass {_joined_by_or(_divisors(share))}, or another --batch."
+        )
     if config.batch_size % config.accumulate:
-        divisors = [n for n in range(1, config.batch_size + 1) if config.batch_size % n == 0]
+        divisors = _divisors(config.batch_size)
         raise WrongArgument(
             f"--accumulate {config.accumulate}: a batch of {config.batch_size} cannot be divided into that many equal "
             f"parts. Pass one of {', '.join(map(str, divisors))}, or another --batch."
         )
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
+def _joined_by_or(numbers: list[int]) -> str:
+    """Return `1, 2, 4 or 8`."""
+    texts = [str(number) for number in numbers]
+    return " or ".join([", ".join(texts[:-1])] * (len(texts) > 1) + texts[-1:])

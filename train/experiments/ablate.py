@@ -20,11 +20,14 @@ from prep.console import UserError, progress, say
 from prep.files import write_atomic
 from train.config.ablations import ABLATIONS, BASELINE, Ablation
 from train.config.architecture import ARCHITECTURES, Architecture
-from train.config.devices import parse_devices
+from train.config.devices import Devices, parse_devices
 from train.config.identity import check_identity
 from train.config.overrides import apply_overrides, recipe_with_overrides
+from train.config.replica_devices import parse_replica_devices
 from train.config.run_config import RunConfig
 from train.evaluation.evaluate import evaluate
+from train.replicas.errors import OtherReplicaFailed
+from train.replicas.group import ALONE, ReplicaGroup
 from train.runs.loading import load_trained
 from train.runs.run import Run
 from train.runs.run_dir import shown_errors
@@ -68,13 +71,15 @@ def plan_runs(
     gpus: str | None = None,
     service: str | None = None,
     service_fallback: str | None = None,
+    threads: int | None = None,
+    group: ReplicaGroup = ALONE,
     networks: Mapping[str, Architecture] = ARCHITECTURES,
 ) -> list[AblationRun]:
     """Return the runs to train, in the order of ABLATIONS.
 
     An ablation that changes neither recipe nor model is left out.
 
-    Raises the errors of recipe_with_overrides and parse_devices.
+    Raises the errors of recipe_with_overrides, parse_devices and parse_replica_devices.
     """
     base = recipe_with_overrides(recipe, settings, epochs)
     runs = []
@@ -94,9 +99,9 @@ def plan_runs(
                 stream_seed=stream_seed,
                 model=architecture,
                 run_dir=out / f"{ablation.name}-seed{run_seed}",
-                devices=parse_devices(
-                    gpus.split(",")[0] if gpus and architecture.columns == 1 else gpus, architecture.columns
-                ),
+                devices=_devices(gpus, architecture.columns, group),
+                threads=threads,
+                replicas=group.size,
                 epochs=epochs or base.epochs,
                 steps=steps,
                 service=service,
@@ -106,12 +111,23 @@ def plan_runs(
     return runs
 
 
-def ablate(runs: Sequence[AblationRun]) -> list[Outcome]:
+def _devices(gpus: str | None, columns: int, group: ReplicaGroup) -> Devices:
+    """Return the devices of a network; a network of one column takes only the first of two GPUs."""
+    if group.launched:
+        return parse_replica_devices(
+            "1" if gpus == "2" and columns == 1 else gpus, columns, group.local_rank, group.local_size
+        )
+    return parse_devices(gpus.split(",")[0] if gpus and columns == 1 else gpus, columns)
+
+
+def ablate(runs: Sequence[AblationRun], group: ReplicaGroup = ALONE) -> list[Outcome]:
     """Train and evaluate the runs for which known_errors returns None; returns an outcome for each ablation.
+
+    group  the replicas that train each run together
 
     Raises UserError if the store has no split val, and the errors of train.trainer.loop.fit except Diverged.
     """
-    errors = [_errors(run.config) for run in runs]
+    errors = [_errors(run.config, group) for run in runs]
     outcomes = []
     for ablation in dict.fromkeys(run.ablation for run in runs):
         indices = [index for index, run in enumerate(runs) if run.ablation == ablation]
@@ -136,30 +152,39 @@ def known_errors(run: Run) -> tuple[float | None, float | None] | None:
     return result["top1_error"], result["top5_error"]
 
 
-def _errors(config: RunConfig) -> tuple[float | None, float | None]:
+def _errors(config: RunConfig, group: ReplicaGroup) -> tuple[float | None, float | None]:
     run = Run.open(config)
     if "val" not in run.store.splits:
         raise UserError(f"{config.store} has no split val, on which ablations are compared. Build it with --split val.")
-    known = known_errors(run)
+    known = group.on_first(lambda: known_errors(run))
     if known is not None:
         say(f"{config.run_dir}: trained and measured before.")
-        return known
+        return known[0], known[1]
     say(f"{config.run_dir}: {config.model.name}, recipe {config.recipe.name}")
     errors: tuple[float | None, float | None]
     try:
-        fit(run)
-        errors = _measured(run)
-    except Diverged as error:
+        fit(run, group=group)
+        top1_error, top5_error = group.on_first(lambda: _measured(run))
+        errors = top1_error, top5_error
+    except (Diverged, OtherReplicaFailed) as error:
+        if isinstance(error, OtherReplicaFailed) and error.kind != Diverged.__name__:
+            raise
         say(f"{config.run_dir}: {error}")
         errors = None, None
+    with group.together():
+        if group.is_first:
+            _write_result(run, errors)
+    return errors
+
+
+def _write_result(run: Run, errors: tuple[float | None, float | None]) -> None:
     result = {
         "identity": run.identity,
         "steps": run.last_step,
         "top1_error": errors[0],
         "top5_error": errors[1],
     }
-    write_atomic(config.run_dir / RESULT, json.dumps(result, indent=1).encode())
-    return errors
+    write_atomic(run.run_dir / RESULT, json.dumps(result, indent=1).encode())
 
 
 def _measured(run: Run) -> tuple[float, float]:

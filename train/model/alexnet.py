@@ -38,6 +38,7 @@ from train.model.gpu.fused_network import FusedNetwork
 from train.model.layers import ACTIVATION_FUNCTIONS, Column, FullyConnected, drop, join_on_devices
 from train.model.lrn import local_response_norm, within_map_norm
 from train.model.pooling import max_pool
+from train.replicas.group import ALONE, ReplicaGroup
 
 
 class AlexNet(nn.Module):
@@ -63,6 +64,7 @@ class AlexNet(nn.Module):
         if len(devices) not in (columns, 2):
             raise ValueError(f"{len(devices)} devices for {columns} columns")
         self.recipe, self.architecture = recipe, architecture
+        self._replicas = ALONE
         self.devices = tuple(torch.device(device) for device in devices[:columns])
         share = Widths(**{name: n // columns for name, n in vars(architecture.widths).items()})
         with torch.device("meta"):
@@ -75,6 +77,15 @@ class AlexNet(nn.Module):
         self.layer_by_layer = False  # True: call each layer as a module, with its forward hooks, also on a GPU
         if self.devices[0].type != "meta":
             initialize(self)
+
+    @property
+    def replicas(self) -> ReplicaGroup:
+        """The replicas that compute a training step together, with equal parameters. Dropout depends on the rank."""
+        return self._replicas
+
+    @replicas.setter
+    def replicas(self, group: ReplicaGroup) -> None:
+        self._replicas = self._fused.replicas = group
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (N, classes) for float32 images (N, 3, 224, 224) on any device, with pixels 0..255 minus the mean.
@@ -255,7 +266,7 @@ class AlexNet(nn.Module):
     def _with_dropout(self, layer: str, units: list[Tensor]) -> list[Tensor]:
         if layer not in self.architecture.dropout_before:
             return units
-        return [drop(x, self.recipe, self.training) for x in units]
+        return [drop(x, self.recipe, self.training, self.replicas) for x in units]
 
 
 def initialize(network: AlexNet) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from train.config.architecture import Widths
 from train.config.recipe import Recipe
+from train.replicas.group import ALONE, ReplicaGroup
 
 POOLED_PX = 6  # number of rows, and of columns, of pool5's maps for an image of 224 px
 ACTIVATION_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {  # these functions change their argument in place
@@ -55,14 +56,22 @@ class Column(nn.Module):
         self.fc7 = FullyConnected(visible * w.fc6, w.fc7)
 
 
-def drop(x: Tensor, recipe: Recipe, training: bool) -> Tensor:
+def drop(x: Tensor, recipe: Recipe, training: bool, replicas: ReplicaGroup = ALONE) -> Tensor:
     """Dropout (section 4.2): set values to zero with probability p in training, multiply by 1 − p in evaluation.
 
     If recipe.dropout_scales_training is True, training divides kept values by 1 − p and evaluation changes nothing.
+
+    replicas  the replicas that compute a step together. All replicas have the same random generator. Each replica draws
+              for the rows of all replicas, in the order of the ranks, and uses the draws of its own rows: the draws are
+              those of one process with all rows
     """
     p = recipe.dropout
     if p == 0:
         return x
+    if training and replicas.size > 1:
+        layout = torch.contiguous_format if x.is_contiguous() else torch.channels_last  # draws are in memory order
+        ones = x.new_ones((len(x) * replicas.size, *x.shape[1:])).contiguous(memory_format=layout)
+        return x * drop(ones, recipe, training)[len(x) * replicas.rank :][: len(x)]
     if recipe.dropout_scales_training:
         return F.dropout(x, p, training)
     return x * torch.empty_like(x).bernoulli_(1 - p) if training else x * (1 - p)

@@ -38,7 +38,7 @@ class IntervalMetrics:
     """Times the steps since the last log line, counts their images, and computes the metrics of the line."""
 
     def __init__(self, waits: StreamWaits, network: AlexNet) -> None:
-        self.waits, self.network = waits, network
+        self.waits, self.network, self.group = waits, network, network.replicas
         self._begin()
 
     def _begin(self) -> None:
@@ -46,26 +46,35 @@ class IntervalMetrics:
         self.steps = self.images = 0
 
     def add(self, images: int) -> None:
-        """Add a step of `images` images."""
+        """Add a step of `images` images, over all replicas."""
         self.steps, self.images = self.steps + 1, self.images + images
 
     def read(self, counts: Counts, norms: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
         """Return the metrics of the interval under their keys in metrics.jsonl. Begins the next interval.
 
-        counts  the result of StepCounters.read after the interval
+        With several replicas, `waiting_share` and `stream_waiting_share` are those of the replica that waited longest
+        for its stream, and memory is the largest of all replicas.
+
+        counts  the counts of the interval's steps, over all replicas (counts_of_all)
         norms   the result of train.trainer.watchdog.parameter_norms
         """
         loss, misses = counts.loss_sum / self.steps, counts.misses
         seconds, before, waits = time.perf_counter() - self.started, self._waits_before, self.waits.read()
+        shares = (
+            (waits.consumer_wait_s - before.consumer_wait_s) / seconds,
+            (waits.loader_wait_s - before.loader_wait_s) / seconds,
+        )
+        by_rank = self.group.gather_json([shares, peak_memory(self.network.devices)])
+        waiting_share, stream_waiting_share = max(tuple(shares) for shares, _ in by_rank)
         metrics = {
             "loss": loss,
             "top1_error": misses[0] / self.images,
             "top5_error": misses[1] / self.images,
             "images_per_s": self.images / seconds,
-            "waiting_share": (waits.consumer_wait_s - before.consumer_wait_s) / seconds,
-            "stream_waiting_share": (waits.loader_wait_s - before.loader_wait_s) / seconds,
+            "waiting_share": waiting_share,
+            "stream_waiting_share": stream_waiting_share,
             **layer_norms(norms),
-            **peak_memory(self.network.devices),
+            **largest_memory([memory for _, memory in by_rank]),
         }
         self._begin()
         return metrics
@@ -96,3 +105,11 @@ def peak_memory(devices: Sequence[torch.device]) -> dict[str, Any]:
     if gpus:
         peak["gpu_memory_mb"] = [round(torch.cuda.max_memory_allocated(device) / 1e6, 1) for device in gpus]
     return peak
+
+
+def largest_memory(memory: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the largest values of several results of peak_memory; those of GPUs by their position in the list."""
+    largest: dict[str, Any] = {"memory_mb": max(peak["memory_mb"] for peak in memory)}
+    if "gpu_memory_mb" in memory[0]:
+        largest["gpu_memory_mb"] = [max(column) for column in zip(*(p["gpu_memory_mb"] for p in memory), strict=True)]
+    return largest

@@ -24,6 +24,7 @@ from train.model.alexnet import AlexNet
 from train.monitor.console_view import ConsoleView, RunLength
 from train.monitor.interval_metrics import IntervalMetrics, StreamWaits
 from train.monitor.tensorboard import EventFile, NoTensorBoard
+from train.replicas.errors import OtherReplicaFailed, is_stop
 from train.runs.append_log import AppendLog
 from train.runs.run_dir import EVENTS, METRICS, STATUS, parse_line, read_raw_lines
 
@@ -68,6 +69,8 @@ class MetricsLog:
             elif isinstance(error, KeyboardInterrupt | Terminated):
                 cause = signal.Signals(error.signum).name if isinstance(error, Terminated) else "Ctrl-C"
                 self._write_status("stopped", f"by {cause}")
+            elif isinstance(error, OtherReplicaFailed) and is_stop(error.kind):
+                self._write_status("stopped", "by a signal to another replica")
             else:
                 self._write_status("failed", str(error) or type(error).__name__)
 

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from train.evaluation.evaluate import top_k_misses
+from train.replicas.group import ReplicaGroup
 
 _NO_LABEL = (2**62, -1)  # initial values of the smallest and the largest label
 
@@ -64,3 +66,13 @@ class StepCounters:
         self._smallest.fill_(_NO_LABEL[0])
         self._largest.fill_(_NO_LABEL[1])
         return Counts(losses[: int(steps)], loss_sum, (int(top1), int(top5)), int(smallest), int(largest))
+
+
+def counts_of_all(counts: Counts, group: ReplicaGroup) -> Counts:
+    """Return the counts of the whole steps, from the counts of this replica's parts. The same on every rank."""
+    if group.size == 1:
+        return counts
+    numbers = [counts.loss_sum, *counts.misses, counts.smallest_label, counts.largest_label, *counts.losses]
+    by_rank = group.gather_equal(np.array(numbers, dtype=np.float64))
+    loss_sum, top1, top5, _, _, *losses = by_rank.sum(0).tolist()
+    return Counts(losses, loss_sum, (int(top1), int(top5)), int(by_rank[:, 3].min()), int(by_rank[:, 4].max()))

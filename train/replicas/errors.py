@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from prep.console import UserError
+from prep.console import Terminated, UserError
 
 
 class ReplicaLost(UserError):
     """A replica has ended, or did not take part in an exchange within the time-out. The message names its rank."""
 
 
-class OtherReplicaFailed(SystemExit):
-    """Ends this process without output, because another rank has printed the error. `code` is the exit code."""
+def is_stop(kind: str) -> bool:
+    """Return True for the name of an exception class that a signal raises."""
+    return kind in (Terminated.__name__, KeyboardInterrupt.__name__)
 
-    def __init__(self, text: str, code: int) -> None:
+
+class OtherReplicaFailed(SystemExit):
+    """Ends this process without output, because another rank prints the error."""
+
+    def __init__(self, text: str, code: int, kind: str) -> None:
+        """Takes the other rank's message, exit code and class of exception."""
         super().__init__(code)
-        self.text = text
+        self.text, self.kind = text, kind
 
     def __str__(self) -> str:
         """Return the message that the other rank printed."""

@@ -15,10 +15,9 @@ time-out, or OtherReplicaFailed if another rank has printed its error.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -26,13 +25,13 @@ import numpy as np
 import numpy.typing as npt
 
 from prep.console import Terminated, UserError, WrongArgument
-from train.replicas.errors import OtherReplicaFailed, ReplicaLost
+from train.config.choices import REPLICA_TIMEOUT_S
+from train.replicas.errors import OtherReplicaFailed, ReplicaLost, is_stop
 from train.replicas.link import Link, connect
 from train.replicas.torchrun import wait_for_message
 
 Value = TypeVar("Value")
 
-REPLICA_TIMEOUT_S = 600.0  # default of --replica-timeout
 # Set by torchrun, and by hand where another program starts the processes.
 _NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _ALSO_NEEDED = ("LOCAL_RANK", "LOCAL_WORLD_SIZE")
@@ -80,19 +79,17 @@ class ReplicaGroup:
         """
         return rows if self.link is None else self.link.stack_on_first(rows)
 
+    def gather_equal(self, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """Return the arrays of all ranks, which have equal shapes and types, as one array (size, …)."""
+        return values[None] if self.link is None else np.stack(self.link.gather_equal(values))
+
     def gather_json(self, value: Any) -> list[Any]:
         """Return the values of all ranks, in the order of the ranks. The values pass through JSON."""
-        if self.link is None:
-            return [value]
-        text = np.frombuffer(json.dumps(value).encode(), dtype=np.uint8)
-        return [json.loads(part.tobytes()) for part in self.link.gather(text)]
+        return [value] if self.link is None else self.link.gather_json(value)
 
     def broadcast_json(self, value: Any) -> Any:
         """Return rank 0's value, which passes through JSON. The other ranks' values are ignored."""
-        if self.link is None:
-            return value
-        text = json.dumps(value).encode() if self.is_first else b""
-        return json.loads(self.link.broadcast_bytes(text))
+        return value if self.link is None else self.link.broadcast_json(value)
 
     def broadcast(self, array: npt.NDArray[Any]) -> None:
         """Replace the contents of `array` by those of rank 0's array, which has the same shape and type."""
@@ -102,7 +99,7 @@ class ReplicaGroup:
     def barrier(self) -> None:
         """Wait until all ranks have called this method."""
         if self.link is not None:
-            self.link.gather_equal(np.zeros(1, dtype=np.int64))
+            self.link.barrier()
 
     @contextmanager
     def together(self) -> Iterator[None]:
@@ -120,14 +117,14 @@ class ReplicaGroup:
             raise
         except (UserError, KeyboardInterrupt, Terminated) as caught:
             error = caught
-        outcome = None if error is None else {"text": str(error), "code": exit_code(error)}
+        outcome = None if error is None else description_of(error)
         failed = [(rank, other) for rank, other in enumerate(self.gather_json(outcome)) if other is not None]
         if not failed:
             return
         first, other = failed[0]
         if first == self.rank and error is not None:
             raise error
-        raise OtherReplicaFailed(other["text"], other["code"]) from None
+        raise OtherReplicaFailed(**other) from None
 
     def on_first(self, work: Callable[[], Value]) -> Value:
         """Return the result of `work`, which only rank 0 calls. The result passes through JSON.
@@ -145,11 +142,14 @@ class ReplicaGroup:
 ALONE = ReplicaGroup()  # the group of a process that torchrun did not start
 
 
-def exit_code(error: BaseException) -> int:
-    """Return the exit code of a command that ends with this error."""
+def description_of(error: BaseException) -> dict[str, Any]:
+    """Return message, exit code and class of an error, for OtherReplicaFailed on the other ranks."""
+    code = 1
     if isinstance(error, UserError):
-        return error.exit_code
-    return 128 + (error.signum if isinstance(error, Terminated) else 2)
+        code = error.exit_code
+    elif isinstance(error, Terminated | KeyboardInterrupt):
+        code = 128 + (error.signum if isinstance(error, Terminated) else 2)
+    return {"text": str(error) or type(error).__name__, "code": code, "kind": type(error).__name__}
 
 
 def group_from_environment(environ: Mapping[str, str] | None = None) -> ReplicaGroup:
@@ -203,23 +203,17 @@ def joined(group: ReplicaGroup, timeout_s: float = REPLICA_TIMEOUT_S) -> Iterato
     link = connect(group.rank, group.size, timeout_s)
     try:
         yield replace(group, link=link)
-        link.gather_equal(np.zeros(1, dtype=np.int64))
+        link.barrier()
     except BaseException as caught:
         error = caught
-        is_stop = isinstance(error, KeyboardInterrupt | Terminated)
-        if is_stop and (told := link.roll_call.error_of_other()):  # torchrun terminates the other ranks after an error
-            error = OtherReplicaFailed(told, exit_code(error))
+        stopped = isinstance(error, KeyboardInterrupt | Terminated)
+        if stopped and (told := link.roll_call.error_of_other()):  # torchrun terminates the other ranks after an error
+            error = OtherReplicaFailed(**{**told, "code": description_of(error)["code"]})
         is_of_group = isinstance(error, ReplicaLost | OtherReplicaFailed)
-        link.leave(None if is_of_group or is_stop else _message(error))
+        link.leave(None if is_of_group else description_of(error))
         if isinstance(error, UserError) and not is_of_group and group.rank > 0:
             error.args = (f"rank {group.rank} of {group.size}: {error}",)
-        if isinstance(error, OtherReplicaFailed) and not is_stop:
+        if isinstance(error, OtherReplicaFailed) and not stopped and not is_stop(error.kind):
             wait_for_message()
         raise error from None
     link.leave(None)
-
-
-def _message(error: BaseException) -> str:
-    with suppress(Exception):
-        return str(error) or type(error).__name__
-    return type(error).__name__

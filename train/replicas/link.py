@@ -5,9 +5,10 @@ gloo sends over TCP. GPUs have a second connection for gradients (train/replicas
 
 from __future__ import annotations
 
+import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from train.replicas.errors import OtherReplicaFailed, ReplicaLost
+from train.replicas.errors import ReplicaLost
 from train.replicas.roll_call import RollCall
 from train.replicas.session import begin_session
 
@@ -38,6 +39,7 @@ class Link:
         )
 
         self.rank, self.size, self.timeout_s = rank, size, timeout_s
+        self._closes: list[Callable[[], object]] = []
         self.timeout = timedelta(seconds=timeout_s)
         try:
             store = TCPStore(host, port, is_master=hosts_store, timeout=self.timeout, wait_for_workers=False)
@@ -111,6 +113,23 @@ class Link:
         with self.exchange():
             self.gloo.broadcast([torch.from_numpy(array.reshape(-1).view(np.uint8))], options).wait()
 
+    def gather_json(self, value: Any) -> list[Any]:
+        """Return the values of all ranks, in the order of the ranks. The values pass through JSON."""
+        text = np.frombuffer(json.dumps(value).encode(), dtype=np.uint8)
+        return [json.loads(part.tobytes()) for part in self.gather(text)]
+
+    def broadcast_json(self, value: Any) -> Any:
+        """Return rank 0's value, which passes through JSON."""
+        return json.loads(self.broadcast_bytes(json.dumps(value).encode() if self.rank == 0 else b""))
+
+    def barrier(self) -> None:
+        """Wait until all ranks have called this method."""
+        self.gather_equal(np.zeros(1, dtype=np.int64))
+
+    def at_end(self, close: Callable[[], object]) -> None:
+        """Call `close` when this rank leaves the group."""
+        self._closes.append(close)
+
     @contextmanager
     def exchange(self) -> Iterator[None]:
         """A block that waits for other ranks. Counts as one exchange.
@@ -123,14 +142,13 @@ class Link:
             yield
         except RuntimeError as error:
             cause = (str(error).splitlines() or [""])[0][:200]
-            text, is_told = self.roll_call.call(time.monotonic() - started, cause)
-            if is_told:
-                raise OtherReplicaFailed(text, 1) from None
-            raise ReplicaLost(text) from None
+            raise self.roll_call.call(time.monotonic() - started, cause) from None
 
-    def leave(self, error: str | None) -> None:
-        """End the connection. `error` is the message that this rank prints; None: this rank prints no error."""
+    def leave(self, error: dict[str, Any] | None) -> None:
+        """End the connection. `error` describes the error that this rank prints; None: this rank prints no error."""
         self.roll_call.leave(error)
+        for close in self._closes:
+            close()
         self.gloo = self.store = None  # closes the connections before the interpreter ends
 
 

@@ -14,6 +14,7 @@ import time
 from contextlib import suppress
 from typing import Any
 
+from train.replicas.errors import OtherReplicaFailed, ReplicaLost, is_stop
 from train.replicas.session import ranks_text
 
 _POLL_S = 0.5
@@ -31,65 +32,72 @@ class RollCall:
         self._thread = threading.Thread(target=self._answer_calls, name="roll call", daemon=True)
         self._thread.start()
 
-    def leave(self, error: str | None = None) -> None:
-        """End the thread. `error` is the message that this rank prints; None: this rank prints no error."""
+    def leave(self, error: dict[str, Any] | None = None) -> None:
+        """End the thread. `error` describes the error that this rank prints; None: this rank prints no error."""
         self._ended.set()
         self._thread.join()
         with suppress(Exception), self._lock:
             self._store.set(f"left/{self._rank}", json.dumps(error))
 
-    def error_of_other(self) -> str | None:
+    def error_of_other(self) -> dict[str, Any] | None:
         """Return the error with which another rank has ended; None if no rank has, or if the store is lost."""
         with suppress(Exception):
             for rank in range(len(self._places)):
-                if rank != self._rank and (error := self._read(f"left/{rank}")):
-                    return str(error)
+                error = self._read(f"left/{rank}") if rank != self._rank and self._exists(f"left/{rank}") else None
+                if error is not None and not is_stop(error["kind"]):
+                    return dict(error)
         return None
 
-    def call(self, waited_s: float, cause: str) -> tuple[str, bool]:
-        """Find the ranks that are missing. Returns (message, True if another rank prints the message).
+    def call(self, waited_s: float, cause: str) -> ReplicaLost | OtherReplicaFailed:
+        """Find the ranks that are missing. Returns the error to raise: OtherReplicaFailed if another rank prints it.
 
         waited_s  seconds for which this rank has waited for the others
         cause     message of the exchange that failed
         """
         try:
-            return self._call(waited_s, cause)
+            answers = self._ask()
         except Exception as error:  # the store is lost too: torch raises several types
-            return f"the connection to the other replicas is lost ({_first_line(error)}; {cause}).", False
+            return ReplicaLost(f"the connection to the other replicas is lost ({_first_line(error)}; {cause}).")
+        return self._error(*answers, waited_s, cause)
 
-    def _call(self, waited_s: float, cause: str) -> tuple[str, bool]:
+    def _ask(self) -> tuple[dict[int, int], dict[int, Any]]:
+        """Return the number of exchanges that each living rank has begun, and what ranks that ended have left."""
         with self._lock:
             self._store.set("roll call", b"1")
         self._answer()
         ranks = range(len(self._places))
         deadline = time.monotonic() + _ANSWER_S
         while True:
-            begun = {rank: self._read(f"begun/{rank}") for rank in ranks}
+            begun = {rank: self._read(f"begun/{rank}") for rank in ranks if self._exists(f"begun/{rank}")}
             left = {rank: self._read(f"left/{rank}") for rank in ranks if self._exists(f"left/{rank}")}
-            silent = [rank for rank in ranks if begun[rank] is None and rank not in left]
-            if not silent or time.monotonic() > deadline:
-                break
+            if len(begun.keys() | left.keys()) == len(ranks) or time.monotonic() > deadline:
+                return begun, left
             time.sleep(0.05)
-        said = [text for text in left.values() if text]
-        if said:
-            return said[0], True
-        waiting = [rank for rank in ranks if begun[rank] is not None]  # also if they left after a roll call
+
+    def _error(
+        self, begun: dict[int, int], left: dict[int, Any], waited_s: float, cause: str
+    ) -> ReplicaLost | OtherReplicaFailed:
+        printed = [error for error in left.values() if error is not None]
+        if printed:
+            return OtherReplicaFailed(**printed[0])
+        waiting = sorted(begun)  # also ranks that have left after a roll call
+        silent = [rank for rank in range(len(self._places)) if rank not in begun and rank not in left]
         furthest = max(begun[rank] for rank in waiting)
         late = [rank for rank in waiting if begun[rank] < furthest]
-        is_told_by_other = min(set(waiting) - set(late)) != self._rank
         timed_out = waited_s > 0.9 * self._timeout_s
-        if silent and not timed_out:
-            return f"{self._named(silent)} has ended, so the other replicas stop.", is_told_by_other
-        if silent or late:
-            return (
-                f"{self._named(silent or late)} did not come within {self._timeout_s:g} s, so the other replicas stop. "
-                "Look for what that process waits for, or pass a larger --replica-timeout.",
-                is_told_by_other,
-            )
         gone = [rank for rank in left if rank not in waiting]
-        if gone:
-            return f"{self._named(gone)} has ended, so the other replicas stop.", is_told_by_other
-        return f"the replicas could not exchange values ({cause}).", is_told_by_other
+        if timed_out and (silent or late):
+            text = (
+                f"{self._named(silent or late)} did not come within {self._timeout_s:g} s, so the other replicas stop. "
+                "Look for what that process waits for, or pass a larger --replica-timeout."
+            )
+        elif silent or gone:
+            text = f"{self._named(silent or gone)} has ended, so the other replicas stop."
+        else:
+            text = f"the replicas could not exchange values ({cause})."
+        if min(set(waiting) - set(late)) != self._rank:
+            return OtherReplicaFailed(text, ReplicaLost.exit_code, ReplicaLost.__name__)
+        return ReplicaLost(text)
 
     def _named(self, ranks: list[int]) -> str:
         places = "; ".join(self._places[rank] for rank in ranks)

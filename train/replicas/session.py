@@ -1,9 +1,9 @@
 """The start of a group of replicas: the ranks find each other in torchrun's store, and agree on a session name.
 
 torchrun keeps its store while it restarts the processes of a group, so the store can hold entries of processes that
-have ended. Each process therefore has a random name of its own. Rank 0 collects the names and writes a list of them, with a
-new random session name. A rank accepts only a list that contains its own name. All later entries of the group have the
-session name as prefix, so no process reads an entry of an earlier group.
+have ended. Each process therefore has a random name of its own. Rank 0 collects the names and writes a list of them,
+with a new random session name. A rank accepts only a list that contains its own name. All later entries of the group
+have the session name as prefix, so no process reads an entry of an earlier group.
 """
 
 from __future__ import annotations

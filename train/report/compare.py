@@ -25,6 +25,7 @@ _NOT_IN_LEGEND = (
     "settings.threads",
     "settings.devices",
     "settings.deterministic",
+    "settings.replicas",
     "settings.service",
     "settings.service_fallback",
     "environment",

@@ -46,7 +46,13 @@ RATE_LINES = 20  # number of newest training lines from which the remaining time
 _CHECKPOINT = r"checkpoint-(\d+)\.pt"
 
 # Settings that version 0.1.0 did not write, with the values that its runs had.
-_LATER_SETTINGS = {"deterministic": False, "stream_seed": None, "service": None, "service_fallback": None}
+_LATER_SETTINGS = {
+    "deterministic": False,
+    "stream_seed": None,
+    "service": None,
+    "service_fallback": None,
+    "replicas": 1,
+}
 
 
 def read_description(run_dir: Path) -> dict[str, Any]:

@@ -17,8 +17,10 @@ from train.config.devices import Devices, parse_devices
 from train.config.identity import Difference, differences
 from train.config.overrides import override, recipe_with_overrides
 from train.config.recipe import recipe_from_json
+from train.config.replica_devices import count_of, parse_replica_devices
 from train.config.run_config import RunConfig
 from train.model.precision import default_precision, set_precision
+from train.replicas.group import ALONE, ReplicaGroup
 from train.runs.preprocessing import missing_store_text, saved_store_path, training_store
 from train.runs.run import Run
 from train.runs.run_dir import read_description
@@ -29,13 +31,16 @@ _PLAIN = ("accumulate", "seed", "stream_seed", "deterministic", "steps", "log_ev
 _SHOWN = ("epochs", "steps", "devices", "deterministic", "log_every", "checkpoint_every", "keep")
 
 
-def saved_config(run_dir: Path) -> RunConfig | None:
+def saved_config(run_dir: Path, group: ReplicaGroup = ALONE) -> RunConfig | None:
     """Return the configuration in run.json, without its service; None if `run_dir` has no run.json that can be read.
 
-    The store is the training store, wherever the run finds it (training_store), or else its absolute path in run.json.
+    Only rank 0 of `group` reads run.json. The store is the training store, wherever the run finds it (training_store),
+    or else its absolute path in run.json.
     """
     try:
-        description = read_description(run_dir)
+        description = group.on_first(lambda: _description(run_dir))
+        if description is None:
+            return None
         known = {field.name for field in fields(RunConfig)}
         settings = {name: value for name, value in description["settings"].items() if name in known}
         store = training_store(run_dir, description)
@@ -55,12 +60,25 @@ def saved_config(run_dir: Path) -> RunConfig | None:
         return None
 
 
-def requested_config(options: Mapping[str, Any], given: Collection[str], saved: RunConfig | None) -> RunConfig:
+def _description(run_dir: Path) -> dict[str, Any] | None:
+    try:
+        return read_description(run_dir)
+    except UserError:
+        return None
+
+
+def requested_config(
+    options: Mapping[str, Any],
+    given: Collection[str],
+    saved: RunConfig | None,
+    group: ReplicaGroup = ALONE,
+) -> RunConfig:
     """Return the configuration of `alextrain run`.
 
     options  the values of the command's options by parameter name
     given    names of the options that the user gave
     saved    the configuration of the run in --run-dir; None for a new run, for which all `options` are used
+    group    the replicas that compute each step
 
     A recipe other than that of `saved` also brings its batch size and epochs, unless --batch and --epochs are given.
     --epochs without --steps removes the limit of steps. Raises UserError for options that do not fit together, and sets
@@ -78,7 +96,7 @@ def requested_config(options: Mapping[str, Any], given: Collection[str], saved: 
     if epochs is not None and "steps" not in given:
         values["steps"] = None
     kept_batch, kept_epochs = (None, None) if saved is None or other_recipe else (saved.batch_size, saved.epochs)
-    devices = _devices(options["gpus"], model.columns, saved)
+    devices = _devices(options["gpus"], model.columns, saved, group)
     precision = options["precision"] or (saved.precision if saved else default_precision(recipe.name, devices))
     set_precision(precision, devices)  # refuses an unsupported precision before the run starts
     store = options["store"] if saved is None or "store" in given else saved.store
@@ -93,6 +111,8 @@ def requested_config(options: Mapping[str, Any], given: Collection[str], saved: 
         precision=precision,
         devices=devices,
         run_dir=options["run_dir"],
+        threads=options.get("threads"),
+        replicas=group.size,
         service=options["service"],
         service_fallback=options["service_fallback"],
         **values,
@@ -104,14 +124,19 @@ def _base_name(recipe_name: str) -> str:
     return recipe_name.partition(",")[0]
 
 
-def _devices(gpus: str | None, columns: int, saved: RunConfig | None) -> Devices:
-    if gpus is not None or saved is None:
+def _devices(gpus: str | None, columns: int, saved: RunConfig | None, group: ReplicaGroup) -> Devices:
+    def parse(gpus: str | None) -> Devices:
+        if group.launched:
+            return parse_replica_devices(gpus, columns, group.local_rank, group.local_size)
         return parse_devices(gpus, columns)
+
+    if gpus is not None or saved is None:
+        return parse(gpus)
     names = dict.fromkeys(device.removeprefix("cuda:") for device in saved.devices[:columns])
     try:
-        return parse_devices(",".join(names), columns)
+        return parse(count_of(saved.devices[:columns]) if group.launched else ",".join(names))
     except UserError as error:
-        devices = parse_devices(None, columns)
+        devices = parse(None)
         say(f"{saved.run_dir} was trained on {' and '.join(names)} ({error}) It goes on with {' and '.join(devices)}.")
         return devices
 

@@ -22,6 +22,7 @@ from prep.files import hold_lock
 from train.config.identity import Difference, check_identity, differences
 from train.model.alexnet import AlexNet
 from train.optim.schedule import Schedule
+from train.replicas.group import ALONE, ReplicaGroup
 from train.runs import checkpoint
 from train.runs.checkpoint import Checkpoint
 from train.runs.run import Run, make_run_dir, write_description
@@ -29,17 +30,21 @@ from train.runs.saved_config import changed_settings, difference_lines, saved_co
 from train.trainer.loop import training_stream, without_service
 
 
-def fork(run: Run, new_dir: Path) -> Run:
+def fork(run: Run, new_dir: Path, group: ReplicaGroup = ALONE) -> Run:
     """Start a new run in `new_dir`, and return it. The new run has the settings of `run`.
+
+    With several replicas, only rank 0 reads and writes the folders.
 
     The new run begins with the newest checkpoint in the folder of `run`. If `new_dir` already holds this fork,
     nothing is written. Raises UserError if the folder of `run` has no checkpoint, if the shape of a parameter would
     change, or if `new_dir` holds another run or other files.
     """
     forked = _moved_to(run, new_dir)
-    make_run_dir(new_dir)
-    with hold_lock(new_dir, "training"):
-        _begin(forked, run.run_dir)
+    with group.together():
+        if group.is_first:
+            make_run_dir(new_dir)
+            with hold_lock(new_dir, "training"):
+                _begin(forked, run.run_dir)
     return forked
 
 

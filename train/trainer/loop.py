@@ -17,6 +17,8 @@ from train.monitor.console_view import ConsoleView
 from train.monitor.interval_metrics import StreamWaits
 from train.monitor.view import choose_view
 from train.optim.schedule import Schedule
+from train.replicas.agreement import Agreement
+from train.replicas.group import ALONE, ReplicaGroup
 from train.runs.run import Run, make_run_dir
 from train.trainer.determinism import use_deterministic_algorithms
 from train.trainer.out_of_memory import out_of_memory
@@ -26,22 +28,26 @@ from train.trainer.training import Training
 from train.trainer.watchdog import Diverged
 
 
-def fit(run: Run, view: ConsoleView | None = None) -> Path:
+def fit(run: Run, view: ConsoleView | None = None, group: ReplicaGroup = ALONE) -> Path:
     """Train a run, or continue it from its newest checkpoint; returns the run folder.
 
-    view  console output; by default a live display on a terminal and plain lines elsewhere
+    view   console output; by default a live display on a terminal and plain lines elsewhere
+    group  the replicas that train the run together, all of which call `fit`. Only rank 0 uses the run folder
 
     Raises UserError if the folder holds another run or if memory runs out, and DiskFull if the disk is too full for
     checkpoints. Raises Diverged if a loss, gradient or parameter becomes NaN or infinite. Also raises the errors of the
     loaders. If the service cannot give the next batch, `fit` writes a checkpoint before it raises ServiceError. After
     Ctrl-C, SIGTERM or SIGHUP, `fit` finishes the step, writes a checkpoint and raises KeyboardInterrupt or Terminated.
     During a validation, `fit` raises at once, because the checkpoint was written before the validation.
+
+    With several replicas, an error of one rank ends all ranks: the others raise OtherReplicaFailed. A signal to one
+    rank stops all ranks after the same step. Raises ReplicaLost if a rank ends without an error, or hangs.
     """
-    fit_together([run], [view or choose_view()])
+    fit_together([run], [view or choose_view()], group)
     return run.run_dir
 
 
-def fit_together(runs: Sequence[Run], views: Sequence[ConsoleView]) -> None:
+def fit_together(runs: Sequence[Run], views: Sequence[ConsoleView], group: ReplicaGroup = ALONE) -> None:
     """Train several runs from one stream: each batch is decoded once and trains one run after another.
 
     The runs may differ only in their seed and their folder. Their stream seeds are equal. The runs may be at different
@@ -52,28 +58,30 @@ def fit_together(runs: Sequence[Run], views: Sequence[ConsoleView]) -> None:
     `fit`, and end the training of all runs.
     """
     with ExitStack() as resources:
-        for run in runs:
-            make_run_dir(run.run_dir)
-            resources.enter_context(hold_lock(run.run_dir, "training"))
+        with group.together():
+            for run in runs if group.is_first else ():
+                make_run_dir(run.run_dir)
+                resources.enter_context(hold_lock(run.run_dir, "training"))
         resources.enter_context(out_of_memory(runs[0].config, len(runs)))
-        _fit(runs, views, resources)
+        _fit(runs, views, group, resources)
 
 
-def _fit(runs: Sequence[Run], views: Sequence[ConsoleView], resources: ExitStack) -> None:
+def _fit(runs: Sequence[Run], views: Sequence[ConsoleView], group: ReplicaGroup, resources: ExitStack) -> None:
     config = runs[0].config
     if config.devices[0] == "cpu":
         keep_freed_memory()
     if config.deterministic:
         use_deterministic_algorithms()
     generators = Generators(config.devices)
-    trainings = [Training(run, generators, view) for run, view in zip(runs, views, strict=True)]
-    stream = _Stream(min(trainings, key=lambda training: training.step), resources)
-    validation = validation_stream(runs[0])
-    if validation is not None:
-        resources.enter_context(validation)
-    for training in trainings:
-        training.open_log()
-        resources.enter_context(training)
+    trainings = [Training(run, generators, view, group) for run, view in zip(runs, views, strict=True)]
+    with group.together():
+        stream = _Stream(min(trainings, key=lambda training: training.step), group, resources)
+        validation = validation_stream(runs[0], group)
+        if validation is not None:
+            resources.enter_context(validation)
+        for training in trainings:
+            training.open_log()
+            resources.enter_context(training)
     with stop_requests() as stop:
         _Loop(trainings, stream, validation, stop).run()
 
@@ -86,6 +94,8 @@ class _Loop:
     ) -> None:
         self._active, self._stream, self._validation, self._stop = list(trainings), stream, validation, stop
         self._run, self._is_alone = trainings[0].run, len(trainings) == 1
+        self._group = trainings[0].group
+        self._agreement = Agreement(self._group, self._run.config.service is not None)
         self._diverged: list[tuple[Path, Diverged]] = []  # run folder and error of each training that diverged
 
     def run(self) -> None:
@@ -111,7 +121,8 @@ class _Loop:
 
     def _train(self, step: int) -> None:
         """Train from `step` on, until checkpoints have been written."""
-        stop, config, first_step, pause, epoch_ends = self._stop, self._run.config, step, False, False
+        stop, config, first_step, epoch_ends = self._stop, self._run.config, step, False
+        stopped: BaseException | None = None  # the same kind of exception on all replicas
         loader = self._stream.move_to(step)
         waits = StreamWaits(loader)
         current = [training for training in self._active if training.step == step]
@@ -120,13 +131,14 @@ class _Loop:
         later_steps = {training.step for training in self._active} - {step}
         stop.on_request = loader.stop_waiting
         try:
-            for images, labels in loader:
+            for images, labels in self._agreement.batches(loader):
                 for training in current:
                     training.train(images, labels)
                 step += 1
                 epoch_ends = step % self._run.steps_per_epoch == 0
                 is_due = step % config.checkpoint_every == 0 or step == self._run.last_step
-                pause = bool(stop.requested) or epoch_ends or is_due
+                stopped = self._agreement.stop(stop.requested)
+                pause = stopped is not None or epoch_ends or is_due
                 if pause or step % config.log_every == 0:
                     self._log_interval(current, loader)
                 if pause or not current:
@@ -139,15 +151,18 @@ class _Loop:
                     current = joining
         except ServiceError as error:  # there is no batch for the next step
             self._log_interval([training for training in current if training.steps_since_log], loader)
+            loader = self._stream.move_to(step)  # another replica may lack the batch that this one has taken
             if step > first_step:
                 self._save([training for training in current if training in self._active], loader, is_last=True)
-            raise stop.requested or error from None
+            stopped = self._agreement.stop(stop.requested)
+            with self._group.together():
+                raise stopped or error from None
         for training in current:
             training.validation_due = epoch_ends and self._validation is not None
         loader = self._stream.move_to(step)
-        self._save(current, loader, is_last=bool(stop.requested))
-        if stop.requested:
-            raise stop.requested
+        self._save(current, loader, is_last=stopped is not None)
+        if stopped is not None:
+            raise stopped
 
     def _log_interval(self, trainings: list[Training], loader: TrainLoader) -> None:
         """Write the log lines of `trainings`. If there are several runs, a run that has diverged is taken out."""
@@ -175,9 +190,9 @@ class _Stream:
     The colour noise depends on the epoch only, so that it is the same for all trainings.
     """
 
-    def __init__(self, first: Training, resources: ExitStack) -> None:
+    def __init__(self, first: Training, group: ReplicaGroup, resources: ExitStack) -> None:
         """Open the stream at the step of `first`. Raises the errors of train_loader and TrainLoader.load_state_dict."""
-        self._run, self._schedule, self._resources = first.run, first.schedule, resources
+        self._run, self._schedule, self._group, self._resources = first.run, first.schedule, group, resources
         self._loader = self._open(first.step // max(self._run.steps_per_epoch, 1))
         if first.resumed is not None:
             self._loader.load_state_dict(first.resumed.stream)
@@ -196,11 +211,11 @@ class _Stream:
         return self._loader
 
     def _open(self, epoch: int) -> TrainLoader:
-        return self._resources.enter_context(training_stream(self._run, self._schedule, epoch))
+        return self._resources.enter_context(training_stream(self._run, self._schedule, epoch, self._group))
 
 
-def training_stream(run: Run, schedule: Schedule, epochs_done: int) -> TrainLoader:
-    """Return the training stream after `epochs_done` epochs.
+def training_stream(run: Run, schedule: Schedule, epochs_done: int, group: ReplicaGroup = ALONE) -> TrainLoader:
+    """Return the training stream of a replica after `epochs_done` epochs: a contiguous part of the images of each step.
 
     `schedule` determines the colour noise of the next epoch.
     """
@@ -212,11 +227,13 @@ def training_stream(run: Run, schedule: Schedule, epochs_done: int) -> TrainLoad
         augmentation = replace(augmentation, colour=colour)
     loader = train_loader(
         config.store,
-        config.batch_size,
+        config.batch_size // group.size,
         config.devices[0],
         config.seed_of_stream,
         augmentation=augmentation,
         threads=config.threads,
+        shard=group.rank,
+        world_size=group.size,
         service=config.service,
         service_fallback=config.service_fallback,
     )
@@ -224,8 +241,11 @@ def training_stream(run: Run, schedule: Schedule, epochs_done: int) -> TrainLoad
     return loader
 
 
-def validation_stream(run: Run) -> EvalLoader | None:
-    """Return the loader for the centre views of the split val; None, after a message, if the store has no split val."""
+def validation_stream(run: Run, group: ReplicaGroup = ALONE) -> EvalLoader | None:
+    """Return the loader for the centre views of the split val; None, after a message, if the store has no split val.
+
+    The loader of a replica serves its part of the split.
+    """
     config = run.config
     if "val" not in run.store.splits:
         say(
@@ -240,6 +260,8 @@ def validation_stream(run: Run) -> EvalLoader | None:
         config.devices[0],
         augmentation=config.recipe.augmentation,
         threads=config.threads,
+        shard=group.rank,
+        world_size=group.size,
         service=config.service,
         service_fallback=config.service_fallback,
     )

@@ -7,16 +7,19 @@ with any assignment of columns to devices. The state of the stream is restored b
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from train.config.identity import check_identity
 from train.config.run_config import RunConfig
 from train.model.alexnet import AlexNet
 from train.optim.paper_sgd import PaperSGD
 from train.optim.schedule import Schedule
-from train.runs.checkpoint import Checkpoint
+from train.replicas.group import ReplicaGroup
+from train.runs.checkpoint import Checkpoint, load_latest
 from train.runs.run import Run
 
 
@@ -55,12 +58,13 @@ def restore_state(
 ) -> None:
     """Load a checkpoint into network, optimizer, schedule and random generators.
 
-    If `config` has other devices than the checkpoint, the generators are seeded anew from seed and step.
+    If `config` has other devices than the checkpoint, the generators are seeded anew from seed and step. With several
+    replicas, the devices of rank 0 are compared, and all ranks have the same generators.
     """
     network.load_joined_tensors(state.parameters)
     network.load_joined_tensors(state.velocity, optimizer.velocity)
     schedule.load_state_dict(state.schedule)
-    if list(state.devices) != list(config.devices):
+    if list(state.devices) != network.replicas.broadcast_json(list(config.devices)):
         seed_generators(config, state.step)
         return
     _set_states(network.devices, state.random, state.random_cuda)
@@ -111,3 +115,56 @@ def _set_states(devices: Sequence[torch.device], random: Tensor, random_cuda: Se
     gpus = [device for device in devices if device.type == "cuda"]
     for device, state in zip(gpus, random_cuda, strict=True):
         torch.cuda.set_rng_state(state, device)
+
+
+def load_on_all_ranks(run_dir: Path, identity: Mapping[str, Any], group: ReplicaGroup) -> Checkpoint | None:
+    """Return the newest checkpoint of a run on every rank. Only rank 0 reads the run folder.
+
+    Returns None if there is no checkpoint. Raises the errors of load_latest, and UserError if the checkpoint does not
+    have the identity of the run.
+    """
+    state = None
+    with group.together():
+        if group.is_first:
+            state = load_latest(run_dir)
+            if state is not None:
+                check_identity(state.identity, identity, run_dir)
+    if group.size == 1:
+        return state
+    tensors: dict[str, Any] = {}
+    described = None if state is None else _without_tensors(vars(state), tensors, "")
+    described, shapes = group.broadcast_json(
+        [described, {name: [list(t.shape), str(t.dtype).removeprefix("torch.")] for name, t in tensors.items()}]
+    )
+    if described is None:
+        return None
+    for name, (shape, dtype) in shapes.items():
+        if not group.is_first:
+            tensors[name] = torch.empty(shape, dtype=getattr(torch, dtype))
+        group.broadcast(tensors[name].numpy())
+    if state is not None:
+        return state
+    return Checkpoint(**_with_tensors(described, tensors, ""))
+
+
+def _without_tensors(value: Any, tensors: dict[str, Tensor], path: str) -> Any:
+    """Return a nested value with None for each tensor, and put the tensors into `tensors`."""
+    if isinstance(value, Tensor):
+        tensors[path] = value.contiguous()
+        return None
+    if isinstance(value, Mapping):
+        return {name: _without_tensors(part, tensors, f"{path}/{name}") for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_tensors(part, tensors, f"{path}/{index}") for index, part in enumerate(value)]
+    return value
+
+
+def _with_tensors(value: Any, tensors: Mapping[str, Tensor], path: str) -> Any:
+    """The inverse of _without_tensors."""
+    if path in tensors:
+        return tensors[path]
+    if isinstance(value, dict):
+        return {name: _with_tensors(part, tensors, f"{path}/{name}") for name, part in value.items()}
+    if isinstance(value, list):
+        return [_with_tensors(part, tensors, f"{path}/{index}") for index, part in enumerate(value)]
+    return value

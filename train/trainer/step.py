@@ -4,6 +4,9 @@ With --accumulate a batch is computed in equal parts, one after the other, and t
 Apart from rounding, the update is the same as without --accumulate. Only the activations of one part are in memory at
 any time. Dropout is drawn independently for every image, with or without --accumulate.
 
+With several replicas (train/replicas), each replica computes the gradient of its part of the batch. The gradients are
+summed over the replicas before the update, so all replicas have the same parameters after each step.
+
 The host never waits for a device during a step. The two columns therefore run at the same time on two GPUs, although
 one thread launches the layers of both columns, column 0's layers first:
 
@@ -32,12 +35,15 @@ from torch import Tensor
 from train.model.alexnet import AlexNet
 from train.model.precision import autocast, set_precision
 from train.optim.paper_sgd import PaperSGD
+from train.replicas.gradients import GradientSum
 
 
 class StepResult(NamedTuple):
     """The result of a step, on column 0's device, detached from the autograd graph."""
 
-    loss: Tensor  # (), float32, nats: the mean loss of the batch, before the update
+    # (), float32, nats: the mean loss of the batch before the update, divided by the number of replicas. The sum over
+    # the replicas is the mean loss of the step.
+    loss: Tensor
     logits: Tensor  # (N, classes), float32
     labels: Tensor  # (N,), int64
 
@@ -45,16 +51,25 @@ class StepResult(NamedTuple):
 class TrainingStep:
     """A callable that trains `network` on one batch."""
 
-    def __init__(self, network: AlexNet, optimizer: PaperSGD, precision: str = "fp32", parts: int = 1) -> None:
+    def __init__(
+        self,
+        network: AlexNet,
+        optimizer: PaperSGD,
+        precision: str = "fp32",
+        parts: int = 1,
+        gradient_sum: GradientSum | None = None,
+    ) -> None:
         """Raises UserError for a precision that the network's devices do not support.
 
-        parts  number of equal parts in which a batch is computed
+        parts         number of equal parts in which a batch is computed
+        gradient_sum  sums the gradients over the replicas of `network.replicas`; None: there is one replica
         """
         set_precision(precision, network.devices)
         self.network, self.optimizer, self.precision, self.parts = network, optimizer, precision, parts
+        self._gradient_sum = gradient_sum
 
     def __call__(self, images: Tensor, labels: Tensor) -> StepResult:
-        """Update the parameters once. `images` and `labels` can be on any device.
+        """Update the parameters once. `images` and `labels` are this replica's, and can be on any device.
 
         images  float32 (N, 3, 224, 224), grey levels minus the mean
         labels  int64 (N,)
@@ -71,9 +86,11 @@ class TrainingStep:
             with autocast(self.precision, device):
                 scores = self.network(part).float()
                 loss = F.cross_entropy(scores, part_labels, label_smoothing=self.network.recipe.label_smoothing)
-                loss = loss / self.parts
+                loss = loss / (self.parts * self.network.replicas.size)
             loss.backward()  # type: ignore[no-untyped-call]  # torch has no type hints here
             losses.append(loss.detach())
             logits.append(scores.detach())
+        if self._gradient_sum is not None:
+            self._gradient_sum.run()
         self.optimizer.step()
         return StepResult(torch.stack(losses).sum(), torch.cat(logits), labels)

@@ -11,18 +11,20 @@ from torch import Tensor
 
 from pipeline.augment import Augmentation
 from pipeline.loader import EvalLoader, TrainLoader
-from train.config.identity import check_identity
 from train.evaluation.evaluate import evaluate
 from train.model.alexnet import AlexNet
 from train.monitor.console_view import ConsoleView, RunLength
 from train.monitor.interval_metrics import IntervalMetrics, StreamWaits
 from train.monitor.metrics_log import MetricsLog
-from train.monitor.step_counters import StepCounters
+from train.monitor.silent_log import SilentLog
+from train.monitor.step_counters import StepCounters, counts_of_all
 from train.optim.paper_sgd import make_optimizer
 from train.optim.schedule import Schedule
+from train.replicas.gradients import GradientSum
+from train.replicas.group import ALONE, ReplicaGroup
 from train.runs import checkpoint
 from train.runs.run import Run, write_description
-from train.trainer.state import Generators, capture_state, restore_state, seed_generators
+from train.trainer.state import Generators, capture_state, load_on_all_ranks, restore_state, seed_generators
 from train.trainer.step import TrainingStep
 from train.trainer.step_graph import CountedStep, graph_for
 from train.trainer.watchdog import Watchdog
@@ -36,37 +38,47 @@ class Training:
     goes on, or None.
     """
 
-    def __init__(self, run: Run, generators: Generators, view: ConsoleView) -> None:
+    def __init__(self, run: Run, generators: Generators, view: ConsoleView, group: ReplicaGroup = ALONE) -> None:
         """Make the network, and restore the newest intact checkpoint in the run folder.
+
+        group  the replicas that train the run together. Rank 0 alone uses the run folder: it sends the checkpoint to
+               the other ranks, which need not see the folder, and writes log and checkpoints
 
         The checkpoint must have the identity of the run. Without a checkpoint the run begins at step 0, with parameters
         drawn from the seed. Raises UserError if the folder holds another run.
         """
         config = run.config
-        self.run, self.view, self._generators = run, view, generators
+        self.run, self.view, self.group, self._generators = run, view, group, generators
         generators.switch_to(self)
         seed_generators(config, 0)
         self.network = AlexNet(len(run.store.classes), config.recipe, config.devices, config.model)
         self.network.train()
+        self.network.replicas = group
         self.optimizer = make_optimizer(self.network, config.recipe)
         self.schedule = Schedule(config.recipe, config.batch_size)
         self.step, self.validation_due = 0, False
-        self.resumed = resumed = checkpoint.load_latest(run.run_dir)
+        self.resumed = resumed = load_on_all_ranks(run.run_dir, run.identity, group)
         if resumed is not None:
-            check_identity(resumed.identity, run.identity, run.run_dir)
             self.step, self.validation_due = resumed.step, resumed.validation_due
             restore_state(resumed, config, self.network, self.optimizer, self.schedule)
-            checkpoint.drop_after(run.run_dir, self.step)
             view.note(f"{run.run_dir}: resumes after step {self.step:,}.")
             self._stream = resumed.stream  # state of the stream after `step`
-        self._keeper = checkpoint.CheckpointKeeper(run.run_dir, config.keep, resumed)
-        write_description(run, self._keeper.ancestry)
-        train_step = TrainingStep(self.network, self.optimizer, config.precision, config.accumulate)
+        with group.together():
+            self._keeper = self._begin_in_folder() if group.is_first else None  # None: another rank writes
+        gradient_sum = None if group.link is None else GradientSum(self.network.parameters(), group.link)
+        train_step = TrainingStep(self.network, self.optimizer, config.precision, config.accumulate, gradient_sum)
         self._counters = StepCounters(self.network.devices[0], config.log_every)
         self._counted_step = CountedStep(train_step, self._counters, graph_for(self.network.devices))
         self._watchdog = Watchdog(run, self.network, view.warn)
-        self._log: MetricsLog | None = None
+        self._log: MetricsLog | SilentLog | None = None
         self._lr = 0.0  # learning rate of the last step
+
+    def _begin_in_folder(self) -> checkpoint.CheckpointKeeper:
+        if self.resumed is not None:
+            checkpoint.drop_after(self.run.run_dir, self.step)
+        keeper = checkpoint.CheckpointKeeper(self.run.run_dir, self.run.config.keep, self.resumed)
+        write_description(self.run, keeper.ancestry)
+        return keeper
 
     @property
     def is_done(self) -> bool:
@@ -77,7 +89,10 @@ class Training:
         """Begin the log of the run. Raises DiskFull if there is no disk space, UserError for any other disk error."""
         run, config = self.run, self.run.config
         length = RunLength(run.steps_per_epoch, run.last_step, config.batch_size, len(run.store.classes))
-        self._log = MetricsLog(run.run_dir, length, self.step, self.validation_due, self.view)
+        if self.group.is_first:
+            self._log = MetricsLog(run.run_dir, length, self.step, self.validation_due, self.view)
+        else:
+            self._log = SilentLog()
 
     def __enter__(self) -> Training:
         return self
@@ -103,26 +118,29 @@ class Training:
         return self._interval.steps
 
     def train(self, images: Tensor, labels: Tensor) -> None:
-        """Train the network on the next step's batch. Takes the arguments and raises the errors of TrainingStep."""
+        """Train the network on this replica's images of the next step.
+
+        Takes the arguments and raises the errors of TrainingStep.
+        """
         self._generators.switch_to(self)
         self._lr = self.schedule.apply(self.optimizer, self.step / self.run.steps_per_epoch)
         self._counted_step(images, labels)
         self.step += 1
-        self._interval.add(len(labels))
+        self._interval.add(self.run.config.batch_size)
 
     def log_interval(self, augmentation: Augmentation) -> None:
         """Check the steps since the last log line, and write their log line.
 
         `augmentation` is the stream's augmentation in these steps. Raises Diverged if a loss, gradient or parameter is
-        NaN or infinite.
+        NaN or infinite. All replicas call this at the same step.
         """
-        counts = self._counters.read()
+        counts = counts_of_all(self._counters.read(), self.group)
         norms = self._watchdog.check(self.step, self._interval.images, counts, augmentation)
         metrics, epoch = self._interval.read(counts, norms), self.step / self.run.steps_per_epoch
         self._open_log.train({"kind": "train", "epoch": epoch, "step": self.step, **metrics, "lr": self._lr})
 
     def save(self, loader: TrainLoader, is_last: bool) -> None:
-        """Write a checkpoint. `loader` must be at the batch of the next step.
+        """Write a checkpoint, on rank 0. `loader` must be at the batch of the next step.
 
         is_last  True if no later checkpoint can hold these steps (see CheckpointKeeper.save, also for the errors)
         """
@@ -130,23 +148,30 @@ class Training:
         self._save(is_last)
 
     def _save(self, is_last: bool) -> None:
+        if self._keeper is None:
+            return
+        assert isinstance(self._log, MetricsLog)  # open_log has been called, and `close` has not
         self._generators.switch_to(self)
         network, optimizer, schedule = self.network, self.optimizer, self.schedule
         state = capture_state(self.run, self.step, network, optimizer, schedule, self._stream, self.validation_due)
-        self._keeper.save(state, is_last, before=self._open_log.sync)
+        self._keeper.save(state, is_last, before=self._log.sync)
 
     def validate(self, validation: EvalLoader) -> None:
-        """Compute the validation errors after `step`, write their log line, and keep the best checkpoint."""
-        with self.view.progress("validation", validation.records, "images") as counter:
-            result = evaluate(self.network, validation, counter, self.run.config.precision)
+        """Compute the validation errors after `step`, write their log line, and keep the best checkpoint.
+
+        Each replica evaluates the images that its `validation` serves.
+        """
+        with self.view.progress("validation", validation.own_records, "images") as counter:
+            result = evaluate(self.network, validation, counter, self.run.config.precision, group=self.group)
         self.schedule.record_validation(result.top1_error)
         self._open_log.validation(self.step // self.run.steps_per_epoch, self.step, result)
-        self._keeper.record_validation(self.step, result.top1_error)
+        if self._keeper is not None:
+            self._keeper.record_validation(self.step, result.top1_error)
         self.validation_due = False
         if self.is_done:  # no later checkpoint can hold the state that the validation has changed
             self._save(is_last=True)
 
     @property
-    def _open_log(self) -> MetricsLog:
+    def _open_log(self) -> MetricsLog | SilentLog:
         assert self._log is not None  # open_log has been called, and `close` has not
         return self._log

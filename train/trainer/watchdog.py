@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,6 +19,7 @@ from pipeline.augment import Augmentation
 from prep.console import UserError, say
 from train.model.alexnet import AlexNet
 from train.monitor.step_counters import Counts
+from train.replicas.group import ReplicaGroup
 from train.runs import checkpoint
 from train.runs.run import Run
 from train.trainer.offending_batch import write_offending_batch
@@ -29,6 +31,7 @@ STUCK_STEPS = 5000
 MIN_STUCK_STEPS = 100
 STUCK_SHARE = 0.01  # relative tolerance within which a loss counts as ln(classes)
 ZERO_LOSS_NATS = 1e-6  # a mean loss below this value counts as zero
+REPLICA_TOLERANCE = 1e-4  # relative difference between the norms of two replicas that rounding can explain
 ONE_CLASS_IMAGES = 32  # among fewer images than this number, equal labels may be a coincidence
 
 
@@ -41,7 +44,7 @@ class Watchdog:
 
     def __init__(self, run: Run, network: AlexNet, warn: Callable[[str], None] = say) -> None:
         """`warn` prints a warning. Each kind of warning is printed at most once."""
-        self.run, self.network, self._print_warning = run, network, warn
+        self.run, self.network, self._print_warning, self._group = run, network, warn, network.replicas
         self.stuck_steps = max(MIN_STUCK_STEPS, min(STUCK_STEPS, run.last_step // 2))
         self._stuck_since: int | None = None  # the mean loss of every interval after this step was ln(classes)
         self._warned: set[str] = set()
@@ -49,15 +52,18 @@ class Watchdog:
     def check(self, step: int, images: int, counts: Counts, augmentation: Augmentation) -> dict[str, dict[str, float]]:
         """Check the steps since the last check, up to `step`; returns parameter_norms(network).
 
-        images        number of images in these steps
-        counts        the result of StepCounters.read after these steps
+        images        number of images in these steps, over all replicas
+        counts        the counts of these steps, over all replicas (counts_of_all)
         augmentation  the stream's augmentation in these steps
+
+        With several replicas, all ranks call `check` and get the same values, so all of them end. Rank 0 writes the
+        batch of the whole step. Raises UserError if the norms of the replicas differ.
 
         If a loss is NaN or infinite, writes the batch of its step into the run folder and raises Diverged. If the norm
         of a gradient or parameter is NaN or infinite, writes the batch of `step` and raises Diverged.
         """
         losses = counts.losses
-        norms = parameter_norms(self.network)
+        norms = norms_of_all(parameter_norms(self.network), self._group)
         prefix = {"parameter": "", "gradient": "the gradient of "}
         not_finite = [
             f"{prefix[kind]}{name} has norm {norm}"
@@ -111,6 +117,11 @@ class Watchdog:
                 self._print_warning(f"Warning: step {step:,}: {text}")
 
     def _stop(self, step: int, what: str, diagnosis: Mapping[str, Any], augmentation: Augmentation) -> None:
+        with self._group.together():
+            if self._group.is_first:
+                self._set_aside(step, what, diagnosis, augmentation)
+
+    def _set_aside(self, step: int, what: str, diagnosis: Mapping[str, Any], augmentation: Augmentation) -> NoReturn:
         folder = self.run.run_dir / f"offending-step-{step}"
         kept = checkpoint.checkpoint_paths(self.run.run_dir)
         try:
@@ -148,6 +159,31 @@ def parameter_norms(network: AlexNet) -> dict[str, dict[str, float]]:
     norms: dict[str, dict[str, float]] = {}
     for (name, kind), square in squares.items():
         norms.setdefault(name, {})[kind] = math.sqrt(square)
+    return norms
+
+
+def norms_of_all(norms: dict[str, dict[str, float]], group: ReplicaGroup) -> dict[str, dict[str, float]]:
+    """Return the norms that all replicas have. A norm that is NaN or infinite on one rank is so in the result.
+
+    Raises UserError if the norms of two ranks differ by more than rounding: the replicas no longer train one network.
+    """
+    if group.size == 1:
+        return norms
+    keys = [(name, kind) for name, kinds in norms.items() for kind in kinds]
+    by_rank = group.gather_equal(np.array([norms[name][kind] for name, kind in keys]))
+    for index, (name, kind) in enumerate(keys):
+        column = by_rank[:, index]
+        not_finite = column[~np.isfinite(column)]
+        if len(not_finite):
+            norms[name][kind] = float(not_finite[0])
+        elif column.max() - column.min() > REPLICA_TOLERANCE * column.max():
+            rank = int(abs(column - np.median(column)).argmax())
+            with group.together():
+                raise UserError(
+                    f"rank {rank} has another {kind} {name} than the other replicas (norms "
+                    f"{', '.join(map(str, column))}). Run the same command again, which continues from the newest "
+                    "checkpoint. If this happens again, look for a machine with faulty memory."
+                )
     return norms
 
 

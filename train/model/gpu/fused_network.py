@@ -26,6 +26,7 @@ from train.model.gpu.conv1_blocks import block_weights, image_blocks
 from train.model.gpu.epilogue import Epilogue, apply_epilogue
 from train.model.layers import ACTIVATION_FUNCTIONS, Column, FullyConnected, drop, join_on_devices
 from train.model.lrn import within_map_norm
+from train.replicas.group import ALONE
 
 
 class FusedNetwork:
@@ -44,6 +45,7 @@ class FusedNetwork:
         joined = recipe.crossing and len(set(devices)) == 1
         self.groups = [list(columns)] if joined else [[column] for column in columns]
         self.devices = list(devices[:1]) if joined else list(devices)
+        self.replicas = ALONE  # the replicas that compute a training step together
         self._said = False
 
     def logits(self, images: Tensor, training: bool) -> Tensor:
@@ -130,7 +132,7 @@ class FusedNetwork:
     def _with_dropout(self, layer: str, units: list[Tensor], training: bool) -> list[Tensor]:
         if layer not in self.architecture.dropout_before:
             return units
-        return [drop(x, self.recipe, training) for x in units]
+        return [drop(x, self.recipe, training, self.replicas) for x in units]
 
 
 def _biases(group: Sequence[Column], layer: str) -> list[Tensor]:

@@ -1,0 +1,32 @@
+"""The log of replicas other than rank 0, which write and print nothing."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Any
+
+from train.evaluation.evaluate import EvalResult
+from train.model.alexnet import AlexNet
+from train.monitor.interval_metrics import IntervalMetrics, StreamWaits
+
+
+class SilentLog:
+    """Has the methods of MetricsLog that the training loop calls."""
+
+    def __enter__(self) -> SilentLog:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        pass
+
+    def interval(self, waits: StreamWaits, network: AlexNet) -> IntervalMetrics:
+        """Begin an interval. Rank 0 needs the waiting times and the memory of all ranks."""
+        return IntervalMetrics(waits, network)
+
+    def train(self, line: dict[str, Any]) -> None:
+        """Write nothing."""
+
+    def validation(self, epoch: int, step: int, result: EvalResult) -> None:
+        """Write nothing."""

@@ -1,0 +1,66 @@
+"""Agreement of all replicas on when to stop: after the same step, whichever replica got the signal.
+
+Without it, a replica that stops would leave the others waiting for its gradients. The replicas exchange one number per
+step, after the step was launched. The host waits for the other hosts, and not for a GPU: the hosts are ahead of the
+GPUs by some steps.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+
+import numpy as np
+
+from pipeline.loader import Batch, TrainLoader
+from pipeline.service.errors import ServiceError
+from prep.console import Terminated
+from train.replicas.group import ReplicaGroup
+
+
+class Agreement:
+    """The exchange of stop requests, and of lost services."""
+
+    def __init__(self, group: ReplicaGroup, uses_service: bool) -> None:
+        """`uses_service`: True if a service decodes the images, so that the next batch of a rank may not come."""
+        self._group, self._uses_service = group, uses_service
+
+    def stop(self, requested: BaseException | None) -> BaseException | None:
+        """Return the request to stop of any rank, as the same kind of exception on all ranks; None: go on.
+
+        requested  KeyboardInterrupt or Terminated, if this rank was asked to stop
+        """
+        if self._group.size == 1:
+            return requested
+        own = 0
+        if requested is not None:
+            own = requested.signum if isinstance(requested, Terminated) else signal.SIGINT
+        signum = self._largest(own)
+        if not signum or requested is not None:
+            return requested
+        return KeyboardInterrupt() if signum == signal.SIGINT else Terminated(signum)
+
+    def batches(self, loader: TrainLoader) -> Iterator[Batch]:
+        """Serve the batches of `loader`. If a rank lacks its next batch, all ranks raise its ServiceError.
+
+        Only a service can fail to give a batch. The ranks exchange a number per step if the run uses a service.
+        """
+        if self._group.size == 1 or not self._uses_service:
+            yield from loader
+            return
+        batches = iter(loader)
+        while True:
+            batch, error = None, None
+            try:
+                batch = next(batches, None)
+            except ServiceError as lost:
+                error = lost
+            if self._largest(error is not None):
+                texts = self._group.gather_json(error and str(error))
+                raise error or ServiceError(next(text for text in texts if text is not None))
+            if batch is None:
+                return
+            yield batch
+
+    def _largest(self, number: int) -> int:
+        return int(self._group.gather_equal(np.array([number], dtype=np.int64)).max())

@@ -1,0 +1,132 @@
+"""Sums of the gradients of all replicas, in one exchange per step and device.
+
+The gradients of a device's parameters are copied into one flat tensor, which is summed over the ranks. Afterwards the
+parameters' gradients are views of the sum, so nothing is copied back. TrainingStep divides the loss by the number of
+images of the whole step, so the sum is the gradient of the mean loss, as in one process.
+
+Each kind of exchange gives the same bits on every rank:
+
+SharedMemory    CPU replicas on one machine. Each rank writes into a part of a shared memory; rank r sums the r-th range
+                of all parts. On two cores, this takes a tenth of the time of gloo's exchange over TCP.
+Gloo            CPU replicas on several machines.
+Nccl            GPUs. The exchange is queued on the GPU's current stream, so a CUDA graph can contain it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from prep.console import say
+from train.replicas.link import Link
+from train.replicas.shared_memory import NoSharedMemory, SharedMemory
+
+
+class Exchange(Protocol):
+    """The exchange of one device's gradients."""
+
+    own: Tensor  # (n,) float32: this rank writes its summands here
+    total: Tensor  # (n,) float32: the sum over the ranks, valid until the next call of `sum`. Must not be changed
+
+    def sum(self) -> None:
+        """Compute `total` from `own` of all ranks."""
+
+
+class GradientSum:
+    """Replaces the gradients of parameters by their sums over the ranks."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter], link: Link) -> None:
+        """Connect the devices of the parameters. All ranks call this at the same time, with equal parameters."""
+        by_device: dict[torch.device, list[nn.Parameter]] = {}
+        for parameter in parameters:
+            by_device.setdefault(parameter.device, []).append(parameter)
+        self._exchanges = [
+            _FlatGradients(own, _exchange(device, sum(p.numel() for p in own), link, f"gradients/{index}"))
+            for index, (device, own) in enumerate(by_device.items())
+        ]
+
+    @torch.no_grad()
+    def run(self) -> None:
+        """Sum the gradients. Parameters without a gradient keep none. The host waits only for CPU replicas.
+
+        From now on, the gradients are views of memory that all replicas of a machine may share: do not change them.
+        """
+        for exchange in self._exchanges:
+            exchange.run()
+
+
+class _FlatGradients:
+    def __init__(self, parameters: list[nn.Parameter], exchange: Exchange) -> None:
+        self._parameters, self._exchange = parameters, exchange
+        self._own, self._total = _views(parameters, exchange.own), _views(parameters, exchange.total)
+
+    def run(self) -> None:
+        for parameter, own in zip(self._parameters, self._own, strict=True):
+            if parameter.grad is not None:
+                own.copy_(parameter.grad)
+                parameter.grad = own  # releases the memory of the gradient before the exchange
+        self._exchange.sum()
+        for parameter, total in zip(self._parameters, self._total, strict=True):
+            if parameter.grad is not None:
+                parameter.grad = total
+
+
+def _views(parameters: list[nn.Parameter], flat: Tensor) -> list[Tensor]:
+    """Return a part of a flat tensor for each parameter, in the shape and the memory layout of the parameter."""
+    pieces = torch.split(flat, [p.numel() for p in parameters])
+    return [
+        piece.as_strided(p.shape, p.stride(), piece.storage_offset())
+        for piece, p in zip(pieces, parameters, strict=True)
+    ]
+
+
+def _exchange(device: torch.device, size: int, link: Link, name: str) -> Exchange:
+    if device.type == "cuda":
+        return Nccl(device, size, link, name)
+    try:
+        return SharedMemory(size, link)
+    except NoSharedMemory as error:
+        if link.rank == 0:
+            say(f"Gradients are exchanged over TCP, because {error}.")
+        return Gloo(size, link)
+
+
+class Gloo:
+    """The exchange of CPU replicas over TCP."""
+
+    def __init__(self, size: int, link: Link) -> None:
+        self.own = self.total = torch.zeros(size)
+        self._link = link
+
+    def sum(self) -> None:
+        """Sum `own` over the ranks in place."""
+        with self._link.exchange():
+            self._link.gloo.allreduce([self.own]).wait()
+
+
+class Nccl:
+    """The exchange of GPUs. Each device of a rank has a connection of its own."""
+
+    def __init__(self, device: torch.device, size: int, link: Link, name: str) -> None:
+        from torch.distributed import (  # type: ignore[attr-defined]  # torch does not list them in __all__
+            PrefixStore,
+            ProcessGroupNCCL,  # only in builds of torch with CUDA
+        )
+
+        self.own = self.total = torch.zeros(size, device=device)
+        options = ProcessGroupNCCL.Options()
+        # A rank whose host hangs is found by the exchanges of host values. NCCL's own time-out ends a process without
+        # a message, so it comes later.
+        options._timeout = 2 * link.timeout
+        self._group: Any = ProcessGroupNCCL(PrefixStore(name, link.store), link.rank, link.size, options)
+        link.at_end(self._group.abort)
+        with link.exchange(), torch.cuda.device(device):  # connects, which a CUDA graph cannot contain
+            self.sum()
+            torch.cuda.synchronize(device)
+
+    def sum(self) -> None:
+        """Queue the sum of `own` over the ranks in place. The current stream waits for it; the host does not."""
+        self._group.allreduce([self.own]).wait()
