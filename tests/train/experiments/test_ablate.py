@@ -18,6 +18,7 @@ from train.config.ablations import ABLATIONS, BASELINE
 from train.config.architecture import ALEXNET, ARCHITECTURES, ONE_GPU, Widths
 from train.config.recipes import PAPER, RELEASED
 from train.experiments.ablate import AblationRun, Outcome, ablate, outcome_rows, plan_runs, table_lines
+from train.replicas.group import ReplicaGroup
 from train.runs.run import Run
 
 SMALL = {
@@ -90,12 +91,12 @@ def test_stopped_ablations_resume_and_finished_ones_are_not_trained_again(
     trained: list[str] = []
     fit = train.experiments.ablate.fit
 
-    def fit_until_one_gpu(run: Run) -> Path:
+    def fit_until_one_gpu(run: Run, group: ReplicaGroup) -> Path:
         trained.append(run.run_dir.name)
         if run.config.model.name == "one-gpu" and len(trained) == 3:
             fit(Run.open(replace(run.config, steps=1)))
             raise KeyboardInterrupt
-        return fit(run)
+        return fit(run, group=group)
 
     monkeypatch.setattr(train.experiments.ablate, "fit", fit_until_one_gpu)
     runs = small_runs(store, tmp_path / "a", only=["no-crossing", "one-gpu"])

@@ -93,7 +93,7 @@ def test_other_commands_refuse_to_start_in_several_processes(rank: int, monkeypa
     for name, value in {"TORCHELASTIC_RUN_ID": "none", "RANK": str(rank), "WORLD_SIZE": "4"}.items():
         monkeypatch.setenv(name, value)
     refused = set(main.commands) - set(FOR_REPLICAS)
-    assert {"predict", "features", "search", "export", "report", "ablate", "status", "import"} <= refused
+    assert {"predict", "features", "search", "export", "report", "status", "import"} <= refused
     for command in refused:
         result = alextrain(command, "x", "--unknown")
         assert result.exit_code == 2 and result.stdout == "", result.output

@@ -90,7 +90,7 @@ def test_a_plateau_reduces_the_rate_and_ends_a_run_also_after_resuming(
     stores: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The error does not improve: the rate drops after the second validation, and the run ends after the third."""
-    monkeypatch.setattr("train.trainer.training.evaluate", lambda *args: EvalResult(0.5, 0.25, 2.0, 12))
+    monkeypatch.setattr("train.trainer.training.evaluate", lambda *args, **keywords: EvalResult(0.5, 0.25, 2.0, 12))
     recipe = replace(SHORT, schedule=Plateau(factor=0.5, patience_epochs=1, drops=1))
     config = small_config(stores["ppm"], tmp_path / "a", recipe=recipe, epochs=5)
     fit(Run.open(config))

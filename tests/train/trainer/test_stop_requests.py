@@ -51,9 +51,9 @@ def test_a_signal_during_a_validation_stops_at_once_and_the_resumed_run_validate
 ) -> None:
     run_dir, evaluate = tmp_path / "run", train.trainer.training.evaluate
 
-    def send_signal(*args: Any) -> Any:
+    def send_signal(*args: Any, **keywords: Any) -> Any:
         os.kill(os.getpid(), signal.SIGTERM)
-        return evaluate(*args)
+        return evaluate(*args, **keywords)
 
     monkeypatch.setattr(train.trainer.training, "evaluate", send_signal)
     with pytest.raises(BaseException) as raised:
