@@ -35,7 +35,8 @@ from train.cli.options import (
 )
 from train.cli.replicas import check_same_run, replica_group, replica_timeout_option, set_threads
 from train.experiments.ensemble_options import open_members, requested_ensemble
-from train.replicas.group import ReplicaGroup
+from train.replicas.group import ALONE, ReplicaGroup
+from train.replicas.torchrun import torchrun_rank, wait_for_message
 from train.runs.run_dir import DESCRIPTION, newest_checkpoint
 
 if TYPE_CHECKING:
@@ -133,16 +134,15 @@ def run(
     options = dict(locals())
     context = click.get_current_context()
     given = {name for name in options if context.get_parameter_source(name) is ParameterSource.COMMANDLINE}
+    ensemble = requested_ensemble(options, given)
+    if ensemble is not None:
+        _check_one_replica(ensemble, run_dir)
+        options["threads"] = set_threads(ALONE, threads)
+        _run_members(ensemble, options, given)
+        return
     with replica_group(replica_timeout) as group:
-        with group.together():
-            ensemble = requested_ensemble(options, given)
-            if ensemble is not None:
-                _check_one_replica(group, ensemble, run_dir)
         options["threads"] = set_threads(group, threads)
-        if ensemble is not None:
-            _run_members(ensemble, options, given)
-        else:
-            _run(group, options, given)
+        _run(group, options, given)
 
 
 def _run(group: ReplicaGroup, options: dict[str, Any], given: set[str]) -> None:
@@ -200,9 +200,13 @@ def _what_is_in(run_dir: Path) -> tuple[bool, bool]:
     return has_description, has_description or newest_checkpoint(run_dir) is not None
 
 
-def _check_one_replica(group: ReplicaGroup, ensemble: Ensemble, run_dir: Path) -> None:
+def _check_one_replica(ensemble: Ensemble, run_dir: Path) -> None:
     """Raise WrongArgument if there are several replicas, which cannot train an ensemble together."""
-    if group.size > 1:
+    rank, size = torchrun_rank()
+    if rank > 0:
+        wait_for_message()
+        raise SystemExit(WrongArgument.exit_code)
+    if size > 1:
         raise WrongArgument(
             f"--members {ensemble.members}: the processes of torchrun cannot train an ensemble together. Start the "
             "command without torchrun, or train each member as a run of its own under torchrun: --seed "
