@@ -122,9 +122,8 @@ def test_what_does_not_fit_an_ensemble_is_refused_with_what_to_do(
     assert "Pass --members N" in refusal("run", "--run-dir", tmp_path / "new", "--one-at-a-time", code=2)
     (tmp_path / "file").write_text("x")
     assert "files but no ensemble" in refusal(*run_words(store, tmp_path), "--members", "2", "-q")
-    for name, value in {"RANK": 0, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": 1}.items():
-        monkeypatch.setenv(name, str(value))
-    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    for name, value in {"TORCHELASTIC_RUN_ID": "none", "RANK": "0", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
     error = refusal(*pair, "--members", "2", code=2)
     assert "cannot train an ensemble together" in error and "--seed 8 --stream-seed 7 --run-dir" in error
 
