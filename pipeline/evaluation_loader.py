@@ -137,10 +137,10 @@ def eval_loader(
 ) -> EvalLoader:
     """Evaluation batches of a store: every image of `split` exactly once, without random augmentation.
 
-    views 1: the centre crop. 10: the crops at the four corners and the centre, then the same five crops mirrored
-    (section 4.1 of the paper). "square": the complete central square, for dense evaluation augmentation only the
-    settings `mean`, `divisor` and `eval_divisor` are used. Images are divided as in training, unless `eval_divisor` is
-    a number. The mean is computed from the training split
+    views         1: the centre crop. 10: the crops at the four corners and the centre, then the same five crops
+                  mirrored (section 4.1 of the paper). "square": the complete central square, for dense evaluation
+    augmentation  only the settings `mean`, `divisor` and `eval_divisor` are used. Images are divided as in training,
+                  unless `eval_divisor` is a number. The mean is computed from the training split
     shard         rank of this process. Each of `world_size` loaders serves one contiguous range of records, and the
                   loaders together serve every record
 

@@ -250,20 +250,20 @@ def train_loader(
     One `for` loop over the loader is one epoch. After a `break`, the next loop continues within the epoch, with the
     batch after the last batch that was served. `loader.set_epoch(n)` begins epoch n instead.
 
-    store         store folder written by `alexprep build-lmdb` batch_size number of images in a batch of this loader.
-    An epoch has records // (batch_size · world_size) batches
+    store         store folder written by `alexprep build-lmdb`
+    batch_size    number of images in a batch of this loader. An epoch has records // (batch_size · world_size) batches
     device        device that decodes and augments the images, and holds the batches: "cpu", "cuda:N" or a torch.device
     seed          seed of the record order and of all random numbers, 0..2^64 − 1. The same seed gives the same bits
                   with any number of threads
     split         split of the store to read
     augmentation  settings of the mean and of the colour noise (pipeline.Augmentation); None: the mean of each channel,
                   and the colour noise of the authors' code
-    normalize ChannelStats(mean, std, max_value): each channel becomes (pixel − mean) / std, for pixels in 0..max_value.
-    With max_value 1 this is the formula of transforms.Normalize. `loader.channel_stats()` returns the mean and standard
-    deviation of the store. The division needs an additional pass over the images. None: the mean of `augmentation` is
-    subtracted, and nothing is divided
-    layout        "NCHW" or "NHWC" (channels last) dtype type of the images: "float32", "float16" or "bfloat16", or the
-    torch.dtype of this name
+    normalize     ChannelStats(mean, std, max_value): each channel becomes (pixel − mean) / std, for pixels in
+                  0..max_value. With max_value 1 this is the formula of transforms.Normalize. `loader.channel_stats()`
+                  returns the mean and standard deviation of the store. The division needs an additional pass over the
+                  images. None: the mean of `augmentation` is subtracted, and nothing is divided
+    layout        "NCHW" or "NHWC" (channels last)
+    dtype         type of the images: "float32", "float16" or "bfloat16", or the torch.dtype of this name
     threads       number of CPU threads that decode and augment; None: one for each core that this process can use
     shard         rank of this process, 0..world_size − 1. In each step, each rank serves its own batch_size records
     world_size    number of ranks that share an epoch. Each rank has a loader. Together these loaders serve the same
@@ -271,7 +271,7 @@ def train_loader(
     service       "NAME" or "NAME@HOST:PORT": workers of this service decode and crop the images (`alexstream serve`).
                   The batches are the same, bit for bit, except for JPEG records on a GPU, which DALI decodes
                   differently. The loader then reads only manifest.json, colour.json and mean_image.npy of its store
-    service_fallback "local": if the service is lost, the loader continues with the local store and the same batches
+    service_fallback  "local": if the service is lost, the loader continues with the local store and the same batches
 
     Batches are Batch(images, labels). Images are RGB in grey levels minus the mean, (N, 3, 224, 224); labels are int64
     (N,).

@@ -176,7 +176,7 @@ class Prefetcher:
         self._records.close()
 
     def _finish_next(self) -> _Finished | None:
-        """Runs on the thread of the finisher. Runs on the finisher's thread."""
+        """Schedule more batches, then take and finish the oldest batch in the engine. Runs on the finisher's thread."""
         if self._error is None:
             self._schedule()
         if self._in_engine and self._error is None:

@@ -2,7 +2,7 @@
 
 The user names a cluster by its address:
 
-    local a new cluster of this machine alone, which ends with the connection
+    local        a new cluster of this machine alone, which ends with the connection
     auto         the cluster that this machine belongs to (`ray start`), or the address in RAY_ADDRESS
     HOST:PORT    the cluster whose head node listens at this address. This machine must belong to the cluster, because a
                  program reads the cluster's objects from the shared memory of its own machine

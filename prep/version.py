@@ -1,4 +1,7 @@
-"""Version of this software, from the installed package or the checkout; and packages for optional functions."""
+"""Version of this software, from the installed package or from the checkout.
+
+Also the packages that optional functions need.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +16,8 @@ import click
 DISTRIBUTION = "alexnet"
 UNKNOWN = "unknown"
 
-# Packages of the extras in pyproject.toml, as pip takes them. Errors name these packages and not `alexnet[EXTRA]`,
-# which pip can install only from a checkout.
+# Packages of the extras in pyproject.toml, as arguments for pip. Errors name these packages instead of
+# `alexnet[EXTRA]`, because pip can install `alexnet[EXTRA]` only from a checkout.
 PACKAGES = {
     "cluster": ("ray[default]>=2.60,<3",),
     "cuda12": ("nvidia-dali-cuda120>=2.4,<3",),
@@ -44,7 +47,8 @@ def package_version() -> str:
     PYTHONPATH), the version is read from the pyproject.toml next to the packages. If pyproject.toml is missing too, the
     version is `unknown`.
     """
-    from importlib.metadata import PackageNotFoundError, version  # imported only when needed: the import takes 20 ms
+    # Imported only when needed, because the import takes 20 ms.
+    from importlib.metadata import PackageNotFoundError, version
 
     try:
         return version(DISTRIBUTION)
@@ -53,7 +57,7 @@ def package_version() -> str:
 
 
 def checkout_version(root: Path) -> str:
-    """Return the version in `root`/pyproject.toml, or `unknown` if the file is missing or of another project."""
+    """Return the version in `root`/pyproject.toml; `unknown` if the file is missing or of another project."""
     import tomllib
 
     try:
@@ -64,7 +68,7 @@ def checkout_version(root: Path) -> str:
 
 
 def version_option(command: Command) -> Command:
-    """Add the option --version to a command group. click's own option works for an installed package only."""
+    """Add the option --version to a command group. click's own option works only for an installed package."""
 
     def show(ctx: click.Context, parameter: click.Parameter, value: bool) -> None:
         if value and not ctx.resilient_parsing:

@@ -1,4 +1,4 @@
-"""What a new worker process inherits from this process: signals, BLAS threads, and nothing of the main program."""
+"""What a new worker process inherits from this process: signals and BLAS threads, but not the main program."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from typing import Any
 
 @contextmanager
 def start_options() -> Iterator[None]:
-    """Start processes in a `with` block without Ctrl-C, with one BLAS thread, and without the main program."""
+    """In a `with` block, start processes without Ctrl-C, with one BLAS thread, and without the main program."""
     with _main_module_hidden(), _one_blas_thread(), _ctrl_c_blocked():
         yield
 
 
 @contextmanager
 def _main_module_hidden() -> Iterator[None]:
-    """Keep processes started in a `with` block from importing the main program.
+    """Prevent processes that are started in a `with` block from importing the main program.
 
-    A new process imports the main program to find its functions, and would run the whole program again if the program
-    does not test `__name__ == "__main__"`. Workers need only functions of modules.
+    A new process imports the main program to find its functions. If the program does not test `__name__ == "__main__"`,
+    the whole program would run again. Workers need only functions of modules, not of the main program.
     """
     main = sys.modules["__main__"]
     hidden: dict[str, Any] = {
@@ -39,8 +39,8 @@ def _main_module_hidden() -> Iterator[None]:
 def _ctrl_c_blocked() -> Iterator[None]:
     """Block SIGINT in a `with` block.
 
-    Processes started in the block inherit the signal mask and never receive SIGINT. If SIGINT is sent to this process
-    during the block, this process receives it at the end of the block.
+    Processes that are started in the block inherit the signal mask, and never receive SIGINT. If SIGINT is sent to this
+    process during the block, this process receives it at the end of the block.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
@@ -51,7 +51,7 @@ def _ctrl_c_blocked() -> Iterator[None]:
 
 @contextmanager
 def _one_blas_thread() -> Iterator[None]:
-    """Limit BLAS to one thread in processes started in a `with` block.
+    """Limit BLAS to one thread in processes that are started in a `with` block.
 
     A BLAS library reads the limit from environment variables when the library is loaded.
     """

@@ -1,11 +1,11 @@
 """Pool of worker processes on this machine, with progress counters and crash detection.
 
-Every worker is a fresh interpreter (an LMDB environment must not cross a fork) with one BLAS thread. Workers ignore
-Ctrl-C; the parent handles Ctrl-C. Workers exit when the parent ends, even if SIGKILL ends the parent. An exception in a
-task is raised again in the parent. If a worker crashes, the other workers continue. The result of the crashed task is a
-WorkerDied with the index of the input that the worker was processing. The caller decides whether to try the task again.
-In a build, prep/build/split.py and plan.py decide. A worker that uses more CPU time for an input than the task allows
-is killed, and its task ends in the same way.
+Every worker is a fresh interpreter with one BLAS thread, because an LMDB environment must not be used across a fork.
+Workers ignore Ctrl-C, which the parent handles. Workers exit when the parent ends, even if SIGKILL ends the parent. An
+exception in a task is raised again in the parent. If a worker crashes, the other workers continue. The result of the
+crashed task is a WorkerDied with the index of the input that the worker was processing. The caller decides whether the
+task is tried again. In a build, prep/build/split.py and plan.py decide this. A worker that uses more CPU time for an
+input than the task allows is killed. The result of its task is also a WorkerDied.
 """
 
 from __future__ import annotations
@@ -34,25 +34,27 @@ from prep.worker_start import start_options
 T = TypeVar("T")
 R = TypeVar("R")
 
-_KEEP_BYTES = 256_000_000  # freed memory that a worker keeps for reuse; the arrays of a huge image need more
+_KEEP_BYTES = 256_000_000  # freed memory that a worker keeps for reuse; the arrays of a huge image need more memory
 _POLL_S = 0.2
-_CHECK_CPU_S, _CPU_GRACE_S = 1.0, 2.0  # time between two checks of the workers' CPU time; time over the limit allowed
+# Time between two checks of the workers' CPU time; time by which the limit may be exceeded.
+_CHECK_CPU_S, _CPU_GRACE_S = 1.0, 2.0
 NOT_STARTED = -1  # TaskProgress.index of a worker that has not begun its task
 
 
 class Counts(NamedTuple):
-    """Progress of one worker, or of all workers together."""
+    """Progress counters of one worker, or of all workers together."""
 
-    done: int  # inputs or records finished, bad ones included
-    bad: int  # bad inputs or records
-    bytes: int  # bytes written or read
+    done: int  # number of finished inputs or records, including bad ones
+    bad: int  # number of bad inputs or records
+    bytes: int  # number of bytes that were written or read
 
 
 class TaskProgress:
-    """Current input and Counts of one worker, in memory that the worker writes and the parent can read at any time.
+    """Current input and Counts of one worker.
 
-    `counters` is an array that all workers share; the SIZE elements of this worker begin at index `first`. Without
-    `counters` a new list of SIZE elements is used.
+    The worker writes them into memory that the parent can read at any time. `counters` is an array that all workers
+    share. The SIZE elements of this worker begin at index `first`. Without `counters` a new list of SIZE elements is
+    used.
     """
 
     SIZE = 5
@@ -62,17 +64,17 @@ class TaskProgress:
         self._first = first
 
     def begin(self, index: int, cpu_limit_s: float = 0) -> None:
-        """Record that the worker begins input `index` of the task. The parent reports `index` if the worker crashes.
+        """Note that the worker begins input `index` of the task. The parent reports `index` if the worker crashes.
 
         If the worker then uses `cpu_limit_s` and two more seconds of CPU time before it counts the input, the parent
-        ends the worker. 0: no limit.
+        ends the worker. 0 means no limit.
         """
         self._counters[self._first] = index
         end_s = time.process_time() + cpu_limit_s if cpu_limit_s else 0
         self._counters[self._first + 4] = int(1000 * end_s)
 
     def count(self, size_bytes: int = 0, bad: bool = False) -> None:
-        """Count one more finished input, for which `size_bytes` bytes were written or read."""
+        """Count one more finished input. `size_bytes` is the number of bytes written or read for the input."""
         self._counters[self._first + 4] = 0
         self._counters[self._first + 1] += 1
         self._counters[self._first + 2] += bad
@@ -100,10 +102,10 @@ class WorkerDied:
 
     index: int  # index of the input that the worker was processing (TaskProgress.index), or NOT_STARTED
     exit_code: int  # exit code of the process; −n if signal n killed the process
-    is_too_slow: bool = False  # the parent ended the process, which used too much CPU time for the input
+    is_too_slow: bool = False  # whether the parent ended the process because it used too much CPU time for the input
 
     def describe(self) -> str:
-        """How the process ended, as a predicate for an error text: `was killed (SIGKILL)`, `ended with code 1`."""
+        """Text for an error that says how the process ended: `was killed (SIGKILL)`, `ended with code 1`."""
         if self.is_too_slow:
             return "used too much CPU time and was ended"
         if self.exit_code >= 0:
@@ -114,7 +116,7 @@ class WorkerDied:
 
 
 class Runner(Protocol):
-    """Anything that can run independent tasks: WorkerPool, or a cluster."""
+    """An object that can run independent tasks: a WorkerPool, or a cluster."""
 
     jobs: int
 
@@ -124,23 +126,24 @@ class Runner(Protocol):
         """Run `work` on every task. Yields (task, result) pairs in the order in which the tasks finish.
 
         `on_progress` is called several times a second and at the end, with the counts since this call of `map` began.
-        `map` raises the first exception of `work`: a UserError unchanged, any other exception as a RuntimeError with
-        the worker's traceback.
+        `map` raises the first exception of `work`. A UserError is raised unchanged. Any other exception is raised as a
+        RuntimeError with the worker's traceback.
         """
 
     def check_machines(self, folder: Path | None, source: Path, versions: Callable[[], dict[str, str]]) -> None:
         """Raise UserError unless all machines that run tasks see the same files and have the same software.
 
-        `folder` is a folder that tasks will write to, None if tasks write nothing. `source` is the file or folder that
-        tasks read. `versions`, a module-level function, returns the versions of the software that must be equal.
+        `folder` is a folder that tasks will write to, or None if tasks write nothing. `source` is the file or folder
+        that tasks read. `versions` is a module-level function that returns the versions of the software that must be
+        equal.
         """
 
 
 class WorkerPool:
-    """A Runner of `jobs` local processes. The processes start when needed and end with the `with` block.
+    """A Runner of `jobs` local processes. The processes start when they are needed, and end with the `with` block.
 
-    If `preload` names a module, all processes start at the beginning of the block and import the module. Then the
-    parent can list the inputs while the workers load the libraries.
+    If `preload` names a module, all processes start at the beginning of the block and import the module. The parent can
+    then list the inputs while the workers load the libraries.
     """
 
     def __init__(self, jobs: int, preload: str = "") -> None:
@@ -148,7 +151,7 @@ class WorkerPool:
         self._preload = preload
         self._context = multiprocessing.get_context("spawn")
         self._counters = self._context.RawArray("q", TaskProgress.SIZE * jobs)
-        self._workers: dict[int, tuple[BaseProcess, Connection]] = {}  # by slot, 0..jobs − 1
+        self._workers: dict[int, tuple[BaseProcess, Connection]] = {}  # slot (0..jobs − 1) -> process and connection
         self._too_slow: set[int] = set()  # slots of workers that were ended because an input took too long
         self._checked_at = time.monotonic()
 
@@ -157,8 +160,8 @@ class WorkerPool:
     ) -> Generator[tuple[T, R | WorkerDied], None, None]:
         """See Runner.map. `work` must be a module-level function.
 
-        A task is taken from `tasks` only when a worker is free. If the generator is closed or raises, busy workers are
-        killed, so that their results do not reach a later call.
+        A task is taken from `tasks` only when a worker is free. If the generator is closed or raises an exception, busy
+        workers are killed. Their results therefore do not reach a later call.
         """
         busy = dict[int, T]()
         try:
@@ -209,7 +212,7 @@ class WorkerPool:
                 raise UserError("Worker processes end as soon as they start. Try again with fewer --jobs.") from None
 
     def _end_slow_workers(self, slots: Iterable[int]) -> None:
-        """Kill the workers that have used more CPU time for their input than allowed, at most once a second."""
+        """At most once a second, kill the workers that have used more CPU time for their input than allowed."""
         if time.monotonic() < self._checked_at + _CHECK_CPU_S:
             return
         self._checked_at = time.monotonic()
@@ -245,7 +248,7 @@ class WorkerPool:
 
     def _connection(self, slot: int) -> Connection:
         if slot not in self._workers:
-            # Start the resource tracker now: otherwise process.start() starts it and thereby unblocks SIGINT.
+            # Start the resource tracker now. Otherwise process.start() would start it, which unblocks SIGINT.
             multiprocessing.resource_tracker.ensure_running()
             parent_end, worker_end = self._context.Pipe()
             args = worker_end, self._counters, slot, self._preload
@@ -274,7 +277,7 @@ class WorkerPool:
 
 
 def _cpu_time_s(pid: int | None) -> float:
-    """Return CPU time of all threads of a process, in user and kernel mode; 0 if it is not known."""
+    """Return the CPU time of all threads of a process, in user and kernel mode; 0 if the time is not known."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -299,7 +302,8 @@ def _serve(connection: Connection, counters: MutableSequence[int], slot: int, pr
                 outcome = work(task, task_progress), None
             except UserError as error:
                 outcome = None, error
-            except Exception:  # a bug in `work`; send the traceback as text, because pickling drops it
+            # An error in the code of `work`; the traceback is sent as text, because pickling drops it.
+            except Exception:
                 outcome = None, RuntimeError("in a worker process:\n" + traceback.format_exc())
             connection.send(outcome)
 

@@ -77,18 +77,18 @@ class BatchJob(ctypes.Structure):
     ) -> None:
         """Describe a batch. The addresses are not checked: each address must point to memory that is large enough.
 
-        jpeg           the decoder, or None if the records are raw payload (N,): addresses of the JPEG files, or of the
-        first pixels of the raw images (RGB, no gaps)
+        jpeg           the decoder, or None if the records are raw
+        payload        (N,): addresses of the JPEG files, or of the first pixels of the raw images (RGB, no gaps)
         payload_bytes  (N,): sizes of the JPEG files
         size           (N, 2): height and width of each image
         position       (N, V, 2): row and column of each crop in its image
         flip           (N, V): 0 or 1
-        shift          (N, 3): added to R, G and B mean (N, V): for each crop, the address of the part of the mean image
-        that is subtracted from it; None for no mean
+        shift          (N, 3): added to R, G and B
+        mean           (N, V): for each crop, the address of the part of the mean image to subtract; None for no mean
         mean_side_px   side of the square mean image
         side_px        side of the crops
-        layout         layout of `out` and of the mean image: "NCHW" or "NHWC" scale number by which the finished image
-        is multiplied
+        layout         layout of `out` and of the mean image: "NCHW" or "NHWC"
+        scale          number by which the finished image is multiplied
         out            (N · V, 3, side, side) or (N · V, side, side, 3); None: the records are only decoded
         """
         arrays = [payload, payload_bytes, size, position, flip, shift, mean, out]

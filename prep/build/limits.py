@@ -42,8 +42,8 @@ class InputLimits:
     def find_changed(self, outcomes: Iterable[Mapping[str, Any]], largest_px: int) -> str:
         """Return the name of an input that these limits would treat differently; empty if there is no such input.
 
-        outcomes    the outcomes of inputs of an earlier run (lines of inputs.jsonl) largest_px number of pixels of the
-        largest input that was kept
+        outcomes    the outcomes of inputs of an earlier run (lines of inputs.jsonl)
+        largest_px  number of pixels of the largest input that was kept
         """
         if largest_px > self.max_pixels:
             return f"a picture of {largest_px:,} pixels"

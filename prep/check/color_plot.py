@@ -59,11 +59,11 @@ def plot_colors(store: Store, split: str, stats: ColorStats, out: Path) -> None:
 def take_sample(store: Store, split: str, stats: ColorStats, seed: int = 0) -> tuple[Pixels, Pixels]:
     """Return a random sample of a split: pixels and one photograph.
 
-    pixels uint8 (N, 3), N ≤ MAX_PIXELS, an equal share from each of at most MAX_RECORDS records photograph uint8 (S, S,
-    3), the central square of one of these records, reduced by an integer factor so that S is less than 2·PHOTOGRAPH_PX.
-    Of all records of the sample, the photograph's record has the colour distribution closest to a target: the split's
-    mean and half the split's standard deviations. In an image of
-                 half contrast, small colour shifts are visible and few shifted values are clipped.
+    pixels       uint8 (N, 3), N ≤ MAX_PIXELS, an equal share from each of at most MAX_RECORDS records
+    photograph   uint8 (S, S, 3), the central square of one of these records, reduced by an integer factor so that S
+                 is less than 2·PHOTOGRAPH_PX. Of all records of the sample, the photograph's record has the colour
+                 distribution closest to a target: the split's mean and half the split's standard deviations. In an
+                 image of half contrast, small colour shifts are visible and few shifted values are clipped.
 
     Raises StoreError if a record is damaged; the error names the shard and the key of the record.
     """

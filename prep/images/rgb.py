@@ -1,8 +1,8 @@
 """RGB pixels of an image that Pillow has decoded: conversions, 16-bit channels, transparency.
 
-A transparent image is drawn over a background colour. A pixel with value v and alpha a over a background b becomes (a·v
-+ (255 − a)·b) / 255, rounded to the nearest integer. An opaque pixel therefore keeps its value. From channels with more
-than 8 bits, only the high bytes are kept.
+A transparent image is drawn over a background colour. A pixel with value v and alpha a over a background b becomes
+(a·v + (255 − a)·b) / 255, rounded to the nearest integer. An opaque pixel therefore keeps its value. From channels with
+more than 8 bits, only the high bytes are kept.
 """
 
 from __future__ import annotations
@@ -38,9 +38,7 @@ class FileFacts(NamedTuple):
     bits: int = 8  # number of bits of a channel
     is_grey: bool = False  # whether the file has grey levels, with or without alpha
     zero_is_white: bool = (
-        # Whether the file is a TIFF whose lowest grey level is white; Pillow inverts such images only if they have 8
-        # bits.
-        False
+        False  # whether this is a TIFF whose lowest grey level is white; Pillow inverts it only if it has 8 bits
     )
 
 

@@ -1,6 +1,7 @@
 """Python interface of kernels.c, which looks up the records of a batch in mapped LMDB files without the GIL.
 
-`native` is None if the library cannot be used (prep/compiled.py). Records are then looked up one by one with py-lmdb.
+`native` is None if the library cannot be used (prep/compiled.py). Without the library, records are looked up one by one
+with py-lmdb.
 
 kernels.c reads the files of LMDB 0.9 (MDB_DATA_VERSION 1) on little-endian machines: a B+ tree of pages. Numbers are
 little-endian. Every offset is compared with the size of the map before it is used.
@@ -28,10 +29,11 @@ from prep import compiled
 
 SOURCE = Path(__file__).with_name("kernels.c")
 SHARD_DTYPE = np.dtype([("map", np.uint64), ("bytes", np.int64), ("page_bytes", np.int64), ("root", np.int64)])
-FOUND_DTYPE = np.dtype(  # struct record in kernels.c. `image` is 0 if the record was not found or has another format
+# Same fields as struct record in kernels.c; `image` is 0 if the record was not found or has another format.
+FOUND_DTYPE = np.dtype(
     [("image", np.uint64), ("bytes", np.int64), ("height", np.int64), ("width", np.int64), ("label", np.int64)]
 )
-_META = struct.Struct("<16x II 16x 48x 40x q Q Q")  # magic, version, root of the main tree, last page, transaction
+_META = struct.Struct("<16x II 16x 48x 40x q Q Q")  # signature, version, root of the main tree, last page, transaction
 _MAGIC, _VERSION = 0xBEEFC0DE, 1
 
 
@@ -47,10 +49,10 @@ class NativeKernels:
     def find_records(
         self, shards: npt.NDArray[np.void], shard_of: npt.NDArray[np.int64], keys: npt.NDArray[np.int64]
     ) -> npt.NDArray[np.void]:
-        """Look up N records: `keys` (N,) are the records' keys, `shard_of` (N,) the indices of the records' shards in
-        `shards`.
+        """Look up N records.
 
-        `shards` is (S,) of SHARD_DTYPE, the result (N,) of FOUND_DTYPE. The files must stay mapped during the call.
+        `keys` (N,) are the keys of the records, `shard_of` (N,) the indices of their shards in `shards`. `shards` is
+        (S,) of SHARD_DTYPE. The result is (N,) of FOUND_DTYPE. The files must stay mapped during the call.
         """
         found = np.empty(len(keys), FOUND_DTYPE)
         arrays = [np.ascontiguousarray(array, np.int64) for array in (shard_of, keys)]
@@ -62,13 +64,13 @@ class Tree(NamedTuple):
     """The B+ tree of an LMDB file."""
 
     page_bytes: int
-    root: int  # number of the page at the root
+    root: int  # number of the page at the root of the tree
 
 
 def find_tree(head: bytes, page_bytes: int, transaction: int) -> Tree | None:
     """Return the tree after `transaction`, from the first two pages of a file.
 
-    None if the pages are not as expected.
+    Returns None if the pages are not as expected.
     """
     for start in (0, page_bytes):
         if len(head) >= start + _META.size:
@@ -83,7 +85,7 @@ def is_correct(kernels: NativeKernels) -> bool:
     if sys.byteorder != "little":
         return False
     page = 512
-    head = b"\x08\x03\x10\x80\x02\x18\xac\x02\x22"  # height 256, width 300; then the size of the image
+    head = b"\x08\x03\x10\x80\x02\x18\xac\x02\x22"  # height 256 and width 300, then the size of the image
     short, long = head + b"\x03abc\x28\x07", head + b"\xbc\x05" + bytes(700) + b"\x28\x81\x01"
     values = [(0, short), (1, short.replace(b"\x28", b"\x29")), (2, long)]
     leaves = [_page(2, [_leaf_node(key, value, 3) for key, value in part]) for part in (values[:1], values[1:])]

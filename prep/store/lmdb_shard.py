@@ -1,8 +1,8 @@
 """One shard of a split, an LMDB folder: written once in key order, then read sequentially or by index.
 
 LMDB sorts keys by their bytes. Keys are 8 decimal digits, so that this order is the numeric order. The main database
-holds only Datums, because DALI reads the value of every key as a record. The digest of a shard is SHA-256 over the
-shard's records in order: for each record the key, the length of the value (8 bytes, little-endian) and the value.
+holds only Datums, because DALI takes the value of every key for a record. The digest of a shard is SHA-256 over its
+records in order. For each record, it covers the key, the length of the value (8 bytes, little-endian) and the value.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ def record_key(index: int) -> bytes:
 def write(folder: Path, records: Iterable[tuple[bytes, bytes]]) -> tuple[int, int, str]:
     """Write (key, value) pairs, in ascending order of keys, to a new LMDB.
 
-    Returns (number of records, bytes of all values, digest). The file is synced before the function returns. The memory
-    map is doubled when it is full, so the caller need not give a size. The file grows only by the pages that are
-    written. Raises lmdb.Error or OSError if the disk is full.
+    Returns (number of records, bytes of all values, digest). The file is synced before the function returns. When the
+    memory map is full, its size is doubled, so the caller need not give a size. The file grows only by the pages that
+    are written. Raises lmdb.Error or OSError if the disk is full.
     """
     digest, count, size = hashlib.sha256(), 0, 0
     folder.mkdir(parents=True)
@@ -74,13 +74,16 @@ def _commit(env: lmdb.Environment, records: list[tuple[bytes, bytes]]) -> None:
 
 
 def read(folder: Path, advice: str = "Build the store again.") -> Iterator[tuple[bytes, bytes]]:
-    """Yield the (key, value) pairs in order. Raises StoreError, with `advice` in the text, if the LMDB is damaged."""
+    """Yield the (key, value) pairs in order.
+
+    Raises StoreError, with `advice` in its message, if the LMDB is damaged.
+    """
     with _opened(folder, advice) as env, env.begin(buffers=False) as txn:
         count, expected = 0, txn.stat()["entries"]  # DALI expects this number of records
         for item in txn.cursor():
             count += 1
             if count > expected:
-                break  # damaged pages can form a cycle, so that the cursor never ends
+                break  # damaged pages can form a cycle, in which the cursor would never end
             yield item
         if count != expected:
             more = "more than " if count > expected else ""
@@ -93,14 +96,15 @@ class ShardReader:
     """Random access to the records of one shard by index, from 0 to records − 1.
 
     A record is returned as a view of the memory-mapped file, without a copy. Raises StoreError, with `advice` in its
-    message, if the LMDB is damaged or does not hold `records` records.
+    message, if the LMDB is damaged or does not have `records` records.
     """
 
     def __init__(self, folder: Path, records: int, advice: str = "Check the store with: alexprep verify") -> None:
         self.folder, self._advice = folder, advice
         self._resources = ExitStack()
         self._map: tuple[int, int, int, int] | None = None
-        self._numbers: npt.NDArray[np.int64] | None = None  # the keys as numbers, if the keys have gaps
+        # The keys as numbers, if some numbers are missing from the keys.
+        self._numbers: npt.NDArray[np.int64] | None = None
         with _lmdb_errors_as_store_errors(folder, advice):
             env = self._resources.enter_context(_opened(folder, advice))
             self._txn = self._resources.enter_context(env.begin(buffers=True))
@@ -113,7 +117,8 @@ class ShardReader:
                 last = bytes(cursor.key()) if cursor.last() else b""
                 self._first = int(first) if first.isdigit() else 0
                 self._keys: list[bytes] | None = None
-                if last != record_key(self._first + records - 1):  # the keys have gaps where inputs were left out
+                # Numbers are missing from the keys if inputs were left out.
+                if last != record_key(self._first + records - 1):
                     cursor.first()
                     self._keys = [bytes(key) for key in islice(cursor.iternext(values=False), records)]
 
@@ -122,7 +127,10 @@ class ShardReader:
         return record_key(self._first + index) if self._keys is None else self._keys[index]
 
     def __getitem__(self, index: int) -> memoryview:
-        """Return the record's bytes, valid until `close`. py-lmdb reads from the disk without holding the GIL."""
+        """Return the record's bytes, which are valid until `close`.
+
+        py-lmdb reads from the disk without holding the GIL.
+        """
         with _lmdb_errors_as_store_errors(self.folder, self._advice):
             value: memoryview | None = self._txn.get(self.key(index))
         if value is None:
@@ -138,10 +146,10 @@ class ShardReader:
         return self._numbers[indices]
 
     def map_file(self) -> tuple[int, int, int, int]:
-        """Map the file for kernels.NativeKernels.find_records; returns the values of one item of kernels.SHARD_DTYPE.
+        """Map the file for kernels.NativeKernels.find_records. Returns the values of one item of kernels.SHARD_DTYPE.
 
-        This map is separate from py-lmdb's map, whose address is not public. `close` unmaps the file. The last value,
-        the root of the tree, is −1 if kernels.c cannot search the file.
+        This memory map is separate from the map of py-lmdb, whose address is not public. `close` unmaps the file. The
+        last value is the root of the tree. It is −1 if kernels.c cannot search the file.
         """
         if self._map is None:
             page_bytes = self._txn.stat()["psize"]
@@ -157,7 +165,7 @@ class ShardReader:
         return self._map
 
     def close(self) -> None:
-        """Unmap the file. Views of records must not be used afterwards."""
+        """Unmap the file. After this call, views of records must not be used."""
         self._map = None
         self._resources.close()
 
@@ -169,7 +177,10 @@ _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 
 
 def _map(descriptor: int, size: int) -> int | None:
-    """Map a file for reading; returns the address, None on failure. Python's mmap would keep a descriptor open."""
+    """Map a file for reading, and return the address of the map, or None if the file cannot be mapped.
+
+    Python's mmap would keep a descriptor open.
+    """
     address: int | None = _libc.mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, descriptor, 0)
     return None if address == ctypes.c_void_p(-1).value else address
 
@@ -182,7 +193,10 @@ _lock = threading.Lock()
 
 
 def _renew_lock() -> None:
-    """Replace the lock in a forked child: a thread of the parent may hold it, and would never release it here."""
+    """Replace the lock in a forked child.
+
+    A thread of the parent may hold the lock, and would never release it in the child.
+    """
     global _lock
     _lock = threading.Lock()
 
@@ -197,8 +211,8 @@ def _opened(folder: Path, advice: str) -> Iterator[lmdb.Environment]:
 
     The environment is shared because LMDB forbids opening a file twice in a process.
 
-    LMDB maps the file without checking it, and reading past the end of a truncated file kills the process (SIGBUS). So
-    the size of the file is compared with the page count in the file's header before any other page is read.
+    LMDB maps the file without checking it. Reading past the end of a truncated file kills the process (SIGBUS). Before
+    any other page is read, the size of the file is therefore compared with the page count in its header.
     """
     with _lmdb_errors_as_store_errors(folder, advice):
         path = os.path.realpath(folder)

@@ -1,4 +1,4 @@
-"""Store format: the files of a store, its manifest and the schema version. Builds and readers use this module.
+"""Store format: the files of a store, its manifest and the schema version. Both builds and readers use this module.
 
     store/
       manifest.json               settings, tool versions, classes, splits with their shards, digests, moments
@@ -9,9 +9,9 @@
                                   other than 1, or was kept although its decoder warned about it
       val/…
 
-Each time a split is complete, a new manifest.json replaces the old manifest.json by rename. So every file named in
-manifest.json exists. The named files are never changed in place. Store.open raises StoreError for a store with a schema
-number other than SCHEMA; the error message has both numbers.
+Each time a split is complete, a new manifest.json replaces the old file by a rename. Every file that manifest.json
+names therefore exists. The files that manifest.json names are never changed in place. Store.open raises StoreError for
+a store whose schema number is not SCHEMA. The error message has both numbers.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from prep.files import write_atomic
 SCHEMA = 1
 KIND = "alexnet-store"
 SPLITS = ("train", "val")
-SPLIT_FILES = ("mean_image.npy", "inputs.jsonl")  # files of a split; Split.account has their digests
-COPY_FOLDER = ".copy"  # journal of an unfinished `alexprep copy` into this store; see prep.remote.journal
+SPLIT_FILES = ("mean_image.npy", "inputs.jsonl")  # files of a split whose digests are in Split.account
+COPY_FOLDER = ".copy"  # journal of an unfinished `alexprep copy` into this store (see prep.remote.journal)
 FORMATS = ("jpeg", "ppm")  # formats of a record
 FILTERS = ("area", "bilinear", "bicubic", "lanczos")  # rescaling filters
 BACKGROUNDS = ("white", "black", "grey")  # colours behind transparent pixels
@@ -50,16 +50,16 @@ class StoreError(UserError):
 
 @dataclass(frozen=True)
 class Settings:
-    """Options that, together with the inputs, determine the bytes of the records; equal for all splits of a store."""
+    """Options that, with the inputs, determine the bytes of the records. They are equal for all splits of a store."""
 
     side_px: int  # length of the shorter side after rescaling
-    keep_aspect: bool  # False: only the central square is stored (the paper, section 2); True: the whole image
+    keep_aspect: bool  # False: only the central square is stored (section 2 of the paper); True: the whole image
     format: str  # format of the records, "jpeg" or "ppm"
     quality: int  # JPEG quality, 1..100; unused for ppm
     filter: str  # rescaling filter: "area", "bilinear", "bicubic" or "lanczos"
     seed: int  # seed of the record order
-    # Manifests of older versions lack the following fields. For these fields, from_json sets the value that states what
-    # the older versions did.
+    # Manifests of older versions lack the following fields. For each of these fields, from_json sets the value that
+    # describes the older versions.
     background: str = DEFAULT_BACKGROUND  # colour behind transparent pixels, one of BACKGROUNDS, or DROPPED
     # JPEGs with more pixels are decoded at 1/2, 1/4 or 1/8 of their size, to save memory; 0: never
     reduce_above: int = 0
@@ -73,7 +73,7 @@ class Settings:
         return Settings(**{**_OLDER_SETTINGS, **data})
 
     def to_json(self) -> dict[str, Any]:
-        """Return the settings as a JSON object, without newer fields that only state what older versions did."""
+        """Return the settings as a JSON object, without newer fields whose values are what older versions did."""
         return {name: value for name, value in asdict(self).items() if _OLDER_SETTINGS.get(name) != value}
 
 
@@ -84,10 +84,10 @@ _OLDER_SETTINGS = {"background": DROPPED, "reduce_above": 0}
 class Shard:
     """One LMDB folder of a split."""
 
-    path: str  # relative to the store, with forward slashes
+    path: str  # path of the shard relative to the store, with forward slashes
     records: int  # number of records
     bytes: int  # size of all Datums, without LMDB's own pages
-    digest: str  # SHA-256 over all keys and values in order; see prep.store.lmdb_shard
+    digest: str  # SHA-256 over all keys and values in order (see prep.store.lmdb_shard)
 
 
 @dataclass(frozen=True)
@@ -100,11 +100,11 @@ class Split:
     fingerprint: str  # see split_fingerprint
     label_counts: tuple[int, ...]  # number of records of each class
     shards: tuple[Shard, ...]
-    moments: Mapping[str, Any]  # exact integers: pixels, sum of RGB (3), sum of RGB·RGBᵀ (3×3)
-    # Digest of the build plan, counts of inputs, and digests of SPLIT_FILES: {"plan": SHA-256, "inputs": n, "kept": n,
-    # "largest_px": pixels of the largest input kept, "converted": {conversion: n}, "exif_orientation": {value: n},
-    # "warnings": {text: n}, "bad": {reason: n}, "files": {name: SHA-256}}; older versions wrote neither "largest_px"
-    # nor "warnings"
+    moments: Mapping[str, Any]  # exact integers: number of pixels, sum of RGB (3), sum of RGB·RGBᵀ (3×3)
+    # Digest of the build plan, counts of inputs, and digests of SPLIT_FILES, as {"plan": SHA-256, "inputs": n, "kept":
+    # n, "largest_px": pixels of the largest input kept, "converted": {conversion: n}, "exif_orientation": {value: n},
+    # "warnings": {text: n}, "bad": {reason: n}, "files": {name: SHA-256}}. Older versions wrote neither "largest_px"
+    # nor "warnings".
     account: Mapping[str, Any]
 
 
@@ -113,7 +113,7 @@ class ColorStats:
     """Mean and principal components of the RGB pixels of a split, on the scale 0..255.
 
     The square roots of `eigenvalues` are standard deviations in grey levels. Krizhevsky's code multiplies each standard
-    deviation by a draw from N(0, 0.1). For pixels in [0, 1], divide `eigenvalues` by 255²; the eigenvalues in
+    deviation by a draw from N(0, 0.1). For pixels in [0, 1], divide `eigenvalues` by 255². The eigenvalues in
     fb.resnet.torch are for pixels in [0, 1].
     """
 
@@ -127,7 +127,7 @@ class ColorStats:
     pixel_scale: int  # always 255
 
     def channel_stats(self, max_value: float = 255) -> ChannelStats:
-        """Mean and standard deviation of each channel, for pixels in 0..`max_value`: 255 (grey levels) or 1."""
+        """Return mean and standard deviation of each channel, for pixels in 0..`max_value`: 255 (grey levels) or 1."""
         factor = max_value / self.pixel_scale
         stds = (math.sqrt(max(0.0, self.covariance[k][k])) for k in range(3))
         return ChannelStats(
@@ -136,7 +136,7 @@ class ColorStats:
 
 
 class ChannelStats(NamedTuple):
-    """Mean and standard deviation of the R, G and B values of pixels, as transforms.Normalize takes them."""
+    """Mean and standard deviation of the R, G and B values of pixels, as arguments for transforms.Normalize."""
 
     mean: Sequence[float]  # (3,)
     std: Sequence[float]  # (3,)
@@ -144,14 +144,14 @@ class ChannelStats(NamedTuple):
 
 
 def _class_names(value: object) -> tuple[str, ...]:
-    """Return the classes of a manifest. Raises TypeError unless the value is a list of strings."""
+    """Return the classes of a manifest. Raises TypeError if the value is not a list of strings."""
     if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
         raise TypeError(f"classes: {value!r:.60}, expected a list of strings")
     return tuple(value)
 
 
 def _from_json(cls: type[T], data: Any, where: str) -> T:
-    """Make a `cls` object from a JSON object. Raises StoreError if a field is missing, unknown or of a wrong type."""
+    """Create a `cls` object from a JSON object. Raises StoreError if a field is missing, unknown or of a wrong type."""
     names = [f.name for f in fields(cls)]  # type: ignore[arg-type]  # every caller passes a dataclass
     if cls is Settings and isinstance(data, dict):
         data = {**_OLDER_SETTINGS, **data}
@@ -220,9 +220,10 @@ class Store:
 
     @staticmethod
     def parse(root: Path, content: bytes, name: str = "") -> Store:
-        """Return the store whose manifest.json has these bytes. `name` is the store's name in errors; default: `root`.
+        """Return the store whose manifest.json has these bytes.
 
-        Raises StoreError unless the manifest has this schema version and all of its fields.
+        `name` is the name of the store in errors, by default `root`. Raises StoreError unless the manifest has this
+        schema version and all of its fields.
         """
         name = name or str(root)
         path = f"{name.rstrip('/')}/manifest.json"
@@ -302,7 +303,7 @@ class Store:
         path = self.root / split / "mean_image.npy"
         try:
             mean: npt.NDArray[np.float32] = np.load(path, allow_pickle=False)
-        except Exception as error:  # NumPy parses the header as Python code: damage can raise any exception
+        except Exception as error:  # NumPy parses the header as Python code, so damage can raise any exception
             raise StoreError(f"{path}: cannot be read ({error}). Build the store again.") from None
         if mean.shape != (side_px, side_px, 3) or mean.dtype != np.float32:
             expected = f"float32 {(side_px, side_px, 3)}"
@@ -311,7 +312,7 @@ class Store:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 (hex) over the contents and order of all records and the names of the classes."""
+        """SHA-256 (hex) over the contents and the order of all records, and over the names of the classes."""
         return digest_json({name: split.fingerprint for name, split in self.splits.items()})
 
     def save(self) -> None:
@@ -332,13 +333,13 @@ class Store:
 def parse_color_stats(content: bytes, name: str) -> ColorStats:
     """Return the content of a colour.json.
 
-    Raises ValueError for text that is not JSON, StoreError for a wrong field.
+    Raises ValueError for text that is not JSON, and StoreError for a wrong field.
     """
     return _from_json(ColorStats, json.loads(content), name)
 
 
 def split_fingerprint(classes: Sequence[str], shards: Sequence[Shard]) -> str:
-    """Return the SHA-256 (hex) of one split: of its class names and the digests of its shards, in order."""
+    """Return the SHA-256 (hex) of one split, over its class names and the digests of its shards, in order."""
     return digest_json({"classes": list(classes), "shards": [shard.digest for shard in shards]})
 
 

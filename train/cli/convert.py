@@ -101,10 +101,10 @@ def export(run_dir: Path, format: str, out: Path | None, checkpoint: str, as_jso
 @no_lock_option
 @json_option
 def import_(file: Path, layout: str, new_fc8: bool, as_json: bool, **options: Any) -> None:
-    """Make a run at step 0 from FILE, a state_dict of torchvision's AlexNet.
+    """Create a run at step 0 from FILE, which is a state_dict of torchvision's AlexNet.
 
-    `alextrain evaluate` accepts the run. To train the run further, use `alextrain run --run-dir` with its folder, which
-    continues with the settings of this command.
+    `alextrain evaluate` accepts the new run. To train the run further, use `alextrain run --run-dir` with the folder of
+    the run. The training continues with the settings of this command.
 
     \b
     Example:
@@ -142,9 +142,9 @@ def import_(file: Path, layout: str, new_fc8: bool, as_json: bool, **options: An
 
 
 def _store_beside(file: Path) -> Path:
-    """Return the training store of the run in whose folder `file` is; `store` if `file` is not in a run folder.
+    """Return the training store of the run whose folder contains `file`.
 
-    Raises UserError if the run's training store is missing.
+    Returns `store` if `file` is not in a run folder. Raises UserError if the run's training store is missing.
     """
     from train.runs.preprocessing import missing_store_text, saved_store_path, training_store
     from train.runs.run_dir import DESCRIPTION, read_description

@@ -1,6 +1,6 @@
 """`alextrain evaluate`: error rates of a run, or of the averaged probabilities of several runs.
 
-check_same_images in train/evaluation/predictions.py refuses to average predictions for different images.
+To average predictions for different images is an error (check_same_images in train/evaluation/predictions.py).
 """
 
 from __future__ import annotations
@@ -67,8 +67,8 @@ def evaluate(
     """Measure the error rates of a run on a split. Every image is counted exactly once.
 
     An argument can also be a file that --out saved, or the folder of an ensemble, which stands for all its members. For
-    several networks, print the errors of each network, and the errors of the (weighted) average of all probabilities.
-    The paper averages five and seven networks in this way.
+    several networks, the command prints the errors of each network, and the errors of the (weighted) average of all
+    probabilities. The paper averages five and seven networks in this way.
 
     Under torchrun, each process evaluates a part of the images, and the first process prints the result.
 
@@ -224,7 +224,7 @@ def check_same_inputs(group: ReplicaGroup, digests: dict[str, str]) -> None:
 
 
 def _common_value(members: list[Predictions], key: str) -> Any:
-    """Return the value of `about[key]` if all members have the same value, else None."""
+    """Return the value of `about[key]` if it is the same for all members, otherwise None."""
     values = {member.about[key] for member in members}
     return values.pop() if len(values) == 1 else None
 

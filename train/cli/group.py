@@ -1,4 +1,4 @@
-"""The command group `alextrain`, to which every command is added."""
+"""The command group `alextrain`, to which all commands are added."""
 
 from __future__ import annotations
 

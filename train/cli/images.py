@@ -21,7 +21,8 @@ from train.cli.options import (
 from train.config.architecture import LAYERS
 from train.config.choices import PREDICT_VIEWS
 
-MAX_SHEET_ROWS = 100  # maximum number of photographs for `search`; matplotlib cannot draw a sheet with far more rows
+# Largest number of photographs for `search`, because matplotlib cannot draw a sheet with far more rows.
+MAX_SHEET_ROWS = 100
 
 images_argument = click.argument("images", metavar="IMAGE...", nargs=-1, required=True, type=click.Path(path_type=Path))
 
@@ -57,8 +58,8 @@ def predict(
 ) -> None:
     """Print the most probable classes of photographs.
 
-    The photographs are prepared like the images of the training store. For a file that cannot be used, an error is
-    printed, the other photographs follow, and the exit code is 1.
+    The photographs are preprocessed like the images of the training store. If a file cannot be used, an error is
+    printed for it, the other photographs follow, and the exit code is 1.
 
     \b
     Example:
@@ -120,11 +121,11 @@ def features(
     precision: str,
     as_json: bool,
 ) -> None:
-    """Write a layer's activations for every image of a split to a float32 .npy file, with one row per image.
+    """Write the activations of a layer for every image of a split to a float32 .npy file, with one row per image.
 
     A second file, .keys.txt, has a line for each row: key, class and source path of the image. The activations are
-    computed for the centre crop, and taken after the nonlinearity (fc8: the logits). In a row, the network's column 0
-    comes before column 1.
+    those of the centre crop, after the nonlinearity (for fc8: the logits). In a row, the network's column 0 comes
+    before column 1.
 
     \b
     Example:
@@ -183,9 +184,10 @@ def search(
     precision: str,
     as_json: bool,
 ) -> None:
-    """For each photograph, find the training images with the nearest fc7 activations, and draw them on a sheet.
+    """For each photograph, find the training images with the nearest fc7 activations, and draw the images on a sheet.
 
-    For a file that cannot be used, an error is printed, and the exit code is 1. The sheet has the other photographs.
+    If a file cannot be used, an error is printed for it, and the exit code is 1. The sheet then shows the other
+    photographs.
 
     \b
     Example:
@@ -210,7 +212,8 @@ def search(
     if not results:
         refuse_bad_photographs(list(errors.values()), len(images))
     rows = [result.row for result in results.values()]
-    size_inches = neighbors_inches(len(rows), len(rows[0].neighbors))  # a small index has fewer than `count` images
+    # A small index may have fewer than `count` images.
+    size_inches = neighbors_inches(len(rows), len(rows[0].neighbors))
     caption = (
         f"Left: photographs. Right: the {len(rows[0].neighbors)} training images with the nearest fc7 activations, "
         "each with its class and distance."

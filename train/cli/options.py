@@ -183,7 +183,7 @@ fork_option = click.option(
     type=click.Path(path_type=Path),
     metavar="NEW_DIR",
     help="Folder of a new run, which starts from the newest checkpoint of --run-dir. The new run has the settings of "
-    "the run in --run-dir, except those that other options of this command give.",
+    "the run in --run-dir, except for the other options of this command.",
 )
 max_pixels_option = click.option(
     "--max-pixels",
@@ -267,7 +267,10 @@ def service_options(command: Command) -> Command:
 
 
 def recipe_settings(command: Command) -> Command:
-    """Add --set and its shorthands to a command. The command gets their values as `settings`, a list of FIELD=VALUE."""
+    """Add --set and its short forms to a command.
+
+    The command receives the values of these options as `settings`, a list of FIELD=VALUE.
+    """
 
     @wraps(command)
     def with_settings(

@@ -1,4 +1,4 @@
-"""`alextrain figures` and `report`: what a run has learned, as pictures and as one page."""
+"""`alextrain figures` and `report`: results of a run as figures and as one page."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ image_split_option = click.option(
     "--split", default="val", show_default=True, help="Split whose images are shown and whose errors are counted."
 )
 no_images_option = click.option(
-    "--no-images", is_flag=True, help="Draw no images of a store, and leave out the figures that need them."
+    "--no-images", is_flag=True, help="Draw no images of a store, and leave out the figures that need images."
 )
 image_seed_option = click.option(
     "--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of the random choice of images to show."
@@ -68,8 +68,8 @@ def figures(
 ) -> None:
     """Draw figures of a run: learning curves, kernels, colour axes, predictions, nearest images, feature maps, errors.
 
-    If there is no store, the figures that need images are left out, and the exit code is 1. --no-images leaves them out
-    on purpose.
+    If there is no store, the figures that need images are left out, and the exit code is 1. --no-images leaves these
+    figures out on purpose.
 
     \b
     Example:
@@ -101,7 +101,7 @@ def figures(
 def _open_run(
     run_dir: Path, store: Path | None, gpus: str | None, precision: str, checkpoint: str, no_images: bool
 ) -> TrainedRun:
-    """Return the run to draw; without its store if `no_images`."""
+    """Return the run to draw. With `no_images`, the run is returned without its store."""
     from dataclasses import replace
 
     from train.evaluation.trained_run import TrainedRun
@@ -161,7 +161,7 @@ def report(
     """Write a report of a run: errors, all figures, the recipe with its sources, store, software and throughput.
 
     The report is one HTML file, which can be read offline. If there is no store, the figures that need images are left
-    out, and the exit code is 1. --no-images leaves them out on purpose.
+    out, and the exit code is 1. --no-images leaves these figures out on purpose.
 
     \b
     Example:

@@ -115,10 +115,11 @@ def run(
     quiet: bool,
     as_json: bool,
 ) -> None:
-    """Train AlexNet on a store, or go on with the run in --run-dir.
+    """Train AlexNet on a store, or continue the run in --run-dir.
 
-    To go on after a stop or a kill, run the same command again, or `alextrain run --run-dir RUN_DIR` alone: options
-    that are not given have the values of the run. A fork also takes these values. --service is not kept: give it again.
+    To continue after a stop or a kill, run the same command again. `alextrain run --run-dir RUN_DIR` also continues:
+    options that are not given have the values of the run. A fork also takes these values. --service is not kept, so
+    pass this option again.
 
     \b
     Example:
@@ -257,7 +258,7 @@ def _steps_of(runs: Sequence[Run]) -> int:
 
 
 def _ending_text(training: Run, first_step: int) -> str:
-    """Return the last line of a training that began after `first_step`: the steps trained, and what to do next."""
+    """Return the last line of a training that began after `first_step`: number of trained steps, next command."""
     newest = newest_checkpoint(training.run_dir)
     steps = (newest[0] if newest else 0) - first_step
     evaluate = f"alextrain evaluate {shell_quoted(training.run_dir)}"

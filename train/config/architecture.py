@@ -16,7 +16,7 @@ LAYERS = ("conv1", "conv2", "conv3", "conv4", "conv5", "fc6", "fc7", "fc8")
 
 @dataclass(frozen=True)
 class Widths:
-    """Number of maps or units of each layer, summed over the columns. The defaults give the paper's network."""
+    """Number of maps or units of each layer, summed over the columns. The defaults are those of the paper's network."""
 
     conv1: int = 96
     conv2: int = 256
@@ -29,18 +29,19 @@ class Widths:
 
 @dataclass(frozen=True)
 class Architecture:
-    """One network architecture. The defaults give the paper's network."""
+    """One network architecture. The defaults are those of the paper's network."""
 
     name: str
     source: str
-    columns: int = COLUMNS  # 1 or 2
+    columns: int = COLUMNS  # number of columns, 1 or 2
     widths: Widths = Widths()
-    # Zero padding of conv1's input, in px, on every side. None: zeros only at the right and the bottom, up to the end
-    # of the last window.
+    # Zero padding of conv1's input, in px, on every side. None: zeros only at the right and at the bottom, up to the
+    # end of the last window.
     conv1_padding: int | None = None
     normalised: bool = True  # False: no normalization, even if the recipe sets `lrn` or `within_map`
     dropout_before: tuple[str, ...] = ("fc7", "fc8")  # layers whose inputs have dropout
-    convolutional: bool = False  # True: fc6 to fc8 are convolutions; an image larger than 224 px gives a map of logits
+    # Whether fc6 to fc8 are convolutions; an image larger than 224 px then gives a map of logits.
+    convolutional: bool = False
 
     def __post_init__(self) -> None:
         """Raise ValueError if the number of columns is not 1 or 2, or does not divide the width of every layer."""
@@ -53,14 +54,14 @@ class Architecture:
             )
 
     def padding_px(self, side_px: int) -> tuple[int, int]:
-        """Return the zero padding of conv1's input along one axis: (px at the left or top, px at the right or bottom).
+        """Return the zero padding of conv1's input along one axis, in px: (left or top, right or bottom).
 
         side_px  width or height of the image
 
         The authors' code rounds the number of windows up: 1 + ceil((224 − 11) / 4) = 55 (layer.py:1004). The authors'
         CUDA kernels read zeros beyond the edge of the image. For an image of 224 px, the zeros fill three rows at the
-        bottom and three columns at the right. A zero is the mean colour, because the mean has been subtracted from the
-        image.
+        bottom and three columns at the right. A zero means the mean colour, because the mean has been subtracted from
+        the image.
         """
         if self.conv1_padding is None:
             return 0, (11 - side_px) % 4
@@ -108,8 +109,8 @@ CONVOLUTIONAL = Architecture(
 
 ARCHITECTURES = {a.name: a for a in (ALEXNET, JOINED, HALF, ONE_GPU, TORCHVISION, CONVOLUTIONAL)}
 
-# {name of a layer in torchvision's state_dict: name of the same layer in this package}.
-# torchvision's network expects the input (RGB / 255 − mean) / std, with torchvision's mean and std.
+# {name of a layer in torchvision's state_dict: name of the same layer in this package}. torchvision's network expects
+# the input (RGB / 255 − mean) / std, with the mean and std of torchvision.
 TORCHVISION_LAYERS = {
     "features.0": "conv1",
     "features.3": "conv2",

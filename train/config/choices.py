@@ -1,10 +1,10 @@
-"""Values that the options of `alextrain` accept. The module imports nothing, so that --help stays fast.
+"""Values that the options of `alextrain` accept. This module imports nothing, so that --help stays fast.
 
 Options that name a recipe, an architecture or an ablation accept the names in RECIPES (train/config/recipes.py),
 ARCHITECTURES (train/config/architecture.py) or ABLATIONS (train/config/ablations.py).
 """
 
-ACTIVATIONS = ("relu", "tanh", "sigmoid")  # implemented in train/model/alexnet.py
+ACTIVATIONS = ("relu", "tanh", "sigmoid")  # train/model/alexnet.py implements these activations
 POOLS_PX = (2, 3)  # side of a pooling window, in px; the stride is 2
 INITS = ("normal", "he")  # implemented by `initialize` in train/model/alexnet.py
 SCHEDULES = ("plateau", "steps", "cosine", "polynomial")  # implemented in train/config/overrides.py

@@ -8,7 +8,7 @@ from __future__ import annotations
 from prep import console
 from prep.console import WrongArgument
 
-Devices = tuple[str, str]  # device of column 0, device of column 1; the two can be equal
+Devices = tuple[str, str]  # device of column 0 and device of column 1, which can be the same
 
 
 def parse_devices(gpus: str | None, columns: int = 2) -> Devices:
@@ -20,8 +20,9 @@ def parse_devices(gpus: str | None, columns: int = 2) -> Devices:
     None   0,1 if the machine has at least two GPUs and the network has two columns; else 0 if the machine has a GPU;
            else cpu
 
-    `0,1` and `0` are examples: other GPU numbers are valid too. Raises UserError for a value other than `cpu` and one
-    or two GPU numbers, for a GPU that the machine does not have, and for two GPUs if the network has one column.
+    `0,1` and `0` are examples; other GPU numbers are also valid. Raises UserError for a value other than `cpu` or one
+    or two GPU numbers, and for a GPU that the machine does not have. Also raises UserError for two GPUs if the network
+    has one column.
     """
     import torch
 

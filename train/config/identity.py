@@ -1,7 +1,7 @@
 """Identity of a run: the settings that must be unchanged when the run continues from a checkpoint.
 
-If the identity of the run differs from the identity of the checkpoint, `alextrain run` fails. The error names the first
-setting that differs.
+If the identities of the run and of the checkpoint differ, `alextrain run` fails. The error names the first setting that
+differs.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Difference(NamedTuple):
     In run.json, the key "ancestry" holds the differences between a forked run and the run from which it was forked.
     """
 
-    name: str  # `batch_size`, `recipe.lrn.alpha`, `model.widths.fc7`
+    name: str  # for example `batch_size`, `recipe.lrn.alpha` or `model.widths.fc7`
     there: Any  # value of the setting in `theirs`, the other identity
     here: Any  # value of the setting in `ours`, the identity of this run
 
@@ -34,9 +34,9 @@ def identity_of(config: RunConfig, store: Store) -> dict[str, Any]:
     """Return the identity of a run, as JSON values.
 
     The identity contains the names of the recipe and the architecture only for messages. `differences` compares the
-    settings of the recipe and the architecture, and ignores these names. The identity contains the stream's seed only
-    if the stream's seed differs from the run's seed. The identity of any other run is thus the identity that versions
-    without --stream-seed wrote.
+    settings of the recipe and the architecture, and ignores these names. The identity contains the seed of the stream
+    only if it differs from the seed of the run. Without --stream-seed, the identity is therefore the same as in
+    versions that did not have this option.
     """
     own_stream_seed = {} if config.seed_of_stream == config.seed else {"stream_seed": config.seed_of_stream}
     return {
@@ -55,7 +55,7 @@ def identity_of(config: RunConfig, store: Store) -> dict[str, Any]:
 
 
 def stream_seed_of(identity: Mapping[str, Any]) -> Any:
-    """Return the seed of the training stream of a run with this identity. None if the identity has no seed."""
+    """Return the seed of the training stream of a run with this identity. Returns None if the identity has no seed."""
     return identity.get("stream_seed", identity.get("seed"))
 
 
@@ -69,21 +69,21 @@ def recipe_values(recipe: Recipe) -> dict[str, Any]:
     values: dict[str, Any] = as_json({k: v for k, v in asdict(recipe).items() if k not in ("name", "sources")})
     divisor = recipe.augmentation.divisor_in_evaluation
     values["augmentation"]["eval_divisor"] = divisor
-    if divisor == 1:  # in version 0.1.0, which wrote no eval_divisor, every run had this value
+    if divisor == 1:  # version 0.1.0 wrote no eval_divisor, and every run of that version had the value 1
         del values["augmentation"]["eval_divisor"]
     return {name: value for name, value in values.items() if name not in ADDED_FIELDS or value is not None}
 
 
 def as_json(data: Any) -> Any:
-    """Return `data` after a round trip through JSON: tuples become lists, mappings become dicts."""
+    """Return `data` after a round trip through JSON. Tuples then become lists, and mappings become dicts."""
     return json.loads(json.dumps(data))
 
 
 def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[Difference]:
     """Return the settings that differ between two identities, in the order of `ours`.
 
-    The names of the recipe and the architecture are not compared. An identity without a stream seed has the run's seed
-    as stream seed. The stream seeds are compared only if one of the identities contains a stream seed.
+    The names of the recipe and the architecture are not compared. In an identity without a stream seed, the stream seed
+    is the seed of the run. The stream seeds are compared only if one of the identities contains a stream seed.
     """
     differing = []
     if "stream_seed" in theirs or "stream_seed" in ours:

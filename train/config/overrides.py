@@ -14,11 +14,12 @@ parts. The syntax of a value depends on the type of the field:
                                       25,51,79 (lr divided by 10 after each of these epochs);
                                       25:1e-3,51:1e-4 (lr 1e-3 after epoch 25, 1e-4 after epoch 51); schedule.drops=2
 
-`augmentation.divisor` sets the divisor of training and evaluation. To divide only training images, as the authors'
-code does, also set `augmentation.eval_divisor=1`. A value of all parts of `augmentation` may leave out eval_divisor.
+`augmentation.divisor` sets the divisor of both training and evaluation images. To divide only training images, as the
+authors' code does, also set `augmentation.eval_divisor=1`. If all parts of `augmentation` are given in one value,
+eval_divisor may be left out.
 
 Overrides are applied in alphabetical order of their fields. The order of the fields on the command line therefore
-changes neither the recipe nor its name. If a field has two overrides, the last on the command line is used.
+changes neither the recipe nor its name. If a field has two overrides, the last override on the command line is used.
 """
 
 from __future__ import annotations
@@ -95,7 +96,7 @@ def _apply(recipe: Recipe, path: str, value: str) -> Recipe:
         if after == before:
             return recipe
         if path == "augmentation.divisor" and after.divisor != 1:
-            after = replace(after, eval_divisor=None)  # evaluation divides by the number that the user gives, too
+            after = replace(after, eval_divisor=None)  # evaluation is also divided by the number that the user gives
         source = OVERRIDE_SOURCE
         if parts:
             source = f"{'.'.join(parts)} {OVERRIDE_SOURCE}; else: {recipe.sources[field]}"
@@ -110,7 +111,8 @@ def _apply(recipe: Recipe, path: str, value: str) -> Recipe:
 def _replace_part(option: str, before: Any, hint: Any, parts: Sequence[str], value: str) -> Any:
     """Return `before` with one part replaced by the parsed `value`.
 
-    parts  path to the part: names of nested fields, or the name of a layer; empty: `value` replaces all of `before`
+    parts  path to the part: names of nested fields, or the name of a layer. If the path is empty, `value` replaces all
+           of `before`
     """
     if not parts:
         return _parse(hint, value)
@@ -168,9 +170,9 @@ def _parse(hint: Any, text: str) -> Any:
 def _parse_schedule(text: str, recipe: Recipe) -> ScheduleSpec:
     """Return the schedule that `text` describes.
 
-    The learning rates of a list of epochs, such as `25,51,79`, are computed from the recipe's `lr`. The schedule
-    `steps` is computed from the recipe's `epochs` and `lr`. `recipe` already has the overrides of `epochs` and `lr`,
-    because overrides are applied in alphabetical order.
+    In a list of epochs, such as `25,51,79`, the learning rates are computed from the recipe's `lr`. In the schedule
+    `steps`, the changes are computed from the recipe's `epochs` and `lr`. `recipe` already has the overrides of
+    `epochs` and `lr`, because overrides are applied in alphabetical order.
     """
     if text == "none":
         return ()

@@ -22,7 +22,7 @@ class Lrn:
     Σ a² is the sum of the squared activations in a window around the activation a.
     """
 
-    size: int  # odd size of the window: number of maps (field `lrn`) or side of a square in px (field `within_map`)
+    size: int  # odd size of the window: number of maps (field `lrn`), or side of a square in px (field `within_map`)
     alpha: float  # factor of the sum Σ a², as in the paper; torch.nn.LocalResponseNorm divides its alpha by `size`
     beta: float
     k: float
@@ -37,8 +37,9 @@ class Lrn:
 class ScheduleChange:
     """A change of learning rates or colour noise after `after_epochs` epochs. A field that is None changes nothing."""
 
-    after_epochs: float  # can be a fraction; colour noise changes only at the end of an epoch
-    lr: float | None = None  # learning rate of the weights; excludes conv1 if this or an earlier change sets lr_conv1
+    after_epochs: float  # may be a fraction of an epoch; but colour noise changes only at the end of an epoch
+    # Learning rate of the weights; not of conv1 if this change or an earlier change sets lr_conv1.
+    lr: float | None = None
     lr_conv1: float | None = None  # learning rate of conv1's weights; 0 freezes conv1's weights and biases
     colour: str | None = None  # colour noise: a value of Augmentation.colour
 
@@ -51,7 +52,7 @@ class Plateau:
     """
 
     factor: float
-    patience_epochs: int  # a plateau is this many epochs without a new lowest validation error
+    patience_epochs: int  # number of epochs without a new lowest validation error that make a plateau
     drops: int
 
     def __post_init__(self) -> None:
@@ -116,8 +117,8 @@ ScheduleSpec = (
 class Recipe:
     """The hyperparameters of a run. `sources` maps the name of each field to a text about the origin of its value.
 
-    The architecture, store and seed of a run are not part of its recipe. `epochs` is a default: a run can have another
-    number of epochs.
+    The architecture, store and seed of a run are not part of its recipe. `epochs` is a default, and a run can have
+    another number of epochs.
     """
 
     name: str
@@ -129,18 +130,18 @@ class Recipe:
 
     activation: str  # one of ACTIVATIONS
     lrn: Lrn | None  # normalization across maps, in layers 1 and 2; None: no normalization
-    norm_before_relu: bool  # layer 1 is conv, norm, pool, activation; if False, conv, activation, norm, pool
-    within_map: Lrn | None  # normalization within each map, after layer 2's normalization across maps
+    # Whether layer 1 is conv, norm, pool, activation; if False, layer 1 is conv, activation, norm, pool.
+    norm_before_relu: bool
+    within_map: Lrn | None  # normalization within each map, after the normalization across maps of layer 2
     pool_px: int  # side of a pooling window in px; the stride is 2, so windows of 3 px overlap
-    crossing: bool  # False: conv3, fc6 and fc7 do not connect the columns; fc8 always connects the columns
-    dropout: float  # probability of zeroing an input of the layers in Architecture.dropout_before
-    # True: training divides activations by 1 − dropout.
-    # False: evaluation multiplies activations by 1 − dropout.
+    crossing: bool  # if False, conv3, fc6 and fc7 do not connect the columns; fc8 always connects the columns
+    dropout: float  # probability with which an input of the layers in Architecture.dropout_before is set to zero
+    # If True, training divides activations by 1 − dropout. If False, evaluation multiplies activations by 1 − dropout.
     dropout_scales_training: bool
 
     init: str  # "normal": standard deviations in init_std; "he": standard deviation sqrt(2 / fan_in)
-    init_std: Mapping[str, float]  # standard deviation by layer; used only if init is "normal"
-    init_bias: Mapping[str, float]  # initial bias by layer; 0 in a layer that is not listed
+    init_std: Mapping[str, float]  # standard deviation of each layer; used only if init is "normal"
+    init_bias: Mapping[str, float]  # initial bias of each layer; a layer that is not listed has 0
 
     label_smoothing: float  # share of the target probability that is spread evenly over all classes
     lr: float
@@ -159,7 +160,7 @@ class Recipe:
 
     @property
     def eval_input_divisor(self) -> float:
-        """Divisor of the pixels minus the mean, before conv1, in evaluation: by the loader and by the network."""
+        """The number by which evaluation divides the pixels minus the mean, in the loader and in the network."""
         return self.input_divisor * self.augmentation.divisor_in_evaluation
 
     def rate_factor(self, batch_size: int) -> float:
@@ -214,7 +215,7 @@ def recipe_from_json(data: Mapping[str, Any]) -> Recipe:
 def with_eval_divisor(augmentation: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields of an Augmentation.
 
-    Version 0.1.0, which wrote no `eval_divisor`, divided training images alone.
+    Version 0.1.0 wrote no `eval_divisor`, and divided only training images.
     """
     before = None if augmentation.get("divisor", 1) == 1 else 1.0
     return {**augmentation, "eval_divisor": augmentation.get("eval_divisor", before)}
@@ -228,15 +229,15 @@ def _schedule_from_json(data: Any) -> ScheduleSpec:
 
 
 def recipe_fields() -> list[str]:
-    """Return the names of the hyperparameters, in order: all fields except `name` and `sources`."""
+    """Return the names of the hyperparameters in order. They are all fields except `name` and `sources`."""
     return [field.name for field in fields(Recipe) if field.name not in ("name", "sources")]
 
 
 def insensitive_at_init(recipe: Recipe) -> bool:
-    """Return True if the logits of a newly initialized network hardly depend on the image, so that learning is delayed.
+    """Return True if the logits of a newly initialized network hardly depend on the image. Learning then starts late.
 
-    The paper's own initialization has this effect: standard deviation 0.01 in conv3 to conv5, and biases of 1 in conv4
-    and conv5 (measured: docs/measurements.md).
+    The paper's own initialization has this effect. Its standard deviation is 0.01 in conv3 to conv5, and its biases are
+    1 in conv4 and conv5 (measured: docs/measurements.md).
     """
     middle = ("conv3", "conv4", "conv5")
     small = all(recipe.init_std[layer] <= 0.01 for layer in middle)

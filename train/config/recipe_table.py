@@ -23,8 +23,8 @@ _EXAMPLE_BATCHES = (1024, 2048, 4096, 8192)  # batch sizes whose learning rates 
 def recipe_lines(recipe: Recipe) -> list[str]:
     """Return the table as aligned lines of at most 120 characters. `--set` accepts the names in the first column.
 
-    The source of a field is in the row of the field. A field that has parts gets a row of its own, above the rows of
-    its parts.
+    The source of a field is in the same row as the field. A field that has parts gets a row of its own, above the rows
+    of its parts.
     """
     rows_by_field = recipe_rows(recipe)
     all_rows = [row for rows in rows_by_field.values() for row in rows]
@@ -55,12 +55,12 @@ def rate_lines(recipe: Recipe, batch_size: int | None = None) -> list[str]:
 
 
 def has_parts(rows: Sequence[tuple[str, str]]) -> bool:
-    """Whether the rows of a field are rows of its parts, such as `lrn.alpha`."""
+    """Return whether the rows of a field are rows of its parts, such as `lrn.alpha`."""
     return "." in rows[0][0]
 
 
 def recipe_rows(recipe: Recipe) -> dict[str, list[tuple[str, str]]]:
-    """Return the (name, value) rows of each field, by field name.
+    """Return {name of a field: its rows}, in which a row is (name, value).
 
     A row with an empty name continues the row above it.
     """
@@ -68,7 +68,7 @@ def recipe_rows(recipe: Recipe) -> dict[str, list[tuple[str, str]]]:
 
 
 def _field_rows(field: str, value: Any) -> list[tuple[str, str]]:
-    """Return the (name, value) rows of one field.
+    """Return the rows of one field, each as (name, value).
 
     A field whose value is a dataclass has one row per part. The text of a mapping or a schedule may take several rows.
     """

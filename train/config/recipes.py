@@ -265,7 +265,7 @@ def recipe_note(name: str) -> str | None:
 
 
 def recipe_named(name: str) -> Recipe:
-    """Return the recipe of this name; raises UserError for an unknown name."""
+    """Return the recipe with this name. Raises UserError for an unknown name."""
     if name not in RECIPES:
         raise WrongArgument(
             f"--recipe {name}: expected one of {', '.join(RECIPES)}.{did_you_mean(name, list(RECIPES))}"

@@ -17,8 +17,8 @@ class RunConfig:
     """Settings of a run.
 
     The fields `store` to `accumulate` must be unchanged when the run continues from a checkpoint
-    (train/config/identity.py). The fields from `run_dir` on can change: the folder, the devices, the length of the run,
-    the intervals between log lines and between checkpoints, and others.
+    (train/config/identity.py). The fields from `run_dir` on can change. They are the folder, the devices, the length of
+    the run, the intervals between log lines and between checkpoints, and others.
     """
 
     store: Path
@@ -31,9 +31,9 @@ class RunConfig:
     accumulate: int = 1  # number of equal parts of a replica's batch, which are computed one after the other
 
     run_dir: Path = Path("run")
-    devices: Devices = ("cpu", "cpu")  # device of column 0, device of column 1
+    devices: Devices = ("cpu", "cpu")  # device of column 0 and device of column 1
     epochs: int = 1
-    steps: int | None = None  # training ends after this step, counted from 1, unless the last epoch ends earlier
+    steps: int | None = None  # the training ends after this step, counted from 1, unless the last epoch ends earlier
     log_every: int = 20  # steps between two lines of metrics.jsonl
     checkpoint_every: int = 1000  # steps between two checkpoints; each epoch also ends with a checkpoint
     keep: int = CHECKPOINTS_KEPT  # number of newest checkpoints to keep, in addition to the best checkpoint
@@ -41,7 +41,8 @@ class RunConfig:
     threads: int | None = None  # CPU threads that decode and augment; None: one for each usable core
     replicas: int = 1  # number of replicas that compute a step together (train/replicas)
     service: str | None = None  # service that decodes the images: NAME or NAME@HOST:PORT; None: this process decodes
-    service_fallback: str | None = None  # "local": this process decodes if the service is lost; None: the run fails
+    # "local": this process decodes if the service is lost; None: the run then fails.
+    service_fallback: str | None = None
 
     @property
     def seed_of_stream(self) -> int:

@@ -10,7 +10,7 @@ state_dict has the texts in `state._metadata[""]`, where PyTorch also stores mod
 
     architecture, recipe   the same objects as in run.json
     classes                names of the classes, in the order of the logits
-    preprocessing          the fields of `Preprocessing`: how an image becomes the network's input
+    preprocessing          the fields of `Preprocessing`, which say how an image becomes the input of the network
 
 A mean image is stored as float32, little-endian, in row-major order, encoded in base64.
 """
@@ -49,15 +49,15 @@ _PACKAGES = {"safetensors": ("safetensors",), "torchvision": (), "onnx": ("onnx"
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """Preprocessing of an image into the input of the network in the file. The fields are JSON keys in that file.
+    """Preprocessing of an image into the input of the exported network. The fields are JSON keys in the exported file.
 
     The image has the channels `channel_order` and values in `range`. The EXIF orientation of the image is not applied.
-    The shorter side is rescaled to `shorter_side_px` with `resize_filter`; the longer side is rounded. The central
-    square begins at row (height − shorter_side_px) // 2 and column (width − shorter_side_px) // 2, as `square_first`
-    says. A crop with a side of `window_px` is taken from this square: the centre crop, for an evaluation with one view,
-    has the rows `window_rows` and the columns `window_columns` of the square. The mean is subtracted, and the result
-    divided by `input_divisor`. The batch is float32 in the order `layout`. The value of `mean` determines what is
-    subtracted from a crop whose top left corner is at (y, x) in the square:
+    The shorter side is rescaled to `shorter_side_px` with `resize_filter`. The length of the longer side is rounded.
+    The central square begins at row (height − shorter_side_px) // 2 and column (width − shorter_side_px) // 2, as
+    `square_first` says. A crop with a side of `window_px` is taken from this square. For an evaluation with one view,
+    this is the centre crop, which has the rows `window_rows` and the columns `window_columns` of the square. The mean
+    is subtracted from the crop, and the result is divided by `input_divisor`. The batch is float32 in the order
+    `layout`. The value of `mean` says what is subtracted from a crop whose top left corner is at (y, x) in the square:
 
         channel   mean_rgb
         image     the centre crop of the mean image, for every (y, x)
@@ -67,17 +67,17 @@ class Preprocessing:
 
     shorter_side_px: int
     mean: str
-    mean_rgb: tuple[float, ...]  # subtracted mean per channel; with a mean image, the average of that image
-    mean_image: Mapping[str, Any] | None  # keys "shape" (side, side, 3), "dtype" and "base64"
-    # Number by which the pixels minus the mean are divided before they enter the network of the file. An onnx graph and
-    # torchvision weights already contain the recipe's own division, so their input_divisor is 1. A safetensors file has
-    # only parameters, and conv1 expects divided pixels.
+    mean_rgb: tuple[float, ...]  # mean of each channel that is subtracted; with a mean image, the average of this image
+    mean_image: Mapping[str, Any] | None  # object with the keys "shape" (side, side, 3), "dtype" and "base64"
+    # Number by which the pixels minus the mean are divided before they enter the network in the file. An onnx graph and
+    # torchvision weights already contain the division of the recipe, so their input_divisor is 1. A safetensors file
+    # contains only parameters, and its conv1 expects divided pixels.
     input_divisor: float
-    # "area": the mean of the source pixels that an output pixel covers, as Pillow's BOX and OpenCV's INTER_AREA; images
-    # that must be enlarged use bicubic. The other filters have Pillow's names.
+    # "area": the mean of the source pixels that an output pixel covers, as Pillow's BOX and OpenCV's INTER_AREA. For
+    # images that must be enlarged, "area" means bicubic. The other filters have Pillow's names.
     resize_filter: str = "area"
-    stored_as: str = "ppm"  # format of the rescaled training images: "jpeg, quality N" or "ppm", which loses nothing
-    background: str = "white"  # colour behind transparent pixels; "dropped": no colour, alpha is left out
+    stored_as: str = "ppm"  # format of the rescaled training images: "jpeg, quality N", or "ppm", which is lossless
+    background: str = "white"  # colour behind transparent pixels; "dropped": alpha is left out
     square_first: str = "(length - shorter_side_px) // 2"  # first row (length: height) and column (length: width)
     window_px: int = CROP_PX
     window_rows: tuple[int, int] = (0, 0)  # first and last row of the centre crop in the square, counted from 0
@@ -85,9 +85,9 @@ class Preprocessing:
     layout: str = "NCHW"
     channel_order: str = "RGB"
     range: tuple[int, int] = (0, 255)
-    # Only for torchvision, in place of the mean and input_divisor: "mean" and "std" of Normalize, which takes pixels in
-    # [0, 1], and "exact". "exact" is False if the network subtracts a mean image, because "mean" is then only the
-    # average of this image.
+    # Only for torchvision, instead of the mean and input_divisor. The keys are "mean" and "std" of Normalize, which
+    # takes pixels in [0, 1], and "exact". "exact" is False if the network subtracts a mean image, because "mean" is
+    # then only the average of this image.
     normalise: Mapping[str, Any] | None = None
 
 
@@ -120,11 +120,11 @@ def export_preprocessing(transform: EvalTransform, input_divisor: float) -> Prep
 
 
 def export(run_dir: Path, format: str, out: Path, which: str = "last") -> dict[str, Any]:
-    """Write a checkpoint of a run to `out` atomically; returns what `alextrain export --json` prints.
+    """Write a checkpoint of a run to `out` atomically. Returns the JSON object that `alextrain export --json` prints.
 
     run_dir  a run folder, or a checkpoint file
     format   one of EXPORT_FORMATS (train/config/choices.py)
-    which    the checkpoint: "last", "best" or a file
+    which    the checkpoint to export: "last", "best" or a file
 
     Raises UserError if there is no run, a package is not installed, the network does not fit the format, or `out`
     cannot be written.
@@ -176,7 +176,8 @@ def _torchvision(network: AlexNet, metadata: dict[str, str]) -> memoryview:
     weights = to_torchvision_weights(network.joined_tensors(), network.recipe, IMAGENET_NORMALIZATION.std)
     state: OrderedDict[str, Tensor] = OrderedDict(weights)
     state._metadata = OrderedDict({"": {"version": 1, **metadata}})  # type: ignore[attr-defined]
-    content = io.BytesIO()  # in memory, because torch.save to a file raises no OSError on a full disk
+    # The file is first made in memory, because torch.save to a file raises no OSError on a full disk.
+    content = io.BytesIO()
     torch.save(state, content)
     return content.getbuffer()
 
@@ -200,7 +201,7 @@ def _onnx(network: AlexNet, metadata: dict[str, str]) -> bytes:
 
 @contextmanager
 def _exporter_silenced() -> Iterator[None]:
-    """A context that silences the ONNX exporter's warnings about unused operators and deprecated torch functions."""
+    """Return a context that silences the ONNX exporter's warnings about unused operators and deprecated functions."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)

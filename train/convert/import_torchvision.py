@@ -34,18 +34,18 @@ _EXPECTED = "Name a state_dict of torchvision.models.alexnet, or a file of alext
 
 
 def import_torchvision(file: Path, config: RunConfig, new_fc8: bool = False) -> AlexNet:
-    """Create a run in `config.run_dir` with a checkpoint at step 0 that has the weights of `file`; returns the network.
+    """Create a run in `config.run_dir` with a checkpoint at step 0 that has the weights of `file`. Returns the network.
 
     file     a state_dict of torchvision.models.alexnet, or a file of `alextrain export --to torchvision`, which also
              contains the arguments of Normalize and the classes
     config   a configuration with the architecture `torchvision`, and with a recipe that does not subtract a mean image
-    new_fc8  True: initialize the last layer as the recipe says. False: take the last layer from `file`, which must
+    new_fc8  True: the last layer is initialized as the recipe says. False: the last layer comes from `file`, which must
              then have the classes of the store
 
     train/convert/torchvision_weights.py explains which conversions are exact. Raises UserError if `file` is not a
-    state_dict of torchvision's AlexNet, if `new_fc8` is False and the classes of `file` and store differ, if the
-    recipe or the architecture does not fit, if a batch is larger than the training split, or if the run folder
-    already holds a run.
+    state_dict of torchvision's AlexNet. Also raises UserError if `new_fc8` is False and the classes of `file` and store
+    differ, if the recipe or the architecture does not fit, if a batch is larger than the training split, or if the run
+    folder already holds a run.
     """
     run = Run.open(config)
     store, recipe = run.store, config.recipe
@@ -62,7 +62,7 @@ def import_torchvision(file: Path, config: RunConfig, new_fc8: bool = False) -> 
         network.load_joined_tensors(parameters)
     except UserError:
         raise
-    except Exception as error:  # tensors of other shapes and types can raise any exception of torch
+    except Exception as error:  # tensors of other shapes and types can make torch raise any exception
         raise UserError(f"{file}: not a state_dict of torchvision's AlexNet ({error}). {_EXPECTED}") from None
     create_run(run, network)
     return network
@@ -97,12 +97,15 @@ def create_run(run: Run, network: AlexNet) -> None:
 
 
 def _read(file: Path) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
-    """Return (state_dict, metadata) of a file. The metadata is {} if `alextrain export` did not write the file."""
+    """Return the state_dict and the metadata in a file.
+
+    The metadata is {} if `alextrain export` did not write the file.
+    """
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror or error}). {_EXPECTED}") from None
-    except Exception:  # torch.load raises many types of exceptions, some of which give wrong advice
+    except Exception:  # torch.load raises many types of exceptions, some with wrong advice
         raise UserError(
             f"{file}: not a file of tensors that torch.load(weights_only=True) reads. {_EXPECTED}"
         ) from None

@@ -1,29 +1,30 @@
-"""Converts weights between torchvision.models.alexnet and our network `torchvision`, and checks what can be converted.
+"""Converts weights between torchvision.models.alexnet and our network `torchvision`.
 
-`check_fits` refuses networks that torchvision's AlexNet cannot represent. The converted network computes the same
-function of the pixels as the original network, although the inputs of the two networks differ in mean and scale. In the
-formulas, p is a pixel in 0..255, m is the mean that this project subtracts, and c is the channel:
+Also checks which networks can be converted. `check_fits` refuses networks that torchvision's AlexNet cannot represent.
+The converted network computes the same function of the pixels as the original network. The inputs of the two networks
+differ only in mean and scale. In the formulas, p is a pixel in 0..255, m is the mean that this project subtracts, and c
+is the channel:
 
     torchvision's conv1 takes    t = (p / 255 − mean_c) / std_c        (torchvision.transforms.Normalize)
     this project's conv1 takes   u = (p − m_c) / input_divisor        (in evaluation: Recipe.eval_input_divisor)
 
     export   Normalize gets mean_c = m_c / 255. Then t = u · input_divisor / (255 std_c), and conv1's weights are
-             multiplied by 255 std_c / input_divisor. The result is exact, also at the border: both networks pad the
-             input with zeros, and an input of zero is a pixel of value m. If m is a mean image, the weights are exact
-             for the input t = (p − m) / (255 std_c). But Normalize can subtract only one value per channel, the
-             average of the mean image, so the input from Normalize is approximate.
+             multiplied by 255 std_c / input_divisor. The result is exact, also at the border of the image. Both
+             networks pad the input with zeros, and a zero in the input stands for a pixel of value m. If m is a mean
+             image, the weights are exact for the input t = (p − m) / (255 std_c). But Normalize can subtract only one
+             value for each channel, the average of the mean image. The input from Normalize is therefore approximate.
     import   m comes from the store. mean_c comes from the imported file if `alextrain export` wrote the file; otherwise
-             it is torchvision's mean for ImageNet. Then t = (u · input_divisor + m_c − 255 mean_c) /
-             (255 std_c). conv1's weights are multiplied by input_divisor / (255 std_c). The constant
-             (m_c − 255 mean_c) / (255 std_c), multiplied by the original weights and summed, is added to conv1's bias.
-             The result is exact for conv1's windows inside the image. The first and the last row and column of conv1's
-             55 × 55 outputs also depend on the padding, and are approximate: a zero of the padding is a pixel of value
-             m in our network, but a pixel of value 255 mean_c in the original network.
+             it is torchvision's mean for ImageNet. Then t = (u · input_divisor + m_c − 255 mean_c) / (255 std_c).
+             conv1's weights are multiplied by input_divisor / (255 std_c). The constant (m_c − 255 mean_c) / (255
+             std_c) is multiplied by the original weights, summed, and added to conv1's bias. The result is exact for
+             conv1's windows inside the image. The first and the last row and column of conv1's 55 × 55 outputs also
+             depend on the padding, and are approximate. A zero of the padding stands for a pixel of value m in our
+             network, but for a pixel of value 255 mean_c in the original network.
 
 If dropout with probability d scales in evaluation (section 4.2), the inputs of fc6 and fc7 are multiplied by 1 − d in
 evaluation. torchvision's dropout does not scale in evaluation. An export therefore multiplies the weights of fc6 and
-fc7 by 1 − d, and an import divides these weights by 1 − d. Both operations are exact for d = ½. All conversions are
-computed in float64.
+fc7 by 1 − d, and an import divides these weights by 1 − d. Multiplying and dividing are exact for d = ½. All
+conversions are computed in float64.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ IMAGENET_NORMALIZATION = Normalization((0.485, 0.456, 0.406), (0.229, 0.224, 0.2
 
 
 def check_fits(architecture: Architecture, recipe: Recipe) -> None:
-    """Raise UserError, with the reason, for a network that torchvision.models.alexnet cannot represent."""
+    """Raise UserError for a network that torchvision.models.alexnet cannot represent. The error names the reason."""
     if architecture.name != TORCHVISION.name:
         raise UserError(
             f"network {architecture.name}: torchvision's AlexNet has one column, other widths and no LRN. "
@@ -84,8 +85,8 @@ def from_torchvision_weights(
     """Return the weights of torchvision's state_dict as joined parameters, for images minus `mean_rgb` (grey levels).
 
     `normalization` is the normalization with which the weights were trained. Raises KeyError or ValueError if `state`
-    has a name that torchvision's AlexNet does not have, no conv1, or a conv1 without 3 input channels. The caller
-    checks all other names and shapes with AlexNet.load_joined_tensors.
+    has a name that torchvision's AlexNet does not have, or has no conv1 with 3 input channels. The caller checks all
+    other names and shapes with AlexNet.load_joined_tensors.
     """
     tensors = {name: tensor.double() for name, tensor in from_torchvision(state).items()}
     weight = tensors["conv1.weight"]
@@ -107,5 +108,5 @@ def _test_time_scale(recipe: Recipe, layer: str) -> float:
 
 
 def _per_channel(values: Sequence[float]) -> Tensor:
-    """Return float64 (3, 1, 1)."""
+    """Return the values as float64 (3, 1, 1)."""
     return torch.tensor(tuple(values), dtype=torch.float64).view(3, 1, 1)

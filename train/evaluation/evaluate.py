@@ -1,7 +1,7 @@
 """Top-1 error, top-5 error and loss over a split, of one network or of the averaged probabilities of several networks.
 
-A view is a crop of 224 px. An image has one view (the centre crop), ten views (section 4.1), or a dense grid of views:
-a crop at every 32 px of the central square (AlexNet.dense).
+A view is a crop of 224 px. An image has one view (the centre crop), ten views (section 4.1), or a dense grid of views.
+The dense grid has a crop at every 32 px of the central square (AlexNet.dense).
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ Z_95 = 1.959963984540054  # 0.975 quantile of the normal distribution
 
 
 def eval_batch_size(records: int, views: int, device: str) -> int:
-    """Return the number of images in an evaluation batch, at most `records`.
+    """Return the number of images in an evaluation batch, which is at most `records`.
 
     `views` is the number of views per image. A batch has at most 32 views on a CPU and 256 views on a GPU. 32 views fit
-    into a CPU's caches: an evaluation with batches of 32 views was 1.3 times as fast as with batches of 160 views. A
-    GPU needs larger batches for full speed.
+    into the caches of a CPU: an evaluation with batches of 32 views was 1.3 times as fast as with batches of 160 views.
+    A GPU needs larger batches for full speed.
     """
     return max(1, min(records, (32 if device == "cpu" else 256) // views))
 
@@ -39,8 +39,8 @@ def eval_batch_size(records: int, views: int, device: str) -> int:
 def wilson_interval(misses: int, images: int) -> tuple[float, float]:
     """Return the 95 % score interval (low, high), in 0..1, for an error rate of `misses` / `images` (Wilson 1927).
 
-    The images are regarded as a sample of a larger population. Unlike p ± 1.96·√(p(1 − p)/images) with
-    p = misses / images, the score interval is also valid for error rates near 0.
+    The images are regarded as a sample of a larger population. The usual interval p ± 1.96·√(p(1 − p)/images), with p =
+    misses / images, is wrong for error rates near 0. The score interval is valid there, too.
     """
     p, zz = misses / images, Z_95**2
     middle = (p + zz / (2 * images)) / (1 + zz / images)
@@ -63,7 +63,10 @@ class EvalResult:
 
     @property
     def misses(self) -> tuple[int, int]:
-        """Numbers of top-1 and top-5 misses: images whose label is not among the 1 (or 5) most probable classes."""
+        """Numbers of top-1 and top-5 misses.
+
+        A miss is an image whose label is not among the 1 (or 5) most probable classes.
+        """
         return round(self.top1_error * self.images), round(self.top5_error * self.images)
 
     @property
@@ -76,8 +79,8 @@ class EvalResult:
 def top_k_misses(scores: Tensor, labels: Tensor) -> Tensor:
     """Return the numbers of top-1 and top-5 misses, int64 (2,), for scores (N, classes) and labels (N,).
 
-    Among classes with equal scores, the class with the lower index ranks higher, as in argmax. (torch.topk leaves the
-    order of equal scores undefined.) If the score of an image's label is NaN, the image is a miss.
+    Among classes with equal scores, the class with the lower index ranks higher, as in argmax. torch.topk leaves the
+    order of equal scores undefined, so it is not used.) If the score of an image's label is NaN, the image is a miss.
     """
     of_label, classes = scores.gather(1, labels[:, None]), torch.arange(scores.shape[1], device=scores.device)
     not_above = (scores < of_label) | ((scores == of_label) & (classes >= labels[:, None]))  # (N, classes)
@@ -95,9 +98,9 @@ def evaluate(
 ) -> EvalResult:
     """Evaluate `network` on all images of `loader`.
 
-    The softmax is averaged over the views of an image (layer.cu:1809, section 4.1). If `probabilities`
-    is an array, float32 (images that `loader` serves, classes), the class probabilities are written into this array.
-    Afterwards the network is in the same mode (training or evaluation) as before.
+    The softmax is averaged over the views of an image (layer.cu:1809, section 4.1). If `probabilities` is an array,
+    float32 (images that `loader` serves, classes), the class probabilities are written into this array. After the
+    evaluation, the network is in the same mode (training or evaluation) as before.
 
     If `group` has several replicas, all ranks call this function with the same parameters. The loader of a rank serves
     the rank's part of the split (`shard` and `world_size` of eval_loader). The result is that of the whole split, and
@@ -144,9 +147,9 @@ def log_mean_softmax(logits: Tensor) -> Tensor:
 def average_probabilities(
     probabilities: Sequence[npt.NDArray[np.float32]], weights: Sequence[float] | None = None
 ) -> npt.NDArray[np.float64]:
-    """Return the weighted mean (N, classes) of the probabilities of several networks (paper: 5 or 7).
+    """Return the weighted mean (N, classes) of the probabilities of several networks.
 
-    The weights are divided by their sum. By default, all weights are equal.
+    The paper averages 5 or 7 networks. The weights are divided by their sum. By default, all weights are equal.
     """
     shares = np.ones(len(probabilities)) if weights is None else np.asarray(weights, np.float64)
     mean = np.zeros(probabilities[0].shape)

@@ -2,7 +2,7 @@
 
 For conv1 to fc7, the activations are the layer's output after the nonlinearity, but before normalization, pooling and
 the scaling of dropout. For fc8, the activations are the logits. `compute_activations` concatenates the activations of
-both columns, column 0 first, like the parameters in AlexNet.joined_tensors.
+both columns, column 0 first. The parameters in AlexNet.joined_tensors are concatenated in the same way.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from train.model.precision import autocast, set_precision
 
 @contextmanager
 def capture_activations(network: AlexNet, layers: Sequence[str]) -> Iterator[dict[str, list[Tensor]]]:
-    """A context in which each forward pass writes the activations of `layers` into the yielded dict.
+    """Return a context in which each forward pass writes the activations of `layers` into the yielded dict.
 
     The keys of the dict are the layers. Each value is a list with one tensor per column of the network. For fc8, the
     list has only one tensor. The tensor of a conv layer has shape (N, maps, height, width), and the tensor of a fully
@@ -48,7 +48,8 @@ def capture_activations(network: AlexNet, layers: Sequence[str]) -> Iterator[dic
 
     def make_hook(layer: str, column: int) -> Callable[[Any, Any, Tensor], None]:
         def hook(module: Any, inputs: Any, output: Tensor) -> None:
-            value = output.detach().clone()  # a copy, because the network's nonlinearity overwrites `output`
+            # This is a copy, because the nonlinearity of the network overwrites `output`.
+            value = output.detach().clone()
             value = value if layer == "fc8" else nonlinearity(value)
             if column == 0:
                 captured[layer].clear()
@@ -95,9 +96,9 @@ def iter_split_activations(
 ) -> Iterator[npt.NDArray[np.float32]]:
     """Yield a layer's activations for the centre crops of a split: one array per batch, in the order of the store.
 
-    Only the first `max_records` records are used (default: all). The first records are a random sample, because the
-    records of a store are sorted by a hash. Shows progress. Raises the errors of set_precision, eval_loader and
-    `capture_activations`.
+    Only the first `max_records` records are used; by default, all records are used. The first records are a random
+    sample, because the records of a store are sorted by a hash. Shows progress. Raises the errors of set_precision,
+    eval_loader and `capture_activations`.
     """
     device = str(network.devices[0])
     set_precision(precision, network.devices)
@@ -118,10 +119,10 @@ def iter_split_activations(
 def write_features(
     network: AlexNet, store: Store, split: str, layer: str, out: Path, precision: str = "fp32"
 ) -> tuple[int, ...]:
-    """Write a layer's activations for a split to the .npy file `out`, float32 (N, …); returns the shape of the array.
+    """Write a layer's activations for a split to the .npy file `out`, float32 (N, …). Returns the shape of the array.
 
     The text file `keys_path(out)` gets a line for each row of the array: key, class and source path, separated by tabs.
-    Raises UserError if a file cannot be written, and the errors of `iter_split_activations`.
+    Raises UserError if a file cannot be written. Also raises the errors of `iter_split_activations`.
     """
     check_extension(out, "--out", [".npy"], "features are written as")
     records, stored = store.split(split).records, Records(store, split)

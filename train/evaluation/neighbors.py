@@ -1,8 +1,8 @@
 """Nearest neighbors of an image: the training images with the nearest fc7 activations (figure 4, right).
 
 An index holds keys, labels and fc7 activations (of the centre crops) of the training images. The index for the
-checkpoint of step 232 is saved as `index-fc7-00000232.npz` in the run folder. A saved index is reused if checkpoint,
-training split, number of records and precision are as requested. Otherwise a new index replaces the saved index.
+checkpoint of step 232 is saved as `index-fc7-00000232.npz` in the run folder. A saved index is reused if it has the
+requested checkpoint, training split, number of records and precision. Otherwise, a new index replaces the saved index.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class NeighborIndex(NamedTuple):
 
     features: npt.NDArray[np.float32]  # (N, units)
     labels: npt.NDArray[np.int64]  # (N,)
-    keys: npt.NDArray[np.bytes_]  # (N,), 8 digits each
+    keys: npt.NDArray[np.bytes_]  # (N,), each key has 8 digits
 
 
 class Neighbor(NamedTuple):
@@ -50,9 +50,10 @@ def load_or_build_index(
     max_records: int = INDEX_RECORDS,
     precision: str = "fp32",
 ) -> NeighborIndex:
-    """Return the index of a checkpoint, of at most `max_records` records, from the run folder or newly built.
+    """Return the index of a checkpoint, with at most `max_records` records.
 
-    Raises the errors of eval_loader, and UserError if the index cannot be written.
+    The index comes from the run folder, or is newly built. Raises the errors of eval_loader. Also raises UserError if
+    the index cannot be written.
     """
     path = run_dir / f"index-{LAYER}-{checkpoint.step:08d}.npz"
     records = min(max_records, store.split("train").records)
@@ -62,7 +63,8 @@ def load_or_build_index(
         features, filled = np.empty((records, 0), np.float32), 0
         for batch in iter_split_activations(network, store, "train", LAYER, records, precision):
             if not filled:
-                features = np.empty((records, batch.shape[1]), np.float32)  # allocated only once, to save memory
+                # This array is allocated only once, to save memory.
+                features = np.empty((records, batch.shape[1]), np.float32)
             features[filled : filled + len(batch)] = batch
             filled += len(batch)
         stored = Records(store, "train")
@@ -80,13 +82,16 @@ def load_or_build_index(
 
 
 def _read_index(path: Path, about: str) -> NeighborIndex | None:
-    """Return the saved index. None if the file is missing or damaged, or if the file's `about` text differs."""
+    """Return the saved index.
+
+    Returns None if the file is missing or damaged, or if the `about` text in the file differs.
+    """
     try:
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
             if str(arrays["about"]) != about:
                 return None
             return NeighborIndex(arrays["features"], arrays["labels"], arrays["keys"])
-    except Exception:  # damage in a .npz file can raise any exception of NumPy, zipfile and zlib
+    except Exception:  # for a damaged .npz file, NumPy, zipfile and zlib can raise any exception
         return None
 
 
@@ -99,7 +104,7 @@ def nearest_neighbors(index: NeighborIndex, queries: npt.NDArray[np.float32], co
 
     count = min(count, len(index.labels))
     search = NearestNeighbors(n_neighbors=count, algorithm="brute").fit(index.features)
-    distances, records = search.kneighbors(queries)  # (Q, count) each
+    distances, records = search.kneighbors(queries)  # both arrays have the shape (Q, count)
     return [
         [
             Neighbor(int(record), index.keys[record].decode(), int(index.labels[record]), float(distance))

@@ -22,7 +22,7 @@ from train.model.precision import autocast, set_precision
 
 @dataclass(frozen=True)
 class TopPredictions:
-    """Class indices and their probabilities, the most probable class first."""
+    """Class indices and their probabilities. The most probable class comes first."""
 
     labels: list[int]
     probabilities: list[float]
@@ -61,10 +61,11 @@ def image_features(
 def load_photographs(
     paths: Sequence[Path], transform: EvalTransform, max_pixels: int = MAX_PIXELS
 ) -> Iterator[tuple[Path, Pixels | UserError]]:
-    """Yield (path, central square) of photographs, prepared like the images of the training store.
+    """Yield (path, central square) of photographs that are preprocessed like the images of the training store.
 
-    For a file that cannot be used, yields (path, error). No file ends the loop. Prints a message if a file has an EXIF
-    orientation other than 1, which alexprep does not apply to training images either, or if its decoder warns.
+    If a file cannot be used, yields (path, error) for this file. No file ends the loop. Prints a message if a file has
+    an EXIF orientation other than 1, or if its decoder warns. alexprep does not apply the EXIF orientation to training
+    images either.
     """
     for path, photograph in read_photographs(paths, transform.settings, max_pixels):
         if isinstance(photograph, UserError):
@@ -78,7 +79,7 @@ def load_photographs(
 
 
 def report_bad_photograph(path: Path, error: UserError, count: int, as_json: bool) -> None:
-    """Print the error for one of `count` photographs; raises the error if there is only one photograph."""
+    """Print the error for one of `count` photographs. If there is only one photograph, raise the error instead."""
     if as_json:
         print_json({"image": str(path), "error": str(error)})
     if count == 1:
@@ -87,6 +88,6 @@ def report_bad_photograph(path: Path, error: UserError, count: int, as_json: boo
 
 
 def refuse_bad_photographs(errors: Sequence[UserError], count: int) -> None:
-    """Raise UserError if any of `count` photographs could not be used; `errors` have been printed."""
+    """Raise UserError if any of `count` photographs could not be used. The `errors` have already been printed."""
     if errors:
         raise UserError(f"{len(errors):,} of {count_noun(count, 'photograph')} could not be read; see the lines above.")

@@ -1,8 +1,9 @@
 """Class probabilities of all images of a split, saved as .npz. Also the log of evaluations.
 
-A saved file is a NumPy .npz file without pickles. The arrays `probabilities` float32 (N, classes), `labels` int64 (N,),
-and `keys` (N,), 8 digits each, have one row per image, in the order of the store. `about` is a JSON text with the keys
-run, step, checkpoint (the checkpoint's digest, a SHA-256), split, split_fingerprint, views, precision and classes.
+A saved file is a NumPy .npz file without pickles. The arrays have one row for each image, in the order of the store:
+`probabilities` float32 (N, classes), `labels` int64 (N,), and `keys` (N,) of 8 digits. `about` is a JSON text with the
+keys run, step, checkpoint, split, split_fingerprint, views, precision and classes. The value of checkpoint is the
+digest of the checkpoint, a SHA-256.
 
 `evaluations.jsonl` in the run folder has one line for each evaluation.
 """
@@ -99,12 +100,12 @@ def predict_split(
 
     views             1, 10 or DENSE
     run               name of the run, saved in `about`
-    service           service that decodes the images, as for eval_loader; None: this process decodes the images
+    service           the service that decodes the images, as for eval_loader; None: this process decodes the images
     service_fallback  what happens if the service is lost, as for eval_loader
     group             replicas, of which each evaluates its part of the split. On all ranks but rank 0, the returned
                       Predictions hold no images
 
-    Rank 0 shows progress: that of its own part. Raises the errors of `evaluate` and eval_loader.
+    Rank 0 shows progress: that of its own part. Raises the errors of `evaluate` and of eval_loader.
     """
     device = str(network.devices[0])
     set_precision(precision, network.devices)
@@ -174,7 +175,10 @@ def check_same_images(names: Sequence[str], members: Sequence[Predictions]) -> N
 
 
 def _difference_text(value: Any, other: Any) -> str:
-    """A value of `about` for an error: a list as its length and the first item that `other` does not have."""
+    """Return a value of `about` for an error message.
+
+    A list is shown as its length and the first item that `other` lacks.
+    """
     if not isinstance(value, list):
         return str(value)[:40]
     first = next((item for item in value if item not in (other or ())), None)
@@ -201,7 +205,7 @@ def parse_weights(text: str | None, members: int) -> list[float] | None:
 
 
 def views_text(views: int | str | None) -> str:
-    """Return the text for a value of `about["views"]`; None: an average over networks with different views."""
+    """Return the text for a value of `about["views"]`. None means an average over networks with different views."""
     return {1: "centre view", 10: "ten views", DENSE: "dense windows", None: "different views"}[views]
 
 
@@ -215,9 +219,10 @@ def record_evaluation(run_dir: Path, about: Mapping[str, Any], result: EvalResul
 
 
 def read_evaluations(run_dir: Path) -> list[dict[str, Any]]:
-    """Return the lines of evaluations.jsonl. Of several evaluations of the same kind, only the last is returned.
+    """Return the lines of evaluations.jsonl.
 
-    Two evaluations are of the same kind if step, content of the split (its fingerprint), views and precision are equal.
+    If several evaluations are of the same kind, only the last one is returned. Evaluations are of the same kind if
+    their step, views and precision and the fingerprint of their split are equal.
     """
     path = run_dir / _EVALUATIONS
     if not path.exists():
@@ -226,7 +231,7 @@ def read_evaluations(run_dir: Path) -> list[dict[str, Any]]:
     for text in path.read_text().splitlines():
         try:
             line = json.loads(text)
-        except ValueError:  # the line is incomplete because the process was killed
+        except ValueError:  # a line is incomplete if the process was killed while writing it
             continue
         lines[line["step"], line["split_fingerprint"], str(line["views"]), line["precision"]] = line
     return [lines[key] for key in sorted(lines)]

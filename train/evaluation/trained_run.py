@@ -74,9 +74,9 @@ class TrainedRun:
     def predictions(self, split: str) -> Predictions:
         """Return the class probabilities for the centre crops of a split, from a file in the run folder.
 
-        For step 232 and the split val, the file is `scores-val-00000232.npz`. If no file for this checkpoint,
-        split and precision exists, the probabilities are computed and saved, and the result is added to
-        evaluations.jsonl. The new file replaces all older files for the split.
+        For step 232 and the split val, the file is `scores-val-00000232.npz`. If there is no file for this checkpoint,
+        split and precision, the probabilities are computed and saved, and the result is added to evaluations.jsonl. The
+        new file replaces all older files for this split.
         """
         store = self.require_store(split)
         path = self.run_dir / f"scores-{split}-{self.checkpoint.step:08d}.npz"
@@ -90,7 +90,7 @@ class TrainedRun:
             if all(saved.about.get(key) == value for key, value in expected.items()):
                 return saved
         except UserError:
-            pass  # the file is missing or damaged: the predictions are computed below
+            pass  # the file is missing or damaged, so the predictions are computed below
         result, predictions = predict_split(
             self.network, self.checkpoint, store, split, 1, self.precision, str(self.run_dir)
         )

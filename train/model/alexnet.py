@@ -16,9 +16,9 @@ Shapes, per column, for N images:
     conv5  (N, 128, 13, 13)   3×3, padding 1          pool5 (N, 128, 6, 6)
     fc6, fc7  (N, 2048)       see both columns        fc8   (N, classes), on column 0's device, sees both columns
 
-Architecture.padding_px explains why conv1 has 55 output rows for an image of 224 px. Pooling rounds the size of its
-output down. Pooling windows of 2 px and of 3 px therefore give maps of the same size. The comparison of both window
-sizes in section 3.4 needs maps of the same size.
+Architecture.padding_px explains why conv1 has 55 rows of outputs for an image of 224 px. Pooling rounds the size of its
+output down. Pooling windows of 2 px and of 3 px therefore give maps of the same size. Section 3.4 of the paper compares
+both window sizes, which requires maps of the same size.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ class AlexNet(nn.Module):
 
     classes       number of classes
     recipe        gives activation, normalization, pooling, crossing, dropout, initialization and input_divisor
-    devices       device of column 0 and device of column 1, possibly equal; a network of one column ignores the second
+    devices       device of column 0 and device of column 1, which may be equal; a network of one column ignores the
+                  second
     architecture  columns and layer widths
 
     Raises ValueError unless there are two devices, or as many devices as columns.
@@ -74,7 +75,7 @@ class AlexNet(nn.Module):
             column.to_empty(device=device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's type stubs lack this overload
         self.fc8.to_empty(device=self.devices[0])
         self._fused = FusedNetwork(self._columns, self.fc8, recipe, architecture, self.devices)
-        self.layer_by_layer = False  # True: call each layer as a module, with its forward hooks, also on a GPU
+        self.layer_by_layer = False  # whether each layer is called as a module, with its forward hooks, also on a GPU
         if self.devices[0].type != "meta":
             initialize(self)
 
@@ -88,10 +89,11 @@ class AlexNet(nn.Module):
         self._replicas = self._fused.replicas = group
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits (N, classes) for float32 images (N, 3, 224, 224) on any device, with pixels 0..255 minus the mean.
+        """Return logits (N, classes) for float32 images (N, 3, 224, 224) on any device, with pixels 0..255 minus the
+        mean.
 
-        With a convolutional architecture, `forward` also accepts larger images, for which it returns the result of
-        `dense`. Raises ValueError for any other shape.
+        With a convolutional architecture, `forward` also accepts larger images. It then returns the result of `dense`.
+        Raises ValueError for images of any other shape.
         """
         if self.architecture.convolutional:
             logits = self.dense(images)
@@ -103,10 +105,11 @@ class AlexNet(nn.Module):
         return self._fully_connected([maps.flatten(1) for maps in self._convolutional(images)])
 
     def dense(self, images: Tensor) -> Tensor:
-        """Logits (N, classes, rows, columns) of all crops of 224 px, at a stride of 32 px, for images (N, 3, H, W).
+        """Return logits (N, classes, rows, columns) of all crops of 224 px, at a stride of 32 px, for images (N, 3, H,
+        W).
 
-        Images of 256 px give 2 × 2 crops. At the edge of a crop the layers see the adjacent pixels of the image instead
-        of zero padding. The logits are therefore close, but not equal, to the logits of `forward` for each crop
+        Images of 256 px give 2 × 2 crops. At the edge of a crop, the layers see the adjacent pixels of the image
+        instead of zero padding. The logits are therefore close, but not equal, to the logits of `forward` for each crop
         alone. Raises ValueError for images smaller than 224 px.
         """
         if images.dim() != 4 or images.shape[1] != 3 or min(images.shape[2:]) < CROP_PX:
@@ -115,7 +118,9 @@ class AlexNet(nn.Module):
         return self._fully_connected(self._fused.maps(images) if fused else self._convolutional(images))
 
     def cross(self, halves: Sequence[Tensor], receivers: Sequence[torch.device] | None = None) -> list[Tensor]:
-        """Return the activations of both columns, joined along dim 1 with column 0 first: one tensor for each receiver.
+        """Return the activations of both columns, joined along dim 1 with column 0 first.
+
+        There is one tensor for each receiver.
 
         receivers  devices that need the joined tensor; None: the device of each column
 
@@ -125,12 +130,12 @@ class AlexNet(nn.Module):
         return join_on_devices(halves, receivers or self.devices)
 
     def joined_tensors(self, part: Callable[[nn.Parameter], Tensor] = lambda p: p.detach()) -> dict[str, Tensor]:
-        """Return the joined parameters of both columns, by name, on the CPU, whatever the devices of the columns.
+        """Return the joined parameters of both columns by name.
 
-        `conv2.weight` has the shape (256, 48, 5, 5) of a convolution with two groups; `fc6.weight` has the shape
-        (4096, 9216).
+        They are on the CPU, whatever the devices of the columns. `conv2.weight` has the shape (256, 48, 5, 5) of a
+        convolution with two groups; `fc6.weight` has the shape (4096, 9216).
 
-        part  function of a parameter that returns the tensor to join: the parameter, its gradient or its velocity
+        part  function that maps a parameter to the tensor to join: the parameter itself, its gradient or its velocity
         """
         by_name = self.parameters_by_joined_name()
         return {name: torch.cat([part(p).cpu() for p in parameters]) for name, parameters in by_name.items()}
@@ -138,7 +143,7 @@ class AlexNet(nn.Module):
     def load_joined_tensors(
         self, tensors: Mapping[str, Tensor], part: Callable[[nn.Parameter], Tensor] = lambda p: p.detach()
     ) -> None:
-        """Copy joined tensors into the columns. This is the inverse of joined_tensors, with the same `part`.
+        """Copy joined tensors into the columns. With the same `part`, this is the inverse of joined_tensors.
 
         Raises ValueError if a name or a shape differs from the result of joined_tensors.
         """
@@ -157,7 +162,8 @@ class AlexNet(nn.Module):
                 part(parameter).copy_(piece)
 
     def parameters_by_joined_name(self) -> dict[str, list[nn.Parameter]]:
-        """Return the parameters that make up each joined tensor: one per column, or a single one for fc8.
+        """Return the parameters that make up each joined tensor: one parameter for each column, or a single one for
+        fc8.
 
         The keys are the names of the joined tensors, such as `conv1.weight`.
         """
@@ -166,7 +172,7 @@ class AlexNet(nn.Module):
         return {**by_name, **{f"fc8.{name}": [parameter] for name, parameter in self.fc8.named_parameters()}}
 
     def to(self, *args: object, **kwargs: object) -> AlexNet:
-        """Raise TypeError: a single device would override the device of each column."""
+        """Raise TypeError, because a single device would override the device of each column."""
         raise TypeError(
             "an AlexNet cannot be moved, because each column has a device of its own. Create an AlexNet with other "
             "devices, and load the joined_tensors() of this one with load_joined_tensors."
@@ -177,7 +183,10 @@ class AlexNet(nn.Module):
         return [column for column in self.columns if isinstance(column, Column)]
 
     def _uses_fused_kernels(self, images: Tensor) -> bool:
-        """Return True if train/model/gpu computes the layers: on GPUs with Triton, unless `layer_by_layer`."""
+        """Return True if train/model/gpu computes the layers.
+
+        This is the case on GPUs with Triton, unless `layer_by_layer`.
+        """
         if self.layer_by_layer or torch.compiler.is_compiling() or images.requires_grad:
             return False
         widths, columns = self.architecture.widths, self.architecture.columns
@@ -203,14 +212,14 @@ class AlexNet(nn.Module):
         return logits
 
     def _visible(self, halves: list[Tensor]) -> list[Tensor]:
-        """Input of conv3, fc6 or fc7 for each column.
+        """Return the input of conv3, fc6 or fc7 for each column.
 
-        If the recipe has crossings, each column sees both halves, joined; otherwise each column sees its own half.
+        If the recipe has crossings, each column sees both halves, joined. Otherwise each column sees only its own half.
         """
         return self.cross(halves) if self.recipe.crossing else halves
 
     def _inputs(self, images: Tensor) -> list[Tensor]:
-        """Return the images for each column, divided by input_divisor and padded, on the column's device."""
+        """Return the images for each column, divided by input_divisor and padded, on the device of the column."""
         padding = (*self.architecture.padding_px(images.shape[3]), *self.architecture.padding_px(images.shape[2]))
         by_device: dict[torch.device, Tensor] = {}
         for device in self.devices:
@@ -247,15 +256,19 @@ class AlexNet(nn.Module):
         return self.recipe.lrn if self.architecture.normalised else None
 
     def _activation(self, x: Tensor) -> Tensor:
-        """Apply the nonlinearity in place. This is safe: no backward pass needs the values that are overwritten."""
+        """Apply the nonlinearity in place.
+
+        This is safe, because no backward pass needs the values that are overwritten.
+        """
         return ACTIVATION_FUNCTIONS[self.recipe.activation](x)
 
     def _pool(
         self, x: Tensor, norm: Lrn | None = None, active_before: bool = False, active_after: bool = False
     ) -> Tensor:
-        """Activation if `active_before`, normalization if `norm`, pooling, activation if `active_after`, in this order.
+        """Apply the activation if `active_before`, normalization if `norm`, pooling, and the activation if
+        `active_after`.
 
-        max_pool applies ReLU; this method applies the other activations.
+        max_pool applies ReLU. This method applies the other activations.
         """
         relu = self.recipe.activation == "relu"
         if active_before and not relu:
@@ -295,7 +308,8 @@ def initialize(network: AlexNet) -> None:
 
 
 def from_torchvision(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return torchvision's state_dict, renamed for load_joined_tensors of the architecture `torchvision`.
+    """Return torchvision's state_dict with the names that load_joined_tensors of the architecture `torchvision`
+    expects.
 
     The weights expect (RGB / 255 − mean) / std as input, with torchvision's mean and std of each channel. The data
     pipeline of this project gives RGB − mean instead. Raises KeyError for a name that is not in torchvision's AlexNet.

@@ -28,7 +28,7 @@ typedef struct {
 } pool_params;
 
 #define POOLED(n) (((n) - 3) / 2 + 1)
-#define NO_GRADIENT 9 /* stored instead of an argmax (0 to 8) where ReLU lets no gradient through */
+#define NO_GRADIENT 9 /* stored instead of an argmax (0 to 8) if ReLU lets no gradient through */
 
 INLINE float positive(float x) { return x < 0 ? 0 : x; } /* NaN stays NaN */
 
@@ -74,7 +74,7 @@ INLINE void normalize_with_reach(const float *restrict x, int64_t count, norm_pa
 
 /* Forward pass for `count` positions. `squares` has the layout of PADDED(count), with zero padding. */
 INLINE void normalize(const float *x, int64_t count, norm_params norm, float *squares, float *out) {
-    if (norm.reach == 2) /* a constant, so that window_sum has no loop */
+    if (norm.reach == 2) /* a constant, so that window_sum needs no loop */
         normalize_with_reach(x, count, norm, 2, squares, out);
     else
         normalize_with_reach(x, count, norm, norm.reach, squares, out);

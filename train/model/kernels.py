@@ -2,8 +2,8 @@
 sums of squares.
 
 `native` is a NativeKernels object, or None if the kernels could not be compiled or are switched off (prep/compiled.py).
-lrn.py, pooling.py and train/optim fall back to equivalent PyTorch operators if `native` is None, on a GPU, and for
-types other than float32. The work is divided among as many threads as PyTorch uses. The result is bit-identical for any
+If `native` is None, on a GPU, and for types other than float32, lrn.py, pooling.py and train/optim use equivalent
+PyTorch operators. The work is divided among as many threads as PyTorch uses. The results have the same bits for any
 number of threads.
 """
 
@@ -26,7 +26,7 @@ _UPDATE_BLOCK = 1 << 16  # number of parameters in a block; each thread updates,
 
 
 class NormParams(ctypes.Structure):
-    """Parameters of b = a · (k + α Σ a²)^−¾, with a = max(x, 0) if `relu`, else a = x.
+    """Parameters of b = a · (k + α Σ a²)^−¾, with a = max(x, 0) if `relu`, and otherwise a = x.
 
     The sum is over a map and the `reach` maps on either side of it.
     """
@@ -43,12 +43,12 @@ class NormParams(ctypes.Structure):
         super().__init__(maps, min(size // 2, maps - 1), relu, alpha, k)
 
     def padded(self, positions: int) -> int:
-        """Length, in values, of a buffer for `positions` positions, with zeros before, between and after positions."""
+        """Return the length of a buffer for `positions` positions, with zeros before, between and after them."""
         return int(self.reach + positions * (self.maps + self.reach))
 
 
 class PoolParams(ctypes.Structure):
-    """Parameters of 3 × 3 max-pooling with stride 2. If `normalize`, normalization comes first."""
+    """Parameters of 3 × 3 max-pooling with stride 2. If `normalize` is true, normalization comes first."""
 
     _fields_ = (
         ("rows", ctypes.c_int64),
@@ -81,7 +81,7 @@ class NativeKernels:
             function.restype = None
 
     def norm(self, x: Tensor, norm: NormParams) -> Tensor:
-        """Local response normalization of x."""
+        """Return the local response normalization of x."""
         out = torch.empty_like(x)
 
         def work(first: int, end: int) -> None:
@@ -111,8 +111,8 @@ class NativeKernels:
     def pool(self, x: Tensor, pool: PoolParams, norm: NormParams) -> tuple[Tensor, Tensor]:
         """Apply ReLU, normalization and max-pooling to x, as the parameters `norm` and `pool` specify.
 
-        Returns the pooled maps, and a uint8 tensor of the same shape: the index 0 to 8 of each maximum in its window,
-        or 9 where the ReLU after pooling has the gradient 0.
+        Returns the pooled maps, and a uint8 tensor of the same shape. It has the index 0 to 8 of each maximum in its
+        window, or 9 where the ReLU after pooling has the gradient 0.
         """
         images, maps, rows, columns = x.shape
         out, argmax = (
@@ -154,7 +154,10 @@ class NativeKernels:
         return out
 
     def update(self, w: Tensor, v: Tensor, g: Tensor, momentum: float, lr: float, decay: float) -> None:
-        """v ← momentum · v − lr · decay · w − lr · g, then w ← w + v, for float32 tensors in the same dense layout."""
+        """Compute v ← momentum · v − lr · decay · w − lr · g, then w ← w + v.
+
+        The tensors are float32 and have the same dense layout.
+        """
 
         def work(first: int, end: int) -> None:
             pointers = (tensor.data_ptr() + 4 * _UPDATE_BLOCK * first for tensor in (w, v, g))
@@ -179,7 +182,7 @@ class NativeKernels:
 
 
 def run_in_threads(items: int, work: Callable[[int, int], None]) -> None:
-    """Divide range(items) among as many threads as torch uses; each thread calls work(first, end) for its part.
+    """Divide range(items) among as many threads as torch uses. Each thread calls work(first, end) for its part.
 
     The calling thread is one of the threads.
     """
@@ -194,15 +197,16 @@ def run_in_threads(items: int, work: Callable[[int, int], None]) -> None:
 
 
 def _address(x: Tensor, position: int) -> int:
-    """Memory address of the first channel at a position of x, a tensor in channels-last layout."""
+    """Return the memory address of the first channel at a position of x, a tensor in channels-last layout."""
     return x.data_ptr() + 4 * position * x.shape[1]
 
 
 def is_correct(kernels: NativeKernels) -> bool:
     """Return True if the kernels give the same results as float64 PyTorch operators on small tensors.
 
-    The two calls of _is_correct_for test every function, windows that are clipped at the first and last map, numbers of
-    maps that are not a multiple of the vector length, ReLU before normalization and ReLU after pooling.
+    The two calls of _is_correct_for test every function. The tests cover windows that are clipped at the first and last
+    map, numbers of maps that are not a multiple of the vector length, ReLU before normalization, and ReLU after
+    pooling.
     """
     return _is_correct_for(kernels, 44, 5, (6, 7), True, False) and _is_correct_for(kernels, 9, 7, (5, 8), False, True)
 
@@ -226,7 +230,7 @@ def _is_correct_for(
         gradient = grad * s**-0.75 - 1.5 * alpha * a * window_sum(grad * a * s**-1.75)
         return gradient.masked_fill(x <= 0, 0) if relu else gradient
 
-    maxima, index = b.unfold(2, 3, 2).unfold(3, 3, 2).flatten(4).max(4)  # max over the 9 values of each window
+    maxima, index = b.unfold(2, 3, 2).unfold(3, 3, 2).flatten(4).max(4)  # maximum over the 9 values of each window
     rows, columns = maxima.shape[2:]
     pooled_grad = grad[:, :, :rows, :columns].contiguous(memory_format=torch.channels_last)
     at = (2 * torch.arange(rows)[:, None] + index // 3) * area[1] + 2 * torch.arange(columns) + index % 3

@@ -12,7 +12,7 @@ from train.config.architecture import Widths
 from train.config.recipe import Recipe
 from train.replicas.group import ALONE, ReplicaGroup
 
-POOLED_PX = 6  # number of rows, and of columns, of pool5's maps for an image of 224 px
+POOLED_PX = 6  # number of rows of pool5's maps for an image of 224 px; the number of columns is the same
 ACTIVATION_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {  # these functions change their argument in place
     "relu": torch.relu_,
     "tanh": torch.tanh_,
@@ -23,7 +23,7 @@ ACTIVATION_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {  # these functio
 class FullyConnected(nn.Linear):
     """A fully-connected layer that can also slide over feature maps, as a `side` × `side` convolution.
 
-    weight (units, maps · side²). Input (N, maps · side²) gives (N, units); input (N, maps, rows, columns) gives
+    weight (units, maps · side²). An input (N, maps · side²) gives (N, units). An input (N, maps, rows, columns) gives
     (N, units, rows − side + 1, columns − side + 1).
     """
 
@@ -41,8 +41,8 @@ class FullyConnected(nn.Linear):
 class Column(nn.Module):
     """The layers of one column: all layers except fc8.
 
-    w        widths of this column's layers
-    visible  number of columns whose activations conv3, fc6 and fc7 of this column get: all, or 1 without crossings
+    w        widths of the layers of this column
+    visible  number of columns whose activations conv3, fc6 and fc7 of this column receive: all, or 1 without crossings
     """
 
     def __init__(self, w: Widths, visible: int) -> None:

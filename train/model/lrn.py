@@ -13,8 +13,8 @@ There are three implementations. Each implementation can apply a ReLU first, and
     gpu/            Triton kernels for a GPU, if Triton is installed and works (see gpu/fault.py)
     _LrnOperators   PyTorch operators, for all other cases; the tests compare the other implementations with this class
 
-torch.export cannot trace C kernels, and converts in-place additions to scatter operations. Exported networks therefore
-use `_traceable`.
+torch.export cannot trace C kernels. It also converts in-place additions to scatter operations. Exported networks
+therefore use `_traceable`.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def local_response_norm(x: Tensor, size: int, alpha: float, beta: float, k: floa
     alpha  factor of the sum of squares; the sum is not divided by `size`
 
     Values of float16 and bfloat16 are squared and summed in float32. The result can be differentiated only once. Raises
-    ValueError unless `size` is odd and positive and x has four dimensions.
+    ValueError unless `size` is odd and positive, and x has four dimensions.
     """
     check_window_size(size)
     if x.dim() != 4:
@@ -72,7 +72,7 @@ def can_use_kernels(x: Tensor, beta: float) -> bool:
 
 
 def channels_last(x: Tensor) -> Tensor:
-    """x converted to channels-last layout, which kernels.c needs. Returns x itself if it has this layout already."""
+    """Return x in channels-last layout, which kernels.c needs. If x already has this layout, returns x itself."""
     return x.contiguous(memory_format=torch.channels_last)
 
 
@@ -107,8 +107,8 @@ class _LrnOperators(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None, None]:
-        # If i is in the window of j: db_j/da_i = s_j^−β [i = j] − 2αβ a_i a_j s_j^−(β+1), else 0.
-        # i is in the window of j exactly if j is in the window of i.
+        # If i is in the window of j, db_j/da_i = s_j^−β [i = j] − 2αβ a_i a_j s_j^−(β+1); otherwise it is 0. i is in
+        # the window of j exactly if j is in the window of i.
         (x,) = ctx.saved_tensors
         size, alpha, beta, k, relu = ctx.constants
         a = _activations(x, relu)
@@ -131,12 +131,12 @@ def _negative_power(s: Tensor, beta: float) -> Tensor:
     """s^−β."""
     if beta == 0.75:
         root = s.rsqrt()
-        return root.sqrt().mul_(root)  # s^−¼ · s^−½
+        return root.sqrt().mul_(root)  # this is s^−¼ · s^−½
     return s.pow(-beta)
 
 
 def _traceable(a: Tensor, window: tuple[int, int, int], alpha: float, beta: float, k: float) -> Tensor:
-    """a · (k + α Σ a²)^−β, computed by average pooling, for torch.export.
+    """Return a · (k + α Σ a²)^−β, computed by average pooling, for torch.export.
 
     window  numbers of maps, rows and columns over which the sum extends, all odd
     """
@@ -160,10 +160,10 @@ def _window_sum(x: Tensor, size: int) -> Tensor:
 def within_map_norm(x: Tensor, size: int, alpha: float, beta: float, k: float) -> Tensor:
     """Normalize x (N, C, H, W) by the squares in a `size` × `size` neighborhood within each map.
 
-    Beyond the edge of a map the squares are 0. The released net #145 has this normalization after layer 2's
+    Beyond the edge of a map, the squares are 0. The released net #145 has this normalization in layer 2, after the
     normalization across maps (layers-145.cfg: cnorm2, of type rnorm). The paper does not mention this normalization.
-    Only x is saved for the backward pass. The result can be differentiated only once. Raises ValueError unless
-    `size` is odd and positive.
+    Only x is saved for the backward pass. The result can be differentiated only once. Raises ValueError unless `size`
+    is odd and positive.
     """
     check_window_size(size)
     if torch.compiler.is_compiling():

@@ -11,7 +11,7 @@ from torch import nn
 
 @contextmanager
 def evaluation_mode(network: nn.Module) -> Iterator[None]:
-    """A context in which the network is in evaluation mode and no gradients are recorded.
+    """Return a context in which the network is in evaluation mode and no gradients are recorded.
 
     On exit, also after an exception, all modules of the network get the mode that the network had before.
     """

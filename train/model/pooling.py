@@ -1,9 +1,9 @@
 """Max-pooling with stride 2 (section 3.4 of the paper). On a CPU, ReLU and normalization are fused with the pooling.
 
 Windows of 3 px overlap. On a CPU, memory access takes more time than arithmetic. kernels.c therefore computes ReLU,
-normalization and pooling in one pass over memory. For the backward pass, one byte per pooled value is saved; the input
-is saved only if there is a normalization. If kernels.c cannot be used, PyTorch operators are applied one after the
-other.
+normalization and pooling in one pass over memory. For the backward pass, one byte is saved for each pooled value. The
+input is saved only if there is a normalization. If kernels.c cannot be used, PyTorch operators are applied one after
+the other.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from train.model.lrn import can_use_kernels, channels_last, check_window_size, l
 def max_pool(
     x: Tensor, norm: Lrn | None = None, relu_before: bool = False, relu_after: bool = False, size_px: int = 3
 ) -> Tensor:
-    """ReLU if `relu_before`, normalization if `norm`, max-pooling, ReLU if `relu_after`, in this order.
+    """Apply ReLU if `relu_before`, normalization if `norm`, max-pooling, and ReLU if `relu_after`, in this order.
 
-    x (N, C, H, W) with H, W ≥ size_px gives (N, C, (H − size_px) // 2 + 1, (W − size_px) // 2 + 1). If
-    several values of a window equal the maximum, the first of them gets the gradient, as in PyTorch. If kernels.c or a
+    x (N, C, H, W) with H, W ≥ size_px gives (N, C, (H − size_px) // 2 + 1, (W − size_px) // 2 + 1). If several values
+    of a window equal the maximum, the first of these values gets the gradient, as in PyTorch. If kernels.c or a
     normalization is used, the result can be differentiated only once.
     """
     if norm is not None:

@@ -7,8 +7,8 @@
             gradients, velocities, sums of the local response normalization, softmax and loss are float32
 
 PyTorch has two switches for TF32 on a GPU: one for convolutions, on by default, and one for matrix products, off by
-default. These defaults match neither fp32 nor tf32. If a GPU is used, set_precision therefore sets both switches. The
-switches apply to the whole process.
+default. Neither fp32 nor tf32 corresponds to these defaults. If a GPU is used, set_precision therefore sets both
+switches. The switches apply to the whole process.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def set_precision(precision: str, devices: Sequence[str | torch.device]) -> None
                 f"{'.'.join(map(str, torch.cuda.get_device_capability(device)))}; bfloat16 needs 8.0 or higher. "
                 "Pass --precision fp32."
             )
-    # Without a GPU the switches are not set, because torch.export fails after `fp32_precision` has been set.
+    # The switches are not set without a GPU, because torch.export fails after `fp32_precision` has been set.
     if any(torch.device(device).type == "cuda" for device in devices):
         _set_tf32(precision == "tf32")
 
@@ -61,7 +61,7 @@ def default_precision(recipe_name: str, devices: Sequence[str | torch.device]) -
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[object]:
     """Return the context manager for the forward pass and the loss.
 
-    Run the backward pass outside of the context: autograd then uses the same dtypes as in the forward pass.
+    Run the backward pass outside of the context. Autograd then uses the same dtypes as in the forward pass.
     """
     if precision != "bf16":
         return nullcontext()
@@ -70,7 +70,7 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager[obj
 
 def _set_tf32(on: bool) -> None:
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    if hasattr(matmul, "fp32_precision"):  # torch 2.9 and later, which warn if `allow_tf32` is used
+    if hasattr(matmul, "fp32_precision"):  # torch 2.9 and later warn if `allow_tf32` is used
         matmul.fp32_precision = mode = "tf32" if on else "ieee"
         cudnn.conv.fp32_precision = mode  # type: ignore[attr-defined]  # torch's type stubs lack `conv`
     else:

@@ -20,15 +20,15 @@ from train.model.alexnet import AlexNet
 
 @dataclass(frozen=True)
 class LayerRow:
-    """One row of the table, for one layer. `neurons`, `parameters` and `multiply_adds` are sums over the columns."""
+    """One row of the table, for one layer. `neurons`, `parameters` and `multiply_adds` are sums over both columns."""
 
     layer: str
-    columns: int  # number of columns that share the layer; 1 for fc8, which is computed on column 0's device
-    output_per_column: tuple[int, ...]  # shape of one column's output, without the batch dimension
+    columns: int  # number of columns that share the layer; 1 for fc8, which is computed on the device of column 0
+    output_per_column: tuple[int, ...]  # shape of the output of one column, without the batch dimension
     sees: str  # source of the input: "image", "own column" or "both columns"; "all" in a network of one column
     neurons: int
     parameters: int
-    multiply_adds: int  # for one image
+    multiply_adds: int  # number of multiply-adds for one image
 
 
 def summarize(classes: int, architecture: Architecture = ALEXNET, recipe: Recipe = PAPER) -> list[LayerRow]:
@@ -82,7 +82,7 @@ def summary_json(classes: int, devices: tuple[str, str], architecture: Architect
 
 
 def size_text(rows: Sequence[LayerRow], classes: int) -> str:
-    """Return the number of parameters of a network: `58,285,954 parameters for 10 classes`."""
+    """Return a text with the number of parameters of a network: `58,285,954 parameters for 10 classes`."""
     parameters = sum(row.parameters for row in rows)
     return f"{count_noun(parameters, 'parameter')} for {count_noun(classes, 'class', 'classes')}"
 

@@ -23,8 +23,8 @@ class RunLength(NamedTuple):
 
     steps_per_epoch: int
     steps: int  # total number of steps of the run
-    batch_size: int  # images per step
-    classes: int = 1000  # with five classes or fewer, no top-5 error is shown
+    batch_size: int  # number of images in a step
+    classes: int = 1000  # number of classes; with five classes or fewer, no top-5 error is shown
 
 
 class ConsoleView:
@@ -43,14 +43,14 @@ class ConsoleView:
         say(text)
 
     def begin(self, length: RunLength, lines: Sequence[Line], step: int) -> None:
-        """Begin the output of a run that starts or resumes after `step`; `lines` are the earlier log lines."""
+        """Begin the output of a run that starts or resumes after `step`. `lines` are the earlier log lines."""
         self._length = length
 
     def follow(self, steps_since_line: Callable[[], int]) -> None:
-        """Set the function that returns, at any time, the number of steps since the last log line."""
+        """Set the function that returns the number of steps since the last log line at any time."""
 
     def follow_service(self, status: Callable[[], ServiceStatus | None]) -> None:
-        """Set the function that returns, at any time, the state of the stream's service; None without a service."""
+        """Set the function that returns the state of the stream's service at any time; None without a service."""
         self._service_status = status
 
     def train(self, line: Line) -> None:
@@ -74,7 +74,7 @@ class ConsoleView:
             yield counter
 
     def end(self) -> None:
-        """End the output: the run has finished, stopped or failed."""
+        """End the output, because the run has finished, stopped or failed."""
 
 
 class QuietView(ConsoleView):
@@ -91,7 +91,7 @@ class QuietView(ConsoleView):
 
     @contextmanager
     def progress(self, label: str, total: int, unit: str) -> Iterator[Progress]:
-        """Count, and print nothing."""
+        """Count the images without printing."""
         yield Progress(total, unit)
 
 

@@ -35,7 +35,7 @@ class StreamWaits:
 
 
 class IntervalMetrics:
-    """Times the steps since the last log line, counts their images, and computes the metrics of the line."""
+    """Measures the time of the steps since the last log line, counts their images, and computes metrics."""
 
     def __init__(self, waits: StreamWaits, network: AlexNet) -> None:
         self.waits, self.network, self.group = waits, network, network.replicas
@@ -50,7 +50,9 @@ class IntervalMetrics:
         self.steps, self.images = self.steps + 1, self.images + images
 
     def read(self, counts: Counts, norms: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
-        """Return the metrics of the interval under their keys in metrics.jsonl. Begins the next interval.
+        """Return the metrics of the interval under their keys in metrics.jsonl.
+
+        This call also begins the next interval.
 
         With several replicas, `waiting_share` and `stream_waiting_share` are those of the replica that waited longest
         for its stream, and memory is the largest of all replicas.
@@ -81,9 +83,10 @@ class IntervalMetrics:
 
 
 def layer_norms(norms: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
-    """Return the norms of weights in `norms`, as `{"gradient_norm": {"conv1": …}, "weight_norm": {"conv1": …}}`.
+    """Return the norms of the weights in `norms`, as `{"gradient_norm": {"conv1": …}, "weight_norm": {"conv1": …}}`.
 
-    The norms of biases are left out, because biases start as a constant. A frozen layer has no gradient norm.
+    The norms of the biases are left out, because biases start with a constant value. A frozen layer has no gradient
+    norm.
     """
     weights = {name.removesuffix(".weight"): kinds for name, kinds in norms.items() if name.endswith(".weight")}
     return {
@@ -95,8 +98,8 @@ def layer_norms(norms: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str,
 def peak_memory(devices: Sequence[torch.device]) -> dict[str, Any]:
     """Return the peak memory since the process began, in units of 10⁶ bytes.
 
-    `memory_mb` is the resident memory of the process on the host. `gpu_memory_mb` lists, for each GPU,
-    the memory that torch allocated for tensors. Without a GPU the key is absent.
+    `memory_mb` is the resident memory of the process on the host. `gpu_memory_mb` lists, for each GPU, the memory that
+    torch allocated for tensors. Without a GPU this key is absent.
     """
     status = Path("/proc/self/status").read_text()
     kibibytes = int(status.partition("VmHWM:")[2].split()[0])

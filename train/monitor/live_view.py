@@ -22,15 +22,15 @@ from train.runs.run_dir import RATE_LINES, errors_text, seconds_left, shown_erro
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _CURVE_WIDTH = 32  # characters of a sparkline
-_NUMBERS_WIDTH = 28  # characters beside the progress bar: names and numbers, such as `step  12,345 of 450,000`
+_NUMBERS_WIDTH = 28  # number of characters beside the progress bar: names and numbers, such as `step 12,345 of 450,000`
 _DRAWINGS_PER_S = 2
 
 
 def sparkline(values: Sequence[float], width: int = _CURVE_WIDTH) -> str:
-    """Return a curve of at most `width` block characters, each for an equal part of `values`.
+    """Return a curve of at most `width` block characters. Each character stands for an equal part of `values`.
 
-    The height of a character shows the mean of the part. The lowest mean has the lowest
-    block, and the highest mean has the highest block.
+    The height of a character shows the mean of its part. The lowest mean has the lowest block, and the highest mean has
+    the highest block.
     """
     if not values:
         return ""
@@ -52,7 +52,7 @@ class LiveView(ConsoleView):
         self._step = 0  # step of the newest log line
         self._values = self._empty()
         self._curves = dict.fromkeys(self._values, "")
-        self._recent: list[Line] = []  # training lines, at most RATE_LINES
+        self._recent: list[Line] = []  # the newest training lines, at most RATE_LINES
         self._val: Line | None = None
         self._best: Line | None = None
         self._steps_since: Callable[[], int] = int
@@ -68,7 +68,7 @@ class LiveView(ConsoleView):
         self._keep_output(True)
         self._live.start(refresh=True)
         print_above(self._print)
-        self._console.show_cursor(True)  # rich hides the cursor, and kill -9 would leave the cursor hidden
+        self._console.show_cursor(True)  # rich hides the cursor, which kill -9 would leave hidden
 
     def follow(self, steps_since_line: Callable[[], int]) -> None:
         """Set the function that returns the number of steps since the last log line."""
@@ -87,25 +87,28 @@ class LiveView(ConsoleView):
             self._print(validation_text(line, self._length.classes))
 
     def _empty(self) -> dict[str, list[float]]:
-        """Return an empty list for the values of each curve, by the key in metrics.jsonl."""
+        """Return an empty list for the values of each curve. The keys are the keys of metrics.jsonl."""
         return {key: [] for key in ("loss", *(key for _, key in shown_errors(self._length.classes)))}
 
     def _keep_output(self, keep: bool) -> None:
-        """Set whether the terminal still prints pending output when Ctrl-C is pressed.
+        """Set whether the terminal still prints pending output after Ctrl-C is pressed.
 
-        By default, the terminal drops this output.
-        If lines of the display were dropped, the display would be erased at the wrong place.
+        By default, the terminal drops this output. If the terminal dropped lines of the display, the display would be
+        erased at the wrong place.
         """
         try:
             number = self._console.file.fileno()
             mode = termios.tcgetattr(number)
             mode[3] = mode[3] | termios.NOFLSH if keep else mode[3] & ~termios.NOFLSH
             termios.tcsetattr(number, termios.TCSANOW, mode)
-        except (OSError, ValueError, termios.error):  # not a terminal, or it was closed
+        except (OSError, ValueError, termios.error):  # this is not a terminal, or the terminal was closed
             return
 
     def _print(self, text: str) -> None:
-        """Print a line above the display. The display would overwrite a line that is not printed through rich."""
+        """Print a line above the display.
+
+        If a line were not printed through rich, the display would overwrite the line.
+        """
         self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     @contextmanager
@@ -160,7 +163,7 @@ class LiveView(ConsoleView):
         yield Text("")  # an empty row, in which the terminal shows ^C
 
     def _count(self, line: Line) -> None:
-        """Store the values of a log line that the display shows, so that drawing need not read the line again."""
+        """Keep the values of a log line that the display shows, so that drawing need not read the line again."""
         if line["kind"] == "train":
             self._recent = [*self._recent, line][-RATE_LINES:]
             for key, values in self._values.items():
@@ -174,7 +177,7 @@ class LiveView(ConsoleView):
         self._curves = {key: sparkline(values) for key, values in self._values.items()}
 
     def _bar(self, step: int, display_width: int) -> ProgressBar:
-        """Return the progress bar, so narrow that the display does not exceed the terminal."""
+        """Return the progress bar, which is so narrow that the display does not exceed the terminal."""
         width = max(1, min(_CURVE_WIDTH, display_width - _NUMBERS_WIDTH))
         return ProgressBar(total=self._length.steps, completed=step, width=width)
 

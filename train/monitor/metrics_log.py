@@ -1,8 +1,8 @@
 """The log of a run: metrics.jsonl, status.json, TensorBoard's event files, and the console view.
 
 metrics.jsonl has all metrics. The event files and the console view show values from metrics.jsonl. A resumed run first
-removes the lines of all steps after the checkpoint, because the run trains these steps again. While the disk is full,
-lines are held in memory.
+removes the lines of all steps after the checkpoint, because the run repeats these steps. While the disk is full, lines
+are held in memory.
 """
 
 from __future__ import annotations
@@ -30,18 +30,19 @@ from train.runs.run_dir import EVENTS, METRICS, STATUS, parse_line, read_raw_lin
 
 
 class MetricsLog:
-    """The log of one run, as a context manager. On exit, the log writes to status.json how the run ended."""
+    """The log of one run, as a context manager. On exit, the log writes into status.json how the run ended."""
 
     def __init__(self, run_dir: Path, length: RunLength, step: int, validation_due: bool, view: ConsoleView) -> None:
-        """Begin the log of a run that starts or resumes after `step`. Removes the lines of later steps.
+        """Begin the log of a run that starts or resumes after `step`. The lines of later steps are removed.
 
-        validation_due  True if the validation after `step` must still be computed. In this case, an old line of this
-                        validation is removed
+        validation_due  True if the validation after `step` must still be computed. An old line of this validation is
+                        then removed
 
-        Raises DiskFull if there is no disk space, UserError for any other disk error.
+        Raises DiskFull if there is no disk space, and UserError for any other disk error.
         """
         self.path, self.view, self.step = run_dir / METRICS, view, step
-        # Order of lines: (step, kind). "train" < "val", so the training line of a step precedes the validation line.
+        # Order of lines: (step, kind). "train" < "val" holds, so the training line of a step comes before the
+        # validation line.
         newest = step, "train" if validation_due else "val"
         raw_lines = [(raw, line) for raw in read_raw_lines(run_dir) if (line := parse_line(raw)) is not None]
         kept = [(raw, line) for raw, line in raw_lines if (line["step"], line["kind"]) <= newest]
@@ -95,7 +96,7 @@ class MetricsLog:
     def sync(self) -> None:
         """Write all lines to the disk and fsync the file. `sync` is called before a checkpoint is saved.
 
-        Raises DiskFull if there is no disk space, UserError for any other disk error.
+        Raises DiskFull if there is no disk space, and UserError for any other disk error.
         """
         try:
             self._file.sync()

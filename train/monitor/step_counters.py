@@ -34,14 +34,14 @@ class StepCounters:
     def __init__(self, device: torch.device, max_steps: int) -> None:
         self._losses, self._positions = torch.zeros(max_steps, device=device), torch.arange(max_steps, device=device)
         self._loss_sum = torch.zeros((), device=device)
-        self._step = torch.zeros(1, dtype=torch.int64, device=device)  # number of steps added
+        self._step = torch.zeros(1, dtype=torch.int64, device=device)  # number of steps that were added
         self._misses = torch.zeros(2, dtype=torch.int64, device=device)
         self._smallest = torch.full((), _NO_LABEL[0], device=device)
         self._largest = torch.full((), _NO_LABEL[1], device=device)
 
     def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
         """Add the result of a step: loss (), logits (N, classes), labels (N,), all on the device."""
-        # With deterministic algorithms, index_copy_ would wait for the GPU. A CUDA graph cannot contain a wait.
+        # With deterministic algorithms, index_copy_ would wait for the GPU. A CUDA graph cannot contain such a wait.
         torch.where(self._positions == self._step, loss, self._losses, out=self._losses)
         self._loss_sum += loss
         self._step += 1
@@ -51,13 +51,14 @@ class StepCounters:
         torch.maximum(self._largest, largest, out=self._largest)
 
     def read(self) -> Counts:
-        """Return the counts since the last call; resets the counters. Waits once for the device.
+        """Return the counts since the last call, and reset the counters. This call waits once for the device.
 
         Raises IndexError if more than `max_steps` steps have been added.
         """
         numbers = (self._step, self._misses, self._smallest, self._largest, self._loss_sum, self._losses)
         steps, top1, top5, smallest, largest, loss_sum, *losses = torch.cat(
-            [tensor.double().reshape(-1) for tensor in numbers]  # float64 holds every float32, and integers up to 2^53
+            # Float64 can hold every float32, and integers up to 2^53.
+            [tensor.double().reshape(-1) for tensor in numbers]
         ).tolist()
         if steps > len(losses):
             raise IndexError(f"{int(steps)} steps were added, but the counters hold {len(losses)}")

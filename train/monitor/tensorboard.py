@@ -1,12 +1,12 @@
 """TensorBoard event files with the numbers of metrics.jsonl. TensorBoard's RecordWriter encodes the events.
 
-A resumed run writes a new file. In the new file, the event SessionLog.START comes before all points. TensorFlow
-writes this event after a restart too. SessionLog.START makes TensorBoard discard the points of the resumed step and of
-all later steps. The new file therefore repeats the points of the resumed step. TensorBoard then shows each point once.
-The first event file in a folder begins with the lines that metrics.jsonl already has.
+A resumed run writes a new file. In the new file, the event SessionLog.START comes before all points. TensorFlow also
+writes this event after a restart. SessionLog.START makes TensorBoard discard the points of the resumed step and of all
+later steps. The new file therefore repeats the points of the resumed step. TensorBoard then shows each point once. The
+first event file in a folder begins with the lines that metrics.jsonl already has.
 
-TensorBoard's EventFileWriter is not used, because the thread of an EventFileWriter delays events by up to two
-minutes, and fails with a traceback if the disk is full.
+TensorBoard's EventFileWriter is not used. Its thread delays events by up to two minutes, and fails with a traceback if
+the disk is full.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class EventFile:
         lines    the lines of metrics.jsonl up to `step`
         classes  number of classes of the network; with five or fewer, the top-5 error is left out
 
-        Raises NoTensorBoard if the package is not installed, OSError if the folder cannot be made.
+        Raises NoTensorBoard if the package is not installed, and OSError if the folder cannot be created.
         """
         try:
             from tensorboard.compat.proto.event_pb2 import Event, SessionLog
@@ -78,7 +78,7 @@ class EventFile:
 
 
 def _next_path(folder: Path) -> tuple[Path, bool]:
-    """Return (path of the next event file, True if the folder has no event file yet).
+    """Return the path of the next event file, and True if the folder has no event file yet.
 
     The name of the next file sorts after the earlier names, because TensorBoard reads files in the order of the names.
     """

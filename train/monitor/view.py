@@ -8,7 +8,7 @@ from train.monitor.console_view import ConsoleView, QuietView
 
 
 def choose_view(quiet: bool = False) -> ConsoleView:
-    """Choose a quiet view if `quiet` is true, a live display if standard error is a terminal, else plain lines."""
+    """Choose a quiet view if `quiet`, a live display if standard error is a terminal, otherwise plain lines."""
     if quiet:
         return QuietView()
     if not sys.stderr.isatty():

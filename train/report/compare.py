@@ -18,7 +18,7 @@ _NOT_COMPARED = (
     *("settings.run_dir", "settings.store", "settings.store_absolute"),
     *("model.source", "recipe.sources", "length", "classes"),
 )
-# Fields that do not change what is learned. The table shows these fields, the legend does not.
+# Fields that do not change what is learned. The table shows these fields, but the legend does not.
 _NOT_IN_LEGEND = (
     "settings.log_every",
     "settings.checkpoint_every",
@@ -30,7 +30,7 @@ _NOT_IN_LEGEND = (
     "settings.service_fallback",
     "environment",
 )
-_LEGEND_FIELDS = 4  # maximum number of fields in a label; if more fields differ, the label is the folder
+_LEGEND_FIELDS = 4  # largest number of fields in a label; if more fields differ, the label is only the folder
 _CELL_CHARS = 40
 
 
@@ -67,9 +67,10 @@ def read_runs(run_dirs: Sequence[Path]) -> list[ComparedRun]:
 
 
 def differing_fields(runs: Sequence[ComparedRun]) -> dict[str, list[Any]]:
-    """Return the fields that are not equal in all runs, each with a list of one value per run (None: no such field).
+    """Return the fields that are not equal in all runs.
 
-    The stream's seed is left out if it is the run's seed in every run.
+    Each field has a list of one value for each run (None: no such field). The seed of the stream is left out if it
+    equals the seed of the run in every run.
     """
     names = dict.fromkeys(name for run in runs for name in run.fields)
     rows = {name: [run.fields.get(name) for run in runs] for name in names}
@@ -79,10 +80,10 @@ def differing_fields(runs: Sequence[ComparedRun]) -> dict[str, list[Any]]:
 
 
 def run_labels(runs: Sequence[ComparedRun]) -> list[str]:
-    """Return a label for each run: its name, and its values of the fields that differ (`run-2: lr 0.02, seed 1`).
+    """Return a label for each run: its name, and the values of the fields that differ (`run-2: lr 0.02, seed 1`).
 
-    If no field differs, or more than _LEGEND_FIELDS fields differ, the label is the name alone. Fields in
-    _NOT_IN_LEGEND do not count. The name is that of the run folder, or its path if two folders have the same name.
+    If no field differs, or if more than _LEGEND_FIELDS fields differ, the label is only the name. Fields in
+    _NOT_IN_LEGEND do not count. The name is the name of the run folder, or its path if two folders have the same name.
     """
     rows = {name: values for name, values in differing_fields(runs).items() if not _is_in(name, _NOT_IN_LEGEND)}
     if "model.name" in rows:  # the name determines all other fields of the architecture
@@ -90,7 +91,7 @@ def run_labels(runs: Sequence[ComparedRun]) -> list[str]:
     if len({str(run.fields["recipe.name"]).partition(",")[0] for run in runs}) > 1:
         rows = {name: values for name, values in rows.items() if name == "recipe.name" or not _is_in(name, ("recipe",))}
     else:
-        rows.pop("recipe.name", None)  # all runs have this recipe; its overrides have their own rows
+        rows.pop("recipe.name", None)  # all runs have this recipe, and its overrides have their own rows
     names = [run.run_dir.resolve().name for run in runs]
     names = [str(run.run_dir) if names.count(name) > 1 else name for run, name in zip(runs, names, strict=True)]
     if not rows or len(rows) > _LEGEND_FIELDS:
@@ -106,7 +107,7 @@ def run_labels(runs: Sequence[ComparedRun]) -> list[str]:
 def run_results(run: ComparedRun) -> dict[str, Any]:
     """Return the last training line ("train"), the last validation line ("val"), and the best validation line ("best").
 
-    "best" has the lowest top-1 error. The value is None for a line that does not exist.
+    "best" has the lowest top-1 error. If a line does not exist, its value is None.
     """
     validations = [line for line in run.lines if line["kind"] == "val"]
     return {
@@ -117,7 +118,7 @@ def run_results(run: ComparedRun) -> dict[str, Any]:
 
 
 def comparison_json(runs: Sequence[ComparedRun]) -> dict[str, Any]:
-    """Return the object that `alextrain compare --json` prints, except its key "out"."""
+    """Return the object that `alextrain compare --json` prints, without the key "out"."""
     labels = run_labels(runs)
     return {
         "runs": [
@@ -147,10 +148,10 @@ def comparison_lines(runs: Sequence[ComparedRun]) -> list[str]:
 
 
 def draw_comparison(runs: Sequence[ComparedRun], out: Path) -> None:
-    """Draw the loss and top-1 error of all runs over epochs: training as thin lines, validation as lines with dots.
+    """Draw the loss and the top-1 error of all runs over the epochs.
 
-    `out` is a .png or a .svg file. Raises UserError for another extension, if matplotlib is not installed, or if `out`
-    cannot be written.
+    Training is a thin line, validation a line with dots. `out` is a .png or a .svg file. Raises UserError for another
+    extension, if matplotlib is not installed, or if `out` cannot be written.
     """
     size_inches = (9, 3.6 + 0.22 * len(runs))
     format = figure_format(out, "--out")
@@ -162,7 +163,7 @@ def _draw_curves(figure: Any, runs: Sequence[ComparedRun]) -> None:
     for number, (run, label) in enumerate(zip(runs, run_labels(runs), strict=True)):
         color = f"C{number}" if len(runs) <= 10 else _shade(number / (len(runs) - 1))
         shown = f" {label}" if label.startswith("_") else label  # matplotlib omits labels that begin with _
-        panels[0].plot([], [], color=color, marker="o", ms=3, lw=1.4, label=shown)  # for the legend
+        panels[0].plot([], [], color=color, marker="o", ms=3, lw=1.4, label=shown)  # this empty curve is for the legend
         for kind, style in (("train", {"lw": 0.8, "alpha": 0.4}), ("val", {"marker": "o", "ms": 3, "lw": 1.4})):
             lines = [line for line in run.lines if line["kind"] == kind]
             epochs = [line["epoch"] for line in lines]
@@ -181,7 +182,7 @@ def _shade(position: float) -> tuple[float, float, float]:
 
 
 def _flatten(prefix: str, value: Any) -> dict[str, Any]:
-    """Return the leaf values of a JSON object by dotted names. A list is one leaf; an empty object has no leaves."""
+    """Return the leaf values of a JSON object by dotted names. A list is one leaf. An empty object has no leaves."""
     if not isinstance(value, dict):
         return {prefix: value}
     return {
@@ -192,7 +193,7 @@ def _flatten(prefix: str, value: Any) -> dict[str, Any]:
 
 
 def _is_in(name: str, groups: Sequence[str]) -> bool:
-    """Whether a dotted name is in `groups`, or begins with a name in `groups` and a dot."""
+    """Return whether a dotted name is in `groups`, or begins with a name in `groups` and a dot."""
     return any(name == group or name.startswith(f"{group}.") for group in groups)
 
 

@@ -46,7 +46,8 @@ from train.report.plots_run import (
 from train.runs.preprocessing import saved_color_stats
 from train.runs.run_dir import read_metrics
 
-PREDICTED, QUERIES, NEIGHBORS = 8, 5, 6  # images with predictions, query images, neighbors per query (paper's figure 4)
+# Numbers of images with predictions, of query images, and of neighbors for each query (the paper's figure 4).
+PREDICTED, QUERIES, NEIGHBORS = 8, 5, 6
 _CONV_LAYERS = ("conv1", "conv2", "conv3", "conv4", "conv5")
 
 
@@ -68,7 +69,7 @@ def run_figures(
     Figures that need images are left out if there is no store, or no `split` in the store.
 
     seed           random seed for choosing the images of `split` that are shown
-    index_records  maximum number of training records to search for nearest neighbors
+    index_records  largest number of training records that are searched for nearest neighbors
 
     Raises the errors of the functions of train/evaluation.
     """
@@ -129,7 +130,8 @@ def _figures_of_images(trained: TrainedRun, split: str, seed: int, index_records
             lambda figure: draw_predictions(figure, predicted, names),
         )
         if "train" in store.splits:
-            queries = indices[-QUERIES:]  # not the images of the previous figure, if `split` has enough images
+            # These are not the images of the previous figure, if `split` has enough images.
+            queries = indices[-QUERIES:]
             training_images = stack.enter_context(StoredImages(store, "train"))
             neighbor_index = load_or_build_index(
                 trained.run_dir, network, trained.checkpoint, store, index_records, trained.precision
@@ -165,7 +167,10 @@ def _figures_of_images(trained: TrainedRun, split: str, seed: int, index_records
 
 
 def _feature_maps(trained: TrainedRun, square: Pixels) -> dict[str, list[npt.NDArray[np.float32]]]:
-    """Return the activations for the centre crop: per conv layer, an array (maps, height, width) per column."""
+    """Return the activations for the centre crop.
+
+    For each conv layer, there is an array (maps, height, width) for each column.
+    """
     with evaluation_mode(trained.network), capture_activations(trained.network, _CONV_LAYERS) as captured:
         trained.network(torch.from_numpy(trained.transform.crops(square)))
     return {layer: [part[0].float().cpu().numpy() for part in parts] for layer, parts in captured.items()}

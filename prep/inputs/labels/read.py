@@ -26,7 +26,7 @@ _TEST_IMAGE = re.compile(rb"ILSVRC\d{4}_test_")
 _OTHER_YEAR = re.compile(rb"ILSVRC201[01]")
 _SYNSET = re.compile(r"n\d{8}")  # a class of ImageNet
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", re.IGNORECASE)
-_MIN_INDEX_LINES = 100  # a file of so many lines whose labels are the line numbers is an index, not a label file
+_MIN_INDEX_LINES = 100  # if at least this number of lines have their line numbers as labels, the file is an index
 
 
 class Labels(NamedTuple):

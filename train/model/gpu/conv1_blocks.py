@@ -1,9 +1,10 @@
-"""conv1 as a convolution over blocks of 4 × 4 pixels: several times as fast on a GPU as over pixels.
+"""conv1 as a convolution over blocks of 4 × 4 pixels. On a GPU, this is several times as fast as conv1 over pixels.
 
 conv1 has windows of 11 × 11 px at a stride of 4 px, and three channels. Padded with zeros to 12 × 12 px, a window
-covers 3 × 3 blocks of 4 × 4 px. An image of blocks has 3 · 4 · 4 = 48 channels, numbered channel · 16 + row · 4 +
-column within the block, as in torch.nn.functional.pixel_unshuffle. Over blocks, conv1 is a 3 × 3 convolution of
-stride 1. The weights stay a parameter of shape (maps, 3, 11, 11); `block_weights` rearranges them in each step.
+covers 3 × 3 blocks of 4 × 4 px. An image of blocks has 3 · 4 · 4 = 48 channels, as in
+torch.nn.functional.pixel_unshuffle. The number of a channel is 16 · (colour channel) + 4 · (row within the block) +
+(column within the block). Over blocks, conv1 is a 3 × 3 convolution of stride 1. The weights stay a parameter of shape
+(maps, 3, 11, 11). `block_weights` rearranges them in each step.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_BLOCK_PX = 4  # side of a block, and conv1's stride
+_BLOCK_PX = 4  # side of a block, which is also conv1's stride
 _WINDOW_PX = 11  # side of conv1's windows
 _POSITIONS = 64  # number of blocks that a program of the Triton kernel writes
 
@@ -31,9 +32,10 @@ def image_blocks(images: Tensor, padding: Sequence[int], divisor: float, dtype: 
     """Return images (N, 3, H, W) as blocks (N, 48, rows, columns) of `dtype`, channels last, by a Triton kernel.
 
     padding  zero padding in px: (left, right, top, bottom)
-    divisor  every pixel is divided by this number
+    divisor  number by which every pixel is divided
 
-    `rows` and `columns` are two more than the number of conv1's windows along H and W. The result has no gradient.
+    `rows` and `columns` are two more than the number of conv1's windows along H and along W. The result has no
+    gradient.
     """
     from train.model.gpu.conv1_blocks_triton import write_blocks
 

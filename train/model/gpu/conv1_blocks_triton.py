@@ -14,7 +14,7 @@ def write_blocks(
     images, blocks, positions, rows, columns, height, width, left, top, divisor,
     image_stride, channel_stride, row_stride, column_stride, POSITIONS: tl.constexpr,
 ):  # fmt: skip
-    """Write POSITIONS blocks of 48 values. Pixels outside of the image are 0."""
+    """Write POSITIONS blocks of 48 values. Pixels outside of the image count as 0."""
     p = tl.program_id(0).to(tl.int64) * POSITIONS + tl.arange(0, POSITIONS)[:, None]
     i = tl.arange(0, 64)[None, :]
     image, block = p // (rows * columns), (p % (rows * columns)).to(tl.int32)

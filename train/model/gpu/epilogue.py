@@ -1,10 +1,12 @@
-"""A convolution's epilogue on a GPU: bias, nonlinearity, normalization, max-pooling, nonlinearity, as one operation.
+"""The epilogue of a convolution on a GPU: bias, nonlinearity, normalization, max-pooling and nonlinearity in one
+operation.
 
     y = after(pool(norm(before(x + bias))))
 
-x is the output of a convolution without bias. The columns of a layer are separate tensors, or one joined tensor that
-holds the maps of column 0 first. The input can be joined and the result separate, or the reverse: no copy is needed
-between a convolution of both columns and a convolution of one column. Normalization is always within a column.
+x is the output of a convolution without bias. The columns of a layer are separate tensors, or one joined tensor in
+which the maps of column 0 come first. The input can be joined and the result separate, or the reverse. No copy is
+therefore needed between a convolution of both columns and a convolution of one column. Normalization is always within a
+column.
 
 For the backward pass the operation keeps:
 
@@ -64,7 +66,7 @@ def apply_epilogue(
 
     x               (N, maps, H, W), float16, bfloat16 or float32: one tensor per column, or one joined tensor
     bias            (maps,), float32: one tensor per column
-    joined          True: the result is one joined tensor; False: one tensor per column
+    joined          True: the result is one joined tensor; False: the result is one tensor for each column
     channels_first  True: the result is contiguous (N, maps, H', W'), as fc6 needs it; False: the result is channels
                     last. True needs pooling
 
@@ -111,8 +113,8 @@ class _Apply(torch.autograd.Function):
         argmax, bias = saved[:columns], saved[columns:]
         maps = [len(b) for b in bias]
         x_grads = [_empty(shape, grads[0], torch.channels_last) for shape in ctx.input_shapes]
-        # Every tensor argument of a kernel needs an address. If a tensor was not saved, the kernel does not read this
-        # argument, and another tensor is passed.
+        # Every tensor argument of a kernel needs an address. If a tensor was not saved, the kernel does not read its
+        # argument, and another tensor is passed in its place.
         if not ctx.epilogue.pool_px:
             grads = tuple(grad.contiguous(memory_format=torch.channels_last) for grad in grads)
         parts = zip(
@@ -143,14 +145,14 @@ def _empty(shape: Sequence[int], like: Tensor, layout: torch.memory_format) -> T
 
 
 def _by_column(tensors: Sequence[Tensor], maps: Sequence[int]) -> list[Tensor]:
-    """Return one tensor per column: views of the joined tensor, or the separate tensors unchanged."""
+    """Return one tensor for each column: views of the joined tensor, or the separate tensors unchanged."""
     return list(tensors) if len(tensors) == len(maps) else list(torch.split(tensors[0], list(maps), dim=1))
 
 
 def kernel_constants(
     maps: int, is_float32: bool, epilogue: Epilogue
 ) -> tuple[tuple[float, float, float], dict[str, Any]]:
-    """Return arguments that all kernels have: (α, β, k), and the constants that Triton compiles into a kernel."""
+    """Return the arguments that all kernels have: (α, β, k), and the constants that Triton compiles into a kernel."""
     norm = epilogue.norm or Lrn(size=1, alpha=0.0, beta=0.75, k=1.0)
     return (norm.alpha, norm.beta, norm.k), {
         "BEFORE": epilogue.before,
@@ -164,15 +166,18 @@ def kernel_constants(
 
 
 def warps_for(maps: int, backward: bool) -> int:
-    """Return the number of warps of a kernel: the smallest number for which a program's values fit into registers.
+    """Return the number of warps of a kernel.
 
-    With more warps, several warps would compute the same inputs of the matrix product.
+    It is the smallest number for which the values of a program fit into registers. With more warps, several warps would
+    compute the same inputs of the matrix product.
     """
     return max(1, min(8, (1 << (maps - 1).bit_length()) // (16 if backward else 32)))
 
 
 def stages_for(maps: int, float32: bool, slope_after: bool, shared_bytes: int) -> int:
-    """Return for how many loop iterations pooled_backward loads ahead: 3, or 1 if shared memory is too small.
+    """Return the number of loop iterations for which pooled_backward loads data ahead.
+
+    It is 3, or 1 if shared memory is too small.
 
     slope_after   True if the nonlinearity after pooling is "tanh" or "sigmoid", whose gradient needs `out`
     shared_bytes  shared memory in bytes that a program can have: 227 KiB on an H100 or H200, 163 KiB on an A100
@@ -185,7 +190,7 @@ def stages_for(maps: int, float32: bool, slope_after: bool, shared_bytes: int) -
 
 @functools.cache
 def shared_bytes_of(device: torch.device) -> int:
-    """Return shared memory in bytes that a program can have on a GPU; 0 for Triton's interpreter, which has none."""
+    """Return the shared memory in bytes that a program can have on a GPU; 0 for Triton's interpreter."""
     if device.type != "cuda":
         return 0
     return int(getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 0))
@@ -219,7 +224,7 @@ def _launch_forward(x: Tensor, bias: Tensor, out: Tensor, argmax: Tensor, epilog
 def _launch_backward(
     x: Tensor, bias: Tensor, grad: Tensor, out: Tensor, argmax: Tensor, x_grad: Tensor, epilogue: Epilogue
 ) -> Tensor:
-    """Write the gradient of x; returns the gradient of the bias."""
+    """Write the gradient of x, and return the gradient of the bias."""
     from train.model.gpu import epilogue_triton as kernels
 
     images, maps, rows, columns = x_grad.shape
@@ -255,7 +260,7 @@ def _launch_backward(
 
 
 def _strides(x: Tensor) -> tuple[int, int, int]:
-    """Return strides of images, rows and columns."""
+    """Return the strides of images, rows and columns."""
     return x.stride(0), x.stride(2), x.stride(3)
 
 

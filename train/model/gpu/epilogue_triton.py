@@ -1,14 +1,14 @@
 """Triton kernels of a convolution's epilogue: bias, nonlinearity, normalization, max-pooling in one pass.
 
-epilogue.py describes the operation and launches the kernels. Tensors are float16, bfloat16 or float32 in
-channels-last layout; a pooled result and its gradient may also be channels first. The arithmetic is float32.
+epilogue.py describes the operation and launches the kernels. Tensors are float16, bfloat16 or float32 in channels-last
+layout. A pooled result and its gradient may also be channels first. The arithmetic is float32.
 
     pooled_forward, pooled_backward          with pooling; a program computes some rows of the maps of one image
     pointwise_forward, pointwise_backward    without pooling; a program computes some positions of all images
 
-The tile of a program has all maps of a column, padded to MAPS, at POSITIONS positions. tile_arithmetic_triton.py
-computes with these tiles. A GPU's registers limit the size of a tile: with 16 positions and the warps of `warps_for`,
-ptxas spills at most 64 bytes per thread for the paper's layers in bfloat16 (tools/gpu/compile_report.py).
+A program works on a tile: all maps of a column, padded to MAPS, at POSITIONS positions. tile_arithmetic_triton.py
+computes with these tiles. The registers of a GPU limit the size of a tile. With 16 positions and the warps of
+`warps_for`, ptxas spills at most 64 bytes per thread for the paper's layers in bfloat16 (tools/gpu/compile_report.py).
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -51,14 +51,17 @@ def _normalized_column(
     TERMS: tl.constexpr,
     column_stride,
 ):
-    """Normalized values at the columns `column` (POSITIONS, 1) of a row of the convolution's output."""
+    """Return normalized values at the columns `column` (POSITIONS, 1) of a row of the convolution's output."""
     v = tl.load(row + column * column_stride + i, mask=inside & (i < maps), other=0.0).to(tl.float32)
     return normalize(activate(v + bias, BEFORE), band, alpha, beta, k, NORM, THREE_QUARTERS, TERMS)
 
 
 @triton.jit  # type: ignore[untyped-decorator,unused-ignore]
 def _maximum(best, argmax, v, candidate):
-    """The larger of `best` and v, and its index. The first maximum counts; NaN is larger than every number."""
+    """Return the larger of `best` and v, and its index.
+
+    Of equal values, the first counts. NaN counts as larger than every number.
+    """
     argmax = tl.where(v <= best, argmax, candidate)
     return tl.maximum(v, best, propagate_nan=tl.PropagateNan.ALL), argmax
 
@@ -84,10 +87,10 @@ def _row_maximum(
     TERMS: tl.constexpr,
     POSITIONS: tl.constexpr,
 ):
-    """The maximum of each window within one row, and its position in the window: 0, 1 or 2.
+    """Return the maximum of each window within one row, and its position in the window: 0, 1 or 2.
 
-    The third column of a window of 3 px is the first column of the next window, so its value is taken from the next
-    position of the tile. The last window of a tile has no next position, so its maximum is not valid.
+    The third column of a window of 3 px is the first column of the next window. Its value is therefore taken from the
+    next position of the tile. The last window of a tile has no next position, so its maximum is not valid.
     """
     p = tl.arange(0, POSITIONS)[:, None]
     even = first_column + 2 * p
@@ -113,9 +116,10 @@ def pooled_forward(
     POOL: tl.constexpr, BEFORE: tl.constexpr, AFTER: tl.constexpr, NORM: tl.constexpr, REACH: tl.constexpr,
     THREE_QUARTERS: tl.constexpr, TERMS: tl.constexpr, POSITIONS: tl.constexpr, MAPS: tl.constexpr,
 ):  # fmt: skip
-    """Pooled values `out`, and `argmax` (N, out_rows, out_columns, maps): 3 · row + column within the window.
+    """Write the pooled values `out`, and `argmax` (N, out_rows, out_columns, maps): 3 · row + column within the window.
 
-    A program computes rows_per_program rows of pooled values, and POSITIONS columns (one less for windows of 3 px).
+    A program computes rows_per_program rows and POSITIONS columns of pooled values; for windows of 3 px, one column
+    less.
     """
     program = tl.program_id(0)
     image = (program // (bands * blocks)).to(tl.int64)
@@ -159,8 +163,8 @@ def _window_gradient(
     grad, out, argmax, row, column, row_in_window, column_in_window, enabled, i, maps, out_rows, out_columns,
     grad_row, grad_column, grad_map, out_row, out_column, out_map, AFTER: tl.constexpr,
 ):  # fmt: skip
-    """The gradient that the windows (row, column) send to their value at (row_in_window, column_in_window)."""
-    row = row + 0 * column  # shape (POSITIONS, 1): Triton's interpreter accepts no scalar mask
+    """Return the gradient that the windows (row, column) send to their value at (row_in_window, column_in_window)."""
+    row = row + 0 * column  # the shape is (POSITIONS, 1), because Triton's interpreter accepts no scalar mask
     inside = enabled & (row >= 0) & (row < out_rows) & (column >= 0) & (column < out_columns) & (i < maps)
     maximum = tl.load(argmax + (row * out_columns + column) * maps + i, mask=inside, other=NO_MAXIMUM)
     g = tl.load(grad + row * grad_row + column * grad_column + i * grad_map, mask=inside, other=0.0).to(tl.float32)
@@ -178,12 +182,13 @@ def pooled_backward(
     POOL: tl.constexpr, BEFORE: tl.constexpr, AFTER: tl.constexpr, NORM: tl.constexpr, REACH: tl.constexpr,
     THREE_QUARTERS: tl.constexpr, TERMS: tl.constexpr, POSITIONS: tl.constexpr, MAPS: tl.constexpr,
 ):  # fmt: skip
-    """Write the gradient of x, the convolution's output, and the sums of this gradient for the bias.
+    """Write the gradient of x, which is the convolution's output, and the sums of this gradient for the bias.
 
     Row `program` of `bias_sums` (programs, maps) is the sum of the gradient over the positions of this program.
 
-    A program computes rows_per_program rows of 2 · POSITIONS columns; in each row first the even columns, then the odd
-    columns. With windows of 3 px, an even row or column belongs to two windows, an odd row or column to one window.
+    A program computes rows_per_program rows of 2 · POSITIONS columns. In each row, it computes the even columns first,
+    then the odd columns. With windows of 3 px, an even row or column belongs to two windows, and an odd row or column
+    belongs to one window.
     """
     program = tl.program_id(0)
     image = (program // (bands * blocks)).to(tl.int64)
@@ -242,7 +247,7 @@ def pointwise_forward(
     BEFORE: tl.constexpr, NORM: tl.constexpr, REACH: tl.constexpr, THREE_QUARTERS: tl.constexpr, TERMS: tl.constexpr,
     POSITIONS: tl.constexpr, MAPS: tl.constexpr,
 ):  # fmt: skip
-    """Activated, normalized values `out` at POSITIONS positions; positions are numbered across all images."""
+    """Write the activated, normalized values `out` at POSITIONS positions. Positions are numbered across all images."""
     p = tl.program_id(0).to(tl.int64) * POSITIONS + tl.arange(0, POSITIONS)[:, None]
     i = tl.arange(0, MAPS)[None, :]
     inside = (p < positions) & (i < maps)
@@ -261,9 +266,10 @@ def pointwise_backward(
     BEFORE: tl.constexpr, NORM: tl.constexpr, REACH: tl.constexpr, THREE_QUARTERS: tl.constexpr, TERMS: tl.constexpr,
     TILES: tl.constexpr, POSITIONS: tl.constexpr, MAPS: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of x at TILES · POSITIONS positions; `bias_sums` (programs, maps) gets the gradient's sum.
+    """Write the gradient of x at TILES · POSITIONS positions.
 
-    Without a normalization, the nonlinearity's gradient is computed from `out`, and x is not read.
+    `bias_sums` (programs, maps) gets the sum of the gradient. Without a normalization, the gradient of the nonlinearity
+    is computed from `out`, and x is not read.
     """
     program = tl.program_id(0)
     i = tl.arange(0, MAPS)[None, :]

@@ -1,4 +1,4 @@
-"""Tests once per process whether the Triton kernels work on a GPU: some machines cannot compile the kernels."""
+"""Tests once for each process whether the Triton kernels work on a GPU. Some machines cannot compile the kernels."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _SHARED_BYTES = 150 << 10  # shared memory in bytes that the kernels need for 25
 
 @functools.cache
 def normalization_fault(device: torch.device, maps: int) -> str | None:
-    """Return why the Triton kernels cannot normalize `maps` maps of a column on a GPU; None if they can."""
+    """Return why the Triton kernels cannot normalize `maps` maps of a column on a GPU; None if the kernels can."""
     fault = triton_fault(device)
     if fault is not None or maps <= _MAX_MAPS:
         return fault
@@ -41,20 +41,20 @@ def normalization_fault(device: torch.device, maps: int) -> str | None:
 def triton_fault(device: torch.device) -> str | None:
     """Return the reason why the Triton kernels cannot be used on a GPU, or None if the kernels work.
 
-    Two kernels are compiled, run and compared with PyTorch operators once per process. To launch a kernel, Triton
+    Once for each process, two kernels are compiled, run and compared with PyTorch operators. To launch a kernel, Triton
     compiles C code, for which it needs a C compiler, Python's headers and a writable folder. A container image without
-    development tools may lack one of these three things; the network then uses PyTorch operators.
+    development tools may lack one of these three things. The network then uses PyTorch operators.
     """
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
     try:
-        # The first caller may be an evaluation, which disables gradients.
+        # Gradients are enabled, because the first caller may be an evaluation, which disables them.
         with torch.inference_mode(False), torch.enable_grad():
             agree = all(_agrees(pool_px, device) for pool_px in (0, 3))
         fault = None if agree else "a Triton kernel gives wrong results"
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # failures of the compiler, the driver and the disk have different exception types
+    except Exception as error:  # failures of the compiler, the driver and the disk raise different types of exceptions
         fault = f"a Triton kernel fails: {type(error).__name__}: {error}".splitlines()[0][:300]
     if fault is not None:
         say(f"{device}: {fault}. The network uses PyTorch operators instead, which take longer.")
@@ -62,7 +62,7 @@ def triton_fault(device: torch.device) -> str | None:
 
 
 def _agrees(pool_px: int, device: torch.device) -> bool:
-    """Whether the kernels and PyTorch operators give the same result and gradients of an epilogue for a small input."""
+    """Return whether kernels and PyTorch operators give the same result and gradients for a small input."""
     from train.model.gpu import epilogue
 
     x = torch.arange(-40.0, 110.0, device=device).sin().view(1, 6, 5, 5).requires_grad_()

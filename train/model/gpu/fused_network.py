@@ -1,9 +1,9 @@
-"""The network's forward pass on a GPU: the formula of AlexNet.forward with fused kernels and joined columns.
+"""The forward pass of the network on a GPU: the formula of AlexNet.forward with fused kernels and joined columns.
 
-If the recipe has crossings and all columns are on one device, the columns form one group. Otherwise each column is a
-group. conv1 (over blocks of 4 × 4 px), conv3, fc6 and fc7 are computed once per group. conv2, conv4 and conv5 are
-computed once per column, because cuDNN's grouped convolutions are slower. One operation (epilogue.py) computes
-everything between two convolutions, and also joins or splits the columns.
+If the recipe has crossings and all columns are on one device, the columns form one group. Otherwise each column is its
+own group. conv1 (over blocks of 4 × 4 px), conv3, fc6 and fc7 are computed once for each group. conv2, conv4 and conv5
+are computed once for each column, because cuDNN's grouped convolutions are slower. One operation (epilogue.py) computes
+all steps between two convolutions. It also joins or splits the columns.
 
 The results equal the results of AlexNet's own layers, except for rounding. Parameters and checkpoints are the same with
 and without the fused kernels.
@@ -40,7 +40,10 @@ class FusedNetwork:
         architecture: Architecture,
         devices: Sequence[torch.device],
     ) -> None:
-        """Takes the columns and fc8 of the network, and the arguments of AlexNet; `devices` has a device per column."""
+        """Takes the columns and fc8 of the network, and the arguments of AlexNet.
+
+        `devices` has a device for each column.
+        """
         self.fc8, self.recipe, self.architecture = fc8, recipe, architecture
         joined = recipe.crossing and len(set(devices)) == 1
         self.groups = [list(columns)] if joined else [[column] for column in columns]
@@ -98,7 +101,7 @@ class FusedNetwork:
         return Epilogue(recipe.activation, norm, recipe.pool_px)
 
     def _layer_2(self, split: list[Tensor], group: list[Column]) -> Tensor:
-        """Apply the operations between conv2 and conv3; returns one joined tensor."""
+        """Apply the operations between conv2 and conv3. Returns one joined tensor."""
         epilogue = replace(self._layer_1, before=self.recipe.activation, after="none")
         biases = _biases(group, "conv2")
         if self.recipe.within_map is None or not self.architecture.normalised:
@@ -124,8 +127,8 @@ class FusedNetwork:
         }
 
     def _cross(self, joined: list[Tensor]) -> list[Tensor]:
-        """The input of conv3, fc6 or fc7 in each group: all maps or units with crossings, else the group's own maps or
-        units.
+        """Return the input of conv3, fc6 or fc7 in each group: all maps or units with crossings, otherwise only the
+        group's own.
         """
         return join_on_devices(joined, self.devices) if self.recipe.crossing else joined
 
@@ -145,7 +148,10 @@ def _dtype(device: torch.device) -> torch.dtype:
 
 
 def _join(group: Sequence[Column], name: str, dtype: torch.dtype | None = None) -> Tensor:
-    """Return a parameter of a group's columns, joined along dim 0, in `dtype` or the convolutions' type."""
+    """Return a parameter of the columns in a group, joined along dim 0.
+
+    The type is `dtype`, or the type of the convolutions.
+    """
     parameters = [column.get_parameter(name) for column in group]
     dtype = dtype or _dtype(parameters[0].device)
     if len(parameters) == 1 and dtype == parameters[0].dtype:

@@ -1,10 +1,10 @@
 """Arithmetic of the Triton kernels in epilogue_triton.py: nonlinearities, and normalization across the maps of a tile.
 
-The window sums of the normalization are a matrix product with a band matrix of zeros and ones, computed by
-tensor cores. The product takes bfloat16 factors. TERMS is the number of bfloat16 values that represent one factor: 1
-(8 bits of precision, enough for tensors of 16 bits), or 3 (24 bits, as many as float32 has). The product
-multiplies every value also by zeros, and 0 · ∞ and 0 · NaN are NaN. One infinite or NaN value therefore makes all maps
-of the column NaN at its position.
+For the window sums of the normalization, tensor cores compute a product with a band matrix of zeros and ones. The
+factors of this product are bfloat16. TERMS is the number of bfloat16 values that represent one factor. With 1, a factor
+has 8 bits of precision, enough for tensors of 16 bits. With 3, it has 24 bits, as many as float32. The product also
+multiplies every value by zeros. 0 · ∞ and 0 · NaN are NaN. One infinite or NaN value therefore makes all maps of the
+column NaN at its position.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -17,7 +17,8 @@ import os
 import triton  # type: ignore[import-not-found,import-untyped,unused-ignore]
 import triton.language as tl  # type: ignore[import-not-found,import-untyped,unused-ignore]
 
-# Type of a matrix product's factors, which hold bfloat16 values. Triton's interpreter multiplies bfloat16 wrongly.
+# Type of the factors of a matrix product. The factors hold bfloat16 values. Triton's interpreter multiplies bfloat16
+# values wrongly.
 FACTOR = tl.constexpr(tl.float32 if os.environ.get("TRITON_INTERPRET") == "1" else tl.bfloat16)
 
 
@@ -26,11 +27,11 @@ FACTOR = tl.constexpr(tl.float32 if os.environ.get("TRITON_INTERPRET") == "1" el
 
 @triton.jit  # type: ignore[untyped-decorator,unused-ignore]
 def activate(v, KIND: tl.constexpr):
-    """The nonlinearity: "relu", "tanh", "sigmoid" or "none". All four nonlinearities keep NaN."""
+    """Return the nonlinearity of the values: "relu", "tanh", "sigmoid" or "none". All four nonlinearities keep NaN."""
     if KIND == "relu":
         v = tl.maximum(v, 0.0, propagate_nan=tl.PropagateNan.ALL)
     elif KIND == "tanh":
-        square = v * v  # for |v| < 0.3 the series is exact to 1e-7, whereas the quotient would lose digits
+        square = v * v  # for |v| < 0.3 the series is exact to 1e-7, but the quotient would lose digits
         series = v * (1 + square * (-1 / 3 + square * (2 / 15 + square * (-17 / 315 + square * (62 / 2835)))))
         e = tl.exp(-2.0 * tl.abs(v))
         v = tl.where(tl.abs(v) < 0.3, series, tl.where(v < 0, e - 1.0, 1.0 - e) / (1.0 + e))
@@ -42,7 +43,7 @@ def activate(v, KIND: tl.constexpr):
 
 @triton.jit  # type: ignore[untyped-decorator,unused-ignore]
 def through_activation(g, y, KIND: tl.constexpr):
-    """The gradient of the nonlinearity's input, from the gradient g of its output y."""
+    """Return the gradient of the nonlinearity's input, from the gradient g of its output y."""
     if KIND == "relu":
         g = tl.where(y <= 0, 0.0, g)
     elif KIND == "tanh":
@@ -54,7 +55,7 @@ def through_activation(g, y, KIND: tl.constexpr):
 
 @triton.jit  # type: ignore[untyped-decorator,unused-ignore]
 def negative_power(s, beta, THREE_QUARTERS: tl.constexpr):
-    """s^−β; for β = ¾ computed with two square roots."""
+    """Return s^−β. For β = ¾ it is computed with two square roots."""
     if THREE_QUARTERS:
         root = tl.rsqrt(s)
         power = root * tl.sqrt(root)
@@ -68,14 +69,14 @@ def negative_power(s, beta, THREE_QUARTERS: tl.constexpr):
 
 @triton.jit  # type: ignore[untyped-decorator,unused-ignore]
 def band_matrix(maps, REACH: tl.constexpr, MAPS: tl.constexpr):
-    """The band matrix (MAPS, MAPS): 1 where two maps are at most REACH apart."""
+    """Return the band matrix (MAPS, MAPS), which is 1 where two maps are at most REACH apart."""
     i, j = tl.arange(0, MAPS)[:, None], tl.arange(0, MAPS)[None, :]
     return tl.where((tl.abs(i - j) <= REACH) & (i < maps), 1.0, 0.0).to(FACTOR)
 
 
 @triton.jit  # type: ignore[untyped-decorator,unused-ignore]
 def window_sum(v, band, TERMS: tl.constexpr):
-    """For each map, the sum of v over the maps of its window."""
+    """Return, for each map, the sum of v over the maps of its window."""
     term = v.to(tl.bfloat16)
     total = tl.dot(term.to(FACTOR), band)
     for _ in tl.static_range(1, TERMS):
@@ -87,7 +88,7 @@ def window_sum(v, band, TERMS: tl.constexpr):
 
 @triton.jit  # type: ignore[untyped-decorator,unused-ignore]
 def normalize(a, band, alpha, beta, k, NORM: tl.constexpr, THREE_QUARTERS: tl.constexpr, TERMS: tl.constexpr):
-    """b = a · s^−β with s = k + α Σ a² (see lrn.py); a itself without a normalization."""
+    """Return b = a · s^−β with s = k + α Σ a² (see lrn.py), or a itself without a normalization."""
     if NORM:
         s = k + alpha * window_sum(a * a, band, TERMS)
         a = a * negative_power(s, beta, THREE_QUARTERS)
@@ -98,7 +99,7 @@ def normalize(a, band, alpha, beta, k, NORM: tl.constexpr, THREE_QUARTERS: tl.co
 def through_normalization(
     g, a, band, alpha, beta, k, NORM: tl.constexpr, THREE_QUARTERS: tl.constexpr, TERMS: tl.constexpr
 ):
-    """The gradient of a, from the gradient g of b = a · s^−β: g · s^−β − 2αβ · a · Σ (g · a · s^(−β−1))."""
+    """Return the gradient of a, from the gradient g of b = a · s^−β: g · s^−β − 2αβ · a · Σ (g · a · s^(−β−1))."""
     if NORM:
         s = k + alpha * window_sum(a * a, band, TERMS)
         direct = g * negative_power(s, beta, THREE_QUARTERS)
