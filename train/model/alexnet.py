@@ -89,11 +89,10 @@ class AlexNet(nn.Module):
         self._replicas = self._fused.replicas = group
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return logits (N, classes) for float32 images (N, 3, 224, 224) on any device, with pixels 0..255 minus the
-        mean.
+        """Return logits (N, classes) for float32 images (N, 3, 224, 224), with pixels 0..255 minus the mean.
 
-        With a convolutional architecture, `forward` also accepts larger images. It then returns the result of `dense`.
-        Raises ValueError for images of any other shape.
+        The images may be on any device. With a convolutional architecture, `forward` also accepts larger images. It
+        then returns the result of `dense`. Raises ValueError for images of any other shape.
         """
         if self.architecture.convolutional:
             logits = self.dense(images)
@@ -105,12 +104,11 @@ class AlexNet(nn.Module):
         return self._fully_connected([maps.flatten(1) for maps in self._convolutional(images)])
 
     def dense(self, images: Tensor) -> Tensor:
-        """Return logits (N, classes, rows, columns) of all crops of 224 px, at a stride of 32 px, for images (N, 3, H,
-        W).
+        """Return logits (N, classes, rows, columns) of all crops of 224 px for images (N, 3, H, W).
 
-        Images of 256 px give 2 × 2 crops. At the edge of a crop, the layers see the adjacent pixels of the image
-        instead of zero padding. The logits are therefore close, but not equal, to the logits of `forward` for each crop
-        alone. Raises ValueError for images smaller than 224 px.
+        The stride of the crops is 32 px. Images of 256 px give 2 × 2 crops. At the edge of a crop, the layers see the
+        adjacent pixels of the image instead of zero padding. The logits are therefore close, but not equal, to the
+        logits of `forward` for each crop alone. Raises ValueError for images smaller than 224 px.
         """
         if images.dim() != 4 or images.shape[1] != 3 or min(images.shape[2:]) < CROP_PX:
             raise ValueError(f"images of shape {tuple(images.shape)}, expected (N, 3, H, W), H and W ≥ {CROP_PX}")
@@ -162,8 +160,7 @@ class AlexNet(nn.Module):
                 part(parameter).copy_(piece)
 
     def parameters_by_joined_name(self) -> dict[str, list[nn.Parameter]]:
-        """Return the parameters that make up each joined tensor: one parameter for each column, or a single one for
-        fc8.
+        """Return the parameters that make up each joined tensor: one for each column, or a single one for fc8.
 
         The keys are the names of the joined tensors, such as `conv1.weight`.
         """
@@ -265,8 +262,7 @@ class AlexNet(nn.Module):
     def _pool(
         self, x: Tensor, norm: Lrn | None = None, active_before: bool = False, active_after: bool = False
     ) -> Tensor:
-        """Apply the activation if `active_before`, normalization if `norm`, pooling, and the activation if
-        `active_after`.
+        """Apply activation if `active_before`, normalization if `norm`, pooling, and activation if `active_after`.
 
         max_pool applies ReLU. This method applies the other activations.
         """
@@ -308,11 +304,11 @@ def initialize(network: AlexNet) -> None:
 
 
 def from_torchvision(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return torchvision's state_dict with the names that load_joined_tensors of the architecture `torchvision`
-    expects.
+    """Return torchvision's state_dict with the names that load_joined_tensors expects.
 
-    The weights expect (RGB / 255 − mean) / std as input, with torchvision's mean and std of each channel. The data
-    pipeline of this project gives RGB − mean instead. Raises KeyError for a name that is not in torchvision's AlexNet.
+    The network must have the architecture `torchvision`. The weights expect (RGB / 255 − mean) / std as input, with
+    torchvision's mean and std of each channel. The data pipeline of this project gives RGB − mean instead. Raises
+    KeyError for a name that is not in torchvision's AlexNet.
     """
     tensors = {}
     for name, tensor in state.items():

@@ -1,5 +1,4 @@
-"""The epilogue of a convolution on a GPU: bias, nonlinearity, normalization, max-pooling and nonlinearity in one
-operation.
+"""Epilogue of a convolution on a GPU: bias, nonlinearity, normalization, max-pooling, nonlinearity in one operation.
 
     y = after(pool(norm(before(x + bias))))
 

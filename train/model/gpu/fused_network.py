@@ -127,8 +127,10 @@ class FusedNetwork:
         }
 
     def _cross(self, joined: list[Tensor]) -> list[Tensor]:
-        """Return the input of conv3, fc6 or fc7 in each group: all maps or units with crossings, otherwise only the
-        group's own.
+        """Return the input of conv3, fc6 or fc7 in each group.
+
+        The input is all maps or units with crossings, otherwise only those of the group.
+
         """
         return join_on_devices(joined, self.devices) if self.recipe.crossing else joined
 
