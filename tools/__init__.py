@@ -1,1 +1,1 @@
-"""Demo data, benchmarks and checks. The tools run from a checkout and are not part of the wheel."""
+"""Demo data, benchmarks and checks. The tools run from a checkout, and are not part of the wheel."""

@@ -3,17 +3,17 @@
     python -m tools.compare_bits            # with 595f19d, before the packages were divided into subpackages
     python -m tools.compare_bits HEAD~1
 
-The tool copies both trees into a temporary folder and compiles their C kernels there, so you can edit the working tree
-during the comparison. The tool makes the demo's photographs once. Then each tree computes the following results, in
-processes that import only the packages of that tree:
+The tool copies both trees into a temporary folder and compiles their C kernels there. You can therefore edit the
+working tree during the comparison. The tool makes the photographs of the demo once. Then each tree computes the
+following results, in processes that import only the packages of that tree:
 
 -   the store of the demo's photographs (fingerprints of both splits, colour statistics), with and without C kernels;
 -   the first batches of the CPU stream in several settings, with C kernels and with DALI alone (ALEXNET_NATIVE=0);
 -   seeded training runs: weights, velocity, metrics, and the class probabilities of the validation images.
 
 tools/tree_bits.py hashes each result of each tree, and this tool compares the hashes. The exit code is 0 if all hashes
-are the same, and 1 if a hash differs or a command failed. The comparison takes 7 minutes on two cores, and 3 GB of disk
-space in the temporary folder.
+are the same. It is 1 if a hash differs or a command failed. The comparison takes 7 minutes on two cores, and 3 GB of
+disk space in the temporary folder.
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ class Run:
     """A short seeded training run on the CPU."""
 
     name: str
-    options: str  # options of `alextrain run`
+    options: str  # options for `alextrain run`
     kernels: bool = True  # whether C kernels are used
-    evaluate: str = ""  # options of `alextrain evaluate` after the training; if empty, nothing is evaluated
+    evaluate: str = ""  # options for `alextrain evaluate` after the training; if empty, nothing is evaluated
 
 
 RUNS = (
@@ -65,14 +65,14 @@ RUNS = (
 
 
 class Tree:
-    """A copy of one revision or checkout, and the hashes of the results that its packages compute."""
+    """A copy of one revision or checkout, with the hashes of the results that its packages compute."""
 
     def __init__(self, name: str, folder: Path, scratch: Path) -> None:
         self.name, self.folder, self.scratch = name, folder.resolve(), scratch.resolve()
         self.hashes: dict[str, str] = {}
 
     def compile(self) -> None:
-        """Compile the C kernels; raises UserError if a file cannot be compiled."""
+        """Compile the C kernels. Raises UserError if a file cannot be compiled."""
         for source, library in self._worker("compile")["results"].items():
             if library is None:
                 raise UserError(f"{self.name}: {source} could not be compiled. Install a C compiler, or set CC.")
@@ -91,7 +91,7 @@ class Tree:
             self.hashes[f"store, {name}: colour statistics"] = text_hash(json.dumps(numbers, sort_keys=True))
 
     def read_streams(self, batches: int) -> None:
-        """Hash the first batches of the streams, with C kernels and without."""
+        """Hash the first batches of the streams, with and without C kernels."""
         for kernels in (True, False):
             suffix = "" if kernels else ", without C kernels"
             with timed(f"{self.name}: batches of the stream{suffix}"):
@@ -121,7 +121,10 @@ class Tree:
         return self.scratch / f"store-{name}"
 
     def _check_kernels(self, loaded: Sequence[str], expected: Sequence[str]) -> None:
-        """Raises UserError if expected kernels were not loaded, or if kernels were loaded but none are expected."""
+        """Raises UserError if expected kernels were not loaded.
+
+        Also raises UserError if kernels were loaded although none are expected.
+        """
         packages = sorted({library.split("/")[0] for library in loaded})
         missing = sorted(set(expected) - set(packages))
         if missing:
@@ -166,7 +169,7 @@ def text_hash(text: str) -> str:
 
 
 def export_revision(revision: str, folder: Path) -> None:
-    """Write the packages and tools of a git revision into a new folder; raises UserError for an unknown revision."""
+    """Write the packages and tools of a git revision into a new folder. Raises UserError for an unknown revision."""
     with tempfile.TemporaryFile() as archive:
         command = ["git", "-C", str(ROOT), "archive", "--format=tar", revision, *COMPARED]
         ended = subprocess.run(command, stdout=archive, stderr=subprocess.PIPE, text=True, check=False)
@@ -193,7 +196,7 @@ def copy_tree(tree: Path, folder: Path) -> None:
 
 
 def compare(revision: str, tree: Path, photographs: int | None, batches: int) -> list[dict[str, Any]]:
-    """Return a row for each result: name, hash in `revision`, hash in `tree`, whether the hashes agree."""
+    """Return a row for each result: name, hash in `revision`, hash in `tree`, and whether the hashes agree."""
     with tempfile.TemporaryDirectory(prefix="compare-bits-") as temporary:
         scratch = Path(temporary)
         trees = []
@@ -223,7 +226,7 @@ def compare(revision: str, tree: Path, photographs: int | None, batches: int) ->
 
 
 def table(rows: Sequence[dict[str, Any]], revision: str) -> str:
-    """Return the rows as text, a line each, with the first 12 digits of the hashes."""
+    """Return the rows as text, one line for each row, with the first 12 digits of the hashes."""
     width = max(len(row["name"]) for row in rows)
     lines = [f"{'result':<{width}}  {revision[:12]:<12}  {'here':<12}"]
     for row in rows:
@@ -245,7 +248,7 @@ def table(rows: Sequence[dict[str, Any]], revision: str) -> str:
     "--photographs",
     type=click.IntRange(200),
     metavar="N",
-    help="Number of photographs to make; fewer are quicker.  [default: 1,797, as in the demo]",
+    help="Number of photographs to make; fewer photographs take less time.  [default: 1,797, as in the demo]",
 )
 @click.option(
     "--batches",

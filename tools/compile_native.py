@@ -17,16 +17,16 @@ from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
-# The -fno options do not change results. Without these options the compiler would have to preserve errno and
-# floating-point traps, which this code does not use, and therefore would not vectorize loops.
+# The -fno options do not change results. Without these options, the compiler would have to preserve errno and
+# floating-point traps, which this code does not use. The compiler would then not vectorize loops.
 FLAGS = ["-std=gnu11", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared"]
 
 
 def compile_native(source: Path) -> Path | None:
-    """Compile `source` to a library in the same folder. Returns the library's path, or None on failure.
+    """Compile `source` to a library in the same folder. Returns the path of the library, or None if compiling fails.
 
     The library has the name that prep.compiled.library_path returns. library_path cannot be imported here, because the
-    package is not installed yet when pip runs this hook. Libraries of earlier versions of `source` are removed.
+    package is not yet installed when pip runs this hook. Libraries of earlier versions of `source` are removed.
     """
     library = source.with_name(f"{source.stem}-{sha256(source.read_bytes()).hexdigest()[:16]}.so")
     compiler = shlex.split(os.environ.get("CC", "cc"))
@@ -49,7 +49,7 @@ class CustomBuildHook(BuildHookInterface):  # type: ignore[type-arg]
     """Adds the libraries to the wheel and tags the wheel for this platform. Any Python 3 can load the libraries."""
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
-        """Compile the kernels; hatchling calls this method before it collects the files of the wheel."""
+        """Compile the kernels. hatchling calls this method before it collects the files of the wheel."""
         for source in sorted(Path(self.root).glob("*/*/kernels.c")):
             library = compile_native(source)
             if library is None:

@@ -2,8 +2,8 @@
 
     python -m tools.demo
 
-The program prints and runs the commands that a user would type. Run the program again after an interruption to continue
-the workflow; after a finished workflow, the program starts from the beginning. The workflow takes a few minutes on two
+The program prints and runs the commands that a user would type. If the workflow was interrupted, run the program again
+to continue. After a finished workflow, the program starts from the beginning. The workflow takes a few minutes on two
 cores.
 """
 
@@ -40,7 +40,7 @@ RESULTS = (
 
 
 def run_demo(folder: Path) -> None:
-    """Run the workflow in `folder`; raises UserError if a command fails."""
+    """Run the workflow in `folder`. Raises UserError if a command fails."""
     started = time.monotonic()
     finished = folder / ".alexnet-demo-finished"
     if finished.exists():
@@ -76,7 +76,10 @@ def activation_script() -> str:
 
 
 def _run_command(arguments: list[str]) -> dict[str, float]:
-    """Run a command of this environment and show its output; returns the JSON object if the command prints JSON."""
+    """Run a command of this environment and show its output.
+
+    If the command prints JSON, the JSON object is returned.
+    """
     script = Path(sys.executable).parent / arguments[0]
     as_json = "--json" in arguments
     # Ctrl-C also reaches the command, which saves its state and ends.

@@ -30,7 +30,10 @@ def script(name: str) -> Path:
 
 
 def wait_until(reached: Callable[[], bool], what: str, limit_s: float = LIMIT_S) -> None:
-    """Wait until `reached()` returns True. Raises UserError after `limit_s` seconds. `what` names the condition."""
+    """Wait until `reached()` returns True.
+
+    Raises UserError after `limit_s` seconds. `what` is the name of the condition, for the message.
+    """
     deadline = time.monotonic() + limit_s
     while not reached():
         if time.monotonic() > deadline:
@@ -43,8 +46,8 @@ def cluster_of_nodes(count: int) -> Iterator[tuple[Any, list[Any]]]:
     """Start a Ray cluster with a head node without cores, and `count` nodes with one core each.
 
     Yields (cluster, list of the `count` nodes). All processes and files of the cluster are removed after the `with`
-    block. The cluster has its own temporary folder, so the address `auto` still means another cluster of this machine,
-    if there is one. Raises UserError if a node does not start.
+    block. The cluster has its own temporary folder. If this machine has another cluster, the address `auto` still means
+    that cluster. Raises UserError if a node does not start.
     """
     ray_module()
     from ray.cluster_utils import Cluster
@@ -62,12 +65,12 @@ def cluster_of_nodes(count: int) -> Iterator[tuple[Any, list[Any]]]:
             try:
                 cluster.add_node(num_cpus=0, object_store_memory=NODE_BYTES, include_dashboard=False)
                 nodes = [cluster.add_node(num_cpus=1, object_store_memory=NODE_BYTES) for _ in range(count)]
-            except Exception as error:  # Ray raises a plain Exception
+            except Exception as error:  # Ray raises a plain Exception in this case
                 raise UserError(
                     f"a node of the Ray cluster does not start: {error} Try again on an idle machine."
                 ) from None
             finally:
-                for number, handler in handlers.items():  # Ray has replaced the signal handlers
+                for number, handler in handlers.items():  # restore the signal handlers, which Ray has replaced
                     signal.signal(number, handler)
             yield cluster, nodes
         finally:
@@ -92,7 +95,7 @@ class Trainer:
 
     @property
     def step(self) -> int:
-        """Number of steps that the run has logged."""
+        """Number of steps that the run has logged so far."""
         lines = read_metrics(self.run_dir)
         return int(lines[-1]["step"]) if lines else 0
 
@@ -117,7 +120,7 @@ class Trainer:
 
 @contextmanager
 def running(commands: Sequence[tuple[Path, Sequence[str]]]) -> Iterator[list[Trainer]]:
-    """Start a Trainer for each pair (run folder, options). At the end, stop the trainers that are still running."""
+    """Start a Trainer for each pair (run folder, options). At the end, trainers that are still running are stopped."""
     with ExitStack() as stack:
         trainers = []
         for run_dir, options in commands:
@@ -127,5 +130,5 @@ def running(commands: Sequence[tuple[Path, Sequence[str]]]) -> Iterator[list[Tra
 
 
 def wait_for_trainers(trainers: Sequence[Trainer]) -> None:
-    """Wait until all trainers have ended. Raises UserError as soon as one fails."""
+    """Wait until all trainers have ended. Raises UserError as soon as one trainer fails."""
     wait_until(lambda: not [trainer for trainer in trainers if not trainer.ended()], "the end of the trainers")

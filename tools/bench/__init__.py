@@ -1,1 +1,4 @@
-"""Benchmarks of the build, the stream and the training step, compared with other libraries; run by `make bench`."""
+"""Benchmarks of the build, the stream and the training step, with comparisons to other libraries.
+
+`make bench` runs them.
+"""

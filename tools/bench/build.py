@@ -4,23 +4,24 @@ ours    `alexprep build-lmdb` in a separate process: decoding, area average to 2
         90, Datums with a CRC-32, sharded LMDB with SHA-256 digests, exact colour moments, mean image, manifest, and
         everything synced to the disk.
 FFCV    FFCV's DatasetWriter, JPEG of quality 90 (tools/bench/peers/ffcv_writer.py). FFCV cannot rescale the shorter
-        side to a given length, so the data set class rescales with Pillow's bicubic filter, like torchvision's Resize.
+        side to a given length. The data set class therefore rescales with Pillow's bicubic filter, like torchvision's
+        Resize.
 Pillow  a short script: a pool of processes rescales with Pillow's bicubic filter, and the parent writes one plain LMDB
         in one commit (tools/bench/peers/pillow_script.py).
 libvips the same script with libvips' thumbnail (tools/bench/peers/vips_thumbnail.py).
 bound   libjpeg-turbo only decodes each photograph and encodes a square (tools/bench/peers/jpeg_bound.py).
 
-Every contestant has --jobs worker processes, may use --jobs cores, and reads the same files. All files are read before
-each turn, so that they are in the page cache.
+Every contestant has --jobs worker processes, may use --jobs cores, and reads the same files. Before each turn, all
+files are read, so that they are in the page cache.
 
 The time of `ours` includes starting the command, importing libraries and listing the folder. The other contestants
 import libraries and list the folder before the timing starts. All other contestants except FFCV also start their
 workers before the timing starts. These two differences favour the other contestants. Only `ours` and the scripts that
 write an LMDB (Pillow, libvips) sync their output to the disk. Deleting the output of the previous turn is not timed.
 
---pictures N sets the number of images in a turn. If the source has fewer than N photographs, the photographs are
-repeated by hard links, or by copies if hard links fail. Choose N so large that each contestant works for at least ten
-seconds. The start of alexprep then takes only a small share of the time. The bound is fast, so it processes the N
+--pictures N is the number of images in a turn. If the source has fewer than N photographs, the photographs are repeated
+by hard links. If hard links fail, the photographs are copied. Choose N so large that each contestant works for at least
+ten seconds. The start of alexprep then takes only a small share of the time. The bound is fast, so it processes the N
 images twice. All copies of a photograph have the same size, which favours a contestant that caches data by image size.
 
 With --steps, the program instead times each step of our build, and libjpeg-turbo alone, on one core, in this process,
@@ -73,7 +74,7 @@ T = TypeVar("T")
 
 
 def find_photographs(folder: Path) -> list[Path]:
-    """Return the sorted image files below `folder`, found by their suffixes. Raises UserError if there are none."""
+    """Return the sorted image files below `folder`, found by their suffixes. Raises UserError if none exists."""
     paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in _SUFFIXES and path.is_file())
     if not paths:
         raise UserError(f"--source {folder}: no {', '.join(_SUFFIXES)} file in this folder. Name another folder.")
@@ -81,14 +82,14 @@ def find_photographs(folder: Path) -> list[Path]:
 
 
 def resample(paths: Sequence[Path], count: int) -> list[Path]:
-    """Return `count` paths, evenly spread over `paths`. If `count` is larger than len(paths), paths are repeated."""
+    """Return `count` paths, evenly spread over `paths`. If `paths` has fewer, some paths are repeated."""
     if count < len(paths):
         return [paths[len(paths) * index // count] for index in range(count)]
     return list(itertools.islice(itertools.cycle(paths), count))
 
 
 def link_photographs(paths: Sequence[Path], source: Path, folder: Path) -> None:
-    """Link each file into a class folder in `folder`; copy the file if linking fails.
+    """Link each file into a class folder in `folder`. If linking fails, copy the file.
 
     The name of the class folder is the path of the file's folder relative to `source`, with _ between the parts. For
     files directly in `source`, the name is `photographs`.
@@ -109,13 +110,13 @@ class BuildBenchmark:
     def __init__(self, pictures: Path, work_dir: Path, jobs: int) -> None:
         self.pictures, self.work_dir, self.jobs = pictures, work_dir, jobs
         self.out = work_dir / "out"
-        self.versions: dict[str, str] = {}  # library versions of the peers, by contestant
+        self.versions: dict[str, str] = {}  # name of a contestant -> versions of its libraries
         self.processes: list[LineProcess] = []
         by_inode = {path.stat().st_ino: path for path in sorted(pictures.glob("*/*"))}
         self.distinct_files = list(by_inode.values())
 
     def reset(self) -> None:
-        """Wait for processes to end, delete the output, sync the disk, and read all files into the page cache."""
+        """Wait until processes have ended, delete the output, sync the disk, and read all files into the page cache."""
         for process in self.processes:
             process.wait()
         shutil.rmtree(self.out, ignore_errors=True)
@@ -138,7 +139,7 @@ class BuildBenchmark:
         return (str(alexprep), "build-lmdb", str(self.pictures), *options)
 
     def ours(self, name: str) -> Contestant:
-        """Return `alexprep build-lmdb`, timed from the start of the process to its end."""
+        """Return `alexprep build-lmdb` as a contestant, timed from the start of the process to its end."""
         process = self.process(name, self.command())
 
         def turn() -> int:
@@ -150,9 +151,9 @@ class BuildBenchmark:
         return Contestant(name, timed(turn), _BOUND, self.reset)
 
     def peer(self, name: str, python: str | Path, module: str, *arguments: str) -> Contestant:
-        """Return a program of tools.bench.peers, run by the interpreter `python`.
+        """Return a program of tools.bench.peers as a contestant. The interpreter `python` runs the program.
 
-        A turn is timed from the line `go` to the program's answer. Raises UserError if the program fails to start.
+        A turn is timed from the line `go` to the answer of the program. Raises UserError if the program fails to start.
         """
         command = [str(Path(python).absolute()), "-m", f"tools.bench.peers.{module}"]
         command += [str(self.pictures), str(self.out), str(self.jobs), *arguments]
@@ -167,7 +168,7 @@ class BuildBenchmark:
             process.send()
             return int(process.read_line())
 
-        prepare()  # reports missing libraries before the first round
+        prepare()  # missing libraries are reported before the first round
         process.stop()
         return Contestant(name, timed(turn), _BOUND, prepare)
 
@@ -206,7 +207,7 @@ def make_contestants(benchmark: BuildBenchmark, ffcv: Path | None, vips: Path | 
 def ms_by_step(paths: Sequence[Path], out: Path, rounds: int) -> tuple[dict[str, float], dict[str, float]]:
     """Return milliseconds per image in each step of our build, and in libjpeg-turbo alone: medians over the rounds.
 
-    `out` is a new folder, to which the shards are written.
+    `out` is a new folder for the shards.
     """
     import simplejpeg
     from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]  # installed with scikit-learn
@@ -272,8 +273,8 @@ def print_steps(paths: Sequence[Path], work_dir: Path, rounds: int, as_json: boo
     default=8000,
     show_default=True,
     metavar="N",
-    help="Number of images that each contestant processes in a turn. If the folder has fewer than N photographs, "
-    "photographs are repeated; of more than N photographs, N are used. Choose N so large that a turn "
+    help="Number of images that each contestant processes in a turn. If the folder has fewer than N photographs, some"
+    " are repeated. If it has more, N photographs are used. Choose N so large that a turn "
     "takes ten seconds or more.",
 )
 @click.option(
@@ -294,7 +295,7 @@ def print_steps(paths: Sequence[Path], work_dir: Path, rounds: int, as_json: boo
 )
 @click.option("--more", is_flag=True, help="Also measure Pillow's BOX filter, FFCV's rescaling and FFCV's raw records.")
 @click.option("--steps", is_flag=True, help="Time each step of our build on one core, instead of comparing programs.")
-@click.option("--cluster", is_flag=True, help="Compare our builds with and without --cluster local, and nothing else.")
+@click.option("--cluster", is_flag=True, help="Compare only our builds with and without --cluster local.")
 @common_options
 def main(
     source: Path | None,
@@ -308,11 +309,11 @@ def main(
     rounds: int,
     as_json: bool,
 ) -> None:
-    """Measure how fast a store is built, beside FFCV's writer, a Pillow script, libvips and libjpeg-turbo alone.
+    """Measure how fast a store is built, and compare FFCV's writer, a Pillow script, libvips and libjpeg-turbo alone.
 
-    FFCV needs a separate environment. Install libopencv-dev, libturbojpeg0-dev and pkg-config on the system; then,
-    in a new virtual environment, `pip install 'numpy<2.3' torch setuptools wheel pillow lmdb 'pyvips[binary]'` and
-    `pip install --no-build-isolation ffcv`. `--vips-python` can name the same environment.
+    FFCV needs a separate environment. Install libopencv-dev, libturbojpeg0-dev and pkg-config on the system; then, in a
+    new virtual environment, `pip install 'numpy<2.3' torch setuptools wheel pillow lmdb 'pyvips[binary]'` and `pip
+    install --no-build-isolation ffcv`. `--vips-python` may name the same environment.
 
     \b
     Example:

@@ -1,6 +1,6 @@
 """Contestants of `python -m tools.bench.build --cluster`: builds with local processes, and with `--cluster local`.
 
-Both rates come from the JSON output of alexprep. The times of both rates begin when the inputs are listed, and end when
+Both rates come from the JSON output of alexprep. The time of each rate begins when the inputs are listed, and ends when
 the manifest is written. The start of the command, which for a cluster includes the start of Ray, is measured
 separately.
 """
@@ -18,7 +18,7 @@ from tools.bench.harness import Contestant, LineProcess
 class ClusterRace:
     """The two contestants. `command` is the command line of `alexprep build-lmdb` without --cluster.
 
-    `make_process` makes a process that runs a command line; `reset` is called before each turn.
+    `make_process` creates a process that runs a command line. `reset` is called before each turn.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class ClusterRace:
         return Contestant(name, turn, bound, self._reset)
 
     def start_s(self) -> dict[str, float]:
-        """Return seconds of each command that its rate leaves out: starting, listing and ending.
+        """Return the seconds of each command that its rate does not include: starting, listing and ending.
 
         The values are medians of all turns.
         """

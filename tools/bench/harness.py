@@ -1,10 +1,10 @@
 """Harness of all benchmarks: runs the contestants in turn and compares their rates.
 
 A contestant is one implementation that is timed. A turn is one timed run of one contestant, which gives its rate in
-images/s. A round is one turn of each contestant, in order: A B C, A B C, … If the machine's speed drifts, all
-contestants are affected alike. The first round warms up and is not counted. The ratio of two rates is computed in each
-round, and the median of these ratios is reported. This median can differ from the ratio of the two median rates. No
-result is asserted.
+images/s. A round is one turn of each contestant, in order: A B C, A B C, … If the speed of the machine changes slowly,
+all contestants are affected alike. The first round is a warm-up and is not counted. The ratio of two rates is computed
+in each round, and the median of these ratios is reported. This median can differ from the ratio of the two median
+rates. The harness does not check the results against any limit.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from prep.console import CONTEXT_SETTINGS, UserError, print_json, say
 
 INTERPRETER = click.Path(exists=True, dir_okay=False, path_type=Path)
 _ROOT = Path(__file__).parents[2]
-# Pause before each turn. During the pause, the previous contestant finishes the batches that it is prefetching.
+# Seconds of pause before each turn. During the pause, the previous contestant finishes the batches that it is
+# prefetching.
 _PAUSE_S = 1.0
 
 
@@ -37,13 +38,13 @@ def common_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class BenchmarkCommand(click.Command):
-    """A command that reports a UserError in one line, without a traceback."""
+    """A command that prints a UserError in one line, without a traceback."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{"context_settings": CONTEXT_SETTINGS, **kwargs})
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the command; raises click.ClickException for UserError."""
+        """Run the command. Raises click.ClickException for UserError."""
         try:
             return super().invoke(ctx)
         except UserError as error:
@@ -52,18 +53,21 @@ class BenchmarkCommand(click.Command):
 
 @dataclass(frozen=True)
 class Contestant:
-    """One implementation that is timed. In every benchmark the first contestant belongs to this project."""
+    """One implementation that is timed. In every benchmark, the first contestant belongs to this project."""
 
     name: str
-    rate: Callable[[], float]  # runs one turn; returns images/s
-    bound: str | None = None  # name of the contestant whose rate bounds this contestant's rate from above
-    prepare: Callable[[], object] = lambda: None  # called before each turn, not timed
-    # Name of the project's contestant that this contestant is compared with; None: the first contestant.
+    rate: Callable[[], float]  # a function that runs one turn and returns images/s
+    bound: str | None = None  # name of the contestant whose rate is an upper bound of this contestant's rate
+    prepare: Callable[[], object] = lambda: None  # a function that is called before each turn and not timed
+    # Name of the contestant of this project that this contestant is compared with. None: the first contestant.
     ours: str | None = None
 
 
 def timed(work: Callable[[], int]) -> Callable[[], float]:
-    """Return a function that runs `work` and returns its rate in images/s. `work` returns the number of images."""
+    """Return a function that runs `work` and returns the rate of `work` in images/s.
+
+    `work` returns the number of images.
+    """
 
     def rate() -> float:
         started = time.perf_counter()
@@ -74,9 +78,9 @@ def timed(work: Callable[[], int]) -> Callable[[], float]:
 
 
 class LineProcess:
-    """A subprocess that reads commands from standard input and writes answers to standard output, a line each.
+    """A subprocess that reads commands from standard input and writes answers to standard output, one line for each.
 
-    The subprocess's standard error goes to the file `errors`. If the subprocess fails, the UserError quotes the last
+    The subprocess's standard error goes to the file `errors`. If the subprocess fails, the UserError contains the last
     line of this file.
     """
 
@@ -88,7 +92,7 @@ class LineProcess:
         self.process: subprocess.Popen[str] | None = None
 
     def start(self) -> None:
-        """Start the process in the root of the checkout, where `-m tools.bench.peers.NAME` is importable."""
+        """Start the process in the root of the checkout, where `-m tools.bench.peers.NAME` can be imported."""
         pipe, env = subprocess.PIPE, self.environment
         with self.errors.open("w") as errors:
             self.process = subprocess.Popen(
@@ -96,7 +100,10 @@ class LineProcess:
             )
 
     def read_line(self) -> str:
-        """Return the next line that the process prints; raises UserError if the process ends without printing one."""
+        """Return the next line that the process prints.
+
+        Raises UserError if the process ends without printing a line.
+        """
         assert self.process is not None and self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
@@ -112,7 +119,7 @@ class LineProcess:
         self.process.stdin.flush()
 
     def wait(self) -> None:
-        """Wait until a process that was started ends; raises UserError if the exit code is not 0."""
+        """Wait until a process that was started ends. Raises UserError if the exit code is not 0."""
         if self.process is not None:
             self.process.communicate()
             ended, self.process = self.process, None
@@ -120,7 +127,7 @@ class LineProcess:
                 raise UserError(f"{self.name}: exit code {ended.returncode}.")
 
     def stop(self, timeout_s: float = 0.0) -> None:
-        """Close the standard input of the process, and terminate it if it still runs after `timeout_s`."""
+        """Close the standard input of the process. If the process still runs after `timeout_s`, terminate it."""
         if self.process is not None:
             try:
                 self.process.communicate(timeout=timeout_s)
@@ -132,10 +139,13 @@ class LineProcess:
 
 @dataclass(frozen=True)
 class Row:
-    """Rates of one contestant in images/s, and its ratios to other contestants (medians over the rounds)."""
+    """Rate of one contestant in images/s, and its ratios to other contestants.
+
+    All values are medians over the rounds.
+    """
 
     name: str
-    images_per_s: float  # median over the rounds
+    images_per_s: float  # median rate over the rounds
     least: float
     most: float
     ours: str  # name of the project's contestant that this contestant is compared with
@@ -144,7 +154,7 @@ class Row:
 
 
 def import_simplejpeg() -> ModuleType:
-    """Return the module simplejpeg, which wraps libjpeg-turbo; raises UserError if simplejpeg is not installed."""
+    """Return the module simplejpeg, which wraps libjpeg-turbo. Raises UserError if simplejpeg is not installed."""
     try:
         import simplejpeg
     except ModuleNotFoundError:
@@ -154,7 +164,7 @@ def import_simplejpeg() -> ModuleType:
 
 
 def make_photo_digits(folder: Path) -> Path:
-    """Make the data set of tools.photo_digits in a new folder; returns the folder of its 1,500 training images."""
+    """Make the data set of tools.photo_digits in a new folder, and return the folder of its 1,500 training images."""
     from tools.photo_digits import make_dataset
 
     make_dataset(folder)
@@ -186,12 +196,12 @@ def race(contestants: Sequence[Contestant], rounds: int, pause_s: float = _PAUSE
 
 
 def speedups(rows: Sequence[Row]) -> dict[str, float]:
-    """Return {name of another contestant: this project's rate / that contestant's rate}. JSON key: "ours_over"."""
+    """Return {name of another contestant: rate of this project / rate of that contestant}. JSON key: "ours_over"."""
     return {row.name: round(1 / row.of_ours, 2) for row in rows if row.name != row.ours}
 
 
 def speedup_lines(rows: Sequence[Row]) -> str:
-    """Return the speedups as text, one line for each."""
+    """Return the speedups as text, one line for each speedup."""
     ours = {row.name: row.ours for row in rows}
     return "\n".join(f"{ours[name]} / {name}: {ratio:.2f}" for name, ratio in speedups(rows).items())
 
@@ -207,7 +217,7 @@ def print_results(rows: Sequence[Row], as_json: bool, details: dict[str, Any], n
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Return the rates and ratios as text, a line for each contestant."""
+    """Return the rates and ratios as text, one line for each contestant."""
     width = max(len(row.name) for row in rows)
     bounded = any(row.of_bound is not None for row in rows)
     head = f"{'images/s':<{width}} {'median':>8} {'min .. max':>18} {'of ours':>8}{' of bound' if bounded else ''}"

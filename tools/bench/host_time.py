@@ -1,8 +1,8 @@
-"""Benchmark of the Python code of the CPU stream: microseconds an image, with decoding and augmentation left out.
+"""Benchmark of the Python code of the CPU stream, in microseconds an image, without decoding and augmentation.
 
-The stages run one after the other on one thread, so the sum is an upper bound of the time for which the stream holds
-Python's GIL. Only the search for the records in the mapped files runs without the GIL. The kernel is replaced by a
-function that does nothing; `--threads` threads call this function, as in a stream. Batches are chosen at random, and
+The stages run one after the other on one thread. The sum is therefore an upper bound of the time for which the stream
+holds Python's GIL. Only the search for the records in the mapped files runs without the GIL. A function that does
+nothing replaces the kernel. As in a stream, `--threads` threads call this function. Batches are chosen at random, and
 all records are in the page cache. The results are medians over the batches.
 
 look up   Records.batch: find and check the records of a batch
@@ -32,11 +32,11 @@ from prep.console import UserError, print_json, say
 from prep.store.manifest import Store
 from tools.bench.harness import BenchmarkCommand
 
-_FIRST = 5  # number of batches that are not counted
+_FIRST = 5  # number of batches that are not counted, at the start
 
 
 class _IdleKernel:
-    """Has the interface of NativeKernels that CpuEngine uses, and does nothing."""
+    """Has the interface of NativeKernels that CpuEngine uses, but does nothing."""
 
     def __init__(self, jpeg: kernels.JpegLibrary | None) -> None:
         self.jpeg = jpeg
@@ -46,9 +46,10 @@ class _IdleKernel:
 
 
 def host_times(store: Store, batch: int, threads: int, batches: int) -> dict[str, float]:
-    """Return microseconds an image of each stage, and of all stages ("sum"), in the order of the module's docstring.
+    """Return microseconds an image of each stage, and of all stages together ("sum").
 
-    Raises UserError if the C kernel cannot be used, because the stream then uses DALI.
+    The stages have the order of the module's docstring. Raises UserError if the C kernel cannot be used, because the
+    stream would then use DALI.
     """
     if kernels.native is None or kernels.native.jpeg is None:
         raise UserError("The C kernel cannot be used, so the stream uses DALI (see pipeline/engines/kernels.py).")

@@ -1,7 +1,7 @@
-"""Benchmark of the list of inputs: time and memory of each step of a build before it decodes the first image.
+"""Benchmark of listing the inputs: time and memory of each step of a build before it decodes the first image.
 
-The names of the inputs are generated: CLASS/CLASS_NUMBER.JPEG, as long as ImageNet's names, in 21,841 classes as in
-ImageNet-21k. The program runs these steps of prep/build/split.py in one process, in this order:
+The names of the inputs are generated as CLASS/CLASS_NUMBER.JPEG. They are as long as ImageNet's names, and there are
+21,841 classes as in ImageNet-21k. The program runs these steps of prep/build/split.py in one process, in this order:
 
     add          Listing.add for each input, as list_folder and list_archive do
     permutation  the record order: keyed hashes of all paths, sorted
@@ -11,8 +11,8 @@ ImageNet-21k. The program runs these steps of prep/build/split.py in one process
     compare      the comparison of the loaded list with the list in memory
 
 `peak MB` is the largest resident memory of the process so far (VmHWM in /proc/self/status). With --tree N, the program
-also creates N empty files in class folders, and lists them with list_folder. These files are in the operating system's
-caches, so a network file system is slower.
+also creates N empty files in class folders, and lists them with list_folder. These files are in the caches of the
+operating system. On a network file system, listing takes longer.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def peak_mb() -> float:
 
 
 class Steps:
-    """Wall time and CPU time of steps in seconds, and the peak memory after each step."""
+    """Wall time and CPU time of the steps in seconds, and the peak memory after each step."""
 
     def __init__(self) -> None:
         self.rows: list[dict[str, float | str]] = []
@@ -117,7 +117,7 @@ def list_tree(files: int, work_dir: Path, steps: Steps) -> None:
     type=click.IntRange(0),
     default=0,
     show_default=True,
-    help="Number of empty files to create and list; 0 leaves this step out.",
+    help="Number of empty files to create and list; with 0, this step is left out.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
 def main(inputs: int, tree: int, as_json: bool) -> None:

@@ -1,8 +1,8 @@
 """Streams that tools.bench.stream measures in its own process: this project's stream, torch's DataLoader and DALI.
 
-Each stream is a generator that yields batches without end, float32 (128, 3, 224, 224): random crops, mirrored with
-probability ½, minus the channel mean. The functions at the end of this module make the files and the store that the
-contestants in other processes read.
+Each stream is a generator that yields batches without end, float32 (128, 3, 224, 224). The images are random crops,
+mirrored with probability ½, minus the channel mean. The functions at the end of this module make the files and the
+store that the contestants in other processes read.
 """
 
 from __future__ import annotations
@@ -46,13 +46,13 @@ def decode_with_pillow(content: bytes) -> npt.NDArray[np.uint8]:
 
 
 class LmdbDataset(Dataset[tuple[Tensor, int]]):
-    """Training records of a store for torch's DataLoader. Each worker process opens the LMDB separately."""
+    """Training records of a store for torch's DataLoader. Each worker process opens the LMDB itself."""
 
     def __init__(self, store: Store, decode: Decoder) -> None:
         self.keys = [(path, key) for path in store.shard_paths("train") for key, _ in lmdb_shard.read(Path(path))]
         self.mean = np.array(store.color_stats().mean_rgb, np.float32)
         self.decode = decode
-        self.shards: dict[str, Any] = {}  # lmdb environments, by path
+        self.shards: dict[str, Any] = {}  # path -> LMDB environment
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -67,15 +67,19 @@ class LmdbDataset(Dataset[tuple[Tensor, int]]):
 
 
 def torch_batches(store: Store, threads: int, decode: Decoder) -> Batches:
-    """Return batches of torch's DataLoader. Workers are spawned: DALI's threads in this process make forking unsafe."""
+    """Return batches of torch's DataLoader.
+
+    The workers are spawned, because DALI's threads in this process make forking unsafe.
+    """
     dataset = LmdbDataset(store, decode)
-    sampler = RandomSampler(dataset, num_samples=1 << 40)  # gives random permutations of the records without end
+    # This sampler gives random permutations of the records without end.
+    sampler = RandomSampler(dataset, num_samples=1 << 40)
     for images, _ in DataLoader(dataset, BATCH, sampler=sampler, num_workers=threads, multiprocessing_context="spawn"):
         yield images
 
 
 def dali_batches(store: Store, threads: int) -> Batches:
-    """Return batches of the pipeline in DALI's documentation; raises UserError if DALI is not installed."""
+    """Return batches of the pipeline in DALI's documentation. Raises UserError if DALI is not installed."""
     try:
         dali: Any = import_module("nvidia.dali")
     except ModuleNotFoundError:
@@ -111,7 +115,7 @@ def our_batches(store: Store, threads: int, mean: str = "channel") -> Batches:
 
 
 def jpeg_store(store: Path | None, work_dir: Path, threads: int) -> Store:
-    """Return the store of a benchmark, with JPEG records; None: a new store of the pictures of tools.photo_digits.
+    """Return the store of a benchmark, which has JPEG records. None: a new store of the pictures of tools.photo_digits.
 
     Raises UserError for a store of PPM records.
     """
@@ -130,7 +134,7 @@ def train_records(store: Store) -> Iterator[Datum]:
 
 
 def write_files(store: Store, folder: Path, count: int | None) -> Path:
-    """Write the images of the first `count` training records (None: all) to FOLDER/LABEL/NUMBER.jpg."""
+    """Write the images of the first `count` training records (None: all records) to FOLDER/LABEL/NUMBER.jpg."""
     for number, datum in enumerate(islice(train_records(store), count)):
         path = folder / f"{datum.label:04d}" / f"{number:08d}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)

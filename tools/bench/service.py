@@ -1,4 +1,4 @@
-"""Benchmark of the service: images/s of a loader with and without a service, in batches of 128.
+"""Benchmark of the service: rate in images/s of a loader with and without a service, in batches of 128.
 
 stream             pipeline.train_loader without a service, with --threads threads
 service            the same loader with a service whose workers run on the loader's node: --threads workers with one
@@ -10,7 +10,7 @@ bounds             threads that only decode the JPEG records (libjpeg-turbo), or
 All contestants give float32 NCHW batches, decode on --threads threads, and run on the same --threads cores. The loader
 with a service shares these cores with Ray's processes and the workers. Both nodes are raylets (Ray's process of a node)
 of one Ray cluster on this machine. All loaders stay open between their turns. The time to start the cluster is printed,
-and is not part of the rates. Before the measurement, the benchmark compares the first batches of each loader with those
+but is not part of the rates. Before the measurement, the benchmark compares the first batches of each loader with those
 of the loader without a service, bit for bit.
 """
 
@@ -47,7 +47,8 @@ from tools.bench.stream import StreamBenchmark
 
 _CHECKED_BATCHES = 3
 _JPEG_BOUND, _PPM_BOUND = "bound, JPEG: decode alone", "bound, PPM: copy alone"
-# Size of the object store of a node. All four services keep their batches between their turns: 0.4 GB each.
+# Size in bytes of the object store of a node. All four services keep their batches between their turns, 0.4 GB for each
+# service.
 _OBJECT_STORE_BYTES = 2_000_000_000
 
 
@@ -62,7 +63,7 @@ def endless(store: Store, threads: int, service: str | None) -> Batches:
 def add_stream(benchmark: StreamBenchmark, name: str, store: Store, bound: str, ours: str, service: str | None) -> None:
     """Add a stream to the benchmark.
 
-    Raises UserError if the first batches differ from those of the stream without a service.
+    Raises UserError if the first batches differ from the batches of the stream without a service.
     """
     batches = endless(store, benchmark.threads, service)
     benchmark.cleanup.callback(batches.close)
@@ -77,7 +78,7 @@ def add_stream(benchmark: StreamBenchmark, name: str, store: Store, bound: str, 
 def start_nodes(benchmark: StreamBenchmark) -> None:
     """Start a cluster of two nodes, and add the streams of a service on each node."""
     # Give all processes of the cluster one authentication token, which is made for this run. Without these variables,
-    # Ray looks for a token only after the first node has started, and then refuses the second node.
+    # Ray looks for a token only after the first node has started. Ray then refuses the second node.
     os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     ray_module()
     from ray.cluster_utils import Cluster
@@ -127,9 +128,9 @@ def start_nodes(benchmark: StreamBenchmark) -> None:
 )
 @common_options
 def main(store: Path | None, threads: int, seconds: float, rounds: int, as_json: bool) -> None:
-    """Compare the speed of a loader with a service, on one node and across two nodes, with a loader without one.
+    """Compare the speed of a loader with a service to that of a loader without a service.
 
-    Both nodes are processes on this machine.
+    The service is on one node, or on another node. Both nodes are processes on this machine.
 
     \b
     Example:

@@ -1,10 +1,10 @@
 """Benchmark of the training stream on CPU threads: images/s in batches of 128, beside other loaders and upper bounds.
 
 Every contestant except the bounds is a stream. A stream yields batches without end: random crops of 224 px, flipped at
-random, minus the channel mean, float32 NCHW, and labels.
+random, minus the channel mean, float32 NCHW, together with labels.
 
-ours        pipeline.loader.train_loader with its default augmentation, which adds colour noise. Timed on JPEG
-            records, with the channel mean and with the mean image, and on PPM records.
+ours        pipeline.loader.train_loader with its default augmentation, which adds colour noise. The stream is timed on
+            JPEG records, with the channel mean and with the mean image, and on PPM records.
 torch       torch.utils.data.DataLoader whose workers each open the LMDB with py-lmdb, parse records with
             prep.store.datum.Datum, and decode with Pillow or with simplejpeg (libjpeg-turbo). NumPy crops, mirrors and
             subtracts the mean.
@@ -22,14 +22,14 @@ bounds      threads that read from memory and do only one thing: decode the JPEG
 Every contestant has --threads worker threads or processes and may use --threads cores. Streams read from the page
 cache, so choose a store that fits into memory. FFCV, SPDL and WebDataset run in separate processes, each with its own
 Python interpreter. Such a process starts a turn when it reads a line. The other contestants run in this process. All
-streams keep prefetching between their turns. Each turn of a stream first discards some batches, so that batches that
-were prefetched during another contestant's turn are not counted.
+streams keep prefetching between their turns. Each turn of a stream first discards some batches. Batches that were
+prefetched during another contestant's turn are therefore not counted.
 
 Starting, compiling, writing .beton files and archives, and filling shuffle buffers are not timed. Dtype, shape and
 range of values of two batches of each stream are checked before the first round. The two batches must differ, and the
 first two images of a batch must differ.
 
-The PPM records and the .beton of pixels hold the images of the first 2,000 records of the store. No GPU is used.
+The PPM records and the .beton of pixels have the images of the first 2,000 records of the store. No GPU is used.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class StreamBenchmark:
     def __init__(self, jpeg: Store, work_dir: Path, threads: int, seconds: float) -> None:
         self.jpeg, self.work_dir, self.threads, self.seconds = jpeg, work_dir, threads, seconds
         self.contestants: list[Contestant] = []
-        self.versions: dict[str, str] = {}  # library versions of the peers, by contestant
+        self.versions: dict[str, str] = {}  # name of a peer -> versions of its libraries
         self.left_out: dict[str, str] = {}  # contestant -> reason why it is left out
         self.cleanup = ExitStack()
         self.all_files: Path | None = None
@@ -111,9 +111,9 @@ class StreamBenchmark:
     def add_peer(
         self, name: str, option: str, python: Path | None, module: str, *arguments: str, raw: bool = False
     ) -> None:
-        """Add a program of tools.bench.peers, run by the interpreter `python`.
+        """Add a program of tools.bench.peers. The interpreter `python` runs the program.
 
-        If `raw`, the program gets only the first 2,000 records, and is compared with our stream of PPM records.
+        With `raw`, the program gets only the first 2,000 records, and is compared with our stream of PPM records.
         """
         if python is None:
             self._leave_out(name, f"{option} must name an interpreter that has the library (to install it: see --help)")
@@ -170,7 +170,7 @@ class StreamBenchmark:
 def add_contestants(
     benchmark: StreamBenchmark, ffcv: Path | None, spdl: Path | None, webdataset: Path | None, more: bool
 ) -> None:
-    """Add all contestants. A peer takes part only if its interpreter is given.
+    """Add all contestants. A peer takes part only if its Python interpreter is given.
 
     Prints each peer that is left out, with the reason.
     """
@@ -243,13 +243,13 @@ def main(
     rounds: int,
     as_json: bool,
 ) -> None:
-    """Measure the training stream in batches of 128, beside FFCV, SPDL, WebDataset, torch, DALI and decoding alone.
+    """Measure the training stream in batches of 128, and compare other loaders and decoding alone.
 
-    FFCV needs a separate environment. Install libopencv-dev, libturbojpeg0-dev and pkg-config on the system; then,
-    in a new virtual environment, `pip install 'numpy<2.3' torch setuptools wheel pillow` and `pip install
-    --no-build-isolation ffcv`. SPDL needs the libraries of FFmpeg on the system (on Debian: libavdevice59) and `pip
-    install spdl simplejpeg numpy`. WebDataset needs `pip install webdataset torch pillow`. SPDL and WebDataset can
-    share one environment.
+    The other loaders are FFCV, SPDL, WebDataset, torch and DALI. FFCV needs a separate Python environment. Install
+    libopencv-dev, libturbojpeg0-dev and pkg-config on the system; then, in a new virtual environment, `pip install
+    'numpy<2.3' torch setuptools wheel pillow` and `pip install --no-build-isolation ffcv`. SPDL needs the libraries of
+    FFmpeg on the system (on Debian: libavdevice59) and `pip install spdl simplejpeg numpy`. WebDataset needs `pip
+    install webdataset torch pillow`. SPDL and WebDataset can share one environment.
 
     \b
     Example:
@@ -267,7 +267,7 @@ def main(
         benchmark = StreamBenchmark(jpeg, work_dir, threads, seconds)
         with benchmark.cleanup:
             add_contestants(benchmark, ffcv_python, spdl_python, webdataset_python, more)
-            os.sync()  # writes the new files to the disk now, so that no turn is slowed down by these writes
+            os.sync()  # write the new files to the disk now, so that no turn is slowed down by these writes
             rows = race(benchmark.contestants, rounds)
     details = {"records": records, "batch": BATCH, "seconds": seconds, "threads": threads, "rounds": rounds}
     results = {"ours_over": speedups(rows), "versions": benchmark.versions, "left_out": benchmark.left_out}

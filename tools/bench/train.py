@@ -3,25 +3,26 @@
 ours    train.model.alexnet.AlexNet with the recipe `paper`, both columns on the CPU, updated by train.optim.paper_sgd
         with the recipe's learning rates.
 ours, without LRN
-        like `ours`, without local response normalization (LRN). The difference from `ours` is the cost of our LRN.
+        like `ours`, without local response normalization (LRN). The difference from the rate of `ours` is the cost of
+        our LRN.
 plain   one column of PyTorch's modules, with torch.optim.SGD and the recipe's learning rate for weights. conv2, conv4
         and conv5 have two groups, because in the paper each column of these layers reads only one column of the
         previous layer. Each layer has as many parameters as in `ours`.
 plain, without LRN
-        like `plain`, without LRN. The paper's network has LRN, so the rate of this contestant is only a reference.
+        like `plain`, without LRN. The paper's network has LRN, so the rate of this contestant is only for comparison.
 
 `plain` differs from the paper's network in two respects. First, LRN sums over five neighbouring maps. In the paper the
 five maps belong to one column, which has 48 or 128 maps. In `plain` the five maps can come from both halves of the
-layer, which has 96 or 256 maps. Second, dropout in the paper scales activations at test time, but nn.Dropout scales
+layer, which has 96 or 256 maps. Second, dropout in the paper scales activations at test time. nn.Dropout scales
 activations at training time.
 
-A step consists of forward pass, cross-entropy, zero_grad, backward pass and update, in float32, on random images that
-are in memory. A turn is --steps steps. The stream (see tools.bench.stream), the metrics of the training loop, and GPUs
-are not measured.
+A step consists of forward pass, cross-entropy, zero_grad, backward pass and update, in float32. The images are random,
+and are in memory. A turn is --steps steps. The stream (see tools.bench.stream), the metrics of the training loop, and
+GPUs are not measured.
 
 Peak memory is the largest resident memory of a process that runs only two steps. This memory includes Python, PyTorch,
-parameters, gradients, velocities and activations. Peak memory is measured before the rates, because the peak that
-Linux reports for a new process includes the peak of the parent process.
+parameters, gradients, velocities and activations. Peak memory is measured before the rates. The peak that Linux reports
+for a new process includes the peak of its parent process.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ CLASSES = 1000
 
 
 def plain_alexnet(with_lrn: bool) -> nn.Sequential:
-    """Return the network of the paper in one column, made of PyTorch's modules."""
+    """Return the network of the paper as one column, made of PyTorch's modules."""
 
     def norm() -> nn.Module:
         lrn = PAPER.lrn  # PyTorch divides alpha by the number of maps in the sum, so alpha is multiplied by this number
@@ -76,7 +77,7 @@ def plain_alexnet(with_lrn: bool) -> nn.Sequential:
 
 
 def training_step(name: str, batch: int) -> Callable[[], int]:
-    """Return the training step of one contestant: a function that returns the number of images in a step."""
+    """Return the training step of one contestant, as a function that returns the number of images in a step."""
     torch.manual_seed(0)
     images, labels = 60 * torch.randn(batch, 3, CROP_PX, CROP_PX), torch.randint(CLASSES, (batch,))
     model: nn.Module
@@ -112,7 +113,7 @@ def peak_memory_mb(name: str, batch: int) -> int:
 
 
 def make_contestant(name: str, batch: int, steps: int) -> Contestant:
-    """Return a contestant with a new network. A turn makes `steps` training steps on one batch."""
+    """Return a contestant with a new network. A turn consists of `steps` training steps on one batch."""
     step = training_step(name, batch)
     return Contestant(name, timed(lambda: sum(step() for _ in range(steps))))
 
@@ -122,7 +123,7 @@ def make_contestant(name: str, batch: int, steps: int) -> Contestant:
 @click.option("--steps", type=click.IntRange(1), default=1, show_default=True, help="Number of steps in a turn.")
 @common_options
 def main(batch: int, steps: int, rounds: int, as_json: bool) -> None:
-    """Measure one training step on the CPU, beside the same network written with PyTorch's own modules.
+    """Measure one training step on the CPU, and compare the same network written with PyTorch's own modules.
 
     \b
     Example:

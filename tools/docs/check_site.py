@@ -1,6 +1,6 @@
 """Check that the built documentation site loads nothing from a network.
 
-python -m tools.docs.check_site site            # `make docs` runs it
+python -m tools.docs.check_site site # `make docs` runs this command
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from pathlib import Path
 
 import click
 
-LOADED = {  # {tag: attributes with an address that a browser fetches without a click}; <a> needs a click
+# {tag: attributes with an address that a browser fetches without a click}; an <a> is fetched only after a click.
+LOADED = {
     "audio": ("src",),
     "embed": ("src",),
     "iframe": ("src",),
@@ -23,7 +24,7 @@ LOADED = {  # {tag: attributes with an address that a browser fetches without a 
     "source": ("src", "srcset"),
     "video": ("src", "poster"),
 }
-NOT_FETCHED = {"alternate", "author", "canonical", "next", "prev"}  # values of <link rel>
+NOT_FETCHED = {"alternate", "author", "canonical", "next", "prev"}  # values of <link rel> that a browser does not fetch
 REMOTE = re.compile(r"(?:https?:)?//")
 REMOTE_IN_CSS = re.compile(r"""(?:url\(\s*|@import\s+)["']?((?:https?:)?//[^"')\s]+)""")
 
@@ -48,7 +49,7 @@ class _Page(HTMLParser):
 
 
 def remote_resources(site: Path) -> Iterator[tuple[Path, str]]:
-    """Yield pairs (file of the site, remote address that a browser would load for this file)."""
+    """Yield pairs of a file of the site and a remote address that a browser would load for this file."""
     for path in sorted(site.rglob("*.html")):
         page = _Page()
         page.feed(path.read_text("utf-8"))

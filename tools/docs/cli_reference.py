@@ -21,7 +21,7 @@ GROUPS: dict[str, click.Group] = {
     "alexstream": pipeline.cli.main,
     "alextrain": train.cli.main,
 }
-WIDTH = 80  # number of characters in a line of a code block of the site, at desktop width
+WIDTH = 80  # number of characters that fit into a line of a code block of the site, at desktop width
 
 INTRODUCTION = """\
 # Commands
@@ -47,7 +47,7 @@ ablate`. Every other command starts from the beginning.
 
 
 def page() -> str:
-    """Return the text of docs/cli.md: a section for each group, followed by a section for each command of the group."""
+    """Return the text of docs/cli.md: a section for each command group, then one for each command of the group."""
     parts = [INTRODUCTION]
     for name, group in GROUPS.items():
         parts.append(f"## {name}\n\n{_block(group, name)}")

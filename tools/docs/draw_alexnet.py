@@ -30,9 +30,10 @@ AFTER = {"conv1": "LRN, pool", "conv2": "LRN, pool", "conv5": "pool", "fc6": "dr
 
 @dataclass(frozen=True)
 class Box:
-    """A slab that shows one column of a layer. The height grows with the maps' side, the depth with their count.
+    """A slab that shows one column of a layer.
 
-    For a fully connected layer, the height grows with the number of units and the depth is 0.
+    The height grows with the side of the maps, and the depth grows with their number. For a fully connected layer, the
+    height grows with the number of units and the depth is 0.
     """
 
     x: float  # x coordinate of the left edge of the front
@@ -43,12 +44,12 @@ class Box:
 
     @property
     def inlet(self) -> tuple[float, float]:
-        """The point where connections from the previous layer end."""
+        """Return the point at which connections from the previous layer end."""
         return self.x, self.y
 
     @property
     def outlet(self) -> tuple[float, float]:
-        """The point where connections to the next layer start."""
+        """Return the point at which connections to the next layer start."""
         return self.x + 10 + self.depth, self.y - self.depth / 4
 
     def svg(self) -> str:
@@ -91,7 +92,7 @@ def arrow(start: tuple[float, float], end: tuple[float, float], crossing: bool) 
 
 
 def text(x: float, y: float, content: str, fill: str = DARK, anchor: str = "middle", size: int = 12) -> str:
-    """Return a text element; `anchor` is SVG's text-anchor."""
+    """Return a text element. `anchor` is SVG's text-anchor."""
     return f'<text x="{x:.1f}" y="{y:.1f}" fill="{fill}" text-anchor="{anchor}" font-size="{size}">{content}</text>'
 
 

@@ -1,6 +1,6 @@
 """Griffe extension that adapts docstrings and comments of this project to the documentation site.
 
-mkdocs.yml names the extension; only `make docs` uses it. The extension turns a list of names and meanings, like
+mkdocs.yml names the extension. Only `make docs` uses it. The extension turns a list of names and meanings, like
 
     store         folder that `alexprep build-lmdb` wrote
     batch_size    images in a batch of this loader
@@ -61,7 +61,7 @@ def _row(name: str, text: str) -> str:
 
 
 def comment_of(source: list[str], first: int, last: int) -> str:
-    """Return the comment at the end of line `last`, or else the comment lines above line `first`.
+    """Return the comment at the end of line `last`. If there is none, return the comment lines above line `first`.
 
     Lines are counted from 1.
     """

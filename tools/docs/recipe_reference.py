@@ -64,7 +64,7 @@ def _side_by_side(recipes: Mapping[str, Recipe]) -> str:
 
 
 def _sourced(recipe: Recipe) -> str:
-    """Return the rows of fields with their sources, of the parts of fields, and of `alextrain recipe`'s headings."""
+    """Return the rows of fields with sources, of the parts of fields, and of `alextrain recipe`'s headings."""
     lines = [_row("field", "value", "source"), _row("---", "---", "---")]
     for field, rows in recipe_rows(recipe).items():
         if field in HEADINGS:
@@ -78,7 +78,7 @@ def _sourced(recipe: Recipe) -> str:
 
 
 def _cells(rows: list[tuple[str, str]]) -> dict[str, str]:
-    """Return the value of each setting as Markdown; a row without a name continues the previous row."""
+    """Return the value of each setting as Markdown. A row without a name continues the previous row."""
     cells: dict[str, str] = {}
     for name, value in rows:
         if name:

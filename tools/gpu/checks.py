@@ -32,17 +32,16 @@ JPEG_MEAN, JPEG_MAX = 0.05, 8.0
 PPM_MAX = 4 * 2.0**-15  # four times the distance between neighbouring float32 numbers above 256
 
 # Limits of the relative error ‖found − wanted‖ / ‖wanted‖. `wanted` is computed in float64 on the CPU. The first limit
-# is for the logits, the second for the gradient of the parameter with the largest error. The second limit is wide
-# because rounding can change the sign of a ReLU's input or the position of a maximum. The gradient then takes another
-# path through the network.
-# Errors of the logits on an H200: fp32 1e-6, tf32 7e-4, bf16 6e-3. Errors (logits, gradient) on a CPU, with 4
-# photographs and the paper's widths: fp32 9e-7, 1e-6; bf16 5e-3, 0.2.
+# is for the logits. The second limit is for the gradient of the parameter with the largest error. The second limit is
+# wide because rounding can change the sign of a ReLU's input or the position of a maximum. The gradient then takes
+# another path through the network. Errors of the logits on an H200: fp32 1e-6, tf32 7e-4, bf16 6e-3. Errors (logits,
+# gradient) on a CPU, with 4 photographs and the paper's widths: fp32 9e-7, 1e-6; bf16 5e-3, 0.2.
 TOLERANCES = {"fp32": (1e-5, 5e-3), "tf32": (3e-3, 0.2), "bf16": (2e-2, 0.4)}
 LRN_TOLERANCES = {torch.float32: 1e-6, torch.bfloat16: 2.0**-8}  # an H200 gave the errors 8e-8 and 1.7e-3
-# Limit of the relative difference between two runs of three steps. On a GPU the order of additions in gradients varies;
-# an H200 gave 8e-7.
+# Limit of the relative difference between two runs of three steps. On a GPU, the order of additions in gradients
+# varies. An H200 gave 8e-7.
 REPEAT_TOLERANCE = 1e-5
-STEPS_BEFORE_REPLAY = 5  # steps after which a CountedStep replays its CUDA graph
+STEPS_BEFORE_REPLAY = 5  # number of steps after which a CountedStep replays its CUDA graph
 _MOST_STEPS = 10**6  # largest number of steps that the counters can hold; the checks never read the counters
 
 
@@ -52,7 +51,7 @@ _MOST_STEPS = 10**6  # largest number of steps that the counters can hold; the c
 def read_batches(
     store: Path, device: str, batch: int, count: int, layout: str, mean: str, state: Mapping[str, Any] | None = None
 ) -> tuple[list[Batch], dict[str, Any]]:
-    """Return `count` batches of the training stream on the CPU, and the state of the stream after them.
+    """Return `count` batches of the training stream on the CPU, and the state of the stream after these batches.
 
     The batches are the first of the stream, or the first after `state`.
     """
@@ -70,7 +69,7 @@ def read_batches(
 
 
 def stream_checks(settings: GpuCheckSettings, store: Path, format: str) -> Iterator[Check]:
-    """Compare batches made on the device with batches made on the CPU from the same records; check resuming."""
+    """Compare batches made on the device with batches made on the CPU from the same records. Also check resuming."""
     device, batch = settings.devices[0], min(settings.compared_images, Store.open(store).split("train").records)
     for layout, mean in (("NCHW", "channel"), ("NHWC", "channel"), ("NCHW", "image"), ("NCHW", "aligned")):
         wanted, _ = read_batches(store, "cpu", batch, 2, layout, mean)
@@ -138,7 +137,7 @@ def relative_distance(found: Tensor, wanted: Tensor) -> float:
 def network_checks(settings: GpuCheckSettings) -> Iterator[Check]:
     """Compare logits and gradients in each precision with logits and gradients in float64 on the CPU.
 
-    The network runs on the first device, then on both devices if the settings name two.
+    The network runs on the first device. If the settings name two devices, it then runs on both.
     """
     store = Store.open(settings.store)
     classes, images = len(store.classes), max(2, settings.compared_images // 8)
@@ -173,7 +172,8 @@ def lrn_checks(settings: GpuCheckSettings) -> Iterator[Check]:
     """Compare the LRN that train.model.lrn chooses for this device with torch's LRN in float64 on the CPU."""
     lrn, images = PAPER.lrn, 2 if settings.quick else 8
     assert lrn is not None
-    torch_lrn = nn.LocalResponseNorm(lrn.size, lrn.size * lrn.alpha, lrn.beta, lrn.k)  # torch divides alpha by size
+    # Torch divides alpha by size, so alpha is multiplied by size.
+    torch_lrn = nn.LocalResponseNorm(lrn.size, lrn.size * lrn.alpha, lrn.beta, lrn.k)
     dtypes = (torch.float32, torch.bfloat16) if "bf16" in settings.precisions else (torch.float32,)
     widths = settings.architecture.widths
     for maps, side_px in ((widths.conv1 // 2, 55), (widths.conv2 // 2, 27)):
@@ -225,7 +225,10 @@ def make_step(
 def make_counted_step(
     settings: GpuCheckSettings, precision: str, devices: tuple[str, str] | None = None, batch: int | None = None
 ) -> tuple[CountedStep, Tensor, Tensor]:
-    """Return the step of `alextrain run`, with counters and, on one GPU, a CUDA graph; and the batch of make_step."""
+    """Return the step of `alextrain run` with counters, and the batch of make_step.
+
+    On one GPU, the step has a CUDA graph.
+    """
     step, images, labels = make_step(settings, precision, devices, batch)
     device = step.network.devices[0]
     return CountedStep(step, StepCounters(device, _MOST_STEPS), graph_for(step.network.devices)), images, labels
@@ -251,7 +254,7 @@ def repeat_checks(settings: GpuCheckSettings) -> Iterator[Check]:
 
 
 def synchronization_checks(settings: GpuCheckSettings) -> Iterator[Check]:
-    """Check that a step never makes the host wait for the GPU: torch raises an error for an operation that waits."""
+    """Check that a step never makes the host wait for the GPU. torch raises an error for an operation that waits."""
     for precision in settings.precisions:
         batch = settings.compared_images
         steps: dict[str, tuple[Callable[..., object], Tensor, Tensor]] = {

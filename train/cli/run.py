@@ -178,7 +178,7 @@ def _open_run(group: ReplicaGroup, options: dict[str, Any], given: set[str]) -> 
     run_dir, fork = options["run_dir"], options["fork"]
     opened = None
     has_description, is_run = group.on_first(lambda: _what_is_in(run_dir))
-    if fork and not is_run and fork.resolve() != run_dir.resolve():  # an equal folder has an error of its own
+    if fork and not is_run and fork.resolve() != run_dir.resolve():  # an equal folder has its own error message
         raise UserError(f"--run-dir {run_dir}: no such run to fork. Name the folder of a run.")
     if "store" in given or not has_description:  # a missing store is reported before torch is imported
         opened = Store.open(options["store"])

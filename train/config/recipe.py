@@ -110,7 +110,7 @@ class Polynomial:
 
 ScheduleSpec = (
     tuple[ScheduleChange, ...] | Plateau | Cosine | Polynomial
-)  # implemented by train.optim.schedule.Schedule
+)  # train.optim.schedule.Schedule implements these schedules
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ class Recipe:
     # Batch size for which all learning rates of the recipe hold: with another batch size, they are multiplied by
     # batch size / lr_batch. None: they do not depend on the batch size.
     lr_batch: int | None
-    lr_bias: float | None  # constant learning rate of the biases; None: the rate is lr_bias_factor · lr
+    lr_bias: float | None  # constant learning rate of the biases; None: the learning rate is lr_bias_factor · lr
     lr_bias_factor: float  # used only if lr_bias is None
     momentum: float
     weight_decay: float

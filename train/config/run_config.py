@@ -23,7 +23,7 @@ class RunConfig:
 
     store: Path
     recipe: Recipe
-    batch_size: int  # images per step, over all replicas
+    batch_size: int  # number of images in a step, over all replicas
     seed: int = 0  # seed of the initial parameters and of dropout
     stream_seed: int | None = None  # seed of the training stream: record order, crops and colour noise; None: `seed`
     model: Architecture = ALEXNET

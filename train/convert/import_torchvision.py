@@ -89,7 +89,8 @@ def create_run(run: Run, network: AlexNet) -> None:
         ) as loader:
             optimizer = make_optimizer(network, config.recipe)
             torch.manual_seed(config.seed)
-            on_cpu = replace(run, config=replace(config, devices=("cpu", "cpu")))  # where the network is
+            # The network is on the CPU at this point.
+            on_cpu = replace(run, config=replace(config, devices=("cpu", "cpu")))
             schedule = Schedule(config.recipe, config.batch_size)
             state = capture_state(on_cpu, 0, network, optimizer, schedule, loader.state_dict(), validation_due=False)
         write_description(run)

@@ -21,7 +21,7 @@ from torch import Tensor
 from prep import compiled
 
 SOURCE = Path(__file__).with_name("kernels.c")
-_NORM_BLOCK = 4096  # number of values normalized at a time; the values and their squares fit into an L1 cache
+_NORM_BLOCK = 4096  # number of values that are normalized at a time; the values and their squares fit into an L1 cache
 _UPDATE_BLOCK = 1 << 16  # number of parameters in a block; each thread updates, or squares, whole blocks
 
 

@@ -57,9 +57,10 @@ class Column(nn.Module):
 
 
 def drop(x: Tensor, recipe: Recipe, training: bool, replicas: ReplicaGroup = ALONE) -> Tensor:
-    """Dropout (section 4.2): set values to zero with probability p in training, multiply by 1 − p in evaluation.
+    """Apply dropout (section 4.2).
 
-    If recipe.dropout_scales_training is True, training divides kept values by 1 − p and evaluation changes nothing.
+    Training sets values to zero with probability p, and evaluation multiplies values by 1 − p. If
+    recipe.dropout_scales_training is True, training divides kept values by 1 − p and evaluation changes nothing.
 
     replicas  the replicas that compute a step together. All replicas have the same random generator. Each replica draws
               for the rows of all replicas, in the order of the ranks, and uses the draws of its own rows: the draws are

@@ -70,10 +70,10 @@ code { font: .9em ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace; 
 def write_report(
     trained: TrainedRun, out: Path, split: str = "val", seed: int = 0, index_records: int = INDEX_RECORDS
 ) -> int:
-    """Write the report to `out`; returns its size in bytes.
+    """Write the report to `out`, and return its size in bytes.
 
     `split`, `seed` and `index_records` are passed to train.report.figures.run_figures. Raises the errors of
-    run_figures, and UserError if `out` cannot be written.
+    run_figures. Also raises UserError if `out` cannot be written.
     """
     rendered = []
     for figure in run_figures(trained, split, seed, index_records):

@@ -35,7 +35,10 @@ class Confusion(NamedTuple):
         return np.asarray((self.images - correct) / np.maximum(self.images, 1))
 
     def worst(self, count: int = WORST) -> list[int]:
-        """Return the `count` classes with the highest errors, highest first; classes without errors are left out."""
+        """Return the `count` classes with the highest errors, the highest error first.
+
+        Classes without errors are left out.
+        """
         order = np.argsort(-self.errors, kind="stable")[:count]
         return [int(k) for k in order if self.errors[k] > 0]
 
@@ -43,7 +46,7 @@ class Confusion(NamedTuple):
 def confusion_matrix(probabilities: npt.NDArray[Any], labels: npt.NDArray[np.int64]) -> Confusion:
     """Return the confusion matrix for labels (N,) and probabilities (N, classes).
 
-    The predicted class is the most probable.
+    The predicted class of an image is its most probable class.
     """
     classes = probabilities.shape[1]
     cells = labels * classes + probabilities.argmax(1)
@@ -84,10 +87,10 @@ def _set_class_ticks(set_ticks: Any, classes: Sequence[int], names: Sequence[str
 def draw_confusion_matrix(figure: Any, confusion: Confusion, names: Sequence[str]) -> None:
     """Draw the confusion matrix of the worst classes.
 
-    Each row is one of the worst classes, and each column is a predicted class. The shade of a cell is the share of the
-    row's images for which the column's class is predicted (scale at the right). The number in a cell is the number of
-    these images. The columns are the worst classes, and the classes that are most often predicted wrongly for images of
-    the worst classes.
+    Each row is one of the worst classes, and each column is a predicted class. The shade of a cell (scale at the right)
+    is a share of the images of the row's class: those for which the column's class is predicted. The number in a cell
+    is the number of images with the row's class and the column's predicted class. The columns are the worst classes,
+    and the classes that are most often wrongly predicted for images of the worst classes.
     """
     from matplotlib.patches import Rectangle
 

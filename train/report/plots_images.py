@@ -17,10 +17,10 @@ IMAGES_PER_ROW = 4  # number of images in a row of draw_predictions
 FEATURE_MAPS_INCHES = (8.0, 5.0)
 FEATURE_MAPS = 8  # number of maps that are drawn for each column and layer
 
-_CLASS_CHARS = 26  # maximum length of the title of an image in draw_predictions
-_GUESS_CHARS = 20  # maximum length of a class name beside its probability in draw_predictions
-_QUERY_CHARS = 18  # maximum length of the title of the left image in draw_neighbors
-_NEIGHBOR_CHARS = 12  # maximum length of the class name of a neighbor in draw_neighbors
+_CLASS_CHARS = 26  # largest number of characters in the title of an image in draw_predictions
+_GUESS_CHARS = 20  # largest number of characters of a class name beside its probability in draw_predictions
+_QUERY_CHARS = 18  # largest number of characters in the title of the left image in draw_neighbors
+_NEIGHBOR_CHARS = 12  # largest number of characters in the class name of a neighbor in draw_neighbors
 
 
 class ImageAndPredictions(NamedTuple):
@@ -32,12 +32,12 @@ class ImageAndPredictions(NamedTuple):
 
 
 class ImageAndNeighbors(NamedTuple):
-    """An image and the training images nearest to this image: a row of draw_neighbors."""
+    """An image and the training images that are nearest to it, as a row of draw_neighbors."""
 
     square: Pixels
     title: str
-    label: int | None  # None if the class is unknown
-    neighbors: Sequence[tuple[Pixels, int, float]]  # image, label, distance
+    label: int | None  # label of the image; None if the class is unknown
+    neighbors: Sequence[tuple[Pixels, int, float]]  # image, label and distance of each neighbor
 
 
 def predictions_inches(images: int) -> tuple[float, float]:
@@ -67,13 +67,13 @@ def draw_predictions(figure: Any, images: Sequence[ImageAndPredictions], names: 
 
 
 def neighbors_inches(rows: int, neighbors: int) -> tuple[float, float]:
-    """Width and height of the figure that `draw_neighbors` draws for `rows` images with `neighbors` neighbors each."""
+    """Return width and height of a figure of `draw_neighbors`, for `rows` images with `neighbors` neighbors."""
     side = 8.0 / (neighbors + 1.15)
     return 8.0, rows * (side + 0.24)
 
 
 def draw_neighbors(figure: Any, rows: Sequence[ImageAndNeighbors], names: Sequence[str]) -> None:
-    """Draw a row for each image: at the left the image, then its nearest training images (figure 4, right).
+    """Draw a row for each image: the image at the left, then its nearest training images (figure 4, right).
 
     The class name of a neighbor is orange if the neighbor has the same class as the image.
     """

@@ -24,7 +24,7 @@ COLOR_AXES_INCHES = (8.0, 2.6)
 
 
 def draw_learning_curve(figure: Any, lines: Sequence[Mapping[str, Any]], classes: int = 1000) -> None:
-    """Draw loss, top-1 and top-5 errors of training batches and validation over epochs.
+    """Draw loss, top-1 error and top-5 error of training batches and of validation over the epochs.
 
     Vertical lines mark drops of the learning rate. `lines` are the lines of metrics.jsonl. With five `classes` or
     fewer, the top-5 error is always 0 and is left out.
@@ -57,7 +57,7 @@ def draw_learning_curve(figure: Any, lines: Sequence[Mapping[str, Any]], classes
 def learning_rate_drops(lines: Sequence[Mapping[str, Any]]) -> list[tuple[float, float]]:
     """Return (epoch, new rate) of each sudden drop of the learning rate.
 
-    The epoch is from the last line before the drop.
+    The epoch is the epoch of the last line before the drop.
     """
     pairs = pairwise((line["epoch"], line["lr"]) for line in lines)
     return [(epoch, lr) for (epoch, before), (_, lr) in pairs if lr < _DROP_FACTOR * before]
@@ -75,7 +75,7 @@ def draw_kernels(figure: Any, parameters: Mapping[str, Tensor], columns: int) ->
     Column 0 is drawn above column 1. `parameters` are the joined parameters (AlexNet.joined_tensors) by name.
     """
     images = scale_to_unit_range(parameters["conv1.weight"].permute(0, 2, 3, 1).numpy())  # shape (96, 11, 11, 3)
-    kernels = len(images) // columns  # number of kernels per column
+    kernels = len(images) // columns  # number of kernels in each column
     for column, axes in enumerate(figure.subplots(columns, 1, squeeze=False).flat):
         shown = images[column * kernels :][:kernels]
         show_image(axes, tile_images(shown, min(_KERNELS_PER_ROW, kernels), scale=6, gap_px=6))
@@ -90,7 +90,7 @@ def draw_color_axes(figure: Any, stats: ColorStats) -> None:
     """
     strips, spectrum = figure.subplots(1, 2, width_ratios=(5.5, 2.5))
     steps = np.linspace(_STEPS[0], _STEPS[-1], 241)[:, None]
-    sigma_v = np.array(stats.eigenvectors) * np.array(stats.stdevs)  # column j: eigenvector j times its σ
+    sigma_v = np.array(stats.eigenvectors) * np.array(stats.stdevs)  # column j is eigenvector j times its σ
     moved = np.stack([np.array(stats.mean_rgb) + steps * sigma_v[:, k] for k in range(3)])  # (3, 241, 3)
     image = np.clip(np.rint(moved), 0, 255).astype(np.uint8)
     strips.imshow(image, aspect="auto", extent=(_STEPS[0], _STEPS[-1], 3, 0), interpolation="nearest")

@@ -20,14 +20,14 @@ from train.report.plots_images import ImageAndNeighbors
 class SearchResult(NamedTuple):
     """The neighbors of a photograph."""
 
-    row: ImageAndNeighbors  # what to draw in the photograph's row of the sheet
+    row: ImageAndNeighbors  # what to draw in the row of the photograph
     nearest: list[dict[str, Any]]  # key, class, source and distance of each neighbor, for `alextrain search --json`
 
 
 def search(
     trained: TrainedRun, images: Sequence[Path], count: int, index_records: int, max_pixels: int = MAX_PIXELS
 ) -> tuple[dict[Path, SearchResult], dict[Path, UserError]]:
-    """Find the `count` training images nearest to each photograph, among at most `index_records` images.
+    """Find the `count` training images that are nearest to each photograph, among at most `index_records` images.
 
     Returns the results and, for files that cannot be used, the errors. Raises UserError if there is no store, and
     StoreError if a record is damaged.

@@ -32,13 +32,19 @@ def save_figure(content: bytes, out: Path) -> None:
 
 
 def shorten(name: str, max_chars: int) -> str:
-    """Return `name` with control characters escaped, cut to `max_chars` characters; a name that was cut ends with …."""
+    """Return `name` with escaped control characters, and with at most `max_chars` characters.
+
+    A name that was cut ends with ….
+    """
     text = one_line(name)
     return text if len(text) <= max_chars else text[: max_chars - 1] + "…"
 
 
 def plot_curve(axes: Any, x: Sequence[float], y: Sequence[float], single: str = "o", **style: Any) -> None:
-    """Plot a line. A line of one point is an opaque marker `single`, because a line without length is invisible."""
+    """Plot a line.
+
+    A line with only one point is drawn as the opaque marker `single`, because a line without length is invisible.
+    """
     if len(x) == 1:
         style = {"marker": single, "ms": 4, **style, "alpha": 1}
     axes.plot(x, y, **style)
@@ -47,7 +53,7 @@ def plot_curve(axes: Any, x: Sequence[float], y: Sequence[float], single: str = 
 def with_caption(draw: DrawFunction, size_inches: tuple[float, float], caption: str) -> tuple[DrawFunction, Inches]:
     """Return `draw` with a caption below the figure, and the size of the figure with the caption.
 
-    Used for a figure that is saved as a single file.
+    The caption is for a figure that is saved as a single file.
     """
     lines = wrap(one_line(caption), round(15 * size_inches[0]))
 
@@ -77,7 +83,10 @@ def scale_to_unit_range(images: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
 
 
 def tile_images(images: npt.NDArray[np.float64], per_row: int, scale: int, gap_px: int = 2) -> npt.NDArray[np.float64]:
-    """Return a white sheet that shows images (N, H, W) or (N, H, W, 3), in 0..1, in rows, each enlarged by `scale`."""
+    """Return a white sheet with rows of images (N, H, W) or (N, H, W, 3), in 0..1.
+
+    Each image is enlarged by `scale`.
+    """
     count, height, width, *rest = images.shape
     rows = -(-count // per_row)
     cell_h, cell_w = height * scale + gap_px, width * scale + gap_px

@@ -2,8 +2,8 @@
 
     python -m tools.bench.peers.NAME FOLDER OUT JOBS ...
 
-A program imports its libraries, lists the images of FOLDER/CLASS/, starts its pool, prints the versions of its
-libraries, and waits for a line on standard input. After this line, the program processes the images, writes to OUT,
+A program imports its libraries, lists the images of FOLDER/CLASS/ and starts its pool. Then it prints the versions of
+its libraries, and waits for a line on standard input. After this line, the program processes the images, writes to OUT,
 prints the number of images, and ends.
 """
 
@@ -38,7 +38,7 @@ def take_turn(versions: str, work: Callable[[], int]) -> None:
 
 
 def start_pool(jobs: int, initialize: Callable[[], object] = lambda: None) -> AbstractContextManager[Any]:
-    """Return a pool of `jobs` forked processes, returned when every process has called `initialize`."""
+    """Return a pool of `jobs` forked processes when every process has called `initialize`."""
     context = multiprocessing.get_context("fork")
     ready = context.Semaphore(0)
 

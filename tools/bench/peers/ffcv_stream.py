@@ -6,11 +6,11 @@ jpg   The .beton holds the unchanged bytes of the JPEG files. (FFCV's RGBImageFi
 raw   The .beton holds the pixels of the images, decoded by Pillow, in FFCV's RGBImageField.
 
 FFCV has no random crop of a fixed size. RandomResizedCropRGBImageDecoder makes such a crop if the area and the aspect
-ratio are fixed to the values of 224 × 224 pixels. The decoder then rescales 224 × 224 to 224 × 224, which OpenCV does
-by copying. The crops have the same distribution as the crops of all other contestants, but all records must be squares
-of one size. Like all other contestants, FFCV decodes the full record. The next steps are RandomHorizontalFlip,
-NormalizeImage (a table of floats), ToTensor and ToTorchImage. FFCV allocates new batches in each epoch, so the records
-are repeated until an epoch is as long as an epoch of ImageNet.
+ratio are fixed to the values of 224 × 224 pixels. The decoder then rescales 224 × 224 px to 224 × 224 px, which OpenCV
+does by copying. The crops have the same distribution as the crops of all other contestants, but all records must be
+squares of one size. Like all other contestants, FFCV decodes the full record. The next steps are RandomHorizontalFlip,
+NormalizeImage (a table of floats), ToTensor and ToTorchImage. FFCV allocates new batches in each epoch. The records are
+therefore repeated until an epoch is as long as an epoch of ImageNet.
 
 last  Batches have channels last in memory, which is FFCV's default. The shape of the batches is NCHW, but the memory
 order is NHWC. first Batches have channels first in memory, like the batches of all other contestants. FFCV copies each
@@ -52,7 +52,7 @@ class JpegField(RGBImageField):  # type: ignore[misc]
     """An RGBImageField for images that are already JPEG files."""
 
     def encode(self, destination: Any, image: tuple[bytes, int, int], malloc: Callable[[int], Any]) -> None:
-        """Store the bytes unchanged; `image` is (bytes of the file, width, height)."""
+        """Write the bytes unchanged. `image` is (bytes of the file, width, height)."""
         content, destination["width"], destination["height"] = image
         destination["mode"] = IMAGE_MODES["jpg"]
         destination["data_ptr"], storage = malloc(len(content))
@@ -60,7 +60,10 @@ class JpegField(RGBImageField):  # type: ignore[misc]
 
 
 class RecordDataset:
-    """Data set for the .beton: pairs of image and label. An image is pixels, or (bytes of the file, width, height)."""
+    """Data set for the .beton: pairs of image and label.
+
+    An image is given as pixels, or as (bytes of the file, width, height).
+    """
 
     def __init__(self, records: Records, raw: bool) -> None:
         self.records, self.raw = records, raw
@@ -77,7 +80,7 @@ class RecordDataset:
 
 
 def side_px(records: Records) -> int:
-    """Return the side of the images in pixels; exits with a message if the images are not squares of one size."""
+    """Return the side of the images in pixels. Exits with a message if the images are not squares of one size."""
     sizes = set()
     for path, _ in records:
         with Image.open(path) as image:

@@ -4,15 +4,15 @@ The writer computes no checksums or moments, and does not sync its output.
 
     python -m tools.bench.peers.ffcv_writer FOLDER OUT JOBS jpg|raw|own
 
-jpg   Pillow decodes, rescales the shorter side to 256 px with its bicubic filter and crops the central square; FFCV's
+jpg   Pillow decodes, rescales the shorter side to 256 px with its bicubic filter, and crops the central square. FFCV's
       RGBImageField writes the square as a JPEG of quality 90.
 raw   Like jpg, but the square is written as pixels.
 own   Pillow only decodes. FFCV rescales the longer side to 341 px (OpenCV's INTER_AREA) and writes a JPEG of quality
-      90. Most photographs become 256 × 341, which has more pixels than the square.
+      90. Most photographs become images of 256 × 341 px, which have more pixels than the square.
 
-Needs a separate Python environment, because FFCV needs an older NumPy. Install libopencv-dev, libturbojpeg0-dev and
-pkg-config on the system; then run `pip install 'numpy<2.3' torch setuptools pillow` and `pip install
---no-build-isolation ffcv`.
+The program needs a separate Python environment, because FFCV needs an older NumPy. Install libopencv-dev,
+libturbojpeg0-dev and pkg-config on the system; then run `pip install 'numpy<2.3' torch setuptools pillow` and `pip
+install --no-build-isolation ffcv`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _LONGER_SIDE_PX = 341
 
 
 class ImageFolder:
-    """Images and labels of class folders. Images are cropped to the central square unless `full_size`."""
+    """Images and labels of class folders. Images are cropped to the central square, unless `full_size` is true."""
 
     def __init__(self, paths: Sequence[str], full_size: bool) -> None:
         classes = sorted({Path(path).parent.name for path in paths})

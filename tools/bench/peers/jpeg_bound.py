@@ -3,9 +3,9 @@
     python -m tools.bench.peers.jpeg_bound FOLDER OUT JOBS PASSES
 
 Forked processes read the files PASSES times from the page cache. The processes decode and encode with simplejpeg. No
-file is written. The squares to encode are cut from the same photographs before the timing starts. At most 1,000 squares
-are kept in memory. simplejpeg uses libjpeg-turbo's faster, less exact arithmetic. The few images that simplejpeg cannot
-decode (CMYK and PNG) are skipped.
+file is written. The squares that are encoded are cut out of the same photographs before the timing starts. At most
+1,000 squares are kept in memory. simplejpeg uses libjpeg-turbo's faster but less exact arithmetic. The few images that
+simplejpeg cannot decode (CMYK and PNG) are skipped.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tools.bench.peers.build_turn import QUALITY, SIDE_PX, Paths, parse_argument
 from tools.bench.peers.pillow_script import central_square
 
 _MAX_SQUARES = 1000
-_squares: list[Any] = []  # filled by the parent process before it forks
+_squares: list[Any] = []  # the parent process fills this list before it forks
 
 
 def decodable(paths: Paths) -> tuple[Paths, dict[int, str]]:
@@ -44,7 +44,7 @@ def decodable(paths: Paths) -> tuple[Paths, dict[int, str]]:
 
 
 def process_image(task: tuple[int, str]) -> int:
-    """Decode one file and encode one square; returns 1, the number of images."""
+    """Decode one file and encode one square. Returns 1, the number of images."""
     index, path = task
     with open(path, "rb") as file:
         simplejpeg.decode_jpeg(file.read())

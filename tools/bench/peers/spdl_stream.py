@@ -1,14 +1,16 @@
-"""Stream of SPDL: a Pipeline whose threads read the JPEG files; each task makes one batch.
+"""Stream of SPDL: a Pipeline whose threads read the JPEG files. Each task makes one batch.
 
     python -m tools.bench.peers.spdl_stream FOLDER OUT THREADS RED,GREEN,BLUE ffmpeg|simplejpeg
 
 ffmpeg      SPDL's own decoding: FFmpeg decodes, crops, mirrors and converts to RGB; NumPy converts to float32. FFmpeg
-            crops before it converts to RGB, at the next lower even offset, because chroma has half the resolution.
+            crops before it converts to RGB. The offset is rounded down to an even number, because chroma has half the
+            resolution.
 simplejpeg  SPDL gives only the threads. libjpeg-turbo decodes; NumPy crops, mirrors and converts to float32.
 
 The memory of the batches is reused. No file is written to OUT.
 
-Needs `pip install spdl simplejpeg numpy`, and the libraries of FFmpeg on the system (on Debian: libavdevice59).
+The program needs `pip install spdl simplejpeg numpy`, and the libraries of FFmpeg on the system (on Debian:
+libavdevice59).
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ from tools.bench.peers.stream_turn import (
 )
 
 _PREFETCH = 3  # largest number of batches in the queue of finished batches
-_IN_FLIGHT = 5  # largest number of batches that wait for the queue, or are in use by the consumer
+_IN_FLIGHT = 5  # largest number of batches that wait for the queue or that the consumer is using
 
 
 def crop_with_ffmpeg(path: str) -> Any:
@@ -65,7 +67,7 @@ def fill_with_simplejpeg(paths: Sequence[str], mean: Mean, out: Any) -> None:
 
 
 def endless_batches(records: Records, threads: int, mean: Mean, fill: Callable[..., None]) -> Iterator[Any]:
-    """Yield batches of images without end; `fill` is fill_with_ffmpeg or fill_with_simplejpeg."""
+    """Yield batches of images without end. `fill` is fill_with_ffmpeg or fill_with_simplejpeg."""
     buffers = [np.zeros((BATCH, 3, CROP_PX, CROP_PX), np.float32) for _ in range(threads + _IN_FLIGHT + _PREFETCH)]
     next_buffer = cycle(buffers)
 

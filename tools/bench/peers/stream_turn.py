@@ -2,10 +2,10 @@
 
     python -m tools.bench.peers.NAME FOLDER OUT THREADS RED,GREEN,BLUE ...
 
-A program lists the records in FOLDER/LABEL/, writes the files that its library reads to OUT, starts its stream, checks
-two batches, and prints the versions of its libraries. For each line `go SECONDS` on standard input, the program takes
-some batches that are not counted, then counts batches for SECONDS seconds, and prints images/s. The program ends when
-standard input ends. RED,GREEN,BLUE is the mean to subtract, in grey levels.
+A program lists the records in FOLDER/LABEL/, writes the files that its library reads to OUT, and starts its stream.
+Then it checks two batches, and prints the versions of its libraries. For each line `go SECONDS` on standard input, the
+program first takes some batches that are not counted. Then it counts batches for SECONDS seconds, and prints images/s.
+The program ends when standard input ends. RED,GREEN,BLUE is the mean to subtract, in grey levels.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 BATCH, CROP_PX = 128, 224
 
-Records = Sequence[tuple[str, int]]  # path of a JPEG file, label
+Records = Sequence[tuple[str, int]]  # path and label of each JPEG file
 Mean = npt.NDArray[np.float32]  # (3,) RGB, in grey levels
 
 
@@ -40,7 +40,7 @@ def shuffle_forever(records: Records) -> Iterator[tuple[str, int]]:
 
 
 def random_offset(height_px: int, width_px: int) -> tuple[int, int]:
-    """Top and left of a random crop."""
+    """Return top and left of a random crop."""
     return random.randint(0, height_px - CROP_PX), random.randint(0, width_px - CROP_PX)
 
 
@@ -56,7 +56,7 @@ def random_crop(pixels: npt.NDArray[np.uint8], mean: Mean, out: Any = None) -> n
 
 
 def check_batches(batches: Iterator[Any]) -> None:
-    """Check dtype, shape and range of two batches, and that images differ; raises ValueError if a check fails."""
+    """Check dtype, shape and range of two batches, and that images differ. Raises ValueError if a check fails."""
     first, second = (np.asarray(next(batches)).copy() for _ in range(2))  # a stream may reuse a batch's memory
     for images in (first, second):
         if images.shape != (BATCH, 3, CROP_PX, CROP_PX) or images.dtype != np.float32:
@@ -71,7 +71,10 @@ def check_batches(batches: Iterator[Any]) -> None:
 
 
 def images_per_s(batches: Iterator[Any], seconds: float, threads: int) -> float:
-    """Return images/s over at least `seconds`. First discards as many batches as the stream can have prefetched."""
+    """Return the rate in images/s, measured over at least `seconds`.
+
+    First discards as many batches as the stream can have prefetched.
+    """
     for _ in range(2 * threads + 6):
         next(batches)
     taken, started = 0, time.perf_counter()
@@ -84,7 +87,7 @@ def images_per_s(batches: Iterator[Any], seconds: float, threads: int) -> float:
 
 
 def take_turns(versions: str, batches: Iterator[Any], threads: int) -> None:
-    """Check the batches, print `versions`, then take a turn for each line of standard input."""
+    """Check the batches and print `versions`. Then take a turn for each line of standard input."""
     check_batches(batches)
     print(versions, flush=True)  # noqa: T201
     for line in sys.stdin:

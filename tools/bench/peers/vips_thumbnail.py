@@ -1,12 +1,11 @@
-"""Does the same work as pillow_script.py with libvips' thumbnail instead of Pillow: a pool of processes with one thread
-each, and one LMDB.
+"""Does the same work as pillow_script.py, but with libvips' thumbnail instead of Pillow.
 
-The LMDB holds no labels, checksums or moments.
+A pool of processes has one thread each, and fills one LMDB. The LMDB holds no labels, checksums or moments.
 
     python -m tools.bench.peers.vips_thumbnail FOLDER OUT JOBS
 
-Needs pyvips (`pip install 'pyvips[binary]'`) and lmdb. Each process imports pyvips itself, because libvips does not
-survive a fork.
+The program needs pyvips (`pip install 'pyvips[binary]'`) and lmdb. Each process imports pyvips itself, because libvips
+does not survive a fork.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@
 The settings follow WebDataset's documentation: archives are drawn at random without end, a shuffle buffer holds 1,000
 records, and the workers make the batches.
 
-Needs `pip install webdataset torch pillow`.
+The program needs `pip install webdataset torch pillow`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _SHUFFLE_BUFFER = 1000
 
 
 def write_archives(records: Records, out: Path, archives: int) -> list[str]:
-    """Write the records in random order to about `archives` tar files; returns the paths of the files."""
+    """Write the records in random order to about `archives` tar files, and return the paths of these files."""
     out.mkdir()
     pattern, archive_size = str(out / "train-%06d.tar"), -(-len(records) // archives)
     with webdataset.ShardWriter(pattern, maxcount=archive_size, verbose=0) as writer:
