@@ -2,21 +2,22 @@
 
     python -m tools.gpu_check --make-stores stores --out gpu.json --table table.md
 
-Run the command from the root of a checkout, or with the checkout on PYTHONPATH; the project need not be installed.
-Triton needs a C compiler. Without a compiler the network uses PyTorch's operators, and the printed line `triton` gives
-the reason. The plan is that all parts together take under five minutes on an H200 with 16 CPU cores. --help lists the
-parts with their planned times, and --only chooses parts. A part that takes longer than planned is named at the end.
+Run the command from the root of a checkout, or with the checkout on PYTHONPATH. The project need not be installed.
+Triton needs a C compiler. Without a compiler, the network uses PyTorch's operators. The printed line `triton` then
+gives the reason. The plan is that all parts together take under five minutes on an H200 with 16 CPU cores. --help lists
+the parts with their planned times, and --only chooses parts. At the end, the program names the parts that took longer
+than planned.
 
 --make-stores makes photographs and a store of 24,000 records of each format, unless the folder has them. With --store
-and --ppm-store other stores are used. A store of 3,200 records is enough for every part except `runs`, because the
-stream starts another epoch when one ends. In `runs` each epoch ends with a checkpoint, so an epoch should have at least
-20 steps.
+and --ppm-store, other stores are used. A store of 3,200 records is enough for every part except `runs`, because the
+stream starts a new epoch when an epoch ends. In `runs` each epoch ends with a checkpoint, so an epoch should have at
+least 20 steps.
 
 Each check prints ok or FAILED, the measured value and the limit. The checks compare:
 
--   batches of the stream on the GPU and on the CPU, from the same records and random parameters, in NCHW and NHWC, with
-    each kind of mean (channel, image, aligned). A larger difference is allowed for JPEG records, because nvJPEG and
-    libjpeg-turbo upsample chroma differently; for PPM records only the rounding of float32 is allowed;
+-   batches of the stream on the GPU with batches on the CPU, from the same records and random parameters, in NCHW and
+    NHWC, with each kind of mean (channel, image, aligned). A larger difference is allowed for JPEG records, because
+    nvJPEG and libjpeg-turbo upsample chroma differently. For PPM records, only the rounding of float32 is allowed;
 -   batches of the stream on the GPU and the same batches of a resumed stream, which must be equal to the bit;
 -   logits and gradients of the network in each precision on one GPU, and on two if there are two, with logits and
     gradients in float64 on the CPU;
@@ -25,12 +26,12 @@ Each check prints ok or FAILED, the measured value and the limit. The checks com
     (tools/gpu/epilogues.py);
 -   two runs of three steps with the same seed;
 -   the checkpoints of two runs of `alextrain run --deterministic`, which must be equal to the bit. One run is killed
-    with SIGKILL and resumed, the other is not interrupted.
+  with SIGKILL and resumed, and the other is not interrupted;
 
 A further check is that a training step never makes the host wait for the GPU.
 
-The rates are medians over turns of 0.6 seconds. Contestants take turns, and the devices are idle before and after each
-turn. The first round is not counted (see tools/bench/harness.py):
+The rates are medians over turns of 0.6 seconds each. Contestants take turns, and the devices are idle before and after
+each turn. The first round is not counted (see tools/bench/harness.py):
 
     stream of jpeg       the stream alone; its batches are discarded
     decoder of jpeg      DALI's decoder alone, with records in memory
@@ -41,19 +42,19 @@ turn. The first round is not counted (see tools/bench/harness.py):
 
 The rate of `alextrain run` comes from its metrics.jsonl (tools/gpu/runs.py), without checkpoints and validations. The
 goal is 0.95 or more of the rate of steps that the stream feeds. The times of the kernels between the convolutions are
-compared with the time of a copy of the same bytes (tools/gpu/epilogue_times.py). The goal is at most twice the time of
-the copy.
+compared with the time of a copy that reads and writes the same number of bytes (tools/gpu/epilogue_times.py). The goal
+is at most twice the time of the copy.
 
 With --cudnn-benchmark, cuDNN tries its algorithms for each new shape of tensors and then uses the fastest algorithm.
 To measure the effect, run the tool once with and once without this option.
 
-The tool also measures steps on batches of other sizes, the time of a step by kind of kernel (torch.profiler), the
-memory of a step's tensors, the time for which a step occupies the host (goal: at most 200 µs), and two kinds of steps:
-launched kernel by kernel, and replayed from a CUDA graph as in `alextrain run`. All other rates of steps are rates of
-the step of `alextrain run`, which also updates the counters of the metrics. The share of the peak counts two operations
-for each multiply-add. A step has three times the multiply-adds of a forward pass, minus the multiply-adds of the
-image's gradient, which is not computed. The peak is the data sheet's rate for dense matrix products in bfloat16. The
-hours are the time of 90 epochs of 1,281,167 images; the goal is under 2 hours.
+The tool also measures steps on batches of other sizes, the time of a step by kind of kernel (torch.profiler), and the
+memory of a step's tensors. It measures the time for which a step occupies the host (goal: at most 200 µs). It also
+measures two kinds of steps: launched kernel by kernel, and replayed from a CUDA graph as in `alextrain run`. All other
+rates of steps are rates of the step of `alextrain run`, which also updates the counters of the metrics. The share of
+the peak rate counts two operations for each multiply-add. A step has three times the multiply-adds of a forward pass,
+minus those of the gradient of the image, which is not computed. The peak rate is the rate for dense matrix products in
+bfloat16 on the data sheet. The hours are the time of 90 epochs of 1,281,167 images. The goal is less than 2 hours.
 
 The last output is the table of docs/measurements.md with its column `after` filled in; --table also writes it to a
 file. The exit code is 0 if every check is ok, and 1 if a check failed or there is no GPU. `--device cpu --quick` runs
@@ -89,7 +90,7 @@ from train.config.devices import parse_devices
 def parse_settings(
     store: Path, ppm_store: Path | None, device: str, gpus: str | None, batch: int, quick: bool
 ) -> GpuCheckSettings:
-    """Return the settings for the options; raises UserError if no GPU is available or a store is unsuitable."""
+    """Return the settings for the options. Raises UserError if no GPU is available or a store is unsuitable."""
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError(
             f"torch {torch.__version__} sees no GPU on this machine. Run the tool on a machine with a GPU, "
@@ -132,7 +133,9 @@ def parse_settings(
     help="Kind of device to check; `cpu` is only for trying the tool.",
 )
 @click.option(
-    "--gpus", metavar="0|0,1", help="GPUs of the two columns of the network.  [default: 0,1 if there are two, else 0]"
+    "--gpus",
+    metavar="0|0,1",
+    help="GPUs of the two columns of the network.  [default: 0,1 if there are two GPUs, else 0]",
 )
 @click.option("--batch", type=click.IntRange(1), default=512, show_default=True, help="Number of images in a step.")
 @click.option("--quick", is_flag=True, help="Use fewer images and shorter turns.")
@@ -225,13 +228,13 @@ def check_line(check: Check) -> str:
 
 
 def print_machine(facts: dict[str, Any]) -> None:
-    """Print the facts about the machine to standard error, a line each."""
+    """Print the facts about the machine to standard error, one line for each fact."""
     for name, value in facts.items():
         say(f"{name:14} {', '.join(value) if isinstance(value, list) else value}")
 
 
 def print_report(report: dict[str, Any]) -> None:
-    """Print the tables to standard output. For a timing that failed, print its error message."""
+    """Print the tables to standard output. If a timing failed, its error message is printed instead."""
     for name in ("rates", "graph"):
         rows: Sequence[Row] | str | None = report.get(name)
         if rows is not None:
@@ -250,7 +253,7 @@ def print_report(report: dict[str, Any]) -> None:
 
 
 def print_rows(report: dict[str, Any]) -> None:
-    """Print the results of the timings that have no ratios, a line for each row."""
+    """Print the results of the timings that have no ratios, one line for each row."""
     for name in ("batches", "epilogue_times", "kernels", "memory_gib", "host_us", "runs"):
         result = report.get(name)
         if isinstance(result, str):

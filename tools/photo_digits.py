@@ -1,8 +1,9 @@
 """Data set of the demo, in ILSVRC's layout: real handwritten digits drawn over real photographs.
 
 The data set is made from two data sets of scikit-learn. Each of the 1,797 digits of load_digits (8×8 px, grey levels 0
-to 16) is drawn large and bright over a darkened part of one of the two photographs of load_sample_images. As in ILSVRC,
-sizes and orientations vary, some files are greyscale or CMYK, and two PNG files have names that end in .JPEG.
+to 16) is drawn large and bright over a part of a photograph. The part is darkened, and belongs to one of the two
+photographs of load_sample_images. As in ILSVRC, sizes and orientations vary, some files are greyscale or CMYK, and two
+PNG files have names that end in .JPEG.
 
     OUT/train/n00000007/n00000007_0042.JPEG     a folder for each class
     OUT/val/PhotoDigits_val_00000001.JPEG       all validation images in one folder
@@ -11,9 +12,9 @@ sizes and orientations vary, some files are greyscale or CMYK, and two PNG files
     python -m tools.photo_digits OUT
 
 With --hard the data set is about as hard as CIFAR-10 for a linear classifier (docs/measurements.md). The photographs
-are brighter than without --hard, and the digits are darker and more colourful. A digit's side is 0.6 to 1 times
-(without --hard: 0.8 to 1 times) the side of the central square. Digits are rotated by up to 15°. Each training digit is
-drawn four times.
+are brighter than without --hard, and the digits are darker and more colourful. The side of a digit is 0.6 to 1 times
+the side of the central square; without --hard, it is 0.8 to 1 times this side. Digits are rotated by up to 15°. Each
+training digit is drawn four times.
 """
 
 from __future__ import annotations
@@ -35,17 +36,18 @@ CLASSES = 10
 VAL_PICTURES = 297
 SHORT_SIDE_PX = (200, 500)
 LONGEST_ASPECT = 1.5
-_SPECIAL_EVERY = 60  # in every 60 images, one is greyscale and one is CMYK
+_SPECIAL_EVERY = 60  # of every 60 images, one is greyscale and one is CMYK
 
 
 @dataclass(frozen=True)
 class Difficulty:
-    """How clearly a digit stands out from the photograph."""
+    """Settings that decide how clearly a digit stands out from the photograph."""
 
-    darken: float = 0.4  # factor by which the photograph's values are multiplied
-    tint: tuple[int, int] = (200, 255)  # range of the digit's R, G and B values
-    share: tuple[float, float] = (0.8, 1.0)  # range of digit's side with margin / image's shorter side
-    tilt_degrees: float = 0.0  # largest rotation, in either direction
+    darken: float = 0.4  # factor by which the values of the photograph are multiplied
+    tint: tuple[int, int] = (200, 255)  # range of the R, G and B values of the digit
+    # Range of the digit's side (with its margin) divided by the image's shorter side.
+    share: tuple[float, float] = (0.8, 1.0)
+    tilt_degrees: float = 0.0  # largest rotation in degrees, in either direction
     copies: int = 1  # number of images of each training digit
 
 
@@ -68,13 +70,14 @@ def draw_digit(
         width, height = height, width
     picture = _random_part(photographs[rng.integers(len(photographs))], width, height, rng)
 
-    size = round(short * rng.uniform(*difficulty.share))  # px, with a margin of one cell for soft edges
+    size = round(short * rng.uniform(*difficulty.share))  # side in px, with a margin of one cell for soft edges
     cells = np.pad((digit * (255 / 16)).astype(np.uint8), 1)
     mask = Image.fromarray(cells).resize((size, size), Image.Resampling.BICUBIC)
     if difficulty.tilt_degrees:
         angle = rng.uniform(-difficulty.tilt_degrees, difficulty.tilt_degrees)
         mask = mask.rotate(angle, Image.Resampling.BICUBIC)
-    max_shift = (short - size) // 2  # keeps the digit inside the central square: the store keeps only this square
+    # This keeps the digit inside the central square, because the store keeps only this square.
+    max_shift = (short - size) // 2
     top = (height - size) // 2 + int(rng.integers(-max_shift, max_shift + 1))
     left = (width - size) // 2 + int(rng.integers(-max_shift, max_shift + 1))
     red, green, blue = (int(c) for c in rng.integers(difficulty.tint[0], difficulty.tint[1] + 1, size=3))
@@ -93,10 +96,10 @@ def _random_part(photograph: Image.Image, width: int, height: int, rng: np.rando
 
 
 def make_dataset(out: Path, seed: int = 0, limit: int | None = None, difficulty: Difficulty = EASY) -> tuple[int, int]:
-    """Write the data set to the new folder `out`; returns the numbers of training and validation images.
+    """Write the data set to the new folder `out`, and return the numbers of training and validation images.
 
     If `limit` is given, only `limit` digits are used, for tests. The folder is written under a temporary name and
-    renamed at the end, so an existing `out` is complete. Raises UserError if `out` exists already.
+    renamed at the end. An existing `out` is therefore complete. Raises UserError if `out` already exists.
     """
     if out.exists():
         raise UserError(f"{out} exists. Name a new folder, or delete this folder.")
@@ -114,7 +117,10 @@ def make_dataset(out: Path, seed: int = 0, limit: int | None = None, difficulty:
     (temporary / "val").mkdir()
 
     def draw(index: int) -> int:
-        """Draw image `index` with a separate random generator, so thread order has no effect; returns the label."""
+        """Draw image `index` with its own random generator, so that the order of threads has no effect.
+
+        Returns the label.
+        """
         label = int(digits.target[order[index]])
         path = temporary / "train" / f"n{label:08d}" / f"n{label:08d}_{index:04d}.JPEG"
         if index < val_count:
@@ -151,7 +157,9 @@ def _save(picture: Image.Image, path: Path, index: int, quality: int) -> None:
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of all random choices.")
 @click.option(
-    "--hard", is_flag=True, help="Make a data set about as hard as CIFAR-10, with four images of each training digit."
+    "--hard",
+    is_flag=True,
+    help="Make a data set that is about as hard as CIFAR-10, with four images of each training digit.",
 )
 def main(out: Path, seed: int, hard: bool) -> None:
     """Make the data set of the demo, digits over photographs in ILSVRC's layout, in the new folder OUT."""

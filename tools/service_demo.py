@@ -1,16 +1,16 @@
-"""Demo of the service: kills a node during training, and checks that the trained weights are the same as without it.
+"""Demo of the service: kills a node during training, and compares the weights with weights without the service.
 
     python -m tools.service_demo
 
 The demo makes a small store, and starts a Ray cluster on this machine: a head node without cores, and two nodes with
 one core each. A service runs one worker on each of the two nodes. Two `alextrain run` commands read their batches from
-the service. The two commands have different seeds and the same stream seed, and no --service-fallback. In the middle of
+the service. The two commands have different seeds, the same stream seed, and no --service-fallback. In the middle of
 the training, the demo kills all processes of one node at once, as a power failure does. Then the demo trains both runs
-again without the service, and compares the files of the runs: weights, velocity, state and metrics must have the same
+again without the service, and compares the files of the runs. Weights, velocity, state and metrics must have the same
 bits.
 
-The exit code is 0 if all files are equal, and 1 if one differs or a command fails. The demo takes a few minutes on two
-cores, and 1 GB of disk space in the temporary folder. The demo needs the extra `cluster`.
+The exit code is 0 if all files are equal, and 1 if a file differs or a command fails. The demo takes a few minutes on
+two cores, and 1 GB of disk space in the temporary folder. The demo needs the extra `cluster`.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ from train.runs.run_dir import read_metrics
 
 SERVICE = "demo"
 SEEDS, STREAM_SEED = (1, 2), 7
-PHOTOGRAPHS, BATCH = 120, 8  # 100 training images, 12 steps an epoch
-RUNS = ("service", "alone")  # run folders are service-1, service-2, alone-1 and alone-2
+PHOTOGRAPHS, BATCH = 120, 8  # 120 photographs give 100 training images, and an epoch has 12 steps
+RUNS = ("service", "alone")  # the run folders are service-1, service-2, alone-1 and alone-2
 
 
 class Clock:
@@ -74,7 +74,7 @@ def make_store(folder: Path) -> Path:
 def commands(store: Path, folder: Path, name: str, steps: int, *more: str) -> list[tuple[Path, list[str]]]:
     """Return (run folder, options of `alextrain run`) for each seed.
 
-    The folder is NAME-SEED. `more` are further options.
+    The name of the folder is NAME-SEED. `more` are further options.
     """
     common = [
         *("--store", str(store), "--gpus", "cpu", "--model", "half", "--recipe", "short", "--batch", str(BATCH)),
@@ -86,8 +86,8 @@ def commands(store: Path, folder: Path, name: str, steps: int, *more: str) -> li
 def train_with_service(store: Path, folder: Path, steps: int, seed: int, clock: Clock) -> dict[str, Any]:
     """Train both runs on a service, and kill a node during the training.
 
-    Returns the name of the killed node, the steps at which the runs were then, and the status of the service before the
-    kill, after the kill and at the end.
+    Returns the name of the killed node, and the steps of the runs at the time of the kill. Also returns the status of
+    the service before the kill, after the kill and at the end.
     """
     from pipeline.service.control import make_config, service_status, start_service, stop_service
 
@@ -133,10 +133,10 @@ def train_with_service(store: Path, folder: Path, steps: int, seed: int, clock: 
 
 
 def choose_kill(seed: int, steps: int, nodes: Sequence[str], coordinator_node: str) -> tuple[str, int]:
-    """Choose the node to kill, and the step at which it is killed, in the middle third of the training.
+    """Choose the node to kill, and a step in the middle third of the training at which it is killed.
 
-    The node of the coordinator is not chosen. The service survives the loss of that node, too, but the new coordinator
-    counts images and retries from zero.
+    The node of the coordinator is not chosen. The service survives the loss of the coordinator's node, too. But the new
+    coordinator counts images and retries from zero.
     """
     chance = random.Random(seed)
     return (
@@ -151,7 +151,7 @@ def worker_nodes(status: Mapping[str, Any]) -> list[str]:
 
 
 def status_text(status: Mapping[str, Any], names: Mapping[str, str]) -> str:
-    """Return the state of a service in one line. `names` is {Ray's id of a node: name}."""
+    """Return the state of a service in one line. `names` is {Ray's id of a node: name of the node}."""
     nodes = " and ".join(sorted(names[node] for node in worker_nodes(status)))
     return (
         f"{count_noun(len(status['workers']), 'worker')}{f' on {nodes}' if nodes else ''}, {status['starting']} "
@@ -168,7 +168,7 @@ def train_alone(store: Path, folder: Path, steps: int) -> None:
 
 
 def compare_runs(folder: Path) -> list[dict[str, Any]]:
-    """One row for each file of each run: its digests with and without the service, and whether they are equal."""
+    """Return a row for each file of each run: its digests with and without the service, whether they are equal."""
     rows = []
     for seed in SEEDS:
         service, alone = (run_hashes(folder / f"{name}-{seed}") for name in RUNS)
@@ -276,7 +276,7 @@ def _demo_folder(folder: Path | None) -> Iterator[Path]:
 def main(steps: int, seed: int, folder: Path | None, as_json: bool) -> None:
     """Train two runs on a service, kill one of its two nodes, and compare the runs with runs without a service.
 
-    The exit code is 0 if the weights, states and metrics of the runs have the same bits, else 1.
+    The exit code is 0 if the weights, states and metrics of the runs have the same bits, otherwise 1.
 
     \b
     Example:

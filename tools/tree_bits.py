@@ -6,7 +6,7 @@
     cd TREE && PYTHONPATH=TREE python -P tree_bits.py run RUN_DIR
     cd TREE && PYTHONPATH=TREE python -P tree_bits.py probabilities FILE.npz
 
-The action `command` runs a command of the project, and writes the names of the compiled kernels that the command loaded
+The action `command` runs a command of the project. It writes the names of the compiled kernels that the command loaded
 to KERNELS.json. The other actions print one JSON object: {"results": {name: SHA-256}, "kernels": [loaded libraries]}.
 The results of `compile` are {source: library, or null if compiling failed}. This program must use only the parts of the
 project that exist in both trees: the three commands, `pipeline.loader`, `pipeline.augment.Augmentation`, and the files
@@ -33,7 +33,7 @@ MEASURED = ("images_per_s", "waiting_share", "stream_waiting_share", "memory_mb"
 
 
 def check_imports(tree: Path) -> None:
-    """Exit with a message if one of the packages would be imported from outside `tree`."""
+    """Exit with a message if one of the packages would be imported from a folder outside of `tree`."""
     for name in PACKAGES:
         file = import_module(name).__file__
         if file is None or not Path(file).resolve().is_relative_to(tree):
@@ -48,7 +48,7 @@ def loaded_kernels(tree: Path) -> list[str]:
 
 
 def compile_kernels(tree: Path) -> dict[str, str | None]:
-    """Compile every C source of the packages: {source: library, or None if the compiler failed}."""
+    """Compile every C source of the packages. Return {source: library, or None if the compiler failed}."""
     compile_native = import_module("tools.compile_native").compile_native
     libraries = {}
     for source in sorted(path for name in PACKAGES for path in (tree / name).rglob("*.c")):
@@ -67,7 +67,7 @@ def run_command(tree: Path, args: list[str]) -> None:
 
 
 def tensor_bytes(tensor: Any) -> bytes:
-    """dtype, shape and the bytes of the elements of a CPU tensor."""
+    """Return the dtype, the shape and the bytes of the elements of a CPU tensor."""
     import torch
 
     about = f"{tensor.dtype} {tuple(tensor.shape)} ".encode()
@@ -76,7 +76,7 @@ def tensor_bytes(tensor: Any) -> bytes:
 
 
 def hash_of(parts: Iterable[bytes]) -> str:
-    """Return the SHA-256 of the parts, each preceded by its length."""
+    """Return the SHA-256 of the parts, with the length of each part before it."""
     digest = sha256()
     for part in parts:
         digest.update(len(part).to_bytes(8, "little"))
@@ -85,7 +85,7 @@ def hash_of(parts: Iterable[bytes]) -> str:
 
 
 def batches_hash(loader: Any, batches: int) -> str:
-    """Return the SHA-256 of the first `batches` batches of a loader, across epochs if needed."""
+    """Return the SHA-256 of the first `batches` batches of a loader, over several epochs if needed."""
 
     def endless() -> Iterator[Any]:
         while True:
@@ -125,13 +125,13 @@ def stream_hashes(jpeg: Path, ppm: Path, batches: int) -> dict[str, str]:
         "10 views, ppm float16": (ppm, {"views": 10, "dtype": "float16"}),
         "square": (ppm, {"views": "square", "augmentation": make(mean="image")}),
     }
-    if os.environ.get("ALEXNET_NATIVE") == "0":  # DALI alone takes longer
+    if os.environ.get("ALEXNET_NATIVE") == "0":  # DALI alone takes longer, so fewer settings are used
         training = {name: training[name] for name in ("default", "mean aligned", "as released", "NHWC float16")}
         evaluation = {name: evaluation[name] for name in ("10 views", "square")}
     hashes = {}
     for name, (store, settings) in training.items():
         stream = loader.train_loader(store, 64, **{"seed": 0, **settings})
-        batch_count = min(batches, len(stream) + 1)  # at most one epoch and one batch of the next epoch
+        batch_count = min(batches, len(stream) + 1)  # at most the batches of one epoch and one batch of the next epoch
         hashes[f"training batches: {name}"] = batches_hash(stream, batch_count)
     for name, (store, settings) in evaluation.items():
         stream = loader.eval_loader(store, 32, **settings)
@@ -140,7 +140,7 @@ def stream_hashes(jpeg: Path, ppm: Path, batches: int) -> dict[str, str]:
 
 
 def run_hashes(run_dir: Path) -> dict[str, str]:
-    """Hashes of the newest checkpoint of a run (weights, velocity, generator, state) and of its metrics.jsonl."""
+    """Return hashes of a run's newest checkpoint (weights, velocity, generator, state) and of its metrics.jsonl."""
     import torch
 
     newest = max(run_dir.glob("checkpoint-*.pt"))

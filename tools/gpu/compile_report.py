@@ -3,7 +3,7 @@
     python -m tools.gpu.compile_report --capability 90
 
 A kernel whose values do not fit into registers spills them to memory and is slow. ptxas, which comes with Triton,
-compiles for any GPU, so the report also shows on a machine without a GPU whether the kernels compile at all.
+compiles for any GPU. On a machine without a GPU, the report therefore also shows whether the kernels compile.
 """
 
 from __future__ import annotations
@@ -22,8 +22,10 @@ import click
 from prep.console import UserError, json_option, print_json, progress
 from tools.bench.harness import BenchmarkCommand
 
-_LAYERS = (("layer 1", 48, 3), ("layer 2", 128, 3), ("conv3, conv4", 192, 0))  # name, maps of a column, pool_px
-_SHARED_BYTES = {80: 163 << 10, 90: 227 << 10}  # shared memory of a program, by compute capability; else 99 KiB
+# Name of the layer, number of maps of a column, pool_px.
+_LAYERS = (("layer 1", 48, 3), ("layer 2", 128, 3), ("conv3, conv4", 192, 0))
+# Compute capability -> shared memory of a program; 99 KiB for other GPUs.
+_SHARED_BYTES = {80: 163 << 10, 90: 227 << 10}
 _FLOATS = ("alpha", "beta", "k")
 _POINTERS = {"bias": "*fp32", "bias_sums": "*fp32", "argmax": "*u8"}
 _TENSORS = ("x", "out", "grad", "x_grad")
@@ -36,7 +38,7 @@ class Row(NamedTuple):
     kernel: str
     dtype: str  # "bf16" or "fp32"
     warps: int
-    registers: int  # per thread; at most 255
+    registers: int  # number of registers of a thread, at most 255
     spilled_bytes: int  # per thread
     shared_bytes: int  # per program
 

@@ -1,10 +1,11 @@
-"""Times of the kernels between the convolutions, compared with the times that the memory's speed allows.
+"""Times of the kernels between the convolutions, compared with the times that the speed of the memory allows.
 
 The memory floor of a kernel is the number of bytes that the kernel must read and write, divided by the measured speed
 of a copy within the GPU's memory. The share is time / floor; the goal is at most 2.
 
 Each direction of each epilogue is recorded in a CUDA graph, so that the time of launches is not measured. The graph
-computes the epilogue for several inputs in turn. Together the inputs are larger than the GPU's cache.
+computes the epilogue for several inputs, one after another. Together, these inputs are larger than the cache of the
+GPU.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ class KernelTime:
     kernel: str  # "layer 1, forward"
     ms: float
     gb: float  # bytes that the kernel must read and write, in units of 10⁹ bytes
-    floor_ms: float  # time in which a copy moves as many bytes
-    share: float  # ms / floor_ms
+    floor_ms: float  # time in which a copy reads and writes the same number of bytes
+    share: float  # ms divided by floor_ms
 
 
 def moved_bytes(case: LayerCase, images: int, itemsize: int) -> dict[str, int]:
@@ -44,8 +45,8 @@ def moved_bytes(case: LayerCase, images: int, itemsize: int) -> dict[str, int]:
     Biases are not counted.
 
     forward   reads x; writes the result and, with pooling, one byte for each pooled value
-    backward  reads the gradient of the result, and writes the gradient of x. Reads x if there is a normalization, or
-              a nonlinearity before pooling. Reads the byte of each pooled value, or the result without pooling.
+    backward  reads the gradient of the result, and writes the gradient of x. Also reads x if there is a normalization,
+              or a nonlinearity before pooling. Also reads the byte of each pooled value or, without pooling, the result
     """
     maps = images * case.columns * case.maps
     x, y = maps * case.side_px**2, maps * case.pooled_px**2
@@ -84,7 +85,7 @@ def measure_epilogues(settings: GpuCheckSettings) -> dict[str, Any]:
 
 
 def kernel_time(kernel: str, seconds: float, moved: int, bytes_per_s: float) -> KernelTime:
-    """Return the time of a kernel with its floor and share."""
+    """Return the time of a kernel with its memory floor and its share."""
     floor_s = moved / bytes_per_s
     return KernelTime(
         kernel, round(1e3 * seconds, 4), round(moved / 1e9, 4), round(1e3 * floor_s, 4), round(seconds / floor_s, 2)
@@ -94,11 +95,11 @@ def kernel_time(kernel: str, seconds: float, moved: int, bytes_per_s: float) -> 
 def make_works(
     case: LayerCase, images: int, dtype: torch.dtype, device: torch.device, sets: int, apply: Apply
 ) -> dict[str, tuple[list[Work], Any]]:
-    """{direction: (functions, stream)}: one function for each of `sets` inputs, and the CUDA stream on which they must
-    run.
+    """Return {direction: (functions, stream)}.
 
-    A backward pass runs on the stream of its forward pass. The forward passes that belong to the functions of
-    "backward" are computed here, on the returned stream. On a CPU the stream is None.
+    There is one function for each of `sets` inputs, and the CUDA stream on which the functions must run. A backward
+    pass runs on the stream of its forward pass. The forward passes that belong to the functions of "backward" are
+    computed by this function, on the returned stream. On a CPU the stream is None.
     """
     stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]  # untyped in torch
     forward: list[Work] = []
@@ -113,7 +114,7 @@ def make_works(
 
         if stream is not None:
             stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(stream):  # changes nothing if `stream` is None
+        with torch.cuda.stream(stream):  # this block changes nothing if `stream` is None
             outputs = compute()
         gradient = [tensor.clone() for tensor in upstream]
 
@@ -128,7 +129,7 @@ def make_works(
 
 
 def seconds_per_work(settings: GpuCheckSettings, works: Sequence[Work], stream: Any) -> float:
-    """Return the mean time of one function of `works`.
+    """Return the mean time that one function of `works` takes.
 
     On a GPU, all functions are recorded in one CUDA graph on `stream`.
     """
@@ -138,12 +139,12 @@ def seconds_per_work(settings: GpuCheckSettings, works: Sequence[Work], stream: 
     torch.cuda.synchronize(device)
     with torch.cuda.stream(stream):
         for work in works:
-            work()  # compiles the kernels
+            work()  # the first call compiles the kernels
     torch.cuda.synchronize(device)
     graph, kept = torch.cuda.CUDAGraph(), []
     with torch.cuda.device(device), torch.cuda.graph(graph, stream=stream):
         for work in works:
-            kept.append(work())  # kept, so that each result has memory of its own
+            kept.append(work())  # the results are kept, so that each has its own memory
     graph.replay()
     once_s = elapsed_s(settings.devices, graph.replay)
     replays = max(3, round(_MEASURED_S / max(once_s, 1e-6)))

@@ -4,10 +4,10 @@ The kernels (train/model/gpu/epilogue.py) are compared with PyTorch operators in
 same inputs. The compared values are the result, the gradient of the convolution's output x and the gradient of the
 bias. The float64 results are computed for some images at a time, so that they fit into memory.
 
-If the two largest values of a pooling window are almost equal, rounding decides which of them is the maximum, and the
-window's gradient goes to another position. Such windows get an upstream gradient of 0, so that they cannot hide other
-errors. The number of these windows is part of the check: a check fails if more than a tenth of the windows are left
-out.
+If the two largest values of a pooling window are almost equal, rounding decides which of them is the maximum. The
+gradient of the window then goes to another position. Such windows get an upstream gradient of 0, so that these
+differences cannot hide other errors. The number of these windows is part of the check. A check fails if more than a
+tenth of the windows are left out.
 """
 
 from __future__ import annotations
@@ -29,12 +29,13 @@ from train.model.gpu.epilogue import Epilogue, apply_epilogue
 # rounding the result already gives an error of 1.7e-3. Triton's interpreter truncates instead of rounding, which gives
 # an error of up to 3.5e-3.
 TOLERANCES = {torch.float32: (2e-6, 2e-6, 5e-6), torch.bfloat16: (2.0**-8, 2.0**-8, 2.0**-8)}
-# A window is left out if its two largest values differ by less than this part of the larger value. Errors of a kernel's
-# normalized values are smaller: about 1e-7 in float32, and up to 2e-3 in bfloat16, where squares have 8 bits.
+# A window is left out if its two largest values differ by less than this part of the larger value. The errors of a
+# kernel's normalized values are smaller than this limit. They are about 1e-7 in float32, and up to 2e-3 in bfloat16,
+# where squares have 8 bits.
 TIES = {torch.float32: 1e-5, torch.bfloat16: 2.0**-7}
 MOST_LEFT_OUT = 0.1
 SIGMA = 50.0  # standard deviation of x, in grey levels, as after conv1
-_CHUNK = 64  # images for which float64 results are computed at a time
+_CHUNK = 64  # number of images for which float64 results are computed at a time
 
 Apply = Callable[[Sequence[Tensor], Sequence[Tensor], Epilogue, bool, bool], list[Tensor]]
 
@@ -44,12 +45,12 @@ class LayerCase:
     """One use of an epilogue in the network."""
 
     name: str
-    maps: int  # maps of each column
+    maps: int  # number of maps of each column
     side_px: int  # number of rows of x, equal to the number of columns
     epilogue: Epilogue
-    joined_in: bool  # True: x is one tensor with the maps of all columns
-    joined_out: bool  # True: the result is one tensor
-    channels_first: bool = False  # True: the result is contiguous, as fc6 needs it
+    joined_in: bool  # whether x is one tensor with the maps of all columns
+    joined_out: bool  # whether the result is one tensor
+    channels_first: bool = False  # whether the result is contiguous, as fc6 needs it
     columns: int = 2
 
     @property
@@ -80,7 +81,7 @@ def layer_cases(widths: Widths, sides_px: tuple[int, int, int] = (55, 27, 13)) -
 
 
 def chosen_apply(device: torch.device) -> Apply:
-    """Return the function to check: the kernels, or on a CPU PyTorch operators, because they are faster."""
+    """Return the function to check: the kernels or, on a CPU, PyTorch operators, which are faster there."""
     return apply_epilogue if device.type == "cuda" else operators
 
 
@@ -97,7 +98,8 @@ def check_epilogue(case: LayerCase, images: int, dtype: torch.dtype, device: tor
     errors, left_out = epilogue_errors(case, images, dtype, device, apply)
     nan_fault = nan_faults(case, dtype, device, apply)
     limits = TOLERANCES[dtype]
-    is_close = all(error <= limit for error, limit in zip(errors, limits, strict=True))  # False if an error is NaN
+    # This is False if an error is NaN.
+    is_close = all(error <= limit for error, limit in zip(errors, limits, strict=True))
     places = f"{case.columns} × {case.maps} maps of {case.side_px}×{case.side_px}"
     return Check(
         f"epilogue of {case.name}, {places}, {images} images, {str(dtype).removeprefix('torch.')}, on {device}",
@@ -114,7 +116,10 @@ def check_epilogue(case: LayerCase, images: int, dtype: torch.dtype, device: tor
 def make_inputs(
     case: LayerCase, images: int, dtype: torch.dtype, device: torch.device, seed: int = 0
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Return random x and bias; x is one joined tensor or one tensor per column, as in `case`, with channels last."""
+    """Return random x and bias.
+
+    As in `case`, x is one joined tensor or one tensor for each column, with channels last.
+    """
     generator = torch.Generator(device).manual_seed(seed)
     count, maps = (1, case.columns * case.maps) if case.joined_in else (case.columns, case.maps)
     shape = (images, maps, case.side_px, case.side_px)
@@ -131,7 +136,7 @@ def make_upstream(case: LayerCase, images: int, dtype: torch.dtype, device: torc
 
 
 def as_output(case: LayerCase, by_column: Sequence[Tensor]) -> list[Tensor]:
-    """Return tensors of the columns, joined or separate, and with the memory layout of the result of `case`."""
+    """Return tensors of the columns, joined or separate, with the memory layout of the result of `case`."""
     tensors = [torch.cat(list(by_column), 1)] if case.joined_out else list(by_column)
     layout = torch.contiguous_format if case.channels_first else torch.channels_last
     return [tensor.contiguous(memory_format=layout) for tensor in tensors]
@@ -145,9 +150,10 @@ def split_columns(case: LayerCase, tensors: Sequence[Tensor]) -> list[Tensor]:
 def epilogue_errors(
     case: LayerCase, images: int, dtype: torch.dtype, device: torch.device, apply: Apply
 ) -> tuple[list[float], float]:
-    """Errors ‖found − wanted‖ / ‖wanted‖ of result, gradient of x and gradient of the bias; share of windows left out.
+    """Errors ‖found − wanted‖ / ‖wanted‖ of the result, of the gradient of x and of the gradient of the bias.
 
-    Raises AssertionError if a result or a gradient has a wrong dtype or shape.
+    Also the share of windows that are left out. Raises AssertionError if a result or a gradient has a wrong dtype or
+    shape.
     """
     x, bias = make_inputs(case, images, dtype, device)
     upstream = make_upstream(case, images, dtype, device)
@@ -186,7 +192,7 @@ def epilogue_errors(
 
 
 class Distance:
-    """‖found − wanted‖ / ‖wanted‖ of a tensor that comes in parts."""
+    """Return ‖found − wanted‖ / ‖wanted‖ of a tensor that is given in parts."""
 
     def __init__(self) -> None:
         self._difference = self._wanted = 0.0
@@ -197,7 +203,7 @@ class Distance:
         self._wanted += float(wanted.square().sum())
 
     def relative(self) -> float:
-        """Return the relative distance of all parts; infinite if `wanted` is 0 and `found` is not."""
+        """Return the relative distance of all parts together; infinite if `wanted` is 0 and `found` is not."""
         if self._wanted == 0.0:
             return 0.0 if self._difference == 0.0 else float("inf")
         return float((self._difference / self._wanted) ** 0.5)
@@ -227,7 +233,7 @@ def normalized(x: Tensor, bias: Tensor, epilogue: Epilogue) -> Tensor:
 
 
 def _local_response_norm(a: Tensor, norm: Lrn) -> Tensor:
-    """b = a / (k + α Σ a²)^β, where the sum is over the `size` maps around each map (section 3.3 of the paper)."""
+    """Return b = a / (k + α Σ a²)^β (section 3.3). The sum is over the `size` maps around each map."""
     reach, maps = norm.size // 2, a.shape[1]
     squares = F.pad(a.square(), (0, 0, 0, 0, reach, reach))
     total = torch.stack([squares[:, shift : shift + maps] for shift in range(norm.size)]).sum(0)
@@ -270,10 +276,10 @@ def tied_windows(x: Tensor, bias: Tensor, epilogue: Epilogue, part: float) -> Te
 
 
 def nan_faults(case: LayerCase, dtype: torch.dtype, device: torch.device, apply: Apply) -> str:
-    """Return faults of the result for an x with one NaN; empty if there are none.
+    """Return the faults of the result for an x with one NaN; empty if there are no faults.
 
     Every value that is NaN in float64 must be NaN. After a normalization, the other maps of the same column may also be
-    NaN at the same positions, because a kernel may compute the sums as a matrix product.
+    NaN at the same positions. The reason is that a kernel may compute the sums as a matrix product.
     """
     x, bias = make_inputs(case, 2, dtype, device, seed=2)
     split_columns(case, x)[0][1, case.maps // 2, case.side_px // 2, case.side_px // 2] = float("nan")

@@ -21,8 +21,8 @@ from train.model.gpu.fault import triton_fault
 IMAGENET_IMAGES, PAPER_EPOCHS = 1_281_167, 90
 _GIB = 2**30
 
-# (pattern for the name of a GPU, the GPU's peak rate in TFLOP/s). The vendor's data sheet gives this rate for dense
-# matrix products in bfloat16; the rate of a V100 is for float16.
+# (pattern for the name of a GPU, peak rate of this GPU in TFLOP/s) The vendor's data sheet gives this rate for dense
+# matrix products in bfloat16. For a V100, the rate is for float16.
 _PEAKS_TFLOPS = (
     (r"H[12]00 NVL", 835.0),  # H100 NVL (400 W) and H200 NVL (600 W)
     (r"GH200|H200|H100.*HBM3|H100 SXM", 989.0),
@@ -33,7 +33,7 @@ _PEAKS_TFLOPS = (
 
 
 def synchronize(devices: Devices) -> None:
-    """Wait until all work queued on the devices is done."""
+    """Wait until all work that is queued on the devices is done."""
     for device in set(devices):
         if device.startswith("cuda"):
             torch.cuda.synchronize(device)
@@ -42,8 +42,8 @@ def synchronize(devices: Devices) -> None:
 def elapsed_s(devices: Devices, work: Callable[[], object]) -> float:
     """Return the time in seconds that `work` takes, including all operations that it queues on the devices.
 
-    The devices are idle before and after `work`. Therefore the clock of the host measures the work of
-    all devices. A CUDA event would measure only one device.
+    The devices are idle before and after `work`. The clock of the host therefore measures the work of all devices. A
+    CUDA event would measure only one device.
     """
     synchronize(devices)
     started = time.perf_counter()
@@ -53,7 +53,7 @@ def elapsed_s(devices: Devices, work: Callable[[], object]) -> float:
 
 
 def copy_bytes_per_s(device: str, size: int) -> float:
-    """Speed of copies within the device's memory: bytes read and written in a second; the best of three turns.
+    """Speed of copies within the memory of the device: bytes read and written in a second, as the best of three turns.
 
     size  size of the copied tensor in bytes
     """
@@ -112,7 +112,7 @@ def peak_tflops(devices: Devices) -> float | None:
 
 
 def imagenet_hours(images_per_s: float) -> float:
-    """Return hours that 90 epochs of 1,281,167 images take at a rate of `images_per_s`."""
+    """Return the hours that 90 epochs of 1,281,167 images take at a rate of `images_per_s`."""
     return PAPER_EPOCHS * IMAGENET_IMAGES / images_per_s / 3600
 
 

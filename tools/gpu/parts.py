@@ -27,7 +27,7 @@ MOST_S = 300  # planned time of all parts on an H200, including the time to make
 
 @dataclass(frozen=True)
 class Part:
-    """One part, which --only can choose."""
+    """A part of tools.gpu_check that --only can choose."""
 
     name: str  # value of --only; for timings also the JSON key of the result
     budget_s: int  # planned time on an H200, in seconds
@@ -58,7 +58,7 @@ PART_NAMES = tuple(part.name for part in (*CHECKS, *TIMINGS))
 
 
 def parts_text() -> str:
-    """Return the parts as a text for --help, a line each, and the sum of their times."""
+    """Return the parts as a text for --help, with one line for each part, and the sum of their times."""
     lines = [f"  {part.name:15} {part.budget_s:3} s  {part.subject}" for part in (STORES, *CHECKS, *TIMINGS)]
     total = sum(part.budget_s for part in (STORES, *CHECKS, *TIMINGS))
     return "\n".join(
@@ -68,7 +68,7 @@ def parts_text() -> str:
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds that parts took, by name of the part; a part is in the dict when it has ended."""
+    """Seconds that parts took, by the name of the part. A part is added to the dict when it has ended."""
 
     seconds: dict[str, float]
 
@@ -88,9 +88,9 @@ def run_checks(
     """Run the chosen checks and yield their results one by one.
 
     only   names of parts
-    times  gets the time of each part
+    times  receives the time of each part
 
-    A check that raises an exception counts as failed. The other checks still run.
+    A check that raises an exception counts as failed. The other checks still run after a failure.
     """
     streams = settings.stores_by_format().items()
     functions: dict[str, list[tuple[str, Callable[[], Iterator[Check]]]]] = {
@@ -118,7 +118,7 @@ def run_timings(
 ) -> Iterator[tuple[str, Any]]:
     """Run the chosen timings and yield (JSON key, result) one by one.
 
-    If a timing raises an exception, its result is the error message. The other timings still run.
+    If a timing raises an exception, its result is the error message. The other timings still run after a failure.
     """
     precisions = settings.precisions
     budgets = {part.name: part.budget_s for part in TIMINGS}

@@ -30,17 +30,20 @@ class TableRow(NamedTuple):
 
 
 def result_table(report: Report) -> str:
-    """Return the table as Markdown. `report` is the JSON report of tools.gpu_check, or its Python form."""
+    """Return the table as Markdown.
+
+    `report` is the JSON report of tools.gpu_check, or the same report as Python objects.
+    """
     plain: dict[str, Any] = _plain(report)
     rows = [f"| {row.name} | {row.before} | {row.after(plain) or NOT_MEASURED} |" for row in ROWS]
     return "\n".join((*HEAD, *rows))
 
 
 def ratios(report: Report) -> dict[str, float]:
-    """Return ratios of rates of bf16: {"from jpeg / bf16": …, "run from jpeg / from jpeg": …}.
+    """Return the ratios of rates of bf16, such as {"from jpeg / bf16": …, "run from jpeg / from jpeg": …}.
 
-    A run is compared with steps that are fed from the same format, if both have the same batch size. Rates that the
-    report does not have are left out.
+    A run is compared with steps that are fed from the same record format, if both have the same batch size. Rates that
+    the report does not have are left out.
     """
     plain = _plain(report)
     rates, runs = _rates(plain), _runs(plain)
@@ -55,7 +58,7 @@ def ratios(report: Report) -> dict[str, float]:
 
 
 def _plain(data: Any) -> Any:
-    """Return `data` with dicts in the place of dataclasses, as in the JSON file."""
+    """Return `data` with dicts instead of dataclasses, as in the JSON file."""
     if is_dataclass(data) and not isinstance(data, type):
         return asdict(data)
     if isinstance(data, Mapping):
@@ -64,7 +67,7 @@ def _plain(data: Any) -> Any:
 
 
 def _part(report: Report, name: str) -> Any:
-    """Return the result of a timing; empty if it was not measured or failed."""
+    """Return the result of a timing; empty if the timing was not measured or failed."""
     result = report.get(name)
     return () if result is None or isinstance(result, str) else result
 
@@ -88,7 +91,7 @@ def _runs(report: Report) -> dict[tuple[str, int], float]:
 
 
 def _joined(values: Sequence[float | None]) -> str:
-    """Return the numbers, separated by semicolons; empty if all are missing."""
+    """Return the numbers, separated by semicolons; empty if all numbers are missing."""
     if not any(values):
         return ""
     return "; ".join(f"{value:,.0f}" if value else NOT_MEASURED for value in values)
@@ -171,7 +174,10 @@ def _copy_speed(report: Report) -> str:
 
 def _check(beginning: str) -> Callable[[Report], str]:
     def text(report: Report) -> str:
-        """Findings of the checks whose names begin with `beginning`; if checks failed, only of the failed checks."""
+        """Return the findings of the checks whose names begin with `beginning`.
+
+        If some of these checks failed, return only the findings of the failed checks.
+        """
         checks = [check for check in report.get("checks", ()) if check["name"].startswith(beginning)]
         failed = [check for check in checks if not check["ok"]]
         if failed:

@@ -1,8 +1,8 @@
-"""Trainings by `alextrain run` in subprocesses, for tools.gpu_check: their rate, and their result after a kill.
+"""Training runs by `alextrain run` in subprocesses, for tools.gpu_check: their rate, and their result after a kill.
 
 The rate of a run comes from its metrics.jsonl. The first interval of a run is not counted, because the stream starts in
-this interval. The first interval of an epoch is not counted, because the stream has prefetched batches while a
-checkpoint was written. The time of checkpoints and validations is in no interval, and is reported as `outside_s`.
+this interval. The first interval of an epoch is not counted, because the stream prefetched batches while a checkpoint
+was written. The time of checkpoints and validations is in no interval, and is reported as `outside_s`.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ _ROOT = Path(__file__).parents[2]
 def run_command(settings: GpuCheckSettings, store: Path, run_dir: Path, batch: int, **options: object) -> list[str]:
     """Return the command line of `alextrain run`.
 
-    options  further options: log_every=20 becomes --log-every 20; an option whose value is True has no value
+    options  further options: log_every=20 becomes --log-every 20. An option whose value is True has no value on the
+             command line
     """
     names = [device.removeprefix("cuda:") for device in dict.fromkeys(settings.devices)]
     command = [*PROGRAM, "run", "--store", str(store.absolute()), "--run-dir", str(run_dir), "--gpus", ",".join(names)]
@@ -55,12 +56,12 @@ def run_command(settings: GpuCheckSettings, store: Path, run_dir: Path, batch: i
 
 
 def run_precision(settings: GpuCheckSettings) -> str:
-    """Return the precision of the runs: the last precision of the settings, or fp32 in the trial on a CPU."""
+    """Return the precision of the runs. It is the last precision of the settings, or fp32 in the trial on a CPU."""
     return settings.precisions[0 if settings.is_cpu_trial else -1]
 
 
 def start(command: Sequence[str], errors: Path) -> subprocess.Popen[bytes]:
-    """Start a run in the root of the checkout, with standard output and standard error into the file `errors`."""
+    """Start a run in the root of the checkout. Standard output and standard error go to the file `errors`."""
     with errors.open("ab") as file:
         return subprocess.Popen(command, stdout=file, stderr=file, stdin=subprocess.DEVNULL, cwd=_ROOT)
 
@@ -78,13 +79,13 @@ def finish(process: subprocess.Popen[bytes], errors: Path, timeout_s: float = _T
 
 
 def last_line_of(errors: Path) -> str:
-    """Return the last line of a file of messages, cut to 300 characters."""
+    """Return the last line of a file of messages, truncated to 300 characters."""
     lines = errors.read_text(errors="replace").strip().splitlines()
     return lines[-1][:300] if lines else "No message."
 
 
 def stop(*processes: subprocess.Popen[bytes]) -> None:
-    """Kill the processes that still run."""
+    """Kill the processes that are still running."""
     for process in processes:
         if process.poll() is None:
             process.kill()
@@ -98,12 +99,13 @@ def stop(*processes: subprocess.Popen[bytes]) -> None:
 class RunRate:
     """Rate of one run. The fields are JSON keys of the report."""
 
-    images_per_s: float  # images of the counted intervals / time of the counted intervals
+    images_per_s: float  # images of the counted intervals divided by the time of the counted intervals
     least: float  # rate of the slowest counted interval
     most: float  # rate of the fastest counted interval
     intervals: int  # number of counted intervals
-    waiting_share: float  # part of the time of these intervals in which training waited for the stream
-    outside_s: float  # seconds between the first and the last line that were in no interval: checkpoints, validations
+    waiting_share: float  # share of the time of the counted intervals in which training waited for the stream
+    # Seconds between the first and the last line that belong to no interval, such as checkpoints and validations.
+    outside_s: float
 
 
 def rate_of_run(lines: Sequence[Mapping[str, Any]], batch: int, steps_per_epoch: int) -> RunRate:
@@ -177,16 +179,17 @@ def _rate_from(settings: GpuCheckSettings, store: Path, batch: int) -> RunRate:
 
 
 def has_option(option: str) -> bool:
-    """Whether `alextrain run` has an option."""
+    """Return whether `alextrain run` has an option."""
     command = [*PROGRAM, "run", "--help"]
     result = subprocess.run(command, capture_output=True, text=True, cwd=_ROOT, timeout=_TIMEOUT_S, check=False)
     return option in result.stdout.split()
 
 
 def resume_checks(settings: GpuCheckSettings) -> Iterator[Check]:
-    """Compare two runs with --deterministic: one run is killed and resumed, the other is not interrupted.
+    """Compare two runs with --deterministic. One run is killed and resumed, and the other is not interrupted.
 
-    On a CPU the option is not needed. On a GPU the check is left out if `alextrain run` does not have the option.
+    On a CPU the option --deterministic is not needed. On a GPU the check is left out if `alextrain run` does not have
+    the option.
     """
     option = "--deterministic"
     deterministic = has_option(option)
@@ -218,10 +221,11 @@ def resume_checks(settings: GpuCheckSettings) -> Iterator[Check]:
 def kill_and_resume(
     uninterrupted: Sequence[str], killed: Sequence[str], uninterrupted_dir: Path, killed_dir: Path, steps: int
 ) -> int:
-    """Run both commands at the same time. Kill the second with SIGKILL soon after half of its steps, and run it again.
+    """Run both commands at the same time.
 
-    Returns the last step in metrics.jsonl of the second run when it was killed. Raises UserError if a run fails, or if
-    the second run ends before the kill.
+    Kill the second run with SIGKILL soon after half of its steps, and start it again. Returns the last step in
+    metrics.jsonl of the second run when it was killed. Raises UserError if a run fails, or if the second run ends
+    before the kill.
     """
     errors = [folder.with_suffix(".txt") for folder in (uninterrupted_dir, killed_dir)]
     first, second = (start(command, file) for command, file in zip((uninterrupted, killed), errors, strict=True))
@@ -250,9 +254,10 @@ def _last_step(run_dir: Path) -> int:
 
 
 def compare_runs(folder: Path, other: Path, steps: int) -> tuple[list[str], int]:
-    """Return the parameters and velocities that differ between the newest checkpoints of two runs, and their number.
+    """Return the parameters and velocities that differ between the newest checkpoints of two runs.
 
-    Raises UserError if a newest checkpoint is of a step other than `steps`.
+    Also returns the number of all parameters and velocities. Raises UserError if a newest checkpoint is not of the step
+    `steps`.
     """
     states = []
     for run_dir in (folder, other):

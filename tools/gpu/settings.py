@@ -1,4 +1,4 @@
-"""Settings of one run of tools.gpu_check, the amounts of work that are derived from them, and a check's result."""
+"""Settings of one run of tools.gpu_check, amounts of work that follow from them, and the result of a check."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class GpuCheckSettings:
     store: Path
     ppm_store: Path | None
     devices: Devices  # (device of column 0, device of column 1)
-    batch: int  # images in a step
+    batch: int  # number of images in a step
     quick: bool
 
     @property
@@ -44,19 +44,19 @@ class GpuCheckSettings:
 
     @property
     def is_cpu_trial(self) -> bool:
-        """Whether this is the trial on a CPU, in which all amounts of work are as small as possible."""
+        """Whether this run is the trial on a CPU, in which all amounts of work are as small as possible."""
         return self.quick and not self.on_gpu
 
     @property
     def precisions(self) -> tuple[str, ...]:
-        """The precisions that the device supports; tf32 and bf16 need compute capability 8.0."""
+        """The precisions that the device supports. tf32 and bf16 need compute capability 8.0."""
         if not self.on_gpu:
             return "fp32", "bf16"
         return ("fp32", "tf32", "bf16") if torch.cuda.get_device_capability(self.device) >= (8, 0) else ("fp32",)
 
     @property
     def architecture(self) -> Architecture:
-        """The network of the paper; in the trial on a CPU, a network with eight maps in each layer."""
+        """The network of the paper. In the trial on a CPU, this is a network with eight maps in each layer."""
         return replace(ALEXNET, widths=Widths(8, 8, 8, 8, 8, 16, 16)) if self.is_cpu_trial else ALEXNET
 
     @property
@@ -66,7 +66,7 @@ class GpuCheckSettings:
 
     @property
     def turn_s(self) -> float:
-        """Approximate duration of a turn in seconds; 0: a turn is one step or one batch."""
+        """Approximate duration of a turn in seconds. With 0, a turn is one step or one batch."""
         return 0.0 if self.is_cpu_trial else 0.3 if self.quick else 0.6
 
     @property
@@ -76,9 +76,9 @@ class GpuCheckSettings:
 
     @property
     def compared_images(self) -> int:
-        """Number of images in a batch of the stream and step checks.
+        """Number of images in a batch of the stream checks and step checks.
 
-        Network checks use an eighth of this number, but at least 2 images.
+        The network checks use an eighth of this number, but at least 2 images.
         """
         return min(self.batch, 16 if self.quick else 64)
 

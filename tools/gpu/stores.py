@@ -1,8 +1,8 @@
 """Stores for tools.gpu_check, made from synthetic photographs: one of JPEG records and one of PPM records.
 
-tools.photo_digits makes the photographs, here without darkening. Each training photograph is in the stores several
-times, under several names, so that an epoch has dozens of steps of 512 images. For the stream, every record is a
-different image.
+tools.photo_digits makes the photographs, in this case without darkening. Each training photograph is in the stores
+several times, under several names, so that an epoch has dozens of steps of 512 images. For the stream, every record is
+a different image.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from prep.store.manifest import Store
 from tools.photo_digits import Difficulty, make_dataset
 
 FORMATS = ("jpeg", "ppm")
-COPIES = 16  # number of records of each photograph: 1,500 photographs give 24,000 records, 46 steps of 512 images
+# Number of records of each photograph; 1,500 photographs give 24,000 records, which are 46 steps of 512 images.
+COPIES = 16
 _ROOT = Path(__file__).parents[2]
 
 
@@ -29,7 +30,7 @@ def make_stores(folder: Path, copies: int = COPIES, photographs: int | None = No
     Stores that an earlier call has finished are not rebuilt.
 
     copies       number of records of each photograph
-    photographs  number of digits to make photographs of; None: all 1,797
+    photographs  number of digits of which photographs are made; None: all 1,797
 
     The photographs are deleted at the end.
     """
@@ -52,13 +53,13 @@ def make_stores(folder: Path, copies: int = COPIES, photographs: int | None = No
 
 
 def build_store(source: Path, store: Path, format: str) -> None:
-    """Build a store of the class folders in `source` with `alexprep build-lmdb`; raises UserError if this fails.
+    """Build a store of the class folders in `source` with `alexprep build-lmdb`. Raises UserError if the build fails.
 
-    `alexprep` runs in a process of its own. In this process, every worker would import the main module, and torch.
+    `alexprep` runs in its own process. If it ran in this process, every worker would import the main module, and torch.
     """
     command = [sys.executable, "-m", "prep", "build-lmdb", str(source.absolute()), "--split", "train"]
     command += ["--store", str(store.absolute()), "--format", format]
-    command.append("--allow-empty-classes")  # a small number of photographs may lack some digits
+    command.append("--allow-empty-classes")  # a small number of photographs may not show all digits
     result = subprocess.run(command, cwd=_ROOT, capture_output=True, text=True, check=False)
     if result.returncode:
         raise UserError(f"alexprep build-lmdb: exit code {result.returncode}. {result.stderr.strip()[-300:]}")

@@ -27,18 +27,20 @@ from tools.gpu.settings import GpuCheckSettings
 from train.model.precision import set_precision
 from train.model.summary import summarize
 
-MAX_PREFETCHED = 8  # batches that are discarded when a turn starts, because the stream may have prefetched them
+# Number of batches that are discarded when a turn starts, because the stream may have prefetched them.
+MAX_PREFETCHED = 8
 GOAL_RATIO, GOAL_HOURS = 0.98, 2.0
-BATCHES = (128, 256, 512, 1024, 2048)  # batch sizes of the last precision; others are measured at the first size only
+# Batch sizes of the last precision; other precisions are measured only at the first size.
+BATCHES = (128, 256, 512, 1024, 2048)
 GOAL_JPEG_RATIO = 0.95
 PROFILED_STEPS = 3
 _HOST_STEPS = 20
 DECODER = "decoder of jpeg"
-_DECODED_BATCHES = 4  # batches of different records that the decoder alone decodes in turn
+_DECODED_BATCHES = 4  # number of batches of different records that the decoder alone decodes in turn
 
 # Rules (kind, whether all callers count, pattern). The first rule whose pattern occurs in a name of the call chain
-# gives the kind, which is a JSON key. The call chain is an operation, preceded by its kernel on a GPU and followed by
-# its callers. For a rule in which not all callers count, the pattern is searched only in the first two names of the
+# gives the kind, which is a JSON key. The call chain consists of an operation, its kernel before it (on a GPU), and its
+# callers after it. If not all callers count for a rule, the pattern is searched only in the first two names of the
 # chain. For example, a type conversion that a convolution calls is of the kind "copies".
 _KINDS = (
     ("update", True, r"Optimizer\.step"),
@@ -54,9 +56,10 @@ Work = Callable[[], object]
 
 
 def measure_rates(settings: GpuCheckSettings) -> list[Row]:
-    """Images/s of the stream, of steps on one batch on the GPU, and of steps on batches of the stream ("… from …").
+    """Return images/s of the stream, of steps on one batch, and of steps on batches of the stream ("… from …").
 
-    Steps on batches of the stream have the last precision, and are compared with steps of this precision on one batch.
+    The one batch stays on the GPU. Steps on batches of the stream have the last precision, and are compared with steps
+    of this precision on one batch.
     """
     with ExitStack() as streams:
         contestants = []
@@ -89,7 +92,7 @@ def measure_rates(settings: GpuCheckSettings) -> list[Row]:
 
 
 class EndlessLoader:
-    """Batches of a loader, epoch after epoch."""
+    """Yield the batches of a loader, epoch after epoch."""
 
     def __init__(self, loader: TrainLoader) -> None:
         self.loader, self.batch_size = loader, loader.batch_size
@@ -117,7 +120,7 @@ def decoder_alone(cleanup: ExitStack, store: Path, batch: int, device: str) -> W
 
     The records are in memory.
 
-    The exit of `cleanup` stops the decoder. Raises UserError if DALI is not installed.
+    When `cleanup` exits, the decoder is stopped. Raises UserError if DALI is not installed.
     """
     placement, fn, types = Placement.parse(device), dali().fn, dali().types
     records = islice(train_records(Store.open(store)), _DECODED_BATCHES * batch)
@@ -136,18 +139,18 @@ def decoder_alone(cleanup: ExitStack, store: Path, batch: int, device: str) -> W
 def make_contestant(
     settings: GpuCheckSettings,
     name: str,
-    batch: int,  # images that one call of `work` processes
+    batch: int,  # number of images that one call of `work` processes
     work: Work,
-    warm_up: int,  # uncounted calls of `work` before each turn
-    precision: str | None = None,  # precision of the steps that `work` makes; it is set before each turn
+    warm_up: int,  # number of calls of `work` before each turn that are not counted
+    precision: str | None = None,  # precision of the steps that `work` makes, which is set before each turn
     ours: str | None = None,
 ) -> Contestant:
     """Return a contestant. A turn calls `work` repeatedly, for about settings.turn_s seconds."""
-    calls: list[int] = []  # empty, or one entry: the number of calls in a turn, found before the first turn
+    calls: list[int] = []  # empty, or one entry: the number of calls in a turn, which is found before the first turn
 
     def prepare() -> None:
         if precision is not None:
-            set_precision(precision, settings.devices)  # other contestants change this setting
+            set_precision(precision, settings.devices)  # other contestants change the precision
         if settings.turn_s:
             repeat(work, warm_up)
         if not calls:
@@ -162,7 +165,7 @@ def make_contestant(
 
 def _calls_per_turn(settings: GpuCheckSettings, work: Work) -> int:
     """Return the number of calls of `work` that take settings.turn_s seconds; at least 3."""
-    repeat(work, 3)  # the first calls are slow: they load kernels and choose algorithms
+    repeat(work, 3)  # the first calls are slow, because they load kernels and choose algorithms
     return max(3, round(3 * settings.turn_s / elapsed_s(settings.devices, lambda: repeat(work, 3))))
 
 
@@ -200,7 +203,7 @@ def rates_by_batch_size(settings: GpuCheckSettings) -> list[dict[str, Any]]:
 
 
 def other_batches(settings: GpuCheckSettings, precision: str) -> list[int]:
-    """Batch sizes that rates_by_batch_size measures, from the smallest to the largest."""
+    """Return the batch sizes that rates_by_batch_size measures, from the smallest to the largest."""
     if settings.is_cpu_trial:
         return [2 * settings.batch]
     sizes = BATCHES[: 3 if settings.quick else None] if precision == settings.precisions[-1] else BATCHES[:1]
@@ -218,7 +221,7 @@ def peak_memory_gib(settings: GpuCheckSettings, precision: str) -> dict[str, flo
 
 
 def kernel_times_ms(settings: GpuCheckSettings, precision: str) -> dict[str, float]:
-    """Return {kind of kernel: milliseconds in a step on settings.batch images}, largest first.
+    """Return {kind of kernel: milliseconds in a step on settings.batch images}, with the largest time first.
 
     On GPUs the times of kernels are summed over all GPUs. On a CPU the times of operations are summed.
     """
@@ -239,7 +242,7 @@ def kernel_times_ms(settings: GpuCheckSettings, precision: str) -> dict[str, flo
             parent = parent.cpu_parent
         if settings.on_gpu:
             for kernel in event.kernels:
-                # A kernel with the same name as its event is an annotation: its time repeats the time of other kernels.
+                # A kernel with the same name as its event is an annotation, which repeats the time of other kernels.
                 if kernel.name != event.name:
                     kind = kernel_kind([kernel.name, *call_chain])
                     times_us[kind] = times_us.get(kind, 0.0) + kernel.duration
@@ -251,9 +254,9 @@ def kernel_times_ms(settings: GpuCheckSettings, precision: str) -> dict[str, flo
 
 
 def kernel_kind(call_chain: list[str]) -> str:
-    """Return the kind of a kernel or operation, call_chain[0].
+    """Return the kind of a kernel or operation, which is call_chain[0].
 
-    The callers follow, from the innermost to the outermost.
+    In the chain, the callers follow, from the innermost to the outermost.
     """
     for kind, callers_count, pattern in _KINDS:
         if any(re.search(pattern, name) for name in (call_chain if callers_count else call_chain[:2])):
@@ -262,7 +265,10 @@ def kernel_kind(call_chain: list[str]) -> str:
 
 
 def cuda_graph_rates(settings: GpuCheckSettings) -> list[Row]:
-    """Return images/s of the step in the last precision: launched kernel by kernel, and as `alextrain run` makes it."""
+    """Return images/s of the step in the last precision, launched in two ways.
+
+    The step is launched kernel by kernel, and as `alextrain run` makes it.
+    """
     precision = settings.precisions[-1]
     steps: dict[str, tuple[Callable[..., object], torch.Tensor, torch.Tensor]] = {
         f"{precision}, launched": make_step(settings, precision),
@@ -294,7 +300,8 @@ def summarize_rates(settings: GpuCheckSettings, rows: list[Row]) -> dict[str, An
 
     The figures are TFLOP/s and share of the peak for steps alone, and ratios and hours for steps fed by a stream.
     """
-    rate = {row.name: max(row.images_per_s, 0.1) for row in rows}  # never 0: rates are rounded to tenths
+    # The rate is never 0, because rates are rounded to tenths.
+    rate = {row.name: max(row.images_per_s, 0.1) for row in rows}
     layers = [row.multiply_adds for row in summarize(1000)]
     # A step has three passes: forward, gradients of weights, gradients of inputs. The image needs no gradient.
     multiply_adds = 3 * sum(layers) - layers[0]

@@ -34,7 +34,7 @@ from train.replicas.group import ReplicaGroup
     type=click.Path(path_type=Path),
     default="ablations",
     show_default=True,
-    help="Folder in which the run folders are made.",
+    help="Folder in which the run folders are created.",
 )
 @click.option(
     "--only",
@@ -65,9 +65,9 @@ from train.replicas.group import ReplicaGroup
 @no_lock_option
 @json_option
 def ablate(replica_timeout: float, **options: Any) -> None:
-    """Train networks with one part removed or replaced; print the measured and the reported increase of the errors.
+    """Train networks with one part removed or replaced, and print the measured and the reported increase of the errors.
 
-    An ablation that was trained before is not trained again. To resume after a stop or a kill, run the same command
+    An ablation that was trained before is not trained again. To continue after a stop or a kill, run the same command
     again. All ablations have the same seeds, so they have the same record order and crops. Ablations with the same
     parameter shapes also start with the same parameters.
 

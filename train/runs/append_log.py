@@ -1,7 +1,7 @@
 """Append-only log files. A killed process or a full disk leaves no partly written entry in the file.
 
-A power cut can leave a partly written last entry. In metrics.jsonl, run_dir.parse_line skips this entry and MetricsLog
-removes the entry.
+A power cut can leave a partly written last entry. In metrics.jsonl, run_dir.parse_line skips such an entry, and
+MetricsLog removes it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class AppendLog:
     """
 
     def __init__(self, path: Path) -> None:
-        """The first entry creates the file `path`, if there is no such file."""
+        """The first entry creates the file `path` if it does not exist."""
         self.path = path
         self._size = path.stat().st_size if path.exists() else 0
         self._pending = b""
@@ -27,7 +27,7 @@ class AppendLog:
     def add(self, entry: bytes) -> OSError | None:
         """Append `entry` after the pending entries.
 
-        Returns the error if this entry is the first that had to be held in memory, else None.
+        Returns the error if this entry is the first that had to be held in memory, otherwise None.
         """
         nothing_was_pending, self._pending = not self._pending, self._pending + entry
         error = self._write(synced=False)
@@ -48,7 +48,7 @@ class AppendLog:
                     os.fsync(file.fileno())
         except OSError as error:
             with suppress(OSError):
-                os.truncate(self.path, self._size)  # remove a partly written entry
+                os.truncate(self.path, self._size)  # removes a partly written entry
             return error
         self._size, self._pending = self._size + len(self._pending), b""
         return None

@@ -4,10 +4,10 @@
 the state. All checkpoint files are written by `write` and read by `read`.
 
 A checkpoint file is the zip archive that torch.save writes. The file has a temporary name until it is synced to disk.
-The archive comment (APPNOTE 4.3.16, last field) is the SHA-256 of all bytes before the comment. `read` therefore
-rejects a file with a single altered bit. A run keeps its newest checkpoints and the checkpoint with the lowest
-validation error. `best.pt` is a hard link to the checkpoint with the lowest validation error, or a copy if the file
-system has no hard links.
+The archive comment (APPNOTE 4.3.16, last field) is the SHA-256 of all bytes before the comment. If a single bit of a
+file is altered, `read` therefore rejects the file. A run keeps its newest checkpoints and the checkpoint with the
+lowest validation error. `best.pt` is a hard link to the checkpoint with the lowest validation error, or a copy if the
+file system has no hard links.
 """
 
 from __future__ import annotations
@@ -30,11 +30,12 @@ from prep.files import atomic_file, sync_folder
 
 FORMAT = 2  # version of the file format, incremented when fields of Checkpoint change their meaning
 BEST = "best.pt"
-MAX_DISK_FULL = 3  # the run ends when this many checkpoints in a row cannot be written because the disk is full
+MAX_DISK_FULL = 3  # the run ends when this number of checkpoints in a row cannot be written because the disk is full
 
 _MARK = b"sha256:"
 _COMMENT_BYTES = len(_MARK) + 64
-_END_BYTES = 22  # bytes of a zip archive's end record; its last two bytes are the length of the archive comment
+# Number of bytes of the end record of a zip archive; the last two bytes are the length of the archive comment.
+_END_BYTES = 22
 
 
 class UnreadableCheckpoint(UserError):
@@ -43,7 +44,7 @@ class UnreadableCheckpoint(UserError):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The state of a run after `step`: all that is needed to continue the run and to use the network.
+    """The state of a run after `step`, which is all that is needed to continue the run and to use the network.
 
     The file holds a dict with the key "format" and a key for each field except `digest`. Tensors are on the CPU.
     """
@@ -56,11 +57,11 @@ class Checkpoint:
 
     step: int  # number of steps that the run has completed
     steps_per_epoch: int
-    validation_due: bool  # True: an epoch has just ended, and the validation has not been computed yet
-    parameters: Mapping[str, Tensor]  # joined parameters by name (AlexNet.joined_tensors)
-    velocity: Mapping[str, Tensor]  # the optimizer's velocity by name, joined like the parameters
+    validation_due: bool  # whether an epoch has just ended and its validation has not been computed yet
+    parameters: Mapping[str, Tensor]  # joined parameters by their names (AlexNet.joined_tensors)
+    velocity: Mapping[str, Tensor]  # velocity of the optimizer by parameter name, joined like the parameters
     schedule: Mapping[str, Any]  # Schedule.state_dict
-    # Devices of the columns. The random generators are seeded anew if the run resumes on other devices, or if `devices`
+    # devices of the columns The random generators are seeded anew if the run resumes on other devices, or if `devices`
     # is empty.
     devices: Sequence[str]
     random: Tensor  # state of torch's generator on the CPU
@@ -80,14 +81,14 @@ def path_of(run_dir: Path, step: int) -> Path:
 
 
 def checkpoint_paths(run_dir: Path) -> list[Path]:
-    """Return the checkpoints in a run folder, oldest first, without best.pt and files of other names."""
+    """Return the checkpoints in a run folder, oldest first. best.pt and files with other names are left out."""
     return sorted(run_dir.glob(f"checkpoint-{'[0-9]' * 8}.pt"))
 
 
 def write(run_dir: Path, state: Checkpoint) -> Path:
-    """Write `state` as a checkpoint file in a run folder; returns the path of the file.
+    """Write `state` as a checkpoint file in a run folder, and return the path of the file.
 
-    Raises DiskFull if there is no disk space, UserError for any other disk error. Earlier checkpoints stay intact.
+    Raises DiskFull if there is no disk space, and UserError for any other disk error. Earlier checkpoints stay intact.
     """
     path = path_of(run_dir, state.step)
     content = {field.name: getattr(state, field.name) for field in fields(state) if field.name != "digest"}
@@ -120,15 +121,15 @@ def read(path: Path) -> Checkpoint:
     """Read a checkpoint file that `write` wrote. The tensors are on the CPU.
 
     Raises UnreadableCheckpoint if any bit differs from the written file. Raises UserError for another format, a missing
-    field or a missing read permission. If torch cannot load an intact file, for example because memory runs out,
-    torch's error is raised.
+    field or a missing read permission. If torch cannot load an intact file, for example because memory runs out, the
+    error of torch is raised.
     """
     intact = False
     try:
-        with open(path, "rb") as file:  # opened only once, because a training process can replace the file
+        with open(path, "rb") as file:  # the file is opened only once, because a training process can replace it
             stated, actual = _digests(file)
             intact = stated == actual
-            if intact or not stated:  # a file of format 1 has no digest; load it to report its format
+            if intact or not stated:  # a file of format 1 has no digest; it is loaded to report its format
                 file.seek(0)
                 content: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
                 if content.get("format") != FORMAT:
@@ -142,7 +143,7 @@ def read(path: Path) -> Checkpoint:
         raise
     except PermissionError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}). Ask the owner of the file.") from None
-    except Exception as error:  # torch raises many error types for an incomplete file, some with wrong advice
+    except Exception as error:  # for an incomplete file, torch raises many types of errors, some with wrong advice
         if intact and not isinstance(error, UnpicklingError):
             raise
     raise UnreadableCheckpoint(f"{path}: incomplete, altered or not a checkpoint.")
@@ -159,7 +160,10 @@ def _checkpoint(path: Path, content: Mapping[str, Any], digest: str) -> Checkpoi
 
 
 class CheckpointKeeper:
-    """Writes the checkpoints of a run in progress, keeps the newest and the best checkpoints, removes the others."""
+    """Writes the checkpoints of a run in progress.
+
+    Keeps the newest and the best checkpoints, and removes the others.
+    """
 
     def __init__(self, run_dir: Path, keep: int, resumed: Checkpoint | None) -> None:
         """Remove the temporary files of a killed process, and repair best.pt.
@@ -182,9 +186,9 @@ class CheckpointKeeper:
         is_last  True if the run ends with this checkpoint
         before   function that is called before the checkpoint is written, such as MetricsLog.sync
 
-        If the disk is full, a warning is printed and earlier checkpoints stay. Raises DiskFull at the third failure in
-        a row. If `is_last`, DiskFull is raised at the first failure, because the last steps would be lost. Raises
-        UserError for any other disk error.
+        If the disk is full, a warning is printed, and earlier checkpoints are kept. Raises DiskFull at the third
+        failure in a row. If `is_last`, DiskFull is raised at the first failure, because the last steps would be lost.
+        Raises UserError for any other disk error.
         """
         try:
             before()
@@ -206,7 +210,10 @@ class CheckpointKeeper:
             self._keep_as_best(path)
 
     def _tidy(self, newest: int) -> None:
-        """If the newest checkpoint has the lowest error, link best.pt to it. Remove surplus checkpoints."""
+        """If the newest checkpoint has the lowest error, make best.pt a link to this checkpoint.
+
+        Remove surplus checkpoints.
+        """
         path = path_of(self.run_dir, newest)
         if self.best is not None and self.best["step"] == newest:
             self._keep_as_best(path)
@@ -227,11 +234,11 @@ class CheckpointKeeper:
         except OSError as error:
             say(f"Warning: {best}: cannot be written ({error.strerror or error}). An earlier best.pt stays, if any.")
         finally:
-            temporary.unlink(missing_ok=True)  # os.replace keeps `temporary` if both names are links to one file
+            temporary.unlink(missing_ok=True)  # if both names are links to one file, os.replace keeps `temporary`
 
 
 def drop_after(run_dir: Path, step: int) -> None:
-    """Remove the checkpoints after `step`. They are damaged, so `load_latest` skipped them."""
+    """Remove the checkpoints after `step`. These checkpoints are damaged, so `load_latest` skipped them."""
     for path in checkpoint_paths(run_dir):
         if path > path_of(run_dir, step):
             path.unlink()
@@ -249,7 +256,7 @@ def load_latest(run_dir: Path) -> Checkpoint | None:
         try:
             state = read(path)
         except UnreadableCheckpoint as error:
-            if path not in checkpoint_paths(run_dir):  # the training process has replaced the file by a newer file
+            if path not in checkpoint_paths(run_dir):  # the training process has replaced this file by a newer file
                 return load_latest(run_dir)
             say(str(error) if path == paths[0] else f"{error} The previous checkpoint is used.")
             continue
@@ -304,7 +311,7 @@ def _append_digest(file: BufferedRandom) -> None:
 
 
 def _digests(file: BinaryIO) -> tuple[str, str]:
-    """Return (digest in the archive comment, actual digest of all bytes before the comment), in hex.
+    """Return the digest in the archive comment, and the actual digest of all bytes before the comment, in hex.
 
     The first digest is "" if the file has no digest comment.
     """

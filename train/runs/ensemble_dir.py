@@ -25,7 +25,7 @@ ENSEMBLE = "ensemble.json"
 class Ensemble:
     """The content of ensemble.json."""
 
-    members: int  # number of members; they are numbered from 1
+    members: int  # number of members, which are numbered from 1
     seed: int  # member k has the seed `seed` + k
     stream_seed: int  # seed of the stream, which is the same for all members
 
@@ -61,10 +61,10 @@ def read_ensemble(folder: Path) -> Ensemble | None:
 
 
 def make_ensemble_dir(folder: Path, ensemble: Ensemble) -> None:
-    """Make the folder of an ensemble and write ensemble.json, or accept a folder that already holds an ensemble.
+    """Create the folder of an ensemble and write ensemble.json, or accept a folder that already holds an ensemble.
 
-    Raises UserError if the folder cannot be made, or if the folder holds other files. Raises DiskFull if there is no
-    disk space.
+    Raises UserError if the folder cannot be created, or if it holds other files. Raises DiskFull if there is no disk
+    space.
     """
     path = folder / ENSEMBLE
     try:

@@ -12,7 +12,8 @@ from train.runs.ensemble_dir import Ensemble, member_dirs
 from train.runs.run_dir import errors_text
 from train.runs.status import status_of
 
-# States of an ensemble, in the order of their precedence: the state of an ensemble is the first that a member has.
+# States of an ensemble in the order of their precedence. The state of an ensemble is the first state in this list that
+# a member has.
 _PRECEDENCE = ("training", "failed", "dead", "stopped", "new", "finished")
 _STATE_TEXT = {"new": "not trained yet", "dead": "crashed"}
 
@@ -48,7 +49,7 @@ def ensemble_status(folder: Path, ensemble: Ensemble) -> dict[str, Any]:
 
 
 def ensemble_status_lines(status: Mapping[str, Any]) -> list[str]:
-    """Return the result of `ensemble_status` as lines of text: a line for the ensemble and a line for each member."""
+    """Return the result of `ensemble_status` as text: one line for the ensemble, and one line for each member."""
     members = status["members"]
     counts = Counter(_state_text(member) for member in members)
     states = ", ".join(f"{count} {state}" for state, count in counts.items())

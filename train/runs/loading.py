@@ -23,7 +23,9 @@ class TrainedNetwork(NamedTuple):
 
 
 def run_and_checkpoint(path: Path, which: str) -> tuple[Path, str]:
-    """Return (run folder, checkpoint): the checkpoint is "last", "best" or the path of a file.
+    """Return the run folder and the checkpoint that a command names.
+
+    The checkpoint is "last", "best" or the path of a file.
 
     path   argument RUN_DIR of a command: a run folder, or a checkpoint file in a run folder
     which  option --checkpoint of a command; ignored if `path` is a checkpoint file
@@ -37,8 +39,9 @@ def load_trained(run_dir: Path, devices: Devices, which: str = "last") -> Traine
     run_dir  a run folder, or a checkpoint file
     which    "last", "best" or the path of a file; ignored if `run_dir` is a checkpoint file
 
-    Architecture and recipe come from the checkpoint, even if the program now has other values under the same names.
-    Raises UserError if the run or the checkpoint does not exist or cannot be read, and for the folder of an ensemble.
+    Architecture and recipe come from the checkpoint, even if this version of the program has other values under the
+    same names. Raises UserError if the run or the checkpoint does not exist or cannot be read, and for the folder of an
+    ensemble.
     """
     if devices[0] == "cpu":
         keep_freed_memory()

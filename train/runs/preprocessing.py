@@ -46,7 +46,7 @@ def store_facts(store: Store) -> dict[str, Any]:
 def save_mean_image(run_dir: Path, store: Store, recipe: Recipe) -> None:
     """Write the mean image of the training split to mean_image.npy, if the recipe subtracts a mean image.
 
-    An existing file with other content is replaced. The old file is from an earlier run in this folder, which used
+    An existing file with other content is replaced. Such a file is from an earlier run in this folder, which used
     another store and ended before its first checkpoint.
     """
     if recipe.augmentation.mean not in _NEED_MEAN_IMAGE:
@@ -78,17 +78,17 @@ def _load_mean_image(run_dir: Path) -> npt.NDArray[np.float32]:
     path = run_dir / MEAN_IMAGE
     try:
         mean_image: npt.NDArray[np.float32] = np.load(path, allow_pickle=False)
-    except Exception as error:  # NumPy parses the header as Python code: damage can raise any exception
+    except Exception as error:  # NumPy parses the header as Python code, so damage can raise any exception
         raise UserError(f"{path}: cannot be read ({error}). The recipe needs this mean image.") from None
     return mean_image
 
 
 def training_store(run_dir: Path, description: Mapping[str, Any]) -> Store | None:
-    """Return the training store of a run, found by the paths in run.json; None if it was moved, removed or rebuilt.
+    """Return the training store of a run, found by the paths in run.json.
 
-    The paths are tried in this order: as given to --store, relative to the working directory; the absolute path at that
-    time; and the path as given, relative to the folder that --run-dir was relative to. The last path finds a store
-    that was moved together with its runs.
+    Returns None if the store was moved, removed or rebuilt. The first path is the path as given to --store, relative to
+    the working directory. The second is the absolute path at that time. The third is the path as given, relative to the
+    folder to which --run-dir was relative. The third path finds a store that was moved together with its runs.
     """
     settings = description["settings"]
     given, saved_dir, folder = Path(settings["store"]), Path(settings.get("run_dir", run_dir)), run_dir.resolve()
@@ -107,13 +107,13 @@ def training_store(run_dir: Path, description: Mapping[str, Any]) -> Store | Non
 
 
 def saved_store_path(description: Mapping[str, Any]) -> Path:
-    """Return the absolute path of the training store in run.json; a run of version 0.1.0 has only the path as given."""
+    """Return the absolute path of the training store in run.json. A run of version 0.1.0 has only the path as given."""
     settings = description["settings"]
     return Path(settings.get("store_absolute") or settings["store"])
 
 
 def missing_store_text(run_dir: Path, store: Path) -> str:
-    """Return an error that says where the training store of a run was, and what to do."""
+    """Return an error with the last known path of the training store of a run, and with advice."""
     return f"{run_dir}: its training store {store} was moved, removed or rebuilt. Name a store with --store."
 
 

@@ -1,6 +1,6 @@
 """Opens a run: checks the configuration, opens the store, and computes the identity and the length of the run.
 
-`Run.open` does all of this. The functions below the class Run make the run folder and write run.json.
+`Run.open` does all these steps. The functions below the class Run create the run folder and write run.json.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class Run:
 
     config: RunConfig
     store: Store
-    identity: Mapping[str, Any]  # the run continues only from a checkpoint of equal identity
-    steps_per_epoch: int  # full batches in the training split; 0 if the records do not fill a batch
+    identity: Mapping[str, Any]  # the run continues only from a checkpoint with the same identity
+    steps_per_epoch: int  # number of full batches in the training split; 0 if the records do not fill a batch
     last_step: int  # the run ends after this step, counted from 1; a plateau schedule can end the run earlier
 
     @staticmethod
@@ -68,14 +68,14 @@ class Run:
 
     @property
     def how_to_train_further(self) -> str:
-        """A sentence that names the option which lets the run train after its last step."""
+        """Return a sentence that names the option with which the run can train after its last step."""
         epochs = self.config.epochs
         if self.config.steps is not None and self.config.steps < epochs * self.steps_per_epoch:
             return "To train further, pass more --steps or --epochs."
         return f"To train further, pass more --epochs; {count_noun(epochs, 'epoch')} end after step {self.last_step:,}."
 
     def training_facts(self) -> dict[str, Any]:
-        """Architecture, recipe with its sources, classes and software versions, as JSON values.
+        """Return architecture, recipe with its sources, classes and software versions, as JSON values.
 
         Both run.json and every checkpoint contain these values. A checkpoint is therefore usable without run.json, and
         after the recipes in the program have changed.
@@ -97,9 +97,9 @@ class Run:
 
 
 def make_run_dir(run_dir: Path) -> None:
-    """Make the run folder, or accept a folder that is empty or already holds a run.
+    """Create the run folder, or accept a folder that is empty or already holds a run.
 
-    Raises UserError if the folder cannot be made, or if the folder holds files but no run.
+    Raises UserError if the folder cannot be created, or if it holds files but no run.
     """
     check_output_folder(run_dir, "--run-dir")
     try:
@@ -107,7 +107,8 @@ def make_run_dir(run_dir: Path) -> None:
         names = [path.name for path in run_dir.iterdir() if path.name != ".lock"]
     except OSError as error:
         raise UserError(f"--run-dir {run_dir}: {error.strerror or error}. Name another.") from None
-    names = [name for name in names if not (name.startswith(".") and name.endswith(".tmp"))]  # left by a killed process
+    # A killed process may have left these files.
+    names = [name for name in names if not (name.startswith(".") and name.endswith(".tmp"))]
     if names and DESCRIPTION not in names:
         raise UserError(f"{run_dir}: the folder holds files but no run. Name another --run-dir.")
 
@@ -117,7 +118,7 @@ def write_description(run: Run, ancestry: Sequence[Mapping[str, Any]] = ()) -> N
 
     ancestry  the checkpoints from which the run and its ancestors were forked, the oldest first (train/trainer/fork.py)
 
-    Raises DiskFull if there is no disk space, UserError if a file cannot be written for another reason.
+    Raises DiskFull if there is no disk space, and UserError if a file cannot be written for another reason.
     """
     settings = {name: value for name, value in asdict(run.config).items() if name not in ("recipe", "model")}
     description = {

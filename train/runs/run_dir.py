@@ -1,6 +1,6 @@
 """Names of the files in a run folder, and functions that read these files.
 
-The functions also work while another process trains in the folder.
+These functions also work while another process trains in the folder.
 
 run/
   run.json                  settings, recipe, architecture, length, store and environment (train/runs/run.py)
@@ -30,8 +30,8 @@ from train.runs.ensemble_dir import check_single_run
 
 DESCRIPTION, METRICS, STATUS, EVENTS = "run.json", "metrics.jsonl", "status.json", "tensorboard"
 
-# Keys of metrics.jsonl with values that depend on the clock or the machine.
-# All other values are bit-identical in an uninterrupted run and in a run that was interrupted and resumed.
+# Keys of metrics.jsonl whose values depend on the clock or the machine. All other values have the same bits in an
+# uninterrupted run and in a run that was interrupted and resumed.
 CLOCK_DEPENDENT = (
     "images_per_s",
     "waiting_share",
@@ -82,7 +82,7 @@ def read_description(run_dir: Path) -> dict[str, Any]:
         )
     recipe = description["recipe"]
     if isinstance(recipe.get("augmentation"), dict):
-        from train.config.recipe import with_eval_divisor  # imports NumPy, which --help must not load
+        from train.config.recipe import with_eval_divisor  # this import loads NumPy, which --help must not load
 
         recipe = {**recipe, "augmentation": with_eval_divisor(recipe["augmentation"])}
     return {**description, "recipe": recipe, "settings": {**_LATER_SETTINGS, **description["settings"]}}
@@ -121,7 +121,7 @@ def last_line(lines: Sequence[Mapping[str, Any]], kind: str) -> Mapping[str, Any
 
 
 def seconds_left(lines: Sequence[Mapping[str, Any]], step: int, steps: int, batch_size: int) -> float | None:
-    """Return predicted time in seconds for training from step `step` to step `steps`, without validations.
+    """Return the predicted time in seconds for training from step `step` to step `steps`, without validations.
 
     The prediction uses the mean time per image in the last RATE_LINES training lines. Returns None before the first
     interval has ended.
@@ -134,7 +134,10 @@ def seconds_left(lines: Sequence[Mapping[str, Any]], step: int, steps: int, batc
 
 
 def shown_errors(classes: int) -> tuple[tuple[str, str], ...]:
-    """Return (name, key in metrics.jsonl) of the errors to show: no top-5 error with five classes or fewer."""
+    """Return (name, key in metrics.jsonl) of the errors to show.
+
+    With five classes or fewer, there is no top-5 error.
+    """
     errors = ("top-1 error", "top1_error"), ("top-5 error", "top5_error")
     return errors if classes > 5 else errors[:1]
 
@@ -145,9 +148,10 @@ def errors_text(line: Mapping[str, Any], classes: int) -> str:
 
 
 def tensorboard_scalars(line: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers of a line of metrics.jsonl by TensorBoard tag: `train/loss`, `val/top1_error`, `gradient_norm/conv1`.
+    """Return the numbers of a line of metrics.jsonl by TensorBoard tag.
 
-    Values that are not numbers, such as null, are left out.
+    Examples of tags are `train/loss`, `val/top1_error` and `gradient_norm/conv1`. Values that are not numbers, such as
+    null, are left out.
     """
     scalars = {}
     for key, value in line.items():
@@ -162,7 +166,7 @@ def tensorboard_scalars(line: Mapping[str, Any]) -> dict[str, float]:
 
 
 def newest_checkpoint(run_dir: Path) -> tuple[int, float] | None:
-    """Return (step, modification time in s since 1970) of the newest checkpoint file; None without a file."""
+    """Return (step, modification time in s since 1970) of the newest checkpoint file; None if there is no file."""
     by_step = [
         (int(match[1]), path)
         for path in run_dir.glob("checkpoint-*.pt")

@@ -1,7 +1,7 @@
 """Configuration of `alextrain run`: the given options, completed by the run's own settings or by defaults.
 
-If the run folder has a run.json, every setting that no option gives is taken from it. So `alextrain run --run-dir R`
-alone continues R, and a fork changes only what its command names.
+If the run folder has a run.json, the settings that no option gives are taken from this file. `alextrain run --run-dir
+R` alone therefore continues R, and a fork changes only what its command names.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from train.runs.run_dir import read_description
 
 # Options of `alextrain run` that set the RunConfig field of the same name, without conversion.
 _PLAIN = ("accumulate", "seed", "stream_seed", "deterministic", "steps", "log_every", "checkpoint_every", "keep")
-# Settings outside of the identity whose change is shown before the training.
+# Settings outside of the identity whose changes are printed before the training.
 _SHOWN = ("epochs", "steps", "devices", "deterministic", "log_every", "checkpoint_every", "keep")
 
 
 def saved_config(run_dir: Path, group: ReplicaGroup = ALONE) -> RunConfig | None:
     """Return the configuration in run.json, without its service; None if `run_dir` has no run.json that can be read.
 
-    Only rank 0 of `group` reads run.json. The store is the training store, wherever the run finds it (training_store),
-    or else its absolute path in run.json.
+    Only rank 0 of `group` reads run.json. The store is the training store, wherever it is found (training_store). If it
+    is not found, the store is its absolute path in run.json.
     """
     try:
         description = group.on_first(lambda: _description(run_dir))
@@ -80,9 +80,9 @@ def requested_config(
     saved    the configuration of the run in --run-dir; None for a new run, for which all `options` are used
     group    the replicas that compute each step
 
-    A recipe other than that of `saved` also brings its batch size and epochs, unless --batch and --epochs are given.
-    --epochs without --steps removes the limit of steps. Raises UserError for options that do not fit together, and sets
-    the precision of torch.
+    If another recipe than that of `saved` is given, its batch size and epochs are used, unless --batch and --epochs are
+    given. --epochs without --steps removes the limit of steps. Raises UserError for options that contradict each other.
+    Sets the precision of torch.
     """
     epochs, settings = options["epochs"], options["settings"]
     if saved is None or "recipe" in given:
@@ -98,7 +98,7 @@ def requested_config(
     kept_batch, kept_epochs = (None, None) if saved is None or other_recipe else (saved.batch_size, saved.epochs)
     devices = _devices(options["gpus"], model.columns, saved, group)
     precision = options["precision"] or (saved.precision if saved else default_precision(recipe.name, devices))
-    set_precision(precision, devices)  # refuses an unsupported precision before the run starts
+    set_precision(precision, devices)  # an unsupported precision is refused before the run starts
     store = options["store"] if saved is None or "store" in given else saved.store
     if saved is not None and store == saved.store and not store.is_dir():
         raise UserError(missing_store_text(saved.run_dir, store))
