@@ -16,7 +16,7 @@ from train.cli.images import features, predict, search
 from train.cli.results import figures, report
 from train.cli.run import run
 from train.cli.runs import compare, status
-from train.replicas.errors import OtherReplicaFailed
+from train.replicas.errors import OtherReplicaFailed, is_stop
 from train.replicas.torchrun import torchrun_rank, wait_for_message, write_error_file
 
 FOR_REPLICAS = ("run", "ablate", "evaluate")  # commands that the processes of torchrun run together
@@ -52,7 +52,9 @@ class TorchrunGroup(Group):
                 raise
             wait_for_message()
             ctx.exit(error.exit_code)
-        except OtherReplicaFailed:
+        except OtherReplicaFailed as error:
+            if is_stop(error.kind):
+                self.say_interrupted(ctx)
             write_error_file("Stopped, because another replica has failed.", is_own=False)
             raise
 

@@ -32,6 +32,7 @@ from train.replicas.torchrun import wait_for_message
 
 Value = TypeVar("Value")
 
+_LINGER_S = 1.0  # longest time for which a rank that ends as planned waits for the others to end too
 # Set by torchrun, and by hand where another program starts the processes.
 _NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _ALSO_NEEDED = ("LOCAL_RANK", "LOCAL_WORLD_SIZE")
@@ -210,10 +211,11 @@ def joined(group: ReplicaGroup, timeout_s: float = REPLICA_TIMEOUT_S) -> Iterato
         if stopped and (told := link.roll_call.error_of_other()):  # torchrun terminates the other ranks after an error
             error = OtherReplicaFailed(**{**told, "code": description_of(error)["code"]})
         is_of_group = isinstance(error, ReplicaLost | OtherReplicaFailed)
-        link.leave(None if is_of_group else description_of(error))
+        link.leave(None if is_of_group else description_of(error), _LINGER_S if stopped else 0.0)
         if isinstance(error, UserError) and not is_of_group and group.rank > 0:
             error.args = (f"rank {group.rank} of {group.size}: {error}",)
-        if isinstance(error, OtherReplicaFailed) and not stopped and not is_stop(error.kind):
-            wait_for_message()
+        stopped = stopped or (isinstance(error, OtherReplicaFailed) and is_stop(error.kind))
+        if isinstance(error, OtherReplicaFailed) or (stopped and group.rank > 0):
+            wait_for_message(stopped)
         raise error from None
-    link.leave(None)
+    link.leave(None, _LINGER_S)

@@ -144,9 +144,15 @@ class Link:
             cause = (str(error).splitlines() or [""])[0][:200]
             raise self.roll_call.call(time.monotonic() - started, cause) from None
 
-    def leave(self, error: dict[str, Any] | None) -> None:
-        """End the connection. `error` describes the error that this rank prints; None: this rank prints no error."""
+    def leave(self, error: dict[str, Any] | None, linger_s: float = 0.0) -> None:
+        """End the connection.
+
+        error     describes the error that this rank prints; None: this rank prints no error
+        linger_s  longest time for which the connection stays open until the others leave too. A rank that closes its
+                  connections could interrupt the last exchange of a slower rank
+        """
         self.roll_call.leave(error)
+        self.roll_call.wait_for_others(linger_s)
         for close in self._closes:
             close()
         self.gloo = self.store = None  # closes the connections before the interpreter ends

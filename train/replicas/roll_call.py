@@ -39,6 +39,15 @@ class RollCall:
         with suppress(Exception), self._lock:
             self._store.set(f"left/{self._rank}", json.dumps(error))
 
+    def wait_for_others(self, longest_s: float) -> None:
+        """Wait until all ranks have called `leave`, but not longer than `longest_s`."""
+        deadline = time.monotonic() + longest_s
+        with suppress(Exception):
+            while time.monotonic() < deadline:
+                if all(self._exists(f"left/{rank}") for rank in range(len(self._places))):
+                    return
+                time.sleep(0.01)
+
     def error_of_other(self) -> dict[str, Any] | None:
         """Return the error with which another rank has ended; None if no rank has, or if the store is lost."""
         with suppress(Exception):

@@ -13,6 +13,7 @@ from contextlib import suppress
 
 from prep.console import Terminated
 
+_STOPPED_END_S = 1.0  # the same after a stop, for the message of rank 0 that the command was interrupted
 _QUIET_END_S = 10.0  # longest time for which a rank that prints nothing waits for the rank that prints the error
 
 
@@ -25,14 +26,14 @@ def torchrun_rank(environ: Mapping[str, str] | None = None) -> tuple[int, int]:
     return 0, 1
 
 
-def wait_for_message() -> None:
+def wait_for_message(is_stop: bool = False) -> None:
     """Wait until another rank has printed its error, before this rank ends without a message.
 
     torchrun terminates all ranks of a machine as soon as one of them has ended with an error, so a rank that ended at
     once could prevent the message. The termination also ends this wait.
     """
     with suppress(KeyboardInterrupt, Terminated):
-        time.sleep(_QUIET_END_S)
+        time.sleep(_STOPPED_END_S if is_stop else _QUIET_END_S)
 
 
 def write_error_file(text: str, is_own: bool) -> None:

@@ -162,6 +162,7 @@ class _Loop:
         loader = self._stream.move_to(step)
         self._save(current, loader, is_last=stopped is not None)
         if stopped is not None:
+            self._group.barrier()  # torchrun terminates all replicas when one ends, so all wait for rank 0's checkpoint
             raise stopped
 
     def _log_interval(self, trainings: list[Training], loader: TrainLoader) -> None:

@@ -23,7 +23,8 @@ def run_ranks(
         "train.replicas.group.connect",
         lambda rank, size, timeout_s: Link(rank, size, "127.0.0.1", server.port, False, timeout_s),
     )
-    monkeypatch.setattr("train.replicas.torchrun._QUIET_END_S", 0.0)
+    for name in ("_QUIET_END_S", "_STOPPED_END_S"):
+        monkeypatch.setattr(f"train.replicas.torchrun.{name}", 0.0)
     outcomes: list[Outcome] = [None] * size
 
     def run(rank: int) -> None:
