@@ -1,8 +1,8 @@
 """Shared fixtures: a small set of photographs in ILSVRC's layout, stores built from it, and Caffe's Datum in protobuf.
 
-`photo_folder`, `store`, `stores` and `numbered_store` are made once in each test process, and all tests of the process
-share them. A test must not write into these folders, only into a copy. `make test` runs two test processes at the same
-time. A test therefore writes only into its own folders, and its time limits must suit a slow machine.
+`photo_folder`, `store`, `stores` and `numbered_store` are made once in each test process. All tests of the process
+share them. A test must not write into these folders, but only into a copy. `make test` runs two test processes at the
+same time. A test therefore writes only into its own folders, and its time limits must suit a slow machine.
 """
 
 from __future__ import annotations
@@ -70,11 +70,11 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 @pytest.fixture(scope="session")
 def photo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """30 training photographs in 3 class folders; 12 validation photographs in one folder, and val.txt.
+    """30 training photographs in 3 class folders, 12 validation photographs in one folder, and the label file val.txt.
 
-    Sides are 60 to 400 px. Some photographs are wider than high, others higher than wide. Each split has one gray file,
-    one CMYK file, and one PNG file named .JPEG. One training photograph has EXIF orientation 6. Each class has its own
-    tint.
+    Sides are 60 to 400 px. Some photographs are wider than high, and others are higher than wide. Each split has one
+    gray file, one CMYK file, and one PNG file named .JPEG. One training photograph has EXIF orientation 6. Each class
+    has its own tint.
     """
     root = tmp_path_factory.mktemp("photos")
     rng = np.random.default_rng(2012)
@@ -122,7 +122,7 @@ Build = Callable[..., Path]
 
 @pytest.fixture(scope="session")
 def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
-    """build(source, *options) builds a store of `source` with alexprep and returns its path."""
+    """build(source, *options) builds a store of `source` with alexprep, and returns the path of the store."""
 
     def run(source: Path, *options: str) -> Path:
         path = tmp_path_factory.mktemp("built") / "store"
@@ -163,7 +163,7 @@ def numbered_store(tmp_path_factory: pytest.TempPathFactory, build: Build) -> Pa
 
 @pytest.fixture(scope="session")
 def caffe_datum() -> Callable[[], Any]:
-    """The message class of Caffe's Datum (proto2), made by protobuf from the field numbers of caffe.proto."""
+    """The message class of Caffe's Datum (proto2), which protobuf makes from the field numbers of caffe.proto."""
     field = descriptor_pb2.FieldDescriptorProto
     file = descriptor_pb2.FileDescriptorProto(name="datum.proto", package="caffe", syntax="proto2")
     message = file.message_type.add(name="Datum")
@@ -205,7 +205,7 @@ def records_of(caffe_datum: Callable[[], Any]) -> Callable[[Path, str], list[tup
 
 
 def compile_changed(source: Path, folder: Path, right: str, wrong: str) -> Path:
-    """Compile a copy of a C file in which `wrong` replaces `right`; returns the library. `right` must occur once."""
+    """Compile a copy of a C file in which `wrong` replaces `right`, and return the library. `right` must occur once."""
     text = source.read_text()
     assert text.count(right) == 1
     changed = folder / "kernels.c"
@@ -217,7 +217,7 @@ def compile_changed(source: Path, folder: Path, right: str, wrong: str) -> Path:
 
 @pytest.fixture(scope="session")
 def c_compiler() -> str:
-    """The path of cc. A test that uses this fixture is skipped if there is no C compiler."""
+    """The path of the compiler cc. A test that uses this fixture is skipped if there is no C compiler."""
     path = shutil.which("cc")
     if path is None:
         pytest.skip("no C compiler")

@@ -20,14 +20,14 @@ def alextrain(*args: object) -> Result:
 
 
 def json_lines(*args: object) -> list[Any]:
-    """Run a command with --json; returns the JSON objects that it prints. The command must succeed."""
+    """Run a command with --json, and return the JSON objects that it prints. The command must succeed."""
     result = alextrain(*args, "--json")
     assert result.exit_code == 0, result.output
     return [json.loads(line) for line in result.stdout.splitlines()]
 
 
 def refusal(*args: object, code: int = 1) -> str:
-    """Run a command that must fail with exit code `code` and one line on standard error; returns that line."""
+    """Run a command that must fail with exit code `code` and one line on standard error. Returns this line."""
     result = alextrain(*args)
     assert result.exit_code == code and result.stderr.count("\n") == 1, result.output
     return result.stderr

@@ -39,7 +39,7 @@ class Stopped(Exception):
 
 
 class InlineRunner:
-    """The runner of most tests: runs tasks in this process, with one BLAS thread, as a worker process does."""
+    """The runner of most tests. Like a worker process, it runs tasks with one BLAS thread, but in this process."""
 
     jobs = 1
 
@@ -69,7 +69,7 @@ class StoppingRunner(InlineRunner):
 
 
 class UnusedRunner(InlineRunner):
-    """A runner that fails the test if it gets a task."""
+    """A runner with which a test fails if the runner gets a task."""
 
     def map(self, work: Any, tasks: Iterable[Any], on_progress: Any) -> Iterator[tuple[Any, Any]]:
         for task in tasks:
@@ -174,11 +174,11 @@ class BuildCommand:
         return sorted(self.work_dir.glob("[0-9]*.json"))
 
     def kill(self) -> None:
-        """Send SIGKILL to the parent process only; its workers must end by themselves."""
+        """Send SIGKILL only to the parent process, whose workers must then end by themselves."""
         self.process.send_signal(signal.SIGKILL)
 
     def end(self) -> tuple[int, str, str]:
-        """Wait until all processes of the group have ended: (exit code, standard output, standard error)."""
+        """Wait until all processes of the group have ended. Returns (exit code, standard output, standard error)."""
         stdout, stderr = self.process.communicate(timeout=DEADLINE_S)
         deadline = time.monotonic() + DEADLINE_S
         while left := process_group(self.process.pid):
@@ -188,9 +188,12 @@ class BuildCommand:
 
 
 def run_interrupted_builds(photos: Path, work: Path, mode: str) -> list[dict[str, Any]]:
-    """Interrupt build n before its disk operation n, for n = 0, 1, 2…; run build n again. See interrupted_builds.py."""
+    """For n = 0, 1, 2…, interrupt build n before its disk operation n, then run build n again.
+
+    See interrupted_builds.py.
+    """
     program = [sys.executable, str(Path(__file__).with_name("interrupted_builds.py")), str(photos), str(work), mode]
-    environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}  # like in a worker process
+    environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}  # the same setting as in a worker process
     ended = subprocess.run(program, env=environment, capture_output=True, text=True, timeout=DEADLINE_S)
     assert ended.returncode == 0, ended.stderr
     return [json.loads(line) for line in ended.stdout.splitlines()]

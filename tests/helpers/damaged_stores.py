@@ -33,7 +33,7 @@ def faults_of(store: Path, workers: WorkerPool, split: str = "train", decode: bo
 def the_fault(store: Path, workers: WorkerPool, *parts: str) -> Fault:
     """Return the only fault that verification finds in the split `train`.
 
-    Asserts that the fault's text has all `parts`.
+    Asserts that the text of the fault contains all `parts`.
     """
     faults = faults_of(store, workers)
     assert len(faults) == 1, faults
@@ -70,12 +70,12 @@ def replace_records(folder: Path, records: Records) -> None:
 
 
 def with_checksum(body: bytes) -> bytes:
-    """Return the record with its checksum corrected."""
+    """Return the record with a correct checksum."""
     return body + b"\xd5\x3e" + zlib.crc32(body).to_bytes(4, "little")
 
 
 def changed_record(value: bytes, **fields: Any) -> bytes:
-    """Return the record with some fields replaced and its checksum corrected."""
+    """Return the record with some fields replaced, and with a correct checksum."""
     return replace(Datum.decode(value), **fields).encode()
 
 
@@ -86,7 +86,7 @@ def overwrite(file: Path, position: int, content: bytes) -> None:
 
 
 def make_crashing(store: Path) -> None:
-    """Set the length of the first record to 200 MB, so that Linux kills a process that reads the record."""
+    """Set the length of the first record to 200 MB. Linux then kills a process that reads the record."""
     file = store / "train" / "00000" / "data.mdb"
     content = file.read_bytes()
     # LMDB stores a record as a node: low and high half of the size of the value, flags, length of the key, key, value.

@@ -1,7 +1,7 @@
 """Image files that no camera writes, each with the outcome that a build must have.
 
 The files are damaged, state a false size, or are not images. Files that no library would write are made byte by byte.
-All files are made with one random generator, so the order in which they are made must not change.
+All files are made with one random generator, so the files must always be made in the same order.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ RNG = np.random.default_rng(2012)
 
 @dataclass(frozen=True)
 class Expected:
-    """The expected outcome of a file: bad, or kept with its conversions and EXIF orientation."""
+    """The expected outcome of a file: bad, or kept with these conversions and this EXIF orientation."""
 
     bad: str = ""  # regular expression that matches the reason for a bad file; empty for a file that is kept
     converted: tuple[str, ...] = ()
     orientation: int = 1
-    is_warned: bool = False  # kept, with a warning of the decoder
-    bad_if_whole: str = ""  # like `bad`, for a file that is bad only with --keep-aspect
+    is_warned: bool = False  # whether the file is kept with a warning of the decoder
+    bad_if_whole: str = ""  # the same expression for a file that is bad only with --keep-aspect
 
 
 KEPT = Expected()
@@ -216,7 +216,7 @@ def pngs() -> Iterator[tuple[str, bytes, Expected]]:
     yield "2^31 wide.png", png(2**31 - 1, 2**31 - 1), BOMB
     yield "no height.png", png(50, 0), UNKNOWN
     grey = Expected(converted=("png", "grey"))
-    yield "99 million pixels.png", png(11_000, 9000, bytes(1376 * 9000), depth=1), grey  # a file of 16 KB
+    yield "99 million pixels.png", png(11_000, 9000, bytes(1376 * 9000), depth=1), grey  # this file has 16 KB
     yield "210 million pixels.png", png(20_000, 10_500, bytes(2501 * 9000), depth=1), BOMB
     yield "9999x9999 without rows.png", png(9999, 9999), BROKEN
 

@@ -38,7 +38,7 @@ from prep.store.lmdb_shard import read
 from prep.store.manifest import Store, StoreError
 from tests.helpers.building import PPM, Stopped, StoppingRunner, build
 
-remaining: int | None = None  # disk operations before the interruption; None: no interruption
+remaining: int | None = None  # number of disk operations before the interruption; None: no interruption
 mode = ""
 RESTARTS = 14  # larger than the number of disk operations in discarding an unfinished build
 LIMITS = (0, 1, 100, 500, 900, 1000, 1200, 2000, 4096, 5000, 8192)  # bytes
@@ -72,7 +72,7 @@ def fsync(handle: int) -> None:
 
 @contextmanager
 def sorted_scandir(path: Any, real: Any = os.scandir) -> Iterator[Iterator[os.DirEntry[str]]]:
-    """os.scandir in an order that does not depend on the file system."""
+    """Replacement for os.scandir with an order that does not depend on the file system."""
     with real(path) as entries:
         yield iter(sorted(entries, key=lambda entry: os.fsencode(entry.name), reverse=mode.endswith("reverse")))
 
@@ -101,7 +101,7 @@ class Environment:
 
 
 def build_in_child(photos: Path, store: Path, operations: int | None, policy: BuildPolicy) -> tuple[int, str]:
-    """Return (exit code, error) of a build in a forked process.
+    """Run a build in a forked process, and return its exit code and error.
 
     If `operations` is None, the build is not interrupted.
     """
@@ -129,7 +129,7 @@ def build_in_child(photos: Path, store: Path, operations: int | None, policy: Bu
 
 
 def is_torn(store: Path) -> bool:
-    """Whether a store has a manifest.json although the store is incomplete."""
+    """Return whether a store has a manifest.json although the store is incomplete."""
     try:
         opened = Store.open(store)
         if opened.splits:

@@ -9,12 +9,12 @@ killed as WHEN says. The last attempt finishes the run in RUN_DIR and is not kil
     operation  The attempt kills itself with SIGKILL just before an operation. Operations are: opening a file for
                writing, computing a digest, fsync, rename, link, removal of a file, and the end of a training step.
                Attempt k (0 to 9) is killed 0 to 7 operations after the run has made k of its nine steps. All ten
-               attempts are killed, because a finished run that is started again also performs these operations.
+               attempts are killed. A finished run that is started again also performs these operations.
     time       The parent kills the attempt after a random time, unless the attempt has finished. Attempt 0 is killed
                early, so that it cannot finish.
 
-Prints a JSON object: "kills" is the number of kills, and "at" maps each operation to its number of kills. Needs
-OMP_NUM_THREADS=1, because threads do not survive a fork.
+Prints a JSON object: "kills" is the number of kills, and "at" maps each operation to its number of kills. The program
+needs OMP_NUM_THREADS=1, because threads do not survive a fork.
 """
 
 from __future__ import annotations
@@ -38,14 +38,15 @@ from train.runs.run import Run
 from train.trainer.loop import fit
 from train.trainer.step import TrainingStep
 
-STEPS = 9  # steps of the run
+STEPS = 9  # number of steps of the run
 KILLS = STEPS + 1
 
 # State of an attempt that kills itself.
-first_counted_step: int | None = None  # steps of the run after which operations are counted; None: never
-operations_left = 0  # operations before the kill
-steps_done = 0  # steps that the run has made so far, over all attempts
-report_fd = -1  # pipe to the parent, to which the attempt writes the operation before its kill
+# Step of the run after which operations are counted; None: operations are never counted.
+first_counted_step: int | None = None
+operations_left = 0  # number of operations before the kill
+steps_done = 0  # number of steps that the run has made so far, in all attempts
+report_fd = -1  # pipe to the parent: before its kill, the attempt writes the operation to this pipe
 
 
 def before_operation(operation: str) -> None:
@@ -87,7 +88,7 @@ def counted_step(self: TrainingStep, *batch: torch.Tensor, real: Any = TrainingS
 
 
 def newest_step(run_dir: Path) -> int:
-    """Return the step of the newest checkpoint, from its file name; 0 without a checkpoint."""
+    """Return the step of the newest checkpoint, from the name of the file; 0 without a checkpoint."""
     paths = checkpoint.checkpoint_paths(run_dir)
     return int(paths[-1].stem[-8:]) if paths else 0
 
@@ -95,7 +96,8 @@ def newest_step(run_dir: Path) -> int:
 def attempt(store: Path, run_dir: Path, when: str, rng: random.Random, number: int | None, within_s: float) -> str:
     """Train in a forked process.
 
-    Returns the operation before which the process was killed, "any time" for a kill by the parent, or "" for no kill.
+    Returns the operation before which the process was killed. Returns "any time" if the parent killed it, and "" if it
+    was not killed.
 
     number    number of the attempt, 0 to 9; None: the attempt is not killed
     within_s  longest time from the start to a kill by the parent, in seconds, if `when` is "time"
@@ -108,7 +110,7 @@ def attempt(store: Path, run_dir: Path, when: str, rng: random.Random, number: i
         if number is not None and when == "operation":
             first_counted_step, operations_left, steps_done = number, operations, newest_step(run_dir)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-        signal.alarm(120)  # ends a process that hangs
+        signal.alarm(120)  # this signal ends a process that hangs
         fit(Run.open(small_config(store, run_dir)))
         os._exit(0)
     os.close(report_fd)
@@ -135,7 +137,7 @@ def main(store: Path, run_dir: Path, seed: int, when: str) -> None:
     kills = Counter(filter(None, ends))
     sys.stdout.write(json.dumps({"kills": kills.total(), "at": dict(kills)}) + "\n")
     sys.stdout.flush()
-    os._exit(0)  # skips the exit handlers of libraries, which this process does not need
+    os._exit(0)  # this skips the exit handlers of libraries, which this process does not need
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from prep.inputs.sources import list_source
 
 
 def touch(folder: Path, *names: str) -> Path:
-    """Create empty files below `folder`; returns `folder`."""
+    """Create empty files below `folder`, and return `folder`."""
     for name in names:
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -52,14 +52,14 @@ def list_labelled(
 
 
 def write_devkit(file: Path | io.BytesIO, numbered: dict[int, str]) -> None:
-    """A meta.mat like the devkit's: an array of structs `synsets` with ILSVRC2012_ID, WNID and other fields."""
+    """A meta.mat like that of the devkit: an array of structs `synsets` with ILSVRC2012_ID, WNID and other fields."""
     kind = [("ILSVRC2012_ID", object), ("WNID", object), ("words", object), ("num_children", object)]
     rows = [(number, name, f"word of {name}", 0) for number, name in numbered.items()]
     savemat(file, {"synsets": np.array(rows, dtype=kind).reshape(-1, 1)})
 
 
 def devkit_archive(folder: Path, numbered: dict[int, str], ground_truth: str) -> Path:
-    """ILSVRC2012_devkit_t12.tar.gz with meta.mat, the ground truth of val, and a member with an unsafe name."""
+    """ILSVRC2012_devkit_t12.tar.gz with meta.mat, the ground truth of val, and a member that has an unsafe name."""
     meta = io.BytesIO()
     write_devkit(meta, numbered)
     data = "ILSVRC2012_devkit_t12/data"

@@ -16,7 +16,7 @@ RUN_LENGTH = RunLength(steps_per_epoch=10, steps=100, batch_size=8)
 
 
 def training_line(step: int, **changes: object) -> dict:
-    """Return the line for the interval that ends with `step`, in the form that MetricsLog.train expects."""
+    """Return the log line of the interval that ends with `step`, in the form that MetricsLog.train expects."""
     measured = {"loss": 3.0 / step, "top1_error": 0.5, "top5_error": 0.25, "images_per_s": 16.0, "waiting_share": 0.1}
     norms = {"gradient_norm": {"conv1": 0.5 * step}, "weight_norm": {"conv1": 2.0}}
     rest = {"stream_waiting_share": 0.2, **norms, "memory_mb": 1234.5, "lr": 0.01}
@@ -24,7 +24,7 @@ def training_line(step: int, **changes: object) -> dict:
 
 
 def validation_line(epoch: int, error: float) -> dict:
-    """Return the line of the validation after `epoch`, dated one minute ago. `error` is the top-1 error."""
+    """Return the log line of the validation after `epoch`, dated one minute ago. `error` is the top-1 error."""
     measured = {"top1_error": error, "top5_error": error / 2, "loss": 2.0, "images": 12}
     return {"kind": "val", "epoch": epoch, "step": 10 * epoch, **measured, "unix_time_s": time.time() - 60}
 
@@ -38,7 +38,7 @@ def tensorboard_points(run_dir: Path) -> list[tuple[str, int, float]]:
 def points_of_metrics(run_dir: Path) -> list[tuple[str, int, float]]:
     """Return the points (tag, step, value) of metrics.jsonl.
 
-    Values are rounded to float32, as in TensorBoard's files.
+    The values are rounded to float32, as in TensorBoard's files.
     """
     return [
         (tag, line["step"], float(np.float32(value)))

@@ -29,7 +29,7 @@ def eval_images(store: Path, mean: str) -> torch.Tensor:
 
 
 def are_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float) -> bool:
-    """Whether outputs differ by less than `tolerance` times the largest absolute value of the expected outputs.
+    """Return whether outputs differ by less than `tolerance` times the largest absolute value of the expected outputs.
 
     Asserts that the expected outputs vary, because constant outputs would hide an error.
     """

@@ -1,4 +1,4 @@
-"""The configuration of a training that takes about a second on a CPU, and the comparison of two runs' results."""
+"""The configuration of a training that takes about a second on a CPU, and the comparison of the results of two runs."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def metrics_without_clock(run_dir: Path) -> list[dict]:
 
 
 def assert_same_result(run_dir: Path, other_run_dir: Path) -> None:
-    """Assert that two runs have the same metrics, last step, parameters and velocities, to the bit."""
+    """Assert that two runs have the same metrics, last step, parameters and velocities, bit for bit."""
     assert metrics_without_clock(run_dir) == metrics_without_clock(other_run_dir)
     state, other = (checkpoint.load_latest(folder) for folder in (run_dir, other_run_dir))
     assert state is not None and other is not None and state.step == other.step

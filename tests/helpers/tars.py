@@ -1,4 +1,7 @@
-"""Tar archives for tests: written by tarfile, or header by header if no library would write such an archive."""
+"""Tar archives for tests.
+
+tarfile writes them, or this module writes their headers if no library would write such an archive.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +54,7 @@ def negative_size(size: int) -> bytes:
 
 
 def pax_with_size(size: str, member: int = 0) -> bytes:
-    """An archive with the members THREE, in which a PAX header states `size` as the size of member number `member`."""
+    """Return an archive with the members THREE. A PAX header states `size` for member number `member`."""
     members: list[Member] = list(THREE)
     name, content, *_ = members[member]
     members[member] = (name, content, {"pax_headers": {"size": size}})

@@ -75,13 +75,14 @@ def formula_shift(store: Store, augmentation: Augmentation, z: np.ndarray) -> np
         return np.zeros(3)
     if augmentation.colour == "stdev":
         return vectors @ (augmentation.strength * np.sqrt(variances) * z)
-    return 255 * (vectors @ (augmentation.strength * variances / 255**2 * z))  # the paper's formula, for pixels in 0..1
+    # The formula of the paper, for pixels in 0..1.
+    return 255 * (vectors @ (augmentation.strength * variances / 255**2 * z))
 
 
 def expected_training_images(
     store: Store, augmentation: Augmentation, seed: int, batch_size: int, epochs: int = 1
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """Yield the (label, image) pairs of the training stream, beginning with its first batch."""
+    """Yield the (label, image) pairs of the training stream, starting with its first batch."""
     squares, max_offset_px = stored_squares(store, "train"), store.settings.side_px - 224
     for epoch in range(epochs):
         order = epoch_permutation(len(squares), seed, epoch)

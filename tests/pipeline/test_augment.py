@@ -173,7 +173,7 @@ def test_evaluation_subtracts_the_mean_of_the_training_split(stores: dict[str, P
 
 
 def test_the_divisor_of_evaluation_is_the_divisor_of_training_unless_it_has_its_own(stores: dict[str, Path]) -> None:
-    """Without noise, an image of a training batch and the same image in evaluation have values on the same scale."""
+    """Without noise, an image has values on the same scale in a training batch and in evaluation."""
     scaled = {
         (divisor, own): batches(stores["ppm"], "centre", augmentation=Augmentation("none", "off", 0, divisor, 1, own))
         for divisor, own in ((1.0, None), (64.0, None), (64.0, 1.0), (1.0, 64.0))
@@ -259,7 +259,7 @@ def test_the_noise_matrix_has_both_readings_of_the_paper(stores: dict[str, Path]
 
 def test_colour_noise_has_the_covariance_of_the_pixels(stores: dict[str, Path]) -> None:
     stats = Store.open(stores["ppm"]).color_stats()
-    covariance = 0.1**2 * np.array(stats.covariance)  # P diag(0.1² λ) Pᵀ
+    covariance = 0.1**2 * np.array(stats.covariance)  # the covariance is P diag(0.1² λ) Pᵀ
     shifts = draw_params(11, 0, 0, 8000, 32).normal @ noise_matrix(stats, "stdev", 0.1).T
     spread = np.sqrt((np.outer(np.diag(covariance), np.diag(covariance)) + covariance**2) / len(shifts))
     assert (np.abs(np.cov(shifts.T) - covariance) < 4 * spread).all()

@@ -157,7 +157,7 @@ def test_several_ranks_serve_what_one_loader_with_their_total_batch_size_serves(
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """A clock that replaces the clock of the loaders, in seconds. Only the test advances the clock."""
+    """A clock that replaces the clock of the loaders. Its unit is seconds. Only the test advances the clock."""
     now = [1000.0]
     monkeypatch.setattr("pipeline.loader_base.time", SimpleNamespace(perf_counter=lambda: now[0]))
     return now
@@ -166,7 +166,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 def test_wait_times_of_consumer_and_loader_add_up_to_the_time_that_passed(
     numbered_store: Path, clock: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The loader takes 3 s for each batch, the consumer 5 s."""
+    """The loader takes 3 s for each batch, and the consumer takes 5 s."""
     with train_loader(numbered_store, 6) as loader:
 
         def take_3_s(next_batch: Callable[[], object] = loader._prefetcher.next) -> object:

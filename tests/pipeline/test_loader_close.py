@@ -1,4 +1,4 @@
-"""Closing loaders: no file, thread or memory remains, and batches outlive their loader."""
+"""Closing loaders: no file, thread or memory is left, and batches stay valid after their loader is closed."""
 
 from __future__ import annotations
 
@@ -156,7 +156,10 @@ def second_epoch(store: Path) -> Batch:
 
 
 def in_forked_child(work: Callable[[], object]) -> tuple[int, str]:
-    """Run `work` in a forked child that then ends as a program ends: (wait status, text of the exception)."""
+    """Run `work` in a forked child, which then ends as a program ends.
+
+    Returns the wait status and the text of the exception.
+    """
     read_end, write_end = os.pipe()
     child = os.fork()
     if child == 0:
@@ -182,7 +185,10 @@ def in_forked_child(work: Callable[[], object]) -> tuple[int, str]:
 def test_a_loader_in_a_forked_child_says_so_at_once_and_is_closed_without_harm(
     numbered_store: Path, make: Any, started: bool
 ) -> None:
-    """A torch DataLoader with workers iterates in forked children. Before, the first batch never came."""
+    """A torch DataLoader with workers iterates in forked children.
+
+    Before this was an error, the first batch never came.
+    """
     with make(numbered_store, 4, threads=1) as loader:
         iterator = iter(loader)
         if started:
@@ -192,14 +198,14 @@ def test_a_loader_in_a_forked_child_says_so_at_once_and_is_closed_without_harm(
             assert status == 0 and said.startswith(f"UserError: this loader was made in process {os.getpid()} and")
             assert "Make the loader in the process that iterates over it" in said
         assert in_forked_child(loader.close) == (0, "")
-        assert len(list(iterator)) == len(loader) - started  # the parent's loader goes on
+        assert len(list(iterator)) == len(loader) - started  # the parent's loader continues
 
 
 def test_a_forked_child_may_open_the_same_store(numbered_store: Path) -> None:
     with train_loader(numbered_store, 6, seed=1, threads=1) as loader:
         expected = [batch.images.numpy().copy() for batch in take_batches(loader, 2)]
 
-        def work() -> None:  # compares with NumPy: torch's own threads do not survive a fork
+        def work() -> None:  # the child compares with NumPy, because torch's own threads do not survive a fork
             with train_loader(numbered_store, 6, seed=1, threads=1) as own:
                 for batch, images in zip(own, expected, strict=False):
                     assert np.array_equal(batch.images.numpy(), images)
@@ -208,7 +214,7 @@ def test_a_forked_child_may_open_the_same_store(numbered_store: Path) -> None:
 
 
 def test_a_forked_child_ends_without_a_crash(numbered_store: Path) -> None:
-    """The child ends as a program ends: Python destroys its objects, among them the parent's loader."""
+    """The child ends as a program ends: Python destroys its objects, and one of them is the parent's loader."""
     script = (
         "import os, signal, sys\n"
         "from pipeline.loader import train_loader\n"

@@ -1,4 +1,7 @@
-"""Streams resume from a state bit for bit, in a new process or with another world size. Other states are refused."""
+"""Streams resume from a state bit for bit, in a new process or with another world size.
+
+States of other streams are refused.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,8 @@ from prep.store.manifest import ChannelStats, Store
 from tests.pipeline.augment_formula import stored_squares
 from tests.pipeline.streaming import batches_equal, concatenate_ranks, take_batches
 
-POSITIONS = [0, 1, 2, 3, 4, 7]  # number of batches served before the state was taken; an epoch has three batches
+# Number of batches that were served before the state was taken; an epoch has three batches.
+POSITIONS = [0, 1, 2, 3, 4, 7]
 
 
 def test_a_state_resumes_bit_for_bit_in_a_new_process(numbered_store: Path, tmp_path: Path) -> None:
@@ -227,11 +231,11 @@ def test_a_loop_after_a_break_goes_on_and_set_epoch_begins_an_epoch(numbered_sto
         epochs = [list(loader) for _ in range(2)]
         loader.set_epoch(0)
         first = next(iter(loader))
-        assert batches_equal([first, *loader], epochs[0])  # the second loop goes on after the first batch
+        assert batches_equal([first, *loader], epochs[0])  # the second loop continues after the first batch
         assert (loader.epoch, loader.step) == (1, 0)
         loader.set_epoch(1)  # the loader is already at the beginning of epoch 1
         next(iter(loader))
-        loader.set_epoch(1)  # begins the epoch again
+        loader.set_epoch(1)  # the loader begins the epoch again
         assert batches_equal(list(loader), epochs[1])
         loader.set_epoch(0)
         assert batches_equal(list(loader), epochs[0])

@@ -118,7 +118,7 @@ def test_no_more_jobs_are_taken_than_the_queues_hold(harness: Harness) -> None:
 
 
 def test_records_are_read_while_others_are_decoded(harness: Harness) -> None:
-    """After the first batch has been taken, more jobs run although the test requests no further batch."""
+    """After the first batch has been taken, more jobs run, although the test requests no further batch."""
     begun, reads = [], threading.Semaphore(0)
 
     def job(first: int) -> BatchInput:

@@ -176,7 +176,7 @@ def test_a_batch_holds_the_records_in_the_given_order(stores: dict[str, Path], k
     for numbers in (order, order[:1], [7, 3, 3, 7], []):
         assert_batch_holds_records(records, numbers)
     records.close()
-    assert_batch_holds_records(records, order)  # the shards are mapped again
+    assert_batch_holds_records(records, order)  # this call maps the shards again
     records.close()
 
 
@@ -200,7 +200,7 @@ def test_a_batch_of_a_store_with_missing_keys(with_gaps: Store) -> None:
 def test_the_c_library_finds_every_intact_record_itself(
     stores: dict[str, Path], with_gaps: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No intact record is looked up with the slow search, one by one."""
+    """No intact record is looked up by the slow search, which reads records one by one."""
 
     def refuse(self: Records, number: int) -> None:
         raise AssertionError(f"record {number} was read one by one")

@@ -52,7 +52,7 @@ def test_batches_have_as_many_classes_as_with_a_perfect_shuffle_if_the_store_is_
 
 @pytest.mark.parametrize("size", [16_384, 40_000])
 def test_neighboring_records_of_the_store_are_far_apart_in_an_epoch(size: int) -> None:
-    """The records of a batch come from about as many blocks as 128 records drawn at random from a shuffle window."""
+    """The records of a batch come from about as many blocks as 128 random records of a shuffle window."""
     blocks = WINDOW_RECORDS // BLOCK_RECORDS
     ideal = blocks * (1 - (1 - 1 / blocks) ** 128)
     mixed = epoch_permutation(size, 0, 0) // BLOCK_RECORDS
@@ -151,7 +151,10 @@ def test_draws_differ_with_seed_epoch_and_step_and_are_reproducible(seed: int, e
 
 
 def test_no_two_combinations_of_seed_epoch_and_step_share_a_generator() -> None:
-    """Seed, epoch and step are 0 to 3. A generator seeded with the sum or product of the three would repeat numbers."""
+    """Seed, epoch and step are 0 to 3.
+
+    A generator that is seeded with the sum or the product of seed, epoch and step would repeat numbers.
+    """
     positions = itertools.product(range(4), repeat=3)
     assert len({draw_params(*position, 4, MAX_OFFSET_PX).normal.tobytes() for position in positions}) == 64
 

@@ -29,7 +29,7 @@ def test_a_photograph_is_prepared_as_its_record_in_a_store(
     store = Store.open(stores[kind])
     with StoredImages(store, "val") as images:
         assert len(images) == 12
-        for number in range(12):  # one image is grey, one is CMYK, one is a PNG
+        for number in range(12):  # one of the images is grey, one is CMYK, and one is a PNG
             source = images.records.source(number)
             (path,) = photo_folder.rglob(Path(source).name)
             square, orientation, _ = read_photograph(path, store.settings)

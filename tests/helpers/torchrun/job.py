@@ -44,12 +44,15 @@ class Job:
 
     @property
     def exit_code(self) -> int | None:
-        """torchrun's exit code; None while it runs."""
+        """Exit code of torchrun; None while it runs."""
         path = self.folder / "exit_code"
         return int(path.read_text()) if path.exists() else None
 
     def wait(self, timeout_s: float = 60) -> int:
-        """Wait until torchrun ends; returns its exit code. After `timeout_s`, kills the job and raises TimeoutError."""
+        """Wait until torchrun ends, and return its exit code.
+
+        After `timeout_s`, kills the job and raises TimeoutError.
+        """
         deadline = time.monotonic() + timeout_s
         while self.exit_code is None:
             if time.monotonic() > deadline:
@@ -59,7 +62,10 @@ class Job:
         return self.exit_code
 
     def wait_until(self, condition: Callable[[], object], timeout_s: float = 60) -> None:
-        """Wait until `condition()` is true. Fails if torchrun ends before, or after `timeout_s`."""
+        """Wait until `condition()` is true.
+
+        Fails if torchrun ends before the condition is true, or if `timeout_s` has passed.
+        """
         deadline = time.monotonic() + timeout_s
         while not condition():
             if self.exit_code is not None or time.monotonic() > deadline:

@@ -163,7 +163,7 @@ def start(request: dict[str, Any]) -> int:
 
 def main() -> None:
     pipeline.placement.dali()
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the starters leave no zombies
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the starters leave no zombie processes
     for line in sys.stdin:
         pid = start(json.loads(line))
         sys.stdout.write(f"{pid}\n")

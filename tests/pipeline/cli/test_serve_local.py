@@ -20,8 +20,8 @@ from prep.console import usable_cores
 from tests.helpers.project import ROOT
 
 DEADLINE_S = 150.0  # longest time of each wait; on an idle machine, the longest wait takes 10 s
-# This program reads an epoch from the service and prints a digest of the batches. Then it waits for a line on standard
-# input, reads a second epoch, and prints its digest.
+# This program reads an epoch from the service and prints a digest of the batches. The program then waits for a line on
+# standard input, reads a second epoch, and prints its digest.
 CONSUMER = """
 import hashlib, sys
 from pipeline.loader import train_loader
@@ -53,10 +53,11 @@ class Program:
             stdout=pipe,
             stderr=pipe,
             start_new_session=True,
-            # Tests that run as a background job of a shell script ignore SIGINT, and so would the program.
+            # If tests run as a background job of a shell script, they ignore SIGINT, and the program would ignore it,
+            # too.
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
-        self._lines = queue.Queue[str | None]()  # None after the last line
+        self._lines = queue.Queue[str | None]()  # the queue holds None after the last line
         self.errors = ""
         assert self.process.stdout is not None and self.process.stderr is not None
         self._threads = [
@@ -99,7 +100,7 @@ def alexstream(*words: str) -> Program:
 
 
 def session_of(pid: int) -> int:
-    """Return the session of a process; -1 if the process has ended."""
+    """Return the session of a process, or -1 if the process has ended."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -113,7 +114,7 @@ def processes_of_session(session: int) -> list[int]:
 
 @pytest.fixture(scope="module")
 def serving(store: Path) -> Iterator[tuple[Program, dict[str, Any]]]:
-    """Start a service that starts its own Ray cluster; yields (program, first line of its output)."""
+    """Start a service that starts its own Ray cluster. Yields the program, and the first line of its output."""
     pytest.importorskip("ray")
     program = alexstream("serve", "--store", str(store), "--name", "here", "--ahead", "4", "--json")
     try:

@@ -1,8 +1,8 @@
-"""A DeviceStream for tests on a CPU, which does its work as late as a GPU could.
+"""A DeviceStream for tests on a CPU, which does its work as late as a GPU could do it.
 
-Work is done only when the code waits for an event after the work, or orders the consumer's work after this event.
-Until then, the memory of the results holds NaN (float) or 113 (integers). If the code does not wait, a test
-sees these values.
+Work is done only when the code waits for an event after the work, or orders the consumer's work after this event. Until
+then, the memory of the results holds NaN (float) or 113 (integers). If the code does not wait, a test sees these values
+instead of the results.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ class DeferredStream:
 
     def __init__(self) -> None:
         self.ordered: set[int] = set()  # addresses of the tensors that were passed to Event.order
-        self.waits = 0  # number of calls of Event.wait for this stream's events
+        self.waits = 0  # number of calls of Event.wait for events of this stream
         self._lock = threading.RLock()
         self._queue: deque[Callable[[], object]] = deque()
         self._queued = self._done = 0
 
     @property
     def queued_work(self) -> int:
-        """Number of pieces of work that are not done."""
+        """Number of pieces of work that are not done yet."""
         return len(self._queue)
 
     def run(self, work: Callable[[], object]) -> None:

@@ -100,7 +100,10 @@ def test_the_engine_of_a_gpu(stores: dict[str, Path], kind: str, engine: type, m
 def test_the_finisher_is_at_most_one_batch_ahead_of_the_gpu(
     stores: dict[str, Path], streams: list[DeferredStream], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Four batches are finished. The consumer takes only the first; the finisher waits for the second and third."""
+    """Four batches are finished.
+
+    The consumer takes only the first batch. The finisher waits for the second and third.
+    """
     monkeypatch.setattr(prefetch, "FINISHED_AHEAD", 4)
     streams.append(DeferredStream())
     with train_loader(stores["ppm"], 5, seed=1) as loader:
@@ -146,7 +149,7 @@ def test_close_ends_the_work_before_the_files_are_unmapped(
 def test_the_loader_waits_until_the_gpu_has_caught_up_with_the_consumer(
     stores: dict[str, Path], streams: list[DeferredStream]
 ) -> None:
-    """The GPU takes 50 ms for each batch. The consumer's thread does not wait for the GPU, but the loader does."""
+    """The GPU takes 50 ms for each batch. The thread of the consumer does not wait for the GPU, but the loader does."""
 
     class Consumer(DeferredEvent):
         """Passes 50 ms after the previous event, as if the work on one batch lay between the two events."""
@@ -175,7 +178,10 @@ def test_the_loader_waits_until_the_gpu_has_caught_up_with_the_consumer(
 
 
 def test_cuda_stream_calls_torch_in_the_right_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The current device is GPU 0, the loader's GPU 1. Allocation, copy and kernels take place on the side stream."""
+    """The current device is GPU 0, and the device of the loader is GPU 1.
+
+    Allocation, copy and kernels take place on the side stream.
+    """
     calls: list[str] = []
     current = ["consumer"]
 

@@ -1,4 +1,4 @@
-"""RawGpuEngine, run on a CPU: images equal to those of the C kernel, order of the work, reuse of blocks."""
+"""RawGpuEngine on a CPU: images compared with those of the C kernel, order of the work, reuse of blocks."""
 
 from __future__ import annotations
 
@@ -117,7 +117,8 @@ def test_the_triton_kernel_has_the_bits_of_the_operators(
         actual, expected = (torch.full(finisher.shape(size[0]), torch.nan, dtype=dtype) for _ in range(2))
         finisher._with_triton(squares, windows, shift, actual)
         finisher._with_operators(squares, windows, shift, expected)
-        # The interpreter rounds bfloat16 towards zero, a GPU to nearest. CropFinisher checks the bits on each GPU.
+        # The interpreter rounds bfloat16 values towards zero, but a GPU rounds them to nearest. CropFinisher checks the
+        # bits on each GPU.
         assert torch.allclose(actual, expected, rtol=2**-7 if dtype == torch.bfloat16 else 0, atol=0)
 
 
@@ -161,7 +162,10 @@ def test_without_the_c_kernel_numpy_copies_the_pixels(sources: Any, monkeypatch:
 
 @needs_kernel
 def test_blocks_are_used_again_only_after_their_copies(sources: Any) -> None:
-    """Six batches are started and finished without a wait. A block that is used too early changes an earlier batch."""
+    """Six batches are started and finished without any wait.
+
+    A block that is used too early changes an earlier batch.
+    """
     source, stream = sources("ppm", Augmentation(mean="none")), DeferredStream()
     engine = RawGpuEngine(source.augmenter, stream, OutputFormat(), threads=2)
     batches = [source.training(first, 3 if first == 5 else 4) for first in range(6)]
@@ -174,7 +178,7 @@ def test_blocks_are_used_again_only_after_their_copies(sources: Any) -> None:
     stream.record().order()
     for batch, found in zip(batches, images, strict=True):
         assert torch.equal(found, source.expected(OutputFormat(), batch))
-    assert len({one.block.data_ptr() for one in started}) == 3  # two blocks in use, and one that waits for its copy
+    assert len({one.block.data_ptr() for one in started}) == 3  # two blocks are in use, and one waits for its copy
     engine.close()
 
 

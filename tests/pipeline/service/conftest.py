@@ -78,7 +78,7 @@ class Service:
 
     def __init__(self, cluster: TestCluster, store: Path, name: str) -> None:
         self.cluster, self.store, self.name = cluster, store, name
-        self.at = f"{name}@{cluster.address}"  # the value of the loaders' argument `service`
+        self.at = f"{name}@{cluster.address}"  # the value for the loaders' argument `service`
 
     def status(self) -> dict[str, Any]:
         return service_status(self.cluster.ray, self.name, self.cluster.address)
@@ -98,7 +98,10 @@ class Service:
     def wait_for(
         self, what: str, reached: Callable[[dict[str, Any]], bool], limit_s: float = DEADLINE_S
     ) -> dict[str, Any]:
-        """Wait until `reached(status)` is true, and return the status. `what` names the condition in a failure."""
+        """Wait until `reached(status)` is true, and return the status.
+
+        In a failure message, `what` names the condition.
+        """
         deadline = time.monotonic() + limit_s
         while not reached(status := self.status()):
             assert time.monotonic() < deadline, f"not reached: {what}. The status is {status}"
@@ -109,11 +112,11 @@ class Service:
 @pytest.fixture(scope="package")
 def cluster() -> Iterator[TestCluster]:
     """A cluster of two nodes: the head node has two cores for Ray, and the other node has three."""
-    ray_module()  # sets environment variables that Ray reads when it is imported
+    ray_module()  # this call sets environment variables that Ray reads when it is imported
     from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
     from ray.cluster_utils import Cluster
 
-    # All nodes must agree whether a token is used. All nodes use a token if this machine has one.
+    # Either all nodes use a token, or none does. All nodes use a token if this machine has one.
     maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
 
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -148,7 +151,10 @@ Serve = Callable[..., Service]
 
 
 def serving(cluster: TestCluster) -> Iterator[Serve]:
-    """Implement the fixtures `serve` and `module_serve`: yield a function that starts services, then stop them."""
+    """Implement the fixtures `serve` and `module_serve`.
+
+    Yields a function that starts services, and stops these services at the end.
+    """
     with ExitStack() as exit_stack:
 
         def start(store: Path, workers: int = 1, most: int | None = None, threads: int = 1, **more: Any) -> Service:
@@ -164,7 +170,7 @@ _numbers = itertools.count()
 
 
 def _stop(service: Service) -> None:
-    with suppress(ServiceError):  # the test itself has stopped the service
+    with suppress(ServiceError):  # the test itself may have stopped the service
         service.stop()
 
 
@@ -176,8 +182,8 @@ def serve(cluster: TestCluster) -> Iterator[Serve]:
 
 @pytest.fixture(scope="module")
 def module_serve(cluster: TestCluster) -> Iterator[Serve]:
-    """The same function as `serve`.
+    """The same function as `serve`, for all tests of a module.
 
-    The tests of a module share these services, which are stopped after the last test.
+    All tests of the module share these services, which are stopped after the last test.
     """
     yield from serving(cluster)

@@ -26,7 +26,7 @@ RAY = str(Path(sys.executable).with_name("ray"))
 
 
 class DeadlyWorker(Worker):
-    """A worker that crashes when it reads the record DEADLY_RECORD, as a bug of a decoder in C would make it crash."""
+    """A worker that crashes when it reads the record DEADLY_RECORD, as if a decoder in C had a bug."""
 
     def make(self, request):  # type: ignore[no-untyped-def]
         if request.split == "train" and DEADLY_RECORD in request.numbers:
@@ -53,7 +53,7 @@ def free_port() -> int:
 class Machine:
     """A simulated machine: shell commands that see only their own processes, and have their own folder for Ray.
 
-    The commands run in their own Linux namespaces, and can therefore also mount other files. `switch_off` kills all
+    The commands run in their own Linux namespaces. They can therefore also mount other files. `switch_off` kills all
     processes of the machine at once, as a power failure does.
     """
 

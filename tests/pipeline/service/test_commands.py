@@ -92,7 +92,7 @@ def test_status_without_a_name_shows_all_services_of_the_cluster(alexstream: Com
 
 
 def test_the_largest_number_of_workers_is_what_fits_on_the_nodes(alexstream: Commands) -> None:
-    """The nodes have two and three cores. A worker of two cores fits once on each node."""
+    """The nodes have two and three cores. Each node has room for one worker with two cores."""
     assert json.loads(alexstream.serve("narrow", "--json").stdout)["max_workers"] == 5
     assert json.loads(alexstream.serve("wide", "--threads", "2", "--json").stdout)["max_workers"] == 2
 
@@ -145,7 +145,8 @@ def test_a_store_that_differs_on_all_nodes_ends_the_start_with_the_reason(
 def test_wrong_options_are_refused_before_a_cluster_starts(
     store: Path, options: list[str], code: int, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, "ray", None)  # an attempt to start Ray would be reported instead
+    # An attempt to start Ray would be reported instead of the expected error.
+    monkeypatch.setitem(sys.modules, "ray", None)
     result = CliRunner().invoke(main, ["serve", "--store", str(store), *options])
     assert result.exit_code == code and message in result.output
 

@@ -1,4 +1,4 @@
-"""Tests of several consumers of one stream: equal batches, decoded once, and limited waiting for each other."""
+"""Tests of several consumers of one stream: equal batches, decoded once, and a limited time of waiting for others."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from tests.pipeline.streaming import take_batches
 
 BATCH, SEED = 4, 21
 # Number of batches that a loader with one worker requests before its consumer takes them: READ_AHEAD of the service,
-# ENGINE_AHEAD and FINISHED_AHEAD of the prefetcher, and one that is being finished.
+# ENGINE_AHEAD and FINISHED_AHEAD of the prefetcher, and one batch that is being finished.
 PREFETCHED = 4 + 3 + 2 + 1
 NEVER_S = 10_000.0
 
 
 @pytest.fixture(scope="module")
 def processes(store: Path) -> Iterator[list[ConsumerProcess]]:
-    """Two consumers in their own processes. Only the last test of this module may kill one of them."""
+    """Two consumers in their own processes. Only the last test of this module may kill one of these consumers."""
     started = [ConsumerProcess(store, BATCH, SEED) for _ in range(2)]
     yield started
     for process in started:
@@ -34,7 +34,7 @@ def processes(store: Path) -> Iterator[list[ConsumerProcess]]:
 
 @pytest.fixture
 def loaders(store: Path) -> Iterator[list[TrainLoader]]:
-    """A list to which a test adds the loaders that it opens. The loaders are closed after the test."""
+    """A list to which a test adds the loaders that it opens. These loaders are closed after the test."""
     opened: list[TrainLoader] = []
     yield opened
     for loader in opened:
@@ -56,7 +56,7 @@ def positions(service: Service) -> list[int]:
 
 @contextmanager
 def closed_on_failure(loaders: list[TrainLoader]) -> Iterator[None]:
-    """Close the loaders if the `with` block fails. The threads that wait for batches then end."""
+    """Close the loaders if the `with` block fails. The threads that wait for batches then end, too."""
     try:
         yield
     except BaseException:
@@ -91,7 +91,10 @@ def test_five_consumers_wait_for_each_other_and_share_what_is_decoded(
 
 
 def test_the_fastest_consumer_waits_for_the_slowest(store: Path, serve: Serve, loaders: list[TrainLoader]) -> None:
-    """The slow consumer pauses. Then it continues, and receives the batches that the service has kept for it."""
+    """The slow consumer pauses.
+
+    The slow consumer then continues, and receives the batches that the service has kept for it.
+    """
     ahead = 5
     service = serve(store, 1, ahead=ahead, consumers=2, patience_s=NEVER_S)
     loaders += [consume(store, service) for _ in range(2)]
@@ -128,7 +131,10 @@ def test_a_consumer_that_left_or_is_far_away_is_not_waited_for(
 def test_stopped_and_killed_consumers_hold_the_others_for_a_limited_time(
     store: Path, serve: Serve, processes: list[ConsumerProcess], loaders: list[TrainLoader]
 ) -> None:
-    """One consumer process is suspended for longer than patience_s and then continues. The other process is killed."""
+    """One consumer process is suspended for longer than patience_s and then continues.
+
+    The other consumer process is killed.
+    """
     patient = serve(store, 1, ahead=5, consumers=2, patience_s=2.0, forget_s=NEVER_S)
     loaders.append(consume(store, patient))
     processes[0].do(f"open {patient.at}")

@@ -22,7 +22,8 @@ from tests.pipeline.service.faults import DEADLY_RECORD, MAX_TRIES, DeadlyCoordi
 from tests.pipeline.streaming import batches_equal, stored_labels, take_batches
 from tests.pipeline.test_damaged_store import DAMAGE, change, stopped_with
 
-DAMAGED = {"flipped bit": 3, "label": 9, "cut off": 17}  # damage -> record of split val; one in each third of the split
+# Damage -> number of the damaged record of split val; one record in each third of the split.
+DAMAGED = {"flipped bit": 3, "label": 9, "cut off": 17}
 STEP = 4  # the step that needs the damaged record of split train, with batches of 4 and seed 0
 
 
@@ -49,7 +50,8 @@ def test_a_damaged_record_ends_an_evaluation_with_the_error_of_the_local_stream(
     for at in (service.at, None):
         with eval_loader(broken, 2, shard=third, world_size=3, service=at, threads=1) as loader:
             messages.append(stopped_with(loader)[0])
-            assert stopped_with(loader) == (messages[-1], 0)  # the second try fails, too: the record is not skipped
+            # The second try fails, too, because the record is not skipped.
+            assert stopped_with(loader) == (messages[-1], 0)
     assert messages[0] == messages[1]
     assert f"{broken}/val/00000, key 000000{DAMAGED[damage]:02d}" in messages[0] and "alexprep verify" in messages[0]
     assert damage == "cut off" or ", source " in messages[0]
@@ -81,7 +83,7 @@ def test_a_store_that_is_cut_off_while_workers_read_it_ends_in_an_error(
 ) -> None:
     """A worker that reads the missing part of the file is killed by SIGBUS. New workers detect the damage at start.
 
-    In this state, no node can serve the store. A consumer must not wait for a worker forever.
+    Then no node can serve the store. A consumer must not wait for a worker forever.
     """
     store = Path(shutil.copytree(numbered_store, tmp_path / "store"))
     service = serve(store, 1, start_s=2.0)
@@ -100,7 +102,7 @@ def test_a_store_that_is_cut_off_while_workers_read_it_ends_in_an_error(
 
 
 def test_a_record_that_kills_every_worker_ends_in_an_error(cluster: TestCluster, numbered_store: Path) -> None:
-    """Other consumers continue, because every dead worker is replaced."""
+    """Other consumers continue, because the service replaces every dead worker."""
     ray, name = cluster.ray, "deadly"
     options = {"name": actor_name(name), "namespace": NAMESPACE, "num_cpus": 0, "max_concurrency": 100}
     config = make_config(numbered_store, name, 1, 1, 1)

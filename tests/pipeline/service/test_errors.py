@@ -1,4 +1,4 @@
-"""Tests of one-line errors of loaders and services: wrong names, stores, versions, arrays or settings, or no Ray."""
+"""Tests of one-line errors of loaders and services: wrong names, stores, versions, arrays or settings; no Ray."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_a_service_that_does_not_exist(store: Path, service: Service) -> None:
 def test_a_name_that_is_taken(store: Path, service: Service) -> None:
     with pytest.raises(ServiceError, match=f"already has a service of this name. Stop it with: .* {service.name}"):
         start_service(service.cluster.ray, make_config(store, service.name, 1, 1, 1))
-    assert service.status()["name"] == service.name  # the existing service still runs
+    assert service.status()["name"] == service.name  # the existing service is still running
 
 
 def test_a_service_that_was_stopped_can_be_started_again(cluster: TestCluster, store: Path, serve: Serve) -> None:

@@ -16,13 +16,13 @@ from tests.pipeline.streaming import take_batches
 BATCH, AHEAD, WORKERS = 8, 5, 2
 BATCH_BYTES = BATCH * (3 * 224**2 + 8)
 KEPT = AHEAD + 1  # number of batches that the service keeps for one consumer
-# Largest number of batches in the object stores. A batch can be on two nodes: where it was made, and where it is read.
-# There are batches that the service keeps, batches in workers, batches in the loader's queues (see
-# test_consumers.PREFETCHED), and batches that Ray is about to free.
+# Largest number of batches in the object stores. A batch can be on two nodes: the node that made it, and the node that
+# reads it. The object stores hold batches that the service keeps, batches in workers, and batches in the loader's
+# queues (see test_consumers.PREFETCHED). They also hold batches that Ray is about to free.
 MOST = 2 * (KEPT + 2 * WORKERS) + PREFETCHED + 5
 
 
-# Ray keeps a few bytes for a lost object whose owner has died, for example after another test has killed a coordinator.
+# Ray keeps a few bytes for a lost object whose owner has died, for example after another test killed a coordinator.
 NO_BATCHES = 1024
 
 

@@ -74,7 +74,7 @@ def test_evaluation_batches(store: Path, service: Service, views: int | str) -> 
     ):
         for _ in range(2):
             assert batches_equal(list(remote), list(local))
-        next(iter(remote))  # an iteration that is left does not disturb the next one
+        next(iter(remote))  # an iteration that was stopped early does not disturb the next iteration
         assert batches_equal(list(remote), list(local))
 
 

@@ -1,7 +1,7 @@
 """Tests of the rules by which consumers wait for each other, with a simulated clock, and of random histories.
 
-A random history runs consumers of different speeds against a model of the coordinator. The model keeps the batches that
-Sharing.is_needed names, and counts how often each batch is made.
+A random history consists of consumers of different speeds and a model of the coordinator. The model keeps the batches
+that Sharing.is_needed names, and counts how often each batch is made.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def test_a_consumer_that_does_not_move_stops_holding_the_others_after_patience_s
     c.says("fast", 4)
     for _ in range(int(PATIENCE_S)):
         c.now_s += 1
-        c.says("slow", 0)  # the consumer still calls, and makes no progress
+        c.says("slow", 0)  # the consumer still sends calls, but makes no progress
         assert not c.may("fast", 5) and c.shares("slow")
     c.now_s += 0.1
     assert c.may("fast", 5) and not c.shares("slow")
@@ -157,11 +157,11 @@ def test_a_call_that_arrives_late_does_not_move_a_consumer_back() -> None:
 
 @pytest.mark.parametrize("seed", range(100))
 def test_random_histories(seed: int) -> None:
-    """Consumers of random speeds share a stream. Some pause for a while, and some die. No living one waits forever.
+    """Consumers of random speeds share a stream.
 
-    While all consumers share, each batch is made once, and no consumer receives a batch that is more than `ahead` steps
-    after the lowest position that another consumer needs. The coordinator keeps at most `ahead` + 1 batches for each
-    consumer.
+    Some pause for a while, and some die. No living consumer waits forever. While all consumers share, each batch is
+    made once, and no consumer receives a batch that is more than `ahead` steps after the lowest position that another
+    consumer needs. The coordinator keeps at most `ahead` + 1 batches for each consumer.
     """
     rng = random.Random(seed)
     c, names = Consumers(), [chr(97 + k) for k in range(rng.randint(1, 5))]

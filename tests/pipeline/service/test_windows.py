@@ -48,7 +48,8 @@ def test_windows_are_the_pixels_that_pillow_decodes(
     any_store: Path, maker: WindowMaker, records_of: Callable[[Path, str], list[tuple[bytes, Any]]], window_px: int
 ) -> None:
     """The pixels may differ by up to 3 grey levels, because Pillow may contain another version of libjpeg."""
-    datums = [datum for _, datum in records_of(any_store, "train")]  # read first: LMDB opens a file once in a process
+    # The records are read first, because LMDB opens a file only once in a process.
+    datums = [datum for _, datum in records_of(any_store, "train")]
     wanted = request(window_px, 20, window_px)
     windows = maker.make(wanted)
     for pixels, label, number, (row, column) in zip(*windows, wanted.numbers, wanted.offset, strict=True):
@@ -96,12 +97,13 @@ def test_windows_become_records_of_the_same_pixels_without_a_copy(maker: WindowM
         assert np.shares_memory(pixels, payload) and np.array_equal(pixels.ravel(), payload.ravel())
 
 
-BATCH, BATCHES, BLOCK = 3, 11, 4  # 11 batches: blocks of 4, 4 and 3 batches; the last batch has one image
+# 11 batches are divided into blocks of 4, 4 and 3 batches; the last batch has one image.
+BATCH, BATCHES, BLOCK = 3, 11, 4
 KEY = StreamKey(1, "train", "0123", 0, BATCH, 0, 1, "random", 1)
 
 
 class LocalClient:
-    """Makes the blocks of a WindowSource, and notes what is fetched."""
+    """Makes the blocks of a WindowSource, and notes which blocks are fetched."""
 
     def __init__(self, maker: WindowMaker) -> None:
         self.block_steps, self.maker = BLOCK, maker
@@ -113,7 +115,7 @@ class LocalClient:
     def fetch(self, position: int, requests: Sequence[WindowRequest]) -> Windows:
         self.fetched.append((position, len(requests)))
         windows = self.maker.make(WindowRequest.joined(requests))
-        windows.labels.flags.writeable = False  # like the arrays that Ray gives
+        windows.labels.flags.writeable = False  # the arrays are read-only, like the arrays that Ray returns
         return windows
 
 
@@ -145,7 +147,10 @@ OpenSource = Callable[[WindowMaker, Path], tuple[source.WindowSource, LocalClien
 def test_each_block_is_fetched_once_and_its_batches_are_those_of_their_own_requests(
     open_source: OpenSource, maker: WindowMaker, any_store: Path, first: int, fetched: list[tuple[int, int]]
 ) -> None:
-    """Twelve threads ask for all batches at the same time, twice: a stream that starts anew fetches anew."""
+    """Twelve threads ask for all batches at the same time.
+
+    They do this twice, because a stream that is started again fetches all batches again.
+    """
     windows, client = open_source(maker, any_store)
     positions = range(first, BATCHES)
     for _ in range(2):
@@ -189,7 +194,7 @@ def test_only_the_batches_with_the_damaged_record_of_a_block_fail(
     ("batch_size", "ahead", "max_workers", "steps"),
     [
         (128, 16, 2, 4),  # 512 images
-        (128, 16, 3, 2),  # at least two blocks for each worker
+        (128, 16, 3, 2),  # there are at least two blocks for each worker
         (128, 16, 16, 1),
         (128, 128, 16, 4),
         (128, 1, 1, 1),

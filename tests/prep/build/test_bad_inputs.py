@@ -290,7 +290,10 @@ def test_a_photograph_that_needs_too_much_memory_is_left_out(
 
 
 def test_a_strict_build_reads_again_what_an_earlier_run_skipped(with_bad: Path, tmp_path: Path) -> None:
-    """A run with --on-bad skip finishes shards with bad inputs; a run with --on-bad fail builds these shards again."""
+    """A run with --on-bad skip finishes shards with bad inputs.
+
+    A run with --on-bad fail then builds these shards again.
+    """
     for name in OBVIOUS:
         (with_bad / name).unlink()
     with pytest.raises(Stopped):
@@ -321,7 +324,7 @@ def test_a_source_without_an_image_gives_no_store(tmp_path: Path) -> None:
 
 
 def test_a_file_that_vanished_is_a_bad_input(photos: Path, tmp_path: Path) -> None:
-    """The file is removed after the probe, before the build reads the file."""
+    """The file is removed after the probe, and before the build reads the file."""
     removed = image_paths(photos)[3]
 
     class AfterRemoval(InlineRunner):

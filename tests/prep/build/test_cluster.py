@@ -230,7 +230,7 @@ def large_photos(tmp_path: Path) -> Path:
 def test_a_killed_driver_and_the_same_command_again_give_the_same_store(
     nodes: tuple[Any, ModuleType], large_photos: Path, tmp_path: Path
 ) -> None:
-    """The second command starts at once, while tasks of the killed driver may still run."""
+    """The second command starts at once, while tasks of the killed driver may still be running."""
     store, words = tmp_path / "store", ("--cluster", nodes[0].address)
     command = BuildCommand(large_photos, store, *words)
     command.wait_for_shards(2)
@@ -268,7 +268,7 @@ def test_sigterm_stops_the_tasks_before_the_lock_is_released(
 def other_machine(nodes: tuple[Any, ModuleType], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder that a third node sees differently, because the node has its own mounts.
 
-    On this node, the folder `hidden` is empty, the file `file` is longer, and Python reads the version of Pillow from
+    On this node, the folder `hidden` is empty, and the file `file` is longer. Python reads the version of Pillow from
     the file `pillow` in the folder.
     """
     folder = tmp_path_factory.mktemp("machine")

@@ -1,4 +1,4 @@
-"""If a disk fills up or breaks during a build, the error is clear, no file is incomplete, and the build can resume.
+"""If a disk fills up or breaks during a build, the error is clear, no file is incomplete, and the build can be resumed.
 
 The tests inject errors at each disk operation, limit the size of files, and mount a small tmpfs if permitted.
 """
@@ -97,7 +97,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         mounted = subprocess.run(mount, capture_output=True, check=False).returncode == 0
     except OSError:
         mounted = False
-    if not mounted:  # the tests before this fixture need no mount: they simulate a full disk
+    if not mounted:  # the tests before this fixture need no mount, because they simulate a full disk
         pytest.skip("mounting a tmpfs is not permitted here")
     yield disk
     subprocess.run(["umount", str(disk)], check=True)
@@ -106,7 +106,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_a_build_on_a_growing_disk_resumes_until_it_is_complete(
     small_disk: Path, photos: Path, whole: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The disk grows by 16 KB before each build; at least twenty builds fail before one succeeds."""
+    """The disk grows by 16 KB before each build. At least twenty builds fail before a build succeeds."""
     monkeypatch.setattr("prep.build.split.check_disk_space", lambda *of: None)
     store, full = small_disk / "store", 0
     for kilobytes in range(16, 600, 16):

@@ -1,7 +1,7 @@
 """Damaged, misleading and oversized files (tests/helpers/hostile_files.py), read by an alexprep process.
 
-Each file must have its expected outcome: kept, converted or bad. The command must end by itself with exit code
-0, within bounds of time and memory, with consistent counts, and without starting any other program.
+Each file must have its expected outcome: kept, converted or bad. The command must end by itself with exit code 0,
+within limits of time and memory. Its counts must be consistent, and it must not start any other program.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from PIL import Image
 from prep.store.manifest import Store
 from tests.helpers.hostile_files import JPEG, KEPT, Expected, corpus, not_images
 
-MAX_S = 60.0  # a build of the corpus takes a few seconds; decoding one decompression bomb would take minutes
-MAX_BYTES = 2_000_000_000  # limit for each process: an image of 100 million pixels takes about one GB
+MAX_S = 60.0  # a build of these files takes a few seconds, but decoding one decompression bomb would take minutes
+MAX_BYTES = 2_000_000_000  # memory limit for each process, because an image of 100 million pixels takes about one GB
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,10 @@ def expectations() -> dict[str, Expected]:
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory, expectations: dict[str, Expected]) -> Iterator[Path]:
-    """Two class folders, a and b. Each holds half of the corpus and some entries that are not readable files."""
+    """Two class folders, a and b.
+
+    Each class folder holds half of the files, and some entries that are not readable files.
+    """
     root = tmp_path_factory.mktemp("hostile") / "photos"
     for folder in ("a", "b"):
         (root / folder).mkdir(parents=True)
@@ -71,15 +74,18 @@ def photos(tmp_path_factory: pytest.TempPathFactory, expectations: dict[str, Exp
 
 
 def _drop_root_rights() -> None:
-    """Drop root's rights in the child before the command starts: root can read files without read permission."""
+    """Drop the rights of root in the child before the command starts.
+
+    Root can read files without read permission.
+    """
     libc = ctypes.CDLL(None)
     for capability in (1, 2):  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
         libc.prctl(24, capability, 0, 0, 0)  # PR_CAPBSET_DROP
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
-# The peak memory of a forked process is at least the memory of its parent, and the test process may use much memory.
-# Therefore a small process starts the command, and writes the peak memory of its largest descendant, in KiB, to a file.
+# The peak memory of a forked process is at least the memory of its parent. The test process may use much memory. A
+# small process therefore starts the command, and writes the peak memory of its largest descendant, in KiB, to a file.
 MEASURED = (
     "import resource, subprocess, sys; code = subprocess.call(sys.argv[2:]); "
     "open(sys.argv[1], 'w').write(str(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)); sys.exit(code)"
@@ -92,12 +98,15 @@ class Ended:
     stdout: str
     stderr: str
     seconds: float
-    peak_bytes: int  # peak memory of the largest process of the command
+    peak_bytes: int  # peak memory in bytes of the largest process of the command
 
 
 @pytest.fixture
 def alexprep(tmp_path: Path) -> Callable[..., Ended]:
-    """Run the command as a process. Programs that Pillow might start are replaced by decoys, which write a file."""
+    """Run the command as a process.
+
+    Decoys replace the programs that Pillow might start. A decoy writes a file when it is started.
+    """
     programs = tmp_path / "programs"
     programs.mkdir()
     for name in ("gs", "convert", "magick", "djpeg", "inkscape", "pdftoppm"):
@@ -215,7 +224,7 @@ def test_a_strict_build_names_all_obviously_bad_files_before_it_starts(
     log = (tmp_path / "store" / "train" / ".build" / "bad.jsonl").read_text()
     found = [json.loads(line) for line in log.splitlines()]
     assert all(expectations[outcome["source"]].bad for outcome in found)
-    obvious = {name for name, _, _ in not_images()} - {"zip.JPEG"}  # a zip file begins with P, like a PPM file
+    obvious = {name for name, _, _ in not_images()} - {"zip.JPEG"}  # a zip file begins with P, as a PPM file does
     obvious |= {"unreadable.JPEG", "folder.JPEG", "fifo.JPEG", "s.JPEG", "dangling.JPEG", "out.JPEG", "sparse.JPEG"}
     assert {outcome["source"].split("/")[1] for outcome in found} >= obvious
     assert not (tmp_path / "store" / "manifest.json").exists()
@@ -225,7 +234,7 @@ def test_a_strict_build_names_all_obviously_bad_files_before_it_starts(
 def test_a_file_that_only_decoding_shows_to_be_bad_ends_a_strict_build(
     name: str, alexprep: Callable[..., Ended], tmp_path: Path
 ) -> None:
-    """A file that the corpus lists as kept or converted must not end the build."""
+    """A file that the list contains as kept or converted must not end the build."""
     content, expected = corpus()[name]
     for folder in ("a", "b"):
         (tmp_path / "photos" / folder).mkdir(parents=True)

@@ -1,7 +1,7 @@
 """Interrupted builds: killed at any disk operation or moment, stopped by signals, or with a worker that dies.
 
-Repeating the command must finish the build with the fingerprint of an uninterrupted build. No process and no temporary
-file may be left.
+If the command is repeated, it must finish the build with the fingerprint of an uninterrupted build. No process and no
+temporary file may be left.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def start() -> Iterator[Start]:
 
 @pytest.fixture(scope="module", params=["kill", "restart", "restart-reverse"])
 def ended(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
-    """Run several builds; returns (folder of the stores, outcomes).
+    """Run several builds. Returns the folder of the stores, and the outcomes.
 
     Each build was killed before a different disk operation.
     """
@@ -135,7 +135,10 @@ def test_a_build_killed_at_random_moments_is_finished_by_the_same_command(
 def test_a_build_killed_at_two_hundred_random_moments_is_finished(
     start: Start, slow: Path, slow_store: Store, tmp_path: Path
 ) -> None:
-    """Every build runs as a command in its own process. Every tenth build is killed five times, all others once."""
+    """Every build runs as a command in its own process.
+
+    Every tenth build is killed five times, and all other builds once.
+    """
     rng = np.random.default_rng(200)
 
     def finish(store: Path) -> Store:
@@ -215,7 +218,7 @@ def test_a_signal_ends_the_build_which_can_be_resumed(
 
 
 def test_ctrl_c_is_handled_while_the_workers_start(start: Start, tmp_path: Path) -> None:
-    """A terminal sends SIGINT to the workers too. The workers must ignore SIGINT even while they start."""
+    """A terminal also sends SIGINT to the workers. The workers must ignore SIGINT even while they start."""
     # Building 3,000 images takes seconds on any machine.
     ends, slow = [], make_pictures(tmp_path / "photos", 3000, (220, 260), distinct=6)
     for delay_s in (0.05, 0.2, 0.35):
@@ -303,7 +306,10 @@ def test_a_file_that_kills_its_worker_is_named(slow: Path, slow_store: Store, tm
 def test_a_file_that_kills_its_worker_twice_is_left_out_with_on_bad_skip(
     slow: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """After the first crash the file is tried again, since the cause may be a lack of memory. One build tests both."""
+    """After the first crash, the file is tried again, because too little memory may be the cause.
+
+    One build tests both cases.
+    """
     source = list_source(slow, "train")
     crashing = type(source)(CrashingReader(slow), "train", source.classes, source.inputs)
     progress = Progress(320, "pictures")
@@ -338,7 +344,7 @@ def test_no_worker_goes_on_after_a_failed_build(slow: Path, tmp_path: Path) -> N
         before = tree(tmp_path / "store")
         time.sleep(1)
         assert tree(tmp_path / "store") == before
-    assert "killed" in str(raised.value)  # until here, `raised` keeps the generator of the results alive
+    assert "killed" in str(raised.value)  # until this line, `raised` keeps the generator of the results alive
 
 
 def test_a_shard_that_is_built_twice_is_complete(slow: Path, tmp_path: Path) -> None:

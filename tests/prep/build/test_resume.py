@@ -1,7 +1,7 @@
 """prep.build.resume: which changes of its source an unfinished build accepts or refuses.
 
 A build is stopped after one of its four shards of 50 images. Then the source is changed, and the same build runs again.
-Either the store holds the contents that the files had when they were read, or the build is refused.
+The result must be a store with the contents that the files had when they were read, or the build must be refused.
 """
 
 from __future__ import annotations
@@ -105,7 +105,10 @@ def test_a_changed_input_of_a_finished_shard_is_refused(photos: Path, store: Pat
 def test_a_changed_input_that_is_not_stored_yet_is_read_as_it_is_now(
     change: Callable[[Path], None], photos: Path, store: Path, used: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The first build after the change reports the change and saves the new listing. The second reports nothing."""
+    """The first build after the change reports the change and saves the new listing.
+
+    The second build after the change reports nothing.
+    """
     unused = sorted(set(image_paths(photos)) - set(used))
     for name in unused[:3]:
         change(photos / name)
@@ -259,7 +262,7 @@ def test_anything_may_change_before_the_first_shard_is_finished(photos: Path, tm
 
 
 def test_a_finished_split_refuses_other_inputs(photos: Path, tmp_path: Path) -> None:
-    """The manifest has the digest of the build plan. Modification times do not matter."""
+    """The manifest has the digest of the build plan. The modification times of the files do not matter."""
     store = tmp_path / "store"
     build(photos, store)
     change_time(photos / image_paths(photos)[0])

@@ -1,7 +1,7 @@
 """prep.build.split: the content of the store, and builds that are repeated, restarted, refused or simultaneous.
 
-Records are read by lmdb and protobuf; labels are compared with the folders and the ground truth, pixels with
-Pillow's resize in floating point, and sums with NumPy.
+lmdb and protobuf read the records. Labels are compared with the folders and the ground truth, pixels with Pillow's
+resize in floating point, and sums with NumPy.
 """
 
 from __future__ import annotations
@@ -156,7 +156,10 @@ def test_the_record_order_is_a_permutation_that_depends_on_the_seed_alone(
 
 
 def test_the_record_order_mixes_the_classes(small_store: Path, records_of: Records) -> None:
-    """The mean position of a class's records is within 5 standard deviations of the middle, its expected value."""
+    """For each class, the mean position of its records is near the middle.
+
+    The middle is the expected value. The difference is less than 5 standard deviations.
+    """
     labels = np.array([datum.label for _, datum in records_of(small_store, "train")])
     n = len(labels)
     for label in range(3):

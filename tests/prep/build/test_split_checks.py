@@ -1,4 +1,4 @@
-"""Checks of all splits before the first is built, classes that lose their photographs, and the same in --dry-run."""
+"""Checks of all splits before the first split is built, also by --dry-run; classes that lose all photographs."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def list_splits(source: Path) -> list[Source]:
 
 
 def check(source: Path, store: Path, policy: BuildPolicy = STRICT) -> None:
-    """The checks of the build and those of --dry-run find the same."""
+    """The checks of the build and of --dry-run find the same faults."""
     sources, found = list_splits(source), []
     for attempt in (_check_build, _check_dry_run):
         try:
@@ -109,7 +109,7 @@ def test_a_class_of_bad_inputs_alone_is_refused_before_the_build(source: Path, t
             check(source, tmp_path / "store", SKIP)
         check(source, tmp_path / "store", ALLOW)
         (source / split / "n2" / "z.jpg").write_bytes(next((source / split / "n1").iterdir()).read_bytes())
-        check(source, tmp_path / "store", SKIP)  # one photograph after eight bad inputs is enough
+        check(source, tmp_path / "store", SKIP)  # one photograph after eight bad inputs is enough for the class
 
 
 def test_a_class_that_loses_its_photographs_is_refused_at_the_end(source: Path, tmp_path: Path) -> None:
@@ -262,7 +262,7 @@ def test_a_line_that_labels_images_of_both_splits_is_refused(tmp_path: Path) -> 
 
 
 def test_one_label_file_may_label_images_of_both_splits_on_lines_of_their_own(tmp_path: Path) -> None:
-    """Names with several dots are told apart: cat.0.jpg and cat.1.jpg are different images, as in Kaggle's cats."""
+    """Names with several dots are distinguished: cat.0.jpg and cat.1.jpg are different images, as in Kaggle's cats."""
     touch(tmp_path / "in" / "train", "cat.0.jpg", "dog.0.jpg", "dog.0.1.jpg")
     touch(tmp_path / "in" / "val", "cat.1.jpg", "dog.1.jpg")
     labels = tmp_path / "labels.csv"
@@ -282,7 +282,7 @@ def test_one_label_file_may_label_images_of_both_splits_on_lines_of_their_own(tm
     shutil.copy(tmp_path / "in" / "val" / "cat.1.jpg", tmp_path / "in" / "train" / "cat.1.jpg")
     with pytest.raises(UserError, match=r"1 line would label images of both splits \(first: cat\.1\.jpg, line 2\)"):
         read(lines)
-    assert read(lines + "cat.1.jpg,cat\n")["val"] == expected["val"]  # one line for each split
+    assert read(lines + "cat.1.jpg,cat\n")["val"] == expected["val"]  # the file has one line for each split
 
 
 def test_numbers_alone_are_not_read_for_both_splits(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""prep.check.color_plot: sample, drawing and file, compared with Pillow, the paper's formula and the stream.
+"""prep.check.color_plot: sample, drawing and file are compared with Pillow, the paper's formula and the stream.
 
 The drawing is read back from matplotlib's own objects: the lines, bars and images of the figure.
 """
@@ -142,7 +142,7 @@ def test_sampled_pixels_are_spread_over_the_image_and_distinct(make_store: Calla
     places = np.flatnonzero(np.isin(codes_of(picture), codes_of(pixels)))
     assert len(pixels) == len(places) == 4800
     shares = np.histogram(places, bins=9, range=(0, 9000))[0] / 4800
-    assert np.abs(shares - 1 / 9).max() < 0.02  # four standard deviations of a binomial distribution
+    assert np.abs(shares - 1 / 9).max() < 0.02  # the limit is four standard deviations of a binomial distribution
 
 
 def test_a_single_small_record_gives_all_its_pixels(make_store: Callable[..., Any]) -> None:
@@ -220,7 +220,8 @@ def test_few_records_are_read_from_shards_all_over_the_split(
     steps = np.diff(sorted(int(name) for name in counts))
     assert len(steps) == 0 or max(steps) - min(steps) <= 1
     assert len(pixels) == 4800 // read * read
-    lmdb.open(str(store.root / "train/00000"), readonly=True, lock=False).close()  # LMDB refuses a second open
+    # LMDB would refuse to open the shard a second time.
+    lmdb.open(str(store.root / "train/00000"), readonly=True, lock=False).close()
 
 
 def test_a_shard_without_records_is_skipped(make_store: Callable[..., Any]) -> None:
@@ -321,7 +322,7 @@ def test_every_kind_of_store_is_plotted(kind: str, stores: dict[str, Path], tmp_
 
 @pytest.mark.parametrize("what", ["grey", "one colour", "noise"])
 def test_a_split_of_one_small_record_is_plotted(what: str, make_store: Callable[..., Any], tmp_path: Path) -> None:
-    """A grey image has one component; an image of a single colour has none."""
+    """A grey image has one component, and an image of a single colour has none."""
     pytest.importorskip("matplotlib")
     picture = noise(1, 32, 32)
     if what == "grey":
@@ -423,7 +424,7 @@ def damage_record(store: Store, number: int, change: Callable[[bytes], bytes | N
 def test_a_damaged_record_is_an_error_with_shard_and_key(
     what: str, make_store: Callable[..., Any], tmp_path: Path
 ) -> None:
-    """Record 3, the second of shard 1, has one changed byte, or has a correct checksum but no image."""
+    """Record 3, which is the second of shard 1, has one changed byte, or has a correct checksum but no image."""
     pytest.importorskip("matplotlib")
     store, stats = make_store([[noise(1), noise(2)], [noise(3), noise(4)]])
     no_picture = Datum(40, 40, b"P6\nnothing", 0, b"a").encode()

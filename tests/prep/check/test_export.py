@@ -1,4 +1,4 @@
-"""prep.check.export and `alexprep export-files`: files compared with the records as lmdb and protobuf read them.
+"""prep.check.export and `alexprep export-files`: files are compared with the records that lmdb and protobuf read.
 
 alexprep builds no store with names that lead out of a folder, so the tests change the records and the manifest.
 """
@@ -47,13 +47,13 @@ def fails(result: Result, *parts: str) -> None:
 
 
 def files_in(folder: Path) -> dict[str, bytes]:
-    """The files below a folder, without the marker file of an export."""
+    """Return the files below a folder, without the marker file of an export."""
     paths = [path for path in folder.rglob("*") if path.is_file() and path.name != export.MARKER]
     return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
 
 class OtherOs:
-    """The module os with some of its functions replaced, used by prep.check.export only."""
+    """The module os with some replaced functions, which only prep.check.export uses."""
 
     def __init__(self, **functions: Callable[..., Any]) -> None:
         self.__dict__ |= functions
@@ -157,7 +157,7 @@ def test_two_records_with_the_same_name_are_an_error(stores: dict[str, Path], tm
 
 
 def test_a_file_that_another_worker_writes_meanwhile_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two workers may both see that a file does not exist, and then both begin to write it."""
+    """Two workers may both see that a file does not exist, and may then both begin to write it."""
     path = tmp_path / "a.jpg"
 
     def meanwhile() -> int:
@@ -184,7 +184,7 @@ def test_files_with_other_content_are_not_overwritten(store: Path, tmp_path: Pat
 
 
 def test_a_folder_with_other_files_is_refused(stores: dict[str, Path], tmp_path: Path) -> None:
-    """The folder may be empty, or hold an export of the same split, also one that was interrupted."""
+    """The folder may be empty, or may hold an export of the same split. This export may have been interrupted."""
     out, store = tmp_path / "out", stores["jpeg"]
 
     def run(split: str, kind: str = "jpeg") -> Result:

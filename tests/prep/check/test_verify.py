@@ -82,9 +82,10 @@ def test_a_jpeg_store_of_a_single_photograph_passes(
 def test_a_jpeg_store_of_images_that_jpeg_changes_most_passes(
     tmp_path: Path, build: Build, workers: WorkerPool
 ) -> None:
-    """One image has a single colour, one is noise, and two have lines whose colours are mixed by 4:2:0 subsampling.
+    """One image has a single colour, and one is noise.
 
-    JPEG changes a channel's mean by up to 56 grey levels, and single channel values by more than 200 grey levels.
+    Two images have lines whose colours are mixed by 4:2:0 subsampling. JPEG changes a channel's mean by up to 56 grey
+    levels, and single channel values by more than 200 grey levels.
     """
     lines = np.full((64, 64, 3), (0, 0, 255), np.uint8)
     lines[1::2] = 255
@@ -100,7 +101,7 @@ def test_a_jpeg_store_of_images_that_jpeg_changes_most_passes(
 
 
 def test_odd_names_of_inputs_are_not_faults(tmp_path: Path, build: Build, workers: WorkerPool) -> None:
-    """inputs.jsonl holds U+2028 and U+0085 unescaped.
+    """inputs.jsonl contains U+2028 and U+0085 without escapes.
 
     str.splitlines splits at these characters, but JSON allows them in a string.
     """

@@ -26,7 +26,7 @@ from tests.helpers.damaged_stores import (
 
 
 def faults_of_the_shard(store: Path, workers: WorkerPool) -> list[Fault]:
-    """Return the faults of a store that has one shard; asserts that each fault names this shard."""
+    """Return the faults of a store that has one shard. Asserts that each fault names this shard."""
     faults = faults_of(store, workers)
     assert faults and {fault.where for fault in faults} == {"train/00000"}
     return faults
@@ -68,7 +68,7 @@ def test_an_overwritten_page_is_a_fault(content: str, copy_store: MakeStore, wor
 def newest_header(content: bytes) -> int:
     """Return the offset of the header page with the higher transaction number.
 
-    LMDB uses this page and ignores the other.
+    LMDB uses this page and ignores the other header page.
     """
     return max((0, PAGE_BYTES), key=lambda at: int.from_bytes(content[at + 144 : at + 152], "little"))
 
@@ -82,7 +82,7 @@ def newest_header(content: bytes) -> int:
         (128, (3).to_bytes(8, "little")),  # root
         (128, b"\xff" * 8),
         (136, (10**6).to_bytes(8, "little")),  # last page
-        (144, bytes(8)),  # transaction number; LMDB then uses the other header page, which is empty
+        (144, bytes(8)),  # transaction number; with this number, LMDB uses the other header page, which is empty
     ],
     ids=["magic", "version", "entries", "root", "no-root", "last-page", "transaction"],
 )

@@ -33,7 +33,7 @@ def alexprep(*words: object) -> Result:
 
 
 def move_one(shards: list[dict[str, Any]], name: str) -> None:
-    """Add 1 to the field `name` of shard 0 and subtract 1 from this field of shard 1, which keeps the sum."""
+    """Add 1 to the field `name` of shard 0, and subtract 1 from this field of shard 1. The sum stays the same."""
     shards[0][name] += 1
     shards[1][name] -= 1
 
@@ -134,7 +134,7 @@ def test_a_change_of_one_in_any_moment_of_a_ppm_store_is_a_fault(copy_store: Mak
             outer[channel][other] -= 1
             set_moments(store, replace(true, outer=tuple(map(tuple, outer))))
             the_fault(store, workers, "manifest.json", "moments")
-            assert faults_of(store, workers, decode=False) == []  # --quick does not read records
+            assert faults_of(store, workers, decode=False) == []  # --quick reads no records
 
 
 def shifted(true: Moments, levels: int) -> Moments:
@@ -152,7 +152,7 @@ def test_moments_beyond_the_loss_of_jpeg_are_a_fault(copy_store: MakeStore, work
     assert faults_of(store, workers) == []
     set_moments(store, shifted(true, 80))
     assert any("mean" in fault.what and fault.where == "manifest.json" for fault in faults_of(store, workers))
-    # With a quarter of the covariance, verify must report a fault.
+    # If the covariance is only a quarter of the true covariance, verify must report a fault.
     centred = [[true.outer[i][j] * true.pixels - true.total[i] * true.total[j] for j in range(3)] for i in range(3)]
     outer = tuple(tuple(true.outer[i][j] - 3 * centred[i][j] // (4 * true.pixels) for j in range(3)) for i in range(3))
     set_moments(store, replace(true, outer=outer))

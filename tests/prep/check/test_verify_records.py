@@ -1,7 +1,7 @@
 """prep.check.verify on damaged, contradictory and exchanged records: faults are named, and all records are checked.
 
 The tests damage records in the file itself, or use the lmdb library to replace records. `with_checksum` and
-`changed_record` give a changed record a correct checksum, so that the other checks are tested too.
+`changed_record` give a changed record a correct checksum, so that the other checks are also tested.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def test_a_flipped_bit_is_found_in_each_of_a_thousand_records(
 ) -> None:
     """Each of the thousand faults names the shard and the key.
 
-    If the flipped bit is in the image data or the checksum, the fault names the source too.
+    If the flipped bit is in the image data or the checksum, the fault also names the source.
     """
     store = copy_store(1000, format)
     rng = np.random.default_rng(7)
@@ -105,7 +105,10 @@ CONTRADICTIONS: dict[str, tuple[tuple[Callable[[bytes], bytes], str], ...]] = {
 def test_a_contradiction_is_found_behind_a_right_checksum(
     format: str, copy_store: MakeStore, workers: WorkerPool
 ) -> None:
-    """Each contradiction is in a different record. Each fault names a changed record; no fault is about the digest."""
+    """Each contradiction is in a different record.
+
+    Each fault names a changed record, and no fault is about the digest.
+    """
     store = copy_store(150, format)
     folder = store / "train" / "00001"
     records = read_records(folder)
@@ -157,7 +160,7 @@ def rename_key(records: Records) -> None:
 def test_exchanged_records_are_found_by_the_digest_of_the_shard(
     how: Callable[[Records], object], what: str, decode: bool, copy_store: MakeStore, workers: WorkerPool
 ) -> None:
-    """Each record is undamaged, so only the totals of the shard differ."""
+    """Each single record is undamaged, so only the totals of the shard differ."""
     store = copy_store(150)
     folder = store / "train" / "00001"
     records = read_records(folder)

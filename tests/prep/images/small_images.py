@@ -16,7 +16,7 @@ def smooth(height: int, width: int, seed: int = 0) -> Image.Image:
 
 
 def file_of(image: Image.Image, format: str, **options: Any) -> bytes:
-    """Return the bytes of `image` as Pillow writes it."""
+    """Return the bytes of `image` in the format that Pillow writes."""
     out = io.BytesIO()
     image.save(out, format, **options)
     return out.getvalue()

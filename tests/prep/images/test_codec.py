@@ -65,7 +65,7 @@ COLOR_JPEGS = color_jpegs()
 
 @pytest.mark.parametrize("name", list(COLOR_JPEGS))
 def test_libjpeg_turbo_decodes_colour_jpegs_to_pillows_pixels(name: str) -> None:
-    """decode_image does not fall back to Pillow for these files."""
+    """For these files, decode_image does not use Pillow instead of libjpeg-turbo."""
     content = COLOR_JPEGS[name]
     expected = np.asarray(pillow(content))
     image = decode_image(content)
@@ -126,7 +126,7 @@ def test_randomly_changed_jpegs_are_decoded_or_refused_as_by_pillow() -> None:
             try:
                 image = decode_image(bytes(damaged))
             except BadImage as reason:
-                assert "more than" in str(reason)  # the changed bytes give too large a height or width
+                assert "more than" in str(reason)  # with the changed bytes, the height or width is too large
                 continue
             assert np.array_equal(image.pixels, expected)
             outcomes.add("read")
@@ -134,7 +134,10 @@ def test_randomly_changed_jpegs_are_decoded_or_refused_as_by_pillow() -> None:
 
 
 def test_other_formats_are_refused_without_being_opened() -> None:
-    """Pillow would start Ghostscript for PostScript, and can open dozens of formats that photographs do not use."""
+    """Pillow would start Ghostscript for PostScript.
+
+    Pillow can also open dozens of formats that photographs do not use.
+    """
     script = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n"
     for content in (script, file_of(PHOTO, "ICO"), file_of(PHOTO, "TGA"), file_of(PHOTO, "JPEG2000"), b"%PDF-1.4\n"):
         with pytest.raises(BadImage, match="not an image in a known format"):
@@ -166,7 +169,7 @@ def test_a_cmyk_jpeg_gives_the_product_of_ink_and_black() -> None:
     expected = (255 - ink[..., :3]) * (255 - ink[..., 3:]) / 255
     image = decode_image(content)
     assert np.abs(image.pixels - expected).max() <= 1
-    # Adobe's CMYK files are inverted; this file is not.
+    # Adobe's CMYK files are inverted, but this file is not.
     assert np.abs(image.pixels - np.asarray(PHOTO).astype(float)).mean() < 4
     assert image.converted == ("cmyk",)
 

@@ -220,9 +220,10 @@ def test_a_build_writes_the_statistics_of_its_moments(photo_folder: Path, tmp_pa
 
 
 def test_a_damaged_record_is_named_by_shard_and_key(photo_folder: Path, tmp_path: Path) -> None:
-    """The damaged record is not an image in one case, and has a wrong checksum in the other."""
+    """In one case, the damaged record is not an image. In the other case, it has a wrong checksum."""
     store = build(photo_folder, tmp_path / "store", "jpeg")
-    good = Datum(1, 1, b"not a image" * 100_000, 0, b"x").encode()  # larger than the shard that it replaces
+    # The new record is larger than the shard that it replaces.
+    good = Datum(1, 1, b"not a image" * 100_000, 0, b"x").encode()
     for value in (good, good[:-1] + bytes([good[-1] ^ 1])):
         folder = tmp_path / "store" / "train" / "00000"
         for file in folder.iterdir():
@@ -252,7 +253,7 @@ def test_recompute_uses_as_many_workers_as_jobs_or_cores(
 
 
 def test_moments_of_many_shards_are_added_and_counted(tmp_path: Path) -> None:
-    """The 130 images make three shards, so there are three tasks. The sums equal the build's sums, bit for bit."""
+    """The 130 images make three shards, so there are three tasks. The sums equal the sums of the build, bit for bit."""
     rng = np.random.default_rng(6)
     (tmp_path / "photos" / "n1").mkdir(parents=True)
     for number in range(130):

@@ -43,7 +43,10 @@ def segments(jpeg: bytes) -> list[tuple[int, bytes]]:
 
 @pytest.mark.parametrize(("quality", "first"), [(50, 16), (75, 8), (90, 3), (100, 1)])
 def test_an_encoded_jpeg_is_baseline_420_without_exif(quality: int, first: int) -> None:
-    """`first` is the luminance quantizer step of DC: 16 in the standard's table, scaled by IJG's rule for `quality`."""
+    """`first` is the DC step of the luminance quantizer.
+
+    The step is 16 in the table of the standard, scaled by IJG's rule for `quality`.
+    """
     pixels = np.asarray(smooth(60, 84))
     parts = segments(encode_jpeg(pixels, quality))
     markers = [marker for marker, _ in parts]
@@ -75,7 +78,7 @@ def test_an_encoded_jpeg_decodes_to_nearly_the_same_pixels() -> None:
 
 
 def test_a_sampling_that_cannot_be_checked_for_damage_is_said() -> None:
-    """A cut and closed JPEG whose first channel has the sampling 3×1: Pillow decodes it without a warning."""
+    """A truncated and closed JPEG whose first channel has the sampling 3×1. Pillow decodes it without a warning."""
     marks, tables = {0xDB, 0xC4}, b""
     for marker, body in segments(encode_jpeg(np.zeros((8, 8, 3), np.uint8), 90)):
         if marker in marks:

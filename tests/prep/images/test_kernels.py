@@ -1,4 +1,4 @@
-"""Compiled kernels of prep.images against their NumPy equivalents; missing, old and wrong libraries are not used."""
+"""Comparison of the compiled kernels of prep.images with NumPy. Missing, old and wrong libraries must not be used."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Pixels = npt.NDArray[np.uint8]
 
 
 def noise(height: int, width: int) -> Pixels:
-    """Return uniform noise; in the upper third, each value is 0 or 255."""
+    """Return uniform noise. In the upper third, each value is 0 or 255."""
     pixels = np.random.default_rng([height, width]).integers(0, 256, (height, width, 3), dtype=np.uint8)
     pixels[: height // 3] = np.where(pixels[: height // 3] < 128, 0, 255)
     return pixels
@@ -70,7 +70,10 @@ def test_views_that_are_not_contiguous_are_rescaled() -> None:
 
 @needs_kernels
 def test_kernels_access_no_memory_outside_of_their_arrays() -> None:
-    """Each array ends at the end of a memory page. Access to the page before or after the array kills the process."""
+    """Each array ends at the end of a memory page.
+
+    An access to the page before or after the array kills the process.
+    """
     program = """
 import ctypes, mmap, numpy as np
 from prep import compiled

@@ -97,7 +97,7 @@ def test_too_much_cpu_time_raises_the_error() -> None:
         spin(5)
     assert time.process_time() - began < 1
     assert signal.getitimer(signal.ITIMER_PROF) == (0.0, 0.0)
-    spin(0.1)  # the timer is off
+    spin(0.1)  # the timer is off at this point
     with cpu_time_limit(0.05, KeyError("slow")):
         time.sleep(0.1)  # sleeping takes no CPU time
     with cpu_time_limit(0, KeyError("slow")):
@@ -141,7 +141,7 @@ def test_a_process_forked_while_a_thread_decodes_can_decode(capfd: pytest.Captur
     entered.wait(10)
     child = os.fork()
     if child == 0:
-        signal.alarm(5)  # ends a child that waits for ever
+        signal.alarm(5)  # this signal ends a child that would wait forever
         decode_image(content)
         os.write(2, b"from the child")
         os._exit(0)

@@ -14,7 +14,7 @@ from prep.images.formats import HEAD_BYTES, unreadable_reason
 from tests.prep.images.small_images import file_of, smooth
 
 PHOTO = smooth(40, 56, 3)
-MAX_CPU_S = 10.0  # the slowest of 25,000 mutants took less than 3 s
+MAX_CPU_S = 10.0  # the slowest of 25,000 changed files took less than 3 s
 
 
 def seed_files() -> dict[str, bytes]:
@@ -36,14 +36,14 @@ def seed_files() -> dict[str, bytes]:
     files = {}
     for number, (format, image, options) in enumerate(kinds):
         head = {"HEIF": b"\0\0\0\x18ftypheic", "JXL": b"\xff\x0a"}.get(format, b"\xff\xd8\xff")
-        if not unreadable_reason(head.ljust(HEAD_BYTES, b"\0")):  # loads the plugin, if it is installed
+        if not unreadable_reason(head.ljust(HEAD_BYTES, b"\0")):  # this call loads the plugin, if it is installed
             files[f"{number} {format} {image.mode} {options}"] = file_of(image, format, **options)
     return files
 
 
 @pytest.mark.parametrize("mutants", [6, pytest.param(900, marks=pytest.mark.soak)])
 def test_mutants_are_images_or_bad(mutants: int, capfd: pytest.CaptureFixture[str]) -> None:
-    """One to five bytes of each file are changed; a fifth of the files is also cut."""
+    """One to five bytes of each file are changed. A fifth of the files is also truncated."""
     rng, kept, bad = np.random.default_rng(mutants), 0, 0
     for name, content in seed_files().items():
         assert decode_image(content).pixels.shape == (40, 56, 3), name

@@ -31,13 +31,16 @@ PILLOW = {
 
 @pytest.fixture(autouse=True)
 def one_blas_thread() -> Iterator[None]:
-    """Limit BLAS to one thread, as in a worker. On a busy machine, small products are slower with more threads."""
+    """Limit BLAS to one thread, as in a worker.
+
+    On a busy machine, small matrix products are slower with more threads.
+    """
     with threadpool_limits(1, "blas"):
         yield
 
 
 def noise(height: int, width: int, seed: int = 0) -> Pixels:
-    """Return uniform noise; in the upper half each value is 0 or 255, the hardest case for a filter."""
+    """Return uniform noise. In the upper half, each value is 0 or 255, which is the hardest case for a filter."""
     pixels = np.random.default_rng([seed, height, width]).integers(0, 256, (height, width, 3), dtype=np.uint8)
     upper = pixels[: height // 2]
     upper[:] = np.where(upper < 128, 0, 255)
@@ -45,13 +48,16 @@ def noise(height: int, width: int, seed: int = 0) -> Pixels:
 
 
 def new_size(height: int, width: int, side: int) -> tuple[int, int]:
-    """Return (height, width) after rescaling; the longer side is rounded to the nearest integer; 0.5 rounds up."""
+    """Return (height, width) after rescaling.
+
+    The longer side is rounded to the nearest integer, with 0.5 rounded up.
+    """
     scale, half = Fraction(side, min(height, width)), Fraction(1, 2)
     return math.floor(height * scale + half), math.floor(width * scale + half)
 
 
 def central_square(whole: npt.NDArray[np.generic], side: int) -> npt.NDArray[np.generic]:
-    """Return the central square of `side` px; an odd margin has its extra pixel below and to the right."""
+    """Return the central square with `side` px. If a margin is odd, the extra pixel is below or to the right."""
     top, left = (whole.shape[0] - side) // 2, (whole.shape[1] - side) // 2
     return whole[top : top + side, left : left + side]
 
@@ -124,7 +130,10 @@ def test_area_is_exact_for_noise_shrunk_by_62() -> None:
 
 
 def test_area_counts_one_dark_column_in_130() -> None:
-    """A 4160 px image shrinks to 32 px. Each 130×130 block has one black column, so the mean of the block is 253."""
+    """An image of 4160 px is reduced to 32 px.
+
+    Each 130×130 block has one black column, so the mean of the block is 253.
+    """
     pixels = np.full((4160, 4160, 3), 255, np.uint8)
     pixels[:, ::130] = 0
     got = rescale(pixels, 32).astype(np.float64)
@@ -207,7 +216,8 @@ def test_the_square_is_the_middle_of_the_whole_image(name: str) -> None:
 
 @pytest.mark.parametrize("name", FILTERS)
 def test_strides_do_not_matter(name: str) -> None:
-    for height, width in ((211, 307), (40, 60), (64, 80)):  # shrunk, enlarged, unchanged
+    # The images are made smaller, made larger, or keep their size.
+    for height, width in ((211, 307), (40, 60), (64, 80)):
         pixels = noise(height, width)
         turned = np.ascontiguousarray(pixels.transpose(1, 0, 2)).transpose(1, 0, 2)
         mirrored = np.ascontiguousarray(pixels[::-1, ::-1, ::-1])[::-1, ::-1, ::-1]

@@ -1,6 +1,6 @@
 """prep.images.rgb: transparent images over a background, channels of more than 8 bits, and the names of conversions.
 
-The PNG files are made byte by byte, so that the expected pixels follow from the PNG specification and not from Pillow.
+The PNG files are made byte by byte. The expected pixels therefore follow from the PNG specification, not from Pillow.
 """
 
 from __future__ import annotations
@@ -118,7 +118,8 @@ def tiff(width: int, bits: int, photometric: int, data: bytes) -> bytes:
     ("content", "pixels", "converted"),
     [
         (tiff(2, 16, 1, struct.pack("<2H", 0x1234, 0xFFFF)), [0x12, 255], ("16-bit", "grey")),
-        (tiff(2, 16, 0, struct.pack("<2H", 0x1234, 0xFFFF)), [255 - 0x12, 0], ("16-bit", "grey")),  # 0 is white
+        # In this file, 0 means white.
+        (tiff(2, 16, 0, struct.pack("<2H", 0x1234, 0xFFFF)), [255 - 0x12, 0], ("16-bit", "grey")),
         (tiff(2, 12, 1, bytes([0x12, 0x3F, 0xFF])), [0x12, 255], ("12-bit", "grey")),
         (tiff(2, 8, 0, b"\x10\xff"), [255 - 0x10, 0], ("grey",)),
     ],

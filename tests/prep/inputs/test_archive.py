@@ -1,7 +1,7 @@
 """prep.inputs.archive: tar archives of many layouts give the same store as folders with the same images.
 
 Members with unsafe names, links and special files are refused by name. If an archive is damaged, every image is listed
-or refused, or the command ends with a one-line error; test_tar_members.py tests more kinds of damage.
+or refused, or the command ends with a one-line error. test_tar_members.py tests more kinds of damage.
 """
 
 from __future__ import annotations
@@ -148,7 +148,7 @@ def inner_tars(root: Path) -> list[tuple[str, bytes]]:
 
 @pytest.mark.parametrize("layout", list(LAYOUTS))
 def test_an_archive_of_any_layout_lists_as_the_folder_does(layout: str, photo_folder: Path, tmp_path: Path) -> None:
-    """Names, labels, sizes and order are the same as in a folder, and each image's bytes are at its offset."""
+    """Names, labels, sizes and order are the same as in a folder, and the bytes of each image are at its offset."""
     (tmp_path / "x.tar").write_bytes(LAYOUTS[layout](photo_folder))
     found = list_archive(tmp_path / "x.tar", False)
     files = sorted((path.parent.name, path.name, path) for path in (photo_folder / "train").glob("*/*"))
@@ -231,7 +231,10 @@ def test_unsafe_and_special_members_are_refused_by_name(name: str, tmp_path: Pat
 
 
 def test_sparse_members_are_refused_by_name(tmp_path: Path) -> None:
-    """The stored bytes of a sparse member are not its content, so the member cannot be read in place."""
+    """The stored bytes of a sparse member are not its content.
+
+    The member can therefore not be read directly from the archive.
+    """
     old = header(b"n1/old.JPEG", b"00000000000\0", b"S")
     for fields in ({"GNU.sparse.map": "0,10", "GNU.sparse.size": "700", "GNU.sparse.name": "n1/new.JPEG"},):
         new = tar_of([("n1/new.JPEG", A, {"pax_headers": fields}), *THREE], tarfile.PAX_FORMAT)
@@ -241,9 +244,9 @@ def test_sparse_members_are_refused_by_name(tmp_path: Path) -> None:
 
 
 def test_of_members_with_the_same_name_the_last_counts(tmp_path: Path) -> None:
-    """Of several members with the same name, only the last is listed. Earlier members are refused by name.
+    """If several members have the same name, only the last of them is listed. Earlier members are refused by name.
 
-    The program tar, too, leaves only the last member after it extracts such an archive.
+    The program tar also leaves only the last member when it extracts such an archive.
     """
     members: list[Member] = [*THREE, ("./n1/a.JPEG", b"newer"), ("n1/a.JPEG", b"newest")]
     found = list_tar(tar_of(members), tmp_path / "x.tar")
@@ -361,13 +364,13 @@ def test_a_damaged_inner_tar_is_one_line_that_names_the_archive(damage: str, tmp
 def test_every_cut_of_an_archive_is_an_error(tmp_path: Path) -> None:
     """A flat tar, a tar of tars, and tars with long names are truncated to each multiple of 256 bytes.
 
-    A truncated tar is listed only if nothing but padding is missing.
+    A truncated tar is listed only if only padding is missing.
     """
     long = [("n1/" + "x" * 150 + name.split("/")[1], content) for name, content, *_ in THREE]
     tars = [("n1.tar", tar_of([("a.JPEG", A), ("b.JPEG", B)])), ("n2.tar", tar_of([("c.JPEG", C)]))]
     for content in (tar_of(THREE), tar_of(tars), tar_of(long), tar_of(long, tarfile.PAX_FORMAT)):
         end = len(content.rstrip(b"\0"))
-        end += -end % BLOCK + BLOCK  # one block of zeros is a valid end, like in GNU tar
+        end += -end % BLOCK + BLOCK  # one block of zeros is a valid end, as in GNU tar
         expected = names_of(list_tar(content, tmp_path / "x.tar"))
         for length in range(0, len(content), 256):
             try:
@@ -380,7 +383,7 @@ def test_every_cut_of_an_archive_is_an_error(tmp_path: Path) -> None:
 
 
 def test_one_changed_byte_never_loses_an_image(tmp_path: Path) -> None:
-    """If one byte changes, there is an error, or the count of images and refused members stays the same."""
+    """If one byte changes, there is an error, or the number of images and refused members stays the same."""
     rng = np.random.default_rng(3)
     for content in (tar_of(THREE), tar_of([("n1.tar", tar_of(THREE[:2])), ("n2.tar", tar_of(THREE[2:]))])):
         for _ in range(300):
@@ -424,19 +427,23 @@ def test_a_file_without_images_or_not_a_tar_is_one_line(what: str, tmp_path: Pat
     if part == "compressed":
         assert "Decompress" in lines[-1]
     assert not (tmp_path / "store" / "manifest.json").exists()
-    if what not in ("empty tar", "folders alone", "links alone"):  # inside another tar, the same file is refused too
+    if what not in ("empty tar", "folders alone", "links alone"):  # inside another tar, the same file is also refused
         inner: list[Member] = [("n1.tar", tar_of([("a.JPEG", A)])), ("n2.tar", content)]
         with pytest.raises(UserError, match=part if content else r"x\.tar"):
             list_tar(tar_of(inner), tmp_path / "x.tar")
 
 
 def test_the_command_counts_and_names_refused_members(photo_folder: Path, tmp_path: Path) -> None:
-    """With --on-bad fail, the error names one refused member; with skip, inputs.jsonl lists every refused member."""
+    """With --on-bad fail, the error names one refused member.
+
+    With --on-bad skip, inputs.jsonl lists every refused member.
+    """
     members = train_members(photo_folder)
     odd = [member for name, (member, _) in ODD.items() if "folder" not in name]
     double: Member = (members[0][0], b"no picture at all")
     (tmp_path / "x.tar").write_bytes(tar_of([double, *odd, *members]))
-    options = (tmp_path / "x.tar", "--store", tmp_path / "store", "--allow-empty-classes")  # n1 has only links
+    # The class n1 has only links.
+    options = (tmp_path / "x.tar", "--store", tmp_path / "store", "--allow-empty-classes")
     result = alexprep(*options)
     assert result.exit_code == 1
     assert f"{len(odd) + 1} inputs of {30 + len(odd) + 1} are not images" in result.stderr
@@ -481,7 +488,7 @@ def test_an_archive_that_was_removed_is_reported(tmp_path: Path) -> None:
 def test_tars_of_class_folders_are_no_class_tars(
     tars: dict[str, list[str]], classes: tuple[str, ...] | None, nested: bool, tmp_path: Path
 ) -> None:
-    """Shards that were made of class folders: the names of the tars would become the classes."""
+    """These shards were made of class folders. The names of the tars would become the classes."""
     folder = tmp_path / "tars"
     folder.mkdir()
     content = {f"{name}.tar": tar_of([(member, A) for member in members]) for name, members in tars.items()}

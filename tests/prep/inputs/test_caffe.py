@@ -56,7 +56,7 @@ def done(result: Result) -> str:
 
 
 def fails(result: Result, *parts: object) -> str:
-    """Return the command has exit code 1 and prints one line. The line begins with "Error:" and has all `parts`."""
+    """The command must have exit code 1 and print one line. The line begins with "Error:" and has all `parts`."""
     assert result.exit_code == 1, result.output
     assert isinstance(result.exception, SystemExit), result.exception
     errors = [line for line in result.stderr.splitlines() if line]
@@ -118,7 +118,10 @@ def by_source(records: Sequence[tuple[bytes, Any]]) -> dict[bytes, Any]:
 
 
 def test_bare_pixels_are_stored_unchanged(datum: Callable[..., bytes], records_of: Records, tmp_path: Path) -> None:
-    """The records are colour and grey images with labels 0 to 2. One image must be cropped, another rescaled."""
+    """The records are colour and grey images with labels 0 to 2.
+
+    One image must be cropped, and another image must be rescaled.
+    """
     colour, wide, large = noise(SIDE, SIDE), noise(SIDE, 45, 1), noise(80, 64, 2)
     grey = noise(SIDE, SIDE, 3)[:, :, :1]
     records = [
@@ -150,7 +153,7 @@ def test_bare_pixels_are_stored_unchanged(datum: Callable[..., bytes], records_o
 def test_encoded_images_of_any_format_are_decoded(
     datum: Callable[..., bytes], records_of: Records, tmp_path: Path
 ) -> None:
-    """The size is taken from the image file; the size in the Datum is ignored."""
+    """The size is taken from the image file, and the size in the Datum is ignored."""
     files = {b"00000000_a": jpeg(), b"00000001_b": jpeg(1, 64, 90)}
     out = io.BytesIO()
     Image.fromarray(noise(50, 40, 7)).save(out, "PNG")
@@ -174,7 +177,8 @@ def test_the_same_images_as_files_give_the_same_records(
 ) -> None:
     """Colour moments and classes of the two stores are equal.
 
-    The sources of the records differ: a record from Caffe has its LMDB key as source, a record from a file its path.
+    The sources of the records differ. A record from Caffe has its LMDB key as its source, and a record from a file has
+    its path.
     """
     paths = sorted((photo_folder / "train").glob("*/*"))
     classes = sorted({path.parent.name for path in paths})
@@ -271,11 +275,11 @@ def labelled(datum: Callable[..., bytes], *names: tuple[str, int]) -> list[tuple
     ("names", "classes"),
     [
         ((("n2/a.JPEG", 1), ("n1/b.JPEG", 0), ("n2/c.JPEG", 1)), ("n1", "n2")),
-        ((("n1/a.JPEG", 1), ("n2/b.JPEG", 0)), ("n2", "n1")),  # the labels do not follow the order of the names
+        ((("n1/a.JPEG", 1), ("n2/b.JPEG", 0)), ("n2", "n1")),  # the labels are not in the order of the names
         ((("train/n1/a.JPEG", 0), ("train/n2/b.JPEG", 1)), ("n1", "n2")),
         ((("a.JPEG", 2), ("b.JPEG", 0)), ("0", "1", "2")),
-        ((("n1/a.JPEG", 0), ("n2/b.JPEG", 0)), ("0",)),  # two folders of one label
-        ((("n1/a.JPEG", 0), ("n1/b.JPEG", 1)), ("0", "1")),  # one folder of two labels
+        ((("n1/a.JPEG", 0), ("n2/b.JPEG", 0)), ("0",)),  # one label has two folders
+        ((("n1/a.JPEG", 0), ("n1/b.JPEG", 1)), ("0", "1")),  # one folder has two labels
         ((("n1/a.JPEG", 0), ("n3/b.JPEG", 2)), ("0", "1", "2")),  # no record has label 1
     ],
 )
@@ -302,7 +306,7 @@ def test_classes_are_named_by_a_file(datum: Callable[..., bytes], tmp_path: Path
     store = Store.open(tmp_path / "store")
     assert store.classes == ("n01440764", "n01443537", "n01484850", "n01491361")
     assert store.split("train").label_counts == (1, 0, 1, 0)
-    val = lmdb_of(tmp_path / "v", labelled(datum, ("x.JPEG", 3)))  # a second split needs no --classes
+    val = lmdb_of(tmp_path / "v", labelled(datum, ("x.JPEG", 3)))  # the second split does not need --classes
     done(import_caffe(tmp_path / "store", val, "--split", "val", "--allow-empty-classes"))
     assert Store.open(tmp_path / "store").split("val").label_counts == (0, 0, 0, 1)
     beyond = lmdb_of(tmp_path / "b", labelled(datum, ("x.JPEG", 4)))
@@ -335,7 +339,10 @@ def test_class_names_that_do_not_fit_are_refused(datum: Callable[..., bytes], tm
 
 @pytest.mark.parametrize("label", [2**31 - 1, 10**9])
 def test_an_absurd_label_is_a_one_line_error(label: int, datum: Callable[..., bytes], tmp_path: Path) -> None:
-    """A list of class names for the labels 0 to `label` would take all memory. The command must not make this list."""
+    """A list of class names for the labels 0 to `label` would take all memory.
+
+    The command must not make such a list.
+    """
     folder = lmdb_of(tmp_path / "l", labelled(datum, ("a.JPEG", 0), ("b.JPEG", label)))
     fails(import_caffe(tmp_path / "s", folder), folder)
 
@@ -371,7 +378,8 @@ def test_an_import_is_the_same_for_any_number_of_jobs_and_when_repeated(
     done(CliRunner().invoke(main, ["import-caffe", str(folder), *options]))
     assert Store.open(tmp_path / "one").fingerprint == Store.open(tmp_path / "two").fingerprint
     assert "nothing to do" in done(import_caffe(tmp_path / "one", folder))
-    assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == before  # the LMDB is only read
+    # The LMDB is only read, not written.
+    assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == before
 
 
 @pytest.mark.usefixtures("processes")
@@ -384,7 +392,7 @@ def test_a_folder_or_file_that_is_not_an_lmdb_is_a_one_line_error(tmp_path: Path
     for name in ("nowhere", "folder", "file", "noise", "zeros", "empty"):
         before = sorted(os.listdir(tmp_path))
         line = fails(import_caffe(tmp_path / "store", tmp_path / name, "--on-bad", "skip"), tmp_path / name)
-        assert "Build the store again" not in line  # this advice is only for stores
+        assert "Build the store again" not in line  # this advice is only for stores, not for Caffe's LMDBs
         assert line.count(str(tmp_path / name)) == 1
         assert sorted(os.listdir(tmp_path)) == before
     assert os.listdir(tmp_path / "folder") == []
@@ -392,7 +400,10 @@ def test_a_folder_or_file_that_is_not_an_lmdb_is_a_one_line_error(tmp_path: Path
 
 @pytest.mark.usefixtures("processes")
 def test_a_damaged_lmdb_is_a_one_line_error_or_a_complete_store(datum: Callable[..., bytes], tmp_path: Path) -> None:
-    """The LMDB is truncated or has pages of noise. A worker that reads the LMDB may crash. The command must not."""
+    """The LMDB is truncated or has pages of noise.
+
+    A worker that reads the LMDB may crash. The command itself must not crash.
+    """
     folder = lmdb_of(tmp_path / "whole", labelled(datum, *[(f"n{k % 2}/{k}.JPEG", k % 2) for k in range(60)]))
     content = (folder / "data.mdb").read_bytes()
     damaged = [content[: int(len(content) * share)] for share in (0.02, 0.5, 0.999)]

@@ -1,4 +1,4 @@
-"""prep.inputs.classes and class folders: what is a class, the order of the classes, nested class folders, stray files.
+"""prep.inputs.classes and class folders: which folders are classes, order of classes, nested folders, other files.
 
 Most images are empty files, since the listing opens no file. The expected classes and labels are written by hand.
 """
@@ -61,7 +61,8 @@ def test_odd_names_of_classes_are_classes(name: str, tmp_path: Path) -> None:
 def test_files_of_the_system_are_left_out_and_named(tmp_path: Path) -> None:
     root = touch(tmp_path / "t", "a/1.jpg", "a/Thumbs.db", "a/desktop.ini", "a/.DS_Store", "a/notes.txt", "Thumbs.db")
     source = list_images(root)
-    assert paths_and_labels(source) == [(b"a/1.jpg", 0), (b"a/notes.txt", 0)]  # the build finds that notes.txt is bad
+    # The build later finds that notes.txt is bad.
+    assert paths_and_labels(source) == [(b"a/1.jpg", 0), (b"a/notes.txt", 0)]
     assert dict(source.ignored) == dict.fromkeys(("a/Thumbs.db", "a/desktop.ini", "Thumbs.db"), SYSTEM_FILE)
 
 
@@ -71,7 +72,7 @@ def test_files_of_the_system_are_left_out_and_named(tmp_path: Path) -> None:
         (["0", "1", "2", "10", "100"], ["0", "1", "2", "10", "100"]),
         (["1", "2", "9", "10", "11"], ["1", "2", "9", "10", "11"]),
         (["007", "01", "2"], ["01", "2", "007"]),
-        (["2", "1", "other"], ["1", "2", "other"]),  # the same order as numbers and as text
+        (["2", "1", "other"], ["1", "2", "other"]),  # these names have the same order as numbers and as text
         (["n2", "n10", "N3"], ["N3", "n10", "n2"]),
         (["a/2", "a/10", "b/x"], ["a/2", "a/10", "b/x"]),
     ],
@@ -98,7 +99,7 @@ def test_an_ambiguous_order_of_numbers_is_refused(names: list[str], parts: list[
 
 
 def test_class_folders_may_be_nested(tmp_path: Path) -> None:
-    """Places365: folders of letters, class folders of different depths below them."""
+    """Places365 has folders of letters, with class folders of different depths below them."""
     names = ["a/airfield/1.jpg", "a/apartment_building/outdoor/1.jpg", "a/apartment/2.jpg", "b/bar/3.jpg"]
     root = touch(tmp_path / "t", *names, "a/README.md", "categories.txt", "b/__MACOSX/x.jpg")
     source = list_images(root)
@@ -190,7 +191,7 @@ def test_many_photographs_beside_folders_are_refused_without_a_label_file(tmp_pa
         ("cat\r\nmy dog\r\n", ("cat", "my dog"), ["cat", "my dog"]),
         ("\ufeffcat,0\ndog,1\n", (), ["cat", "dog"]),
         ("/a/airfield 0\n/b/bar 1\n", (), ["a/airfield", "b/bar"]),
-        ("cat 1300\ndog 900\n", (), ["cat", "dog"]),  # numbers of photographs, not labels
+        ("cat 1300\ndog 900\n", (), ["cat", "dog"]),  # these are numbers of photographs, not labels
         ('"my dog" 1\ncat 2\n', ("cat", "my dog"), ["my dog", "cat"]),
     ],
 )
@@ -260,7 +261,7 @@ def _in_zip(root: Path, names: Sequence[str]) -> Path:
 def test_class_folders_inside_class_folders_are_classes_if_the_classes_are_given(
     make: Callable[[Path, Sequence[str]], Path], names: tuple[str, ...], tmp_path: Path
 ) -> None:
-    """Otherwise it is unclear whether `cat/old` is a class, or a part of the class `cat`: refused with the options."""
+    """Otherwise it is unclear whether `cat/old` is a class or a part of the class `cat`, and there is an error."""
     source, classes = make(tmp_path / "x", names), NESTED[names]
     with pytest.raises(UserError, match=r"photographs in .*so it is unclear .*--classes FILE"):
         list_source(source, "train")
@@ -271,7 +272,8 @@ def test_class_folders_inside_class_folders_are_classes_if_the_classes_are_given
         listed = list_source(source, "train", options, store_classes)
         assert listed.classes == classes[::-1] and not listed.refused
         assert {item.path: listed.classes[item.label] for item in listed.inputs} == expected
-    file.write_text("\n".join(classes[:1]))  # photographs of other folders are left out, and are no part of this class
+    # Photographs of other folders are left out, and do not belong to this class.
+    file.write_text("\n".join(classes[:1]))
     listed = list_source(source, "train", ListOptions(class_file=file))
     assert {item.path for item in listed.inputs} == {path for path, name in expected.items() if name == classes[0]}
     with pytest.raises(UserError, match="Only here: "):

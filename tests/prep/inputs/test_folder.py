@@ -1,6 +1,6 @@
 """prep.inputs.folder on small folders with a known listing, and on files that change after the listing.
 
-Most images are empty files, since prep.inputs.folder lists files without opening them. The tests create real links,
+Most images are empty files, because prep.inputs.folder lists files without opening them. The tests create real links,
 FIFOs, sockets and odd names. An entry that is not listed must be in `refused`, with the reason.
 """
 
@@ -36,12 +36,13 @@ def test_classes_and_images_are_sorted_by_the_bytes_of_their_names(tmp_path: Pat
 
 
 def test_images_are_sorted_by_class_before_name(tmp_path: Path) -> None:
-    """The path `n1-x/` sorts before the path `n1/`, but the name `n1-x` sorts after the name `n1`."""
+    """The path `n1-x/` comes before the path `n1/` in sorted order, but the name `n1-x` comes after the name `n1`."""
     root = touch(tmp_path / "t", "n1/a.JPEG", "n1-x/a.JPEG")
     source = list_images(root)
     assert source.classes == ("n1", "n1-x")
     assert dict(paths_and_labels(source)) == {b"n1/a.JPEG": 0, b"n1-x/a.JPEG": 1}
-    assert [item.path for item in source.inputs] == [b"n1/a.JPEG", b"n1-x/a.JPEG"]  # by class, then by name
+    # The paths are sorted by class, then by name.
+    assert [item.path for item in source.inputs] == [b"n1/a.JPEG", b"n1-x/a.JPEG"]
 
 
 def test_names_that_begin_with_a_dot_are_ignored(tmp_path: Path) -> None:
@@ -74,7 +75,8 @@ def test_class_folders_without_a_file_are_refused(tmp_path: Path) -> None:
 def folder_with_links(tmp_path: Path) -> Path:
     """Return a folder with links.
 
-    Links point to files and classes inside and outside of the root, to nothing, to themselves, and to parent folders.
+    The links point to files and classes inside and outside of the root, to nothing, to themselves, and to parent
+    folders.
     """
     root = touch(tmp_path / "t", "n1/a.JPEG", "n2/b.JPEG")
     touch(tmp_path / "elsewhere", "x.JPEG", "n5/y.JPEG", "n5/z.JPEG")
@@ -119,7 +121,7 @@ def test_links_inside_the_root_are_listed_and_others_refused(tmp_path: Path) -> 
     assert f"a symbolic link out of the source, to {tmp_path}/elsewhere/x.JPEG" in refused["n1/out.JPEG"]
     assert "--follow-links" in refused["n1/out.JPEG"]
     assert "No such file" in refused["n1/dangling.JPEG"]
-    assert "symbolic links" in refused["n1/loop.JPEG"]  # too many levels of links
+    assert "symbolic links" in refused["n1/loop.JPEG"]  # a path with too many levels of links
     assert refused["n1/itself"] == "a folder, not a file"
     item = next(item for item in source.inputs if item.path == b"n2/in.JPEG")
     assert source.reader.read(item) == b"content of a"
@@ -242,7 +244,7 @@ def test_names_that_differ_in_case_are_different(tmp_path: Path) -> None:
 
 
 def test_an_unreadable_class_folder_is_a_one_line_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """os.scandir is replaced, since a test that runs as root could read every folder."""
+    """os.scandir is replaced, because a test that runs as root could read every folder."""
     root = touch(tmp_path / "t", "n1/a.JPEG", "n2/a.JPEG", "n3/a.JPEG")
     scandir = os.scandir
 
@@ -283,7 +285,7 @@ def test_a_file_that_changed_after_the_listing_is_an_error(tmp_path: Path) -> No
     with pytest.raises(UserError, match="was changed"):
         reader.read(item)
     os.utime(path, ns=(0, item.mtime_ns))
-    assert reader.read(item) == b"content of b"  # size and modification time are as listed: no error
+    assert reader.read(item) == b"content of b"  # size and modification time are as listed, so there is no error
 
 
 def test_a_removed_file_is_a_bad_image(tmp_path: Path) -> None:
@@ -306,7 +308,8 @@ def test_a_fifo_that_replaced_a_file_does_not_block(tmp_path: Path) -> None:
         with pytest.raises(BadImage, match=f"a {kind}, not a file|Is a directory"):
             reader.head(item, 4)
         status = path.stat()
-        same = replace(item, size=status.st_size, mtime_ns=status.st_mtime_ns)  # simulates a file system without times
+        # This simulates a file system without modification times.
+        same = replace(item, size=status.st_size, mtime_ns=status.st_mtime_ns)
         with pytest.raises(BadImage, match=f"a {kind}, not a file|Is a directory"):
             reader.read(same)
         if kind == "FIFO":

@@ -1,8 +1,7 @@
 """Tests of the loss of the head node while a consumer on another machine reads from the service.
 
-Both machines are simulated: neither sees the processes of the other one. The head node is switched off at once, and its
-processes get no chance to shut down. The consumer is a separate program, and the tests also check how this program
-ends.
+Both machines are simulated: neither machine sees the processes of the other. The head node is switched off at once, and
+its processes cannot shut down. The consumer is a separate program, and the tests also check how this program ends.
 """
 
 from __future__ import annotations
@@ -73,7 +72,7 @@ with (
 
 @pytest.fixture(scope="module")
 def ended(store: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Results of the consumer: its output, exit code and standard error, and the seconds from the loss to its end."""
+    """Results of the consumer: output, exit code, standard error, and seconds from the loss of the head node to the end."""
     folder = tmp_path_factory.mktemp("lost")
     address = f"{HOST}:{free_port()}"
     program = CONSUMER.replace("SEED", str(SEED)).replace("BATCH", str(BATCH)).replace("AFTER", str(AFTER))
@@ -127,7 +126,7 @@ def test_the_program_ends_cleanly(ended: dict[str, Any]) -> None:
 
 
 def test_a_lost_service_is_left_when_no_thread_waits_in_ray(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The service answers one request, and then nothing more arrives, not even the pixels of this request."""
+    """The service answers one request. After that, nothing more arrives, not even the pixels of this request."""
     pixels_requested, waiting, waiting_at_exit = threading.Event(), set[int](), list[int]()
 
     def get(reference: Any, timeout: float) -> Any:

@@ -98,7 +98,10 @@ def source_with(reader: FolderReader) -> Source:
 
 
 class ActingProgress(Progress):
-    """Progress that keeps every reported number of finished inputs, and calls `act()` once `is_time()` is true."""
+    """Progress that keeps every reported number of finished inputs.
+
+    When `is_time()` becomes true, it calls `act()` once.
+    """
 
     def __init__(self, is_time: Callable[[], bool] = lambda: False, act: Callable[[], object] = lambda: None) -> None:
         super().__init__(IMAGES, "pictures")
@@ -114,7 +117,7 @@ class ActingProgress(Progress):
 
 def start_cluster() -> Any:
     """Start a cluster with a head node and a second node. Each node has one core."""
-    ray_module()  # sets Ray's variables before Ray is imported
+    ray_module()  # this call sets Ray's variables before Ray is imported
     cluster = importlib.import_module("ray.cluster_utils").Cluster()
     try:
         add_node(cluster, num_cpus=1, include_dashboard=False)
@@ -128,7 +131,8 @@ def start_cluster() -> Any:
 def add_node(cluster: Any, **options: Any) -> Any:
     """Add a node to a cluster of ray.cluster_utils.
 
-    Ray gives a node 30 s to start, which can be too short on a busy machine. The start is therefore tried four times.
+    Ray gives a node 30 s to start, which can be too short on a busy machine. Starting a node is therefore tried four
+    times.
     """
     for tries_left in reversed(range(4)):
         try:

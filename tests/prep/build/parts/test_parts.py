@@ -124,7 +124,7 @@ def test_parts_of_train_and_val_have_the_classes_of_a_build_without_parts(photo_
     assert tree(tmp_path / "parts") == tree(tmp_path / "whole")
 
 
-# At the same time, and killed
+# Parts that run at the same time, and parts that are killed
 
 
 def test_parts_at_the_same_time_give_the_same_store(photos: Path, whole: Store, tmp_path: Path, start: Start) -> None:
@@ -268,7 +268,7 @@ def test_parts_do_not_wait_for_each_other(photos: Path, tmp_path: Path, monkeypa
     run_part(photos, tmp_path, 1, 2)
     with hold_lock(tmp_path, "build", shared=True):  # the test holds the shared lock that another part would hold
         result = run_part(photos, tmp_path, 2, 2)
-    assert result == PartResult(4, None, {})  # no store: the other part will write the manifest
+    assert result == PartResult(4, None, {})  # there is no store yet, because the other part will write the manifest
     assert run_part(photos, tmp_path, 1, 2).store is not None
 
 
@@ -306,7 +306,7 @@ def test_an_input_that_changed_between_two_parts_is_refused(photos: Path, tmp_pa
     run_part(copy, store, 1, 2)
     source = list_source(copy, "train")
     plan = BuildPlan(source, store / "train", PPM, False)
-    changed = copy / os.fsdecode(plan.task(1).inputs[0].path)  # in part 2
+    changed = copy / os.fsdecode(plan.task(1).inputs[0].path)  # this input belongs to part 2
     os.utime(changed, ns=(0, 1))
     with pytest.raises(UserError, match=f"1 input changed since the first part began.*{changed.name}.*without --part"):
         run_part(copy, store, 2, 2)

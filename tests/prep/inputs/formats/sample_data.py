@@ -1,4 +1,7 @@
-"""The same photographs in every layout, written by the library that writes the layout, or as that library writes it."""
+"""The same photographs in every layout.
+
+The library of a layout writes the files, or the module writes them like this library.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +55,7 @@ def class_folders(pictures: Pictures, root: Path) -> Path:
 
 
 def class_tars(pictures: Pictures, root: Path) -> Path:
-    """As ILSVRC2012_img_train.tar is unpacked."""
+    """Return the folder that ILSVRC2012_img_train.tar contains, unpacked."""
     root.mkdir()
     for folder in CLASSES:
         with tarfile.open(root / f"{folder}.tar", "w") as tar:
@@ -80,7 +83,10 @@ def zip_of(compression: int, prefix: str = "") -> Callable[[Pictures, Path], Pat
 
 
 def streamed_zip(pictures: Pictures, root: Path) -> Path:
-    """Return a zip written to a pipe: sizes and CRC-32 follow the contents, and sizes are in zip64 fields."""
+    """Return a zip archive that was written to a pipe.
+
+    Sizes and CRC-32 follow the contents, and the sizes are in zip64 fields.
+    """
 
     class Pipe(io.RawIOBase):
         def __init__(self) -> None:
@@ -104,7 +110,7 @@ def streamed_zip(pictures: Pictures, root: Path) -> Path:
 
 
 def tiny_imagenet(pictures: Pictures, root: Path) -> Path:
-    """cs231n.stanford.edu/tiny-imagenet-200.zip, unpacked; the images are .JPEG there."""
+    """cs231n.stanford.edu/tiny-imagenet-200.zip, unpacked; its images have the extension .JPEG."""
     for name, content in pictures.items():
         folder, _, file = name.partition("/")
         put(root / "train" / folder / "images" / file, content)
@@ -120,7 +126,7 @@ def tiny_imagenet(pictures: Pictures, root: Path) -> Path:
 
 
 def zipped(make: Callable[[Pictures, Path], Path]) -> Callable[[Pictures, Path], Path]:
-    """Return the folder that `make` writes as a zip archive with one folder in it."""
+    """Return the folder that `make` makes, as a zip archive that contains one folder."""
 
     def make_zip(pictures: Pictures, root: Path) -> Path:
         folder = make(pictures, root.with_name(f"{root.name}-folder"))
@@ -154,8 +160,10 @@ def web_dataset_json(pictures: Pictures, root: Path) -> Path:
 
 
 def hugging_face_table(pictures: Pictures) -> pa.Table:
-    """A table as `datasets.Dataset.to_parquet` writes it (datasets/arrow_writer.py, features.py): the paths have no
-    folders, and the features are in the metadata of the schema."""
+    """A table as `datasets.Dataset.to_parquet` writes it (datasets/arrow_writer.py, features.py).
+
+    The paths have no folders, and the features are in the metadata of the schema.
+    """
     features = {"image": {"_type": "Image"}, "label": {"names": list(CLASSES), "_type": "ClassLabel"}}
     image = pa.struct({"bytes": pa.binary(), "path": pa.string()})
     metadata = {b"huggingface": json.dumps({"info": {"features": features}}).encode()}
@@ -204,7 +212,7 @@ def build_all(
     splits: Sequence[str] = SPLITS,
     runner: Runner | None = None,
 ) -> Store:
-    """Build the splits found in `source`."""
+    """Build the splits that are found in `source`."""
     classes: tuple[str, ...] = ()
     for split, where in find_splits(source, None).items():
         if split in splits:

@@ -1,4 +1,4 @@
-"""prep.inputs.formats.layouts: what --layout accepts, and which folders and files are recognized as what."""
+"""prep.inputs.formats.layouts: which layouts --layout accepts, and how folders and files are recognized."""
 
 from __future__ import annotations
 

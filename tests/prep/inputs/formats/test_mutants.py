@@ -1,7 +1,8 @@
-"""Random damage to archives and lists: every outcome is a listing or an error of one line, and no member changes.
+"""Random damage to archives and lists.
 
-The long test makes 1,000 mutants of each layout. A mutant is a copy of a file in which up to 20 places were changed:
-bytes or bits replaced, removed or inserted, or numbers set to extreme values.
+Every outcome is a listing or a one-line error, and the content of a member never changes. The long test makes 1,000
+mutants of each layout. A mutant is a copy of a file in which up to 20 places were changed: bytes or bits replaced,
+removed or inserted, or numbers set to extreme values.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ SUFFIXES = (".zip", ".tar", ".parquet", ".csv", ".txt")
 def mutant(content: bytes, rng: random.Random) -> bytes:
     changed = bytearray(content)
     for _ in range(rng.choice((1, 1, 2, 5, 20))):
-        near_end = rng.random() < 0.5  # where zip and Parquet have their directories
+        near_end = rng.random() < 0.5  # zip and Parquet files have their directories there
         at = max(0, len(changed) - 1 - rng.randrange(800)) if near_end else rng.randrange(max(1, len(changed)))
         match rng.randrange(5):
             case 0:
@@ -43,9 +44,9 @@ def mutant(content: bytes, rng: random.Random) -> bytes:
 
 
 def read_all(source: Path, layout: str | None, contents: set[bytes]) -> bool:
-    """List and read all inputs; returns whether they could be listed.
+    """List and read all inputs. Returns whether they could be listed.
 
-    Members of a zip have a checksum, so they cannot change.
+    Members of a zip have a checksum, so damage cannot change them without an error.
     """
     try:
         for split, where in find_splits(source, None, layout).items():
@@ -76,7 +77,7 @@ def try_mutants(name: str, count: int, folder: Path) -> None:
         path.write_bytes(mutant(originals[path], rng))
         listed += read_all(source, rng.choice((layout, None)), set(pictures.values()))
         path.write_bytes(originals[path])
-    assert 0 < listed < count  # some mutants are harmless, others are not
+    assert 0 < listed < count  # some damaged files are harmless, and others are not
 
 
 @pytest.mark.parametrize("name", [name for name in LAYOUTS if name != "folders"])

@@ -47,7 +47,10 @@ def write(path: Path, columns: dict[str, Any], names: list[str] | None = None) -
 def test_files_are_found_under_the_names_that_huggingface_uses(
     names: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """`datasets` calls the splits train, validation and test. Each file has one row; its class is the split."""
+    """`datasets` calls the splits train, validation and test.
+
+    Each file has one row. The class of the row is the name of the split.
+    """
     for split in ("train", "validation", "test"):
         for number, name in enumerate(names):
             path = tmp_path / name.format(split)

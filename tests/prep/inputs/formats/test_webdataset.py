@@ -121,7 +121,7 @@ def test_labels_that_are_no_positions_are_refused(label: str, tmp_path: Path) ->
 
 
 def raw_shard(path: Path, *members: tuple[str, bytes]) -> Path:
-    """A shard that TarWriter would not write."""
+    """Return a shard that TarWriter would not write."""
     with tarfile.open(path, "w") as tar:
         for name, content in members:
             member = tarfile.TarInfo(name)

@@ -1,4 +1,4 @@
-"""docs/guides/your-data.md: every command and the Python example of the page run on small data in these layouts."""
+"""docs/guides/your-data.md: every command and the Python example are run on small data sets in these layouts."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ Members = dict[str | zipfile.ZipInfo, bytes]
 
 def zip_file(path: Path, members: Members, compression: int = zipfile.ZIP_STORED) -> Path:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # zipfile warns of two members with the same name
+        warnings.simplefilter("ignore")  # zipfile prints a warning about two members with the same name
         with zipfile.ZipFile(path, "w", compression) as archive:
             for name, content in members.items():
                 archive.writestr(name, content, compression)

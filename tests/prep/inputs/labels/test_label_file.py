@@ -68,7 +68,7 @@ def test_a_header_is_recognized_and_told(
 @pytest.mark.parametrize("separator", [" ", ",", "\t"])
 @pytest.mark.parametrize("header", ["filename label", "image class_id", "photo kind", "#name number"])
 def test_numbers_after_a_header_stay_numbers(separator: str, header: str, tmp_path: Path) -> None:
-    """Twelve images with the labels 0 to 11: as text, 10 and 11 would come before 2."""
+    """Twelve images with the labels 0 to 11. As text, 10 and 11 would come before 2."""
     root = touch(tmp_path / "photos", *(f"{k:02d}.jpg" for k in range(12)))
     rows = [header.replace(" ", separator), *(f"{k:02d}.jpg{separator}{k}" for k in range(12))]
     source = list_labelled(root, label_file(tmp_path, "\n".join(rows)))
@@ -77,7 +77,7 @@ def test_numbers_after_a_header_stay_numbers(separator: str, header: str, tmp_pa
 
 
 def test_a_first_line_for_a_missing_image_is_no_header(flat: Path, tmp_path: Path) -> None:
-    """The class of a surplus line must be a class all the same: `gone.jpg eel` is not a header."""
+    """The class of a line without an image is a class all the same: `gone.jpg eel` is not a header."""
     with pytest.raises(UserError, match="eel"):
         list_labelled(flat, label_file(tmp_path, "gone.jpg\teel\n" + FORMATS["tabs"]), None, CLASSES)
 

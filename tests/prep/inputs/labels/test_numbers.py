@@ -1,6 +1,6 @@
-"""What a number in a label file means: the name of a class or a position, and when it is asked for with --label-order.
+"""Meaning of a number in a label file: the name of a class or a position.
 
-The expected labels are written by hand for each reading.
+If both are possible, the error asks for --label-order. The expected labels are written by hand for each reading.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ SYNSETS = ("n01", "n02", "n03", "n04")
 
 
 def labels_for(numbers: str, tmp_path: Path, order: str | None = None, classes: tuple[str, ...] = ()) -> list[int]:
-    """Return the labels of the images a.jpg, b.jpg, … whose texts in the label file are the words of `numbers`."""
+    """Return the labels of the images a.jpg, b.jpg, … The words of `numbers` are their texts in the label file."""
     names = [f"{chr(97 + k)}.jpg" for k in range(len(numbers.split()))]
     root = touch(tmp_path / "photos", *names)
     rows = [f"{name} {text}\n" for name, text in zip(names, numbers.split(), strict=True)]
@@ -32,13 +32,13 @@ def labels_for(numbers: str, tmp_path: Path, order: str | None = None, classes: 
     [
         ("0 2 1 3", WORDS, [0, 2, 1, 3]),  # 0 occurs, so the numbers are positions from 0
         ("0 1 1 0", WORDS, [0, 1, 1, 0]),
-        ("4 1 2 3", FROM_1, [3, 0, 1, 2]),  # 4 is no position from 0, so the numbers are names
+        ("4 1 2 3", FROM_1, [3, 0, 1, 2]),  # 4 is not a position from 0, so the numbers are names
         ("0 1 2 3", ("0", "1", "2", "3"), [0, 1, 2, 3]),
         ("2 1", ("0", "1", "2", "3"), [2, 1]),  # names and positions from 0 give the same labels
-        ("20 10", ("10", "20", "30"), [1, 0]),  # these are no positions, so they are names
-        ("0 3 1", FROM_1, [0, 3, 1]),  # 0 is no name, so the numbers are positions from 0
-        ("7 008", ("007", "8"), [0, 1]),  # the same number, written differently
-        ("3 1 2", (), [2, 0, 1]),  # 1 to K: names, in the order of the numbers
+        ("20 10", ("10", "20", "30"), [1, 0]),  # these numbers are not positions, so they are names
+        ("0 3 1", FROM_1, [0, 3, 1]),  # 0 is not a name, so the numbers are positions from 0
+        ("7 008", ("007", "8"), [0, 1]),  # 7 and 007 are the same number in different spellings
+        ("3 1 2", (), [2, 0, 1]),  # the numbers 1 to K are names, in the order of the numbers
         ("10 0 1 2 3 4 5 6 7 8 9", (), [10, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9]),
         ("ape dog ape", WORDS, [0, 2, 0]),
     ],
@@ -55,7 +55,8 @@ def test_a_clear_number_needs_no_option(
         ("1 2 3", FROM_1, {"name": [0, 1, 2], "sorted-from-0": [1, 2, 3]}),
         ("1 2 3", WORDS, {"sorted-from-0": [1, 2, 3], "sorted": [0, 1, 2]}),
         ("1 2 4", WORDS, {"sorted": [0, 1, 3]}),  # ILSVRC's numbers also begin with 1
-        ("1 2", ("10", "2", "1"), {"name": [2, 1], "sorted-from-0": [1, 2]}),  # a store of an earlier version
+        # This is the order of a store of an earlier version.
+        ("1 2", ("10", "2", "1"), {"name": [2, 1], "sorted-from-0": [1, 2]}),
         ("0 2 5", (), {"name": [0, 1, 2]}),
     ],
 )

@@ -1,8 +1,8 @@
 """Labels of images from label files that the tests write, with the expected labels written by hand.
 
-The devkit's order of classes comes from a meta.mat that scipy.io.savemat writes. The images are empty files, since
-prep.inputs.labels does not open images. Labels that do not fit the images give a one-line error that names the file
-and the fault.
+The devkit's order of classes comes from a meta.mat that scipy.io.savemat writes. The images are empty files, because
+prep.inputs.labels does not open images. Labels that do not fit the images give a one-line error that names the file and
+the fault.
 """
 
 from __future__ import annotations
@@ -136,7 +136,10 @@ def test_a_missing_or_broken_devkit_is_refused(flat: Path, tmp_path: Path) -> No
 
 
 def test_a_part_of_ilsvrcs_images_finds_its_lines_by_number(tmp_path: Path) -> None:
-    """Three images of a ground truth of six lines: the number in the name is the number of the line."""
+    """There are three images and a ground truth of six lines.
+
+    The number in the name of an image is the number of its line.
+    """
     root = touch(tmp_path / "val", *(f"ILSVRC2012_val_{k:08d}.JPEG" for k in (2, 4, 6)))
     labels = label_file(tmp_path, "1\n2\n1\n3\n1\n1\n")
     assert labels_of(list_labelled(root, labels, "sorted", CLASSES3)) == [1, 2, 0]
@@ -170,7 +173,7 @@ def test_labels_may_be_class_names(flat: Path, tmp_path: Path) -> None:
     source = list_labelled(flat, labels)
     assert source.classes == ("ape", "cat", "dog")
     assert paths_and_labels(source) == list(zip(SORTED_NAMES, [1, 2, 0, 1], strict=True))
-    store_classes = ("dog", "eel", "cat", "ape")  # labels follow this order
+    store_classes = ("dog", "eel", "cat", "ape")  # the labels have this order
     assert labels_of(list_labelled(flat, labels, None, store_classes)) == [2, 0, 3, 2]
     order = label_file(tmp_path, "dog\ncat\nape\n", "classes.txt")
     source = list_source(flat, "train", ListOptions(labels, class_file=order))
@@ -283,7 +286,7 @@ def test_none_or_two_label_files_next_to_the_folder_are_refused(flat: Path, tmp_
 def test_labels_that_cannot_be_classes_are_refused(
     flat: Path, tmp_path: Path, text: str, store_classes: tuple[str, ...], parts: list[str]
 ) -> None:
-    """A huge label is refused before a list with that many class names is made."""
+    """A huge label is refused before a list with so many class names is made."""
     test_labels_that_do_not_fit_are_one_line_with_the_fault(flat, tmp_path, text, store_classes, parts)
 
 
@@ -339,7 +342,7 @@ def test_labels_of_a_tar_are_found_next_to_it_or_in_the_devkit(tmp_path: Path) -
 
 
 def test_the_same_name_in_two_folders_of_the_label_file_is_refused(flat: Path, tmp_path: Path) -> None:
-    """A label file's folders are ignored: x/a.JPEG and y/a.JPEG give the image a.JPEG two labels."""
+    """The folders in a label file are ignored. Therefore x/a.JPEG and y/a.JPEG give the image a.JPEG two labels."""
     text = "x/a.JPEG 1\ny/a.JPEG 2\nb.JPEG 0\nc.JPEG 0\nB.JPEG 0\n"
     with pytest.raises(UserError, match=r"line 2: a\.JPEG has two labels, 1 \(line 1\) and 2"):
         list_labelled(flat, label_file(tmp_path, text))

@@ -1,4 +1,4 @@
-"""Sources whose labels could be wrong without an error: each is refused, or read in the only right way."""
+"""Sources whose labels could be wrong without an error. Each source is refused, or is read in the only right way."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_comments_other_extensions_and_lines_of_another_split_are_understood(
 
 
 def test_letters_with_accents_are_found_in_another_unicode_form(tmp_path: Path) -> None:
-    """A Mac writes names as letter and accent, other systems as one character."""
+    """A Mac writes a letter with an accent in names as two characters; other systems write one character."""
     root = touch(tmp_path / "photos", "Ka\u0308fer.jpg", "b.jpg")
     source = list_labelled(root, label_file(tmp_path, "K\u00e4fer.jpg cat\nb.jpg dog\n"))
     assert dict(paths_and_labels(source)) == {"Ka\u0308fer.jpg".encode(): 0, b"b.jpg": 1}
@@ -122,7 +122,7 @@ def test_numbers_and_words_together_are_names_if_the_user_says_so(photos: Path, 
 
 
 def test_a_class_of_the_store_without_a_photograph_is_refused(tmp_path: Path) -> None:
-    """Labels that count from 1, for folders 0 to 2: only the empty class 0 shows the mistake."""
+    """Labels that count from 1, with class folders 0 to 2. Only the empty class 0 shows the mistake."""
     root = touch(tmp_path / "photos", "a.jpg", "b.jpg")
     labels = label_file(tmp_path, "a.jpg 1\nb.jpg 2\n")
     with pytest.raises(UserError, match=r"1 class has no photograph: 0\..*--allow-empty-classes"):
