@@ -1,4 +1,4 @@
-"""Every command of alexprep, alexstream and alextrain: help with an example, and one clear line for a mistake."""
+"""Every command of the project has a help text with an example, and prints one clear line for a mistake."""
 
 from __future__ import annotations
 

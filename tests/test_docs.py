@@ -34,7 +34,7 @@ def test_readme_has_only_speeds_that_the_measurements_have() -> None:
     measured = (ROOT / "docs" / "measurements.md").read_text("utf-8")
     assert section
     figures = re.findall(r"(?<![\w.])\d+(?:,\d{3})*(?:\.\d+)?", re.sub(r"\]\(.*?\)", "", section[1]))
-    rounded = {"1.7", "3.2"}  # README.md states GB, measurements.md states MB
+    rounded = {"1.7", "3.2"}  # README.md states GB, and measurements.md states MB
     assert [figure for figure in figures if figure not in rounded and figure not in measured] == []
 
 
@@ -76,7 +76,10 @@ def test_files_and_modules_of_the_project_that_are_named_exist() -> None:
 
 
 def exported_metrics() -> dict[str, str]:
-    """Return {name: type} of the metrics in Prometheus: Ray adds `ray_`, and `_total` for a counter."""
+    """Return {name: type} of the metrics in Prometheus.
+
+    Ray adds `ray_` to each name, and `_total` to the name of a counter.
+    """
     made = {}
 
     def record(kind: str) -> Any:
@@ -128,7 +131,7 @@ def test_python_of_the_guide_to_the_stream_runs(store: Path, capsys: pytest.Capt
 
 
 def _executed(page: Path, store: Path, batch: int) -> dict[str, Any]:
-    """Run the Python blocks of a page in order, on `store` with a small batch; returns the names that they define."""
+    """Run the Python blocks of a page in order, on `store` with a small batch. Returns the names that they define."""
     torch.manual_seed(0)
     names: dict[str, Any] = {"__name__": page.stem}
     blocks = re.findall(r"```python\n(.*?)```", page.read_text("utf-8"), re.S)

@@ -14,7 +14,8 @@ from tests.helpers.project import ROOT
 from tests.test_layering import ROOMS
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-SECTIONS = {"Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"}  # section names of Keep a Changelog 1.1.0
+# Names of the sections in Keep a Changelog 1.1.0.
+SECTIONS = {"Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"}
 CHANGELOG = (ROOT / "CHANGELOG.md").read_text("utf-8")
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text("utf-8")
 
@@ -24,14 +25,14 @@ def read_yaml(name: str) -> Any:
 
 
 def commands_of_target(target: str) -> list[str]:
-    """The programs of .venv that a target of the Makefile runs, each with its subcommand, such as `ruff check`."""
+    """Return the programs of .venv that a target of the Makefile runs, with subcommands, such as `ruff check`."""
     lines = re.search(rf"^{target}:.*\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), re.M)
     assert lines
     return re.findall(r"\$\(BIN\)/([\w-]+(?: [a-z]+)*(?: --check)?)", lines[1])
 
 
 def docker_instructions() -> list[tuple[str, str]]:
-    """Return (instruction, arguments) of each instruction of the Dockerfile; continued lines are joined."""
+    """Return (instruction, arguments) of each instruction of the Dockerfile. Continued lines are joined."""
     text = re.sub(r"^#.*\n", "", (ROOT / "Dockerfile").read_text(), flags=re.M).replace("\\\n", " ")
     return [(line.split(None, 1)[0], line.split(None, 1)[1].strip()) for line in text.splitlines() if line]
 

@@ -17,7 +17,7 @@ from tests.helpers.project import ROOT
 
 PROJECT = {"prep", "pipeline", "train", "tools", "tests"}
 
-# The parts of the project that each package may import. `pipeline` and `train` only read stores.
+# The packages and rooms of the project that each package may import. `pipeline` and `train` only read stores.
 ALLOWED = {
     "prep": ("prep",),
     # `pipeline` imports prep.images to decode and rescale single photographs exactly as builds do.
@@ -32,7 +32,7 @@ ALLOWED = {
     ),
 }
 
-# Rooms of each package from the lowest to the highest: a room may import itself and the rooms before it.
+# Rooms of each package from the lowest to the highest. A room may import itself and the rooms before it.
 ROOMS = {
     "prep": (
         *("prep.version", "prep.compiled", "prep.console", "prep.files", "prep.plot_style"),
@@ -74,7 +74,7 @@ def module_name(path: Path, root: Path = ROOT) -> str:
 
 
 def imported_modules(path: Path) -> set[str]:
-    """Return every module that a file imports, at the top, inside functions, or only for type checking.
+    """Return every module that a file imports: at the top, inside functions, or only for type checking.
 
     `from prep.store import manifest` imports prep.store.manifest.
     """
@@ -104,7 +104,7 @@ def is_within(module: str, package: str) -> bool:
 
 
 def room_index(module: str) -> int:
-    """Return the position of a module's room in ROOMS; raises AssertionError for a module that is in no room."""
+    """Return the position of a module's room in ROOMS. Raises AssertionError for a module that is in no room."""
     rooms = ROOMS[module.split(".")[0]]
     indices = [index for index, room in enumerate(rooms) if is_within(module, room)]
     assert indices, f"{module} is in no room of ROOMS"
@@ -177,7 +177,7 @@ def test_only_placement_chooses_the_decoder_of_a_gpu() -> None:
 
 
 def test_the_configuration_of_a_run_loads_no_torch() -> None:
-    """train.config holds the choices that --help shows, so all of its modules must load quickly."""
+    """train.config holds the choices that --help shows, so all its modules must load quickly."""
     modules = [name for path in python_files("train") if is_within(name := module_name(path), "train.config")]
     script = f"import sys, importlib\n[importlib.import_module(name) for name in {modules}]\n"
     script += "sys.exit('torch' in sys.modules)\n"

@@ -1,7 +1,7 @@
 """Tests that files of revision 595f19d can be opened: stores, stream states, run folders, checkpoints, predictions.
 
-tests/fixtures/made_by_595f19d/README.md explains how the files were made. A test that changes files
-works on a copy.
+tests/fixtures/made_by_595f19d/README.md explains how the files were made. A test that changes files works on a copy of
+these files.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ SMALL = replace(ALEXNET, widths=Widths(8, 8, 8, 8, 8, 16, 16))  # the network of
 
 @pytest.fixture(scope="module")
 def unpacked(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of the unpacked archive. A test that writes must use the fixture `older` instead."""
+    """The folder of the unpacked archive. A test that writes files must use the fixture `older` instead."""
     folder = tmp_path_factory.mktemp("older")
     with tarfile.open(FIXTURE / "files.tar.xz") as archive:
         archive.extractall(folder, filter="data")
@@ -83,7 +83,7 @@ def tensors_hash(tensors: Mapping[str, torch.Tensor]) -> str:
 
 
 def open_older_run(folder: Path, epochs: int = 2, **settings: Any) -> Run:
-    """Open the older run with the settings with which it was trained; `settings` replaces some of these settings."""
+    """Open the older run with the settings with which it was trained. `settings` replaces some of these settings."""
     given = {"model": SMALL, "run_dir": folder / "run", "epochs": epochs, "log_every": 1, "threads": 1, **settings}
     return Run.open(RunConfig(folder / "store-jpeg", SHORT, 4, **given))
 
@@ -143,7 +143,7 @@ def test_a_checkpoint_loads_with_the_same_parameters_and_velocity(unpacked: Path
 def test_a_run_continues_with_the_parameters_and_metrics_of_the_older_version(older: Path) -> None:
     """Remove the last checkpoint and train steps 4 to 6 again. Revision 595f19d saved the expected results.
 
-    On the CPU that made the files, new and saved results are equal to the bit. On other CPUs, both are nearly equal.
+    On the CPU that made the files, new and saved results are equal, bit for bit. On other CPUs, both are nearly equal.
     """
     then, lines = checkpoint.load(older / "run", "last"), read_lines(older / "run")
     checkpoint.path_of(older / "run", 6).unlink()
@@ -215,7 +215,7 @@ def test_compare_shows_no_difference_from_a_newer_run(older: Path) -> None:
     first, second = answer["runs"]
     for kind in ("train", "val", "best"):
         assert (first[kind]["step"], first[kind]["top1_error"]) == (second[kind]["step"], second[kind]["top1_error"])
-    # The environment differs: Python 3.11 and a CPU build of torch made the older run.
+    # The environments differ: Python 3.11 and a CPU build of torch made the older run.
     assert [name for name in answer["differences"] if not name.startswith("environment.")] == []
     assert Path("compared.png").stat().st_size > 0
 

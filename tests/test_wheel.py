@@ -18,14 +18,14 @@ from tests.fixtures import typed_program
 from tests.helpers.project import ROOT
 
 PACKAGES = ("prep", "pipeline", "train")
-SOURCES = (*PACKAGES, "tools", "pyproject.toml", "README.md", "LICENSE")  # input of the wheel's build
+SOURCES = (*PACKAGES, "tools", "pyproject.toml", "README.md", "LICENSE")  # files that the build of the wheel needs
 
 
 def copy_sources(folder: Path, *names: str) -> Path:
     """Copy files and folders of the checkout.
 
-    The build writes compiled libraries next to the sources. In the checkout, other tests may be loading
-    these libraries.
+    The build writes compiled libraries next to the sources. Other tests may be loading these libraries from the
+    checkout at the same time.
     """
     for name in names:
         if (ROOT / name).is_dir():
@@ -79,7 +79,7 @@ def test_the_wheel_holds_every_file_of_the_three_packages_and_no_other(wheel: Pa
 
 
 def test_without_a_compiler_the_wheel_is_for_every_machine(tmp_path: Path) -> None:
-    """The build uses the files of the source distribution only."""
+    """The build uses only the files of the source distribution."""
     wheel = build_wheel(copy_sources(tmp_path, *SOURCES), tmp_path, CC="no-such-cc")
     assert wheel.name.endswith("-py3-none-any.whl")
     assert not [name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".so")]

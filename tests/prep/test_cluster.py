@@ -1,4 +1,4 @@
-"""Tests of the connection to Ray: addresses, no cluster, signal handlers, and several users of one connection."""
+"""Tests of the connection to Ray: addresses, no running cluster, signal handlers, several users of a connection."""
 
 from __future__ import annotations
 
@@ -106,7 +106,10 @@ def test_on_a_machine_without_a_cluster_the_error_says_how_to_start_one(tmp_path
 
 @pytest.fixture(scope="module")
 def facts() -> dict[str, Any]:
-    """Values that a program with a local cluster prints. On a busy machine the cluster can fail to start: try again."""
+    """Values that a program with a local cluster prints.
+
+    On a busy machine, starting the cluster can fail, so it is tried again.
+    """
     for _ in range(_ATTEMPTS):
         ended = subprocess.run(
             [sys.executable, "-c", LOCAL], capture_output=True, text=True, check=False, timeout=DEADLINE_S

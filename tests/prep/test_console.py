@@ -21,7 +21,7 @@ from prep.console import Progress, bytes_text, count_noun, duration_text, progre
 def test_progress_without_a_terminal_is_lines_of_text_or_of_json_with_the_option_json(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, as_json: bool
 ) -> None:
-    """100 of 300 images take 10 s on a clock that the test sets: the rate is 10 images/s, and 20 s remain."""
+    """100 of 300 images take 10 s on a clock that the test sets. The rate is then 10 images/s, and 20 s are left."""
     clock = [1000.0]
     monkeypatch.setattr(console.time, "monotonic", lambda: clock[0])
     context = click.Context(click.Command("build"))
@@ -61,7 +61,10 @@ def test_progress_without_a_terminal_is_lines_of_text_or_of_json_with_the_option
 
 
 def test_progress_is_a_bar_on_a_terminal() -> None:
-    """In a pseudo-terminal, the rate, size and number of bad inputs follow the bar; standard output is empty."""
+    """In a pseudo-terminal, the rate, the size and the number of bad inputs follow the bar.
+
+    Standard output is empty.
+    """
     script = (
         "from prep.console import progress\n"
         "with progress('train: rescaling', 400, 'pictures') as job_progress:\n"

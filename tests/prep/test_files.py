@@ -57,7 +57,7 @@ def test_reading_the_state_of_a_lock_neither_takes_it_nor_creates_its_file(tmp_p
     with hold_lock(tmp_path, "training"):
         assert lock_is_held(tmp_path) and lock_is_held(tmp_path)
     assert not lock_is_held(tmp_path)
-    with open(tmp_path / ".lock") as other_reader:  # simulates another process that calls lock_is_held
+    with open(tmp_path / ".lock") as other_reader:  # this simulates another process that calls lock_is_held
         fcntl.flock(other_reader, fcntl.LOCK_SH)
         assert not lock_is_held(tmp_path)
     with hold_lock(tmp_path, "training"):

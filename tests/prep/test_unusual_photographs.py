@@ -1,4 +1,4 @@
-"""Builds with backgrounds, limits and warnings: what is stored, counted, named, and built again for other options."""
+"""Builds with backgrounds, limits and warnings: which images are stored, counted, named and built again."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ from tests.helpers.building import (
 from tests.prep.images.small_images import file_of, smooth
 
 CUT = file_of(smooth(60, 83), "JPEG", quality=95)
-CUT = CUT[: len(CUT) // 2] + b"\xff\xd9"  # decoded with a warning of libjpeg
+CUT = CUT[: len(CUT) // 2] + b"\xff\xd9"  # this file is decoded with a warning of libjpeg
 
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """128 small JPEGs: two shards."""
+    """128 small JPEGs, which are two shards."""
     return make_pictures(tmp_path_factory.mktemp("plain") / "photos", 128, (30, 70))
 
 
@@ -79,7 +79,7 @@ def source_shard(photos: Path, name: str) -> int:
 def transparent_folder(folder: Path) -> Path:
     (folder / "a").mkdir(parents=True)
     pixels = np.zeros((40, 40, 4), np.uint8)
-    pixels[10:30, 10:30, 3] = 255  # a black square on a transparent ground
+    pixels[10:30, 10:30, 3] = 255  # a black square on a transparent background
     Image.fromarray(pixels).save(folder / "a" / "black.png")
     return folder
 
@@ -90,7 +90,7 @@ def transparent_folder(folder: Path) -> Path:
 def test_the_background_is_stored_counted_and_kept(
     words: list[str], level: int, tmp_path: Path, records_of: Records
 ) -> None:
-    """A second split without the option gets the background of the store; another background is refused."""
+    """A second split without the option has the background of the store. Another background is refused."""
     photos, store = transparent_folder(tmp_path / "photos"), tmp_path / "store"
     base = ["build-lmdb", photos, "--store", store, "--side", "40", "--format", "ppm", "--jobs", "1"]
     built = alexprep(*base, *words)
@@ -214,7 +214,7 @@ def test_a_warning_is_printed_with_the_name_of_its_file(tmp_path: Path) -> None:
 
 
 class BrokenReader(FolderReader):
-    """At some images, raises the exceptions that libraries raise for damaged archives."""
+    """For some images, raises the exceptions that libraries raise for damaged archives."""
 
     def read(self, item: Any) -> bytes:
         for error in (KeyError("a bug"), MemoryError(), RuntimeError("damaged\nblock"), OverflowError("too large")):
@@ -256,7 +256,10 @@ def test_any_exception_of_a_reader_or_a_decoder_makes_its_input_bad(
 
 
 def rle_bitmap(width: int, height: int) -> bytes:
-    """Return a small BMP whose run-length code Pillow decodes in Python: decoding a file of kilobytes takes seconds."""
+    """Return a small BMP whose run-length code Pillow decodes in Python.
+
+    Decoding a file of some kilobytes takes seconds.
+    """
     data = b"\x01\x01" * 400_000 + b"\0\1"
     head = (
         b"BM" + (14 + 40 + 1024 + len(data)).to_bytes(4, "little") + bytes(4) + (14 + 40 + 1024).to_bytes(4, "little")
@@ -309,7 +312,7 @@ def test_an_endless_input_is_left_out_and_named(photos: Path, tmp_path: Path, mo
 
 
 def test_large_jpegs_are_decoded_smaller_only_where_asked_for(tmp_path: Path, records_of: Records) -> None:
-    """The reduced decoding of a smooth picture differs little from the whole decoding, and is counted."""
+    """The reduced decoding of a smooth picture differs little from the complete decoding, and is counted."""
     (tmp_path / "photos" / "a").mkdir(parents=True)
     for name, mode in (("rgb", "RGB"), ("grey", "L"), ("cmyk", "CMYK")):
         smooth(300, 411).convert(mode).save(tmp_path / "photos" / "a" / f"{name}.jpg", quality=95)
@@ -330,5 +333,5 @@ def test_no_lock_builds_without_a_lock_file(tmp_path: Path) -> None:
     base = ["build-lmdb", photos, "--store", tmp_path / "store", "--side", "40", "--jobs", "1"]
     assert alexprep(*base, "--no-lock").exit_code == 0
     assert ".lock" not in os.listdir(tmp_path / "store")
-    assert alexprep(*base).exit_code == 0  # the option holds for one command only
+    assert alexprep(*base).exit_code == 0  # the option is for one command only
     assert ".lock" in os.listdir(tmp_path / "store")

@@ -1,7 +1,7 @@
 """prep.version, and the three commands run from a checkout that is not installed.
 
 `not_installed` holds the environment variables for commands in a checkout that is not installed. PYTHONPATH has two
-folders: one with the packages and pyproject.toml, and one with links to all installed packages except alexnet.
+folders. One has the packages and pyproject.toml, and the other has links to all installed packages except alexnet.
 `python -S` ignores site-packages.
 """
 
@@ -45,7 +45,7 @@ def not_installed(tmp_path_factory: pytest.TempPathFactory) -> Environment:
 
 
 def run_python(environment: Environment, folder: Path, *words: object) -> subprocess.CompletedProcess[str]:
-    """Run `python -S` in a folder that holds none of the packages."""
+    """Run `python -S` in a folder that contains none of the packages."""
     command = [sys.executable, "-S", *map(str, words)]
     return subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=120)
 
@@ -75,7 +75,7 @@ def test_python_m_runs_the_command_without_installation(
 def test_a_store_is_built_without_installation(
     not_installed: Environment, photo_folder: Path, store: Path, tmp_path: Path
 ) -> None:
-    """The build uses worker processes. The store is the same as the store of the installed program."""
+    """The build uses worker processes. The store is the same as the store that the installed program builds."""
     words = ["build-lmdb", photo_folder, "--store", tmp_path / "store", "--jobs", 2, "--json"]
     ended = run_python(not_installed, tmp_path, "-m", "prep", *words)
     assert ended.returncode == 0, ended.stderr
@@ -126,7 +126,7 @@ def test_version_of_a_checkout(content: bytes | None, expected: str, tmp_path: P
 
 
 def test_hints_name_the_packages_of_the_extras_and_no_extra_of_this_project() -> None:
-    """pip can install `alexnet[figures]` only from a checkout, but each package of the extra from its index."""
+    """pip can install `alexnet[figures]` only from a checkout, but each package of this extra from its index."""
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     assert {name: list(packages) for name, packages in PACKAGES.items()} == {name: extras[name] for name in PACKAGES}
     assert shlex.split(pip_command("cluster")) == ["pip", "install", "ray[default]>=2.60,<3"]

@@ -1,4 +1,4 @@
-"""prep.workers: tasks in worker processes, progress counts, errors, killed workers, end of the parent.
+"""prep.workers: tasks in worker processes, progress counts, errors, killed workers, and the end of the parent.
 
 Workers import this module and run its top-level functions.
 """
@@ -61,7 +61,7 @@ def env_and_sigint_blocked(task: str, task_progress: TaskProgress) -> tuple[str 
 def die(task: tuple[int, int, int], task_progress: TaskProgress) -> int:
     """Take `length` steps.
 
-    At `fatal_step` (-1: never) die of signal `signum`, or end with exit code 3 if `signum` is 0.
+    At step `fatal_step` (-1: at no step), die of signal `signum`, or end with exit code 3 if `signum` is 0.
     """
     fatal_step, signum, length = task
     for number in range(length):
@@ -128,7 +128,7 @@ def test_no_more_processes_start_than_there_are_tasks() -> None:
 
 
 def test_a_task_is_taken_only_when_a_worker_is_free() -> None:
-    """At most `jobs` tasks are in memory at a time, since each task of a build holds the inputs of its shard."""
+    """At most `jobs` tasks are in memory at a time, because each task of a build holds the inputs of its shard."""
     taken, finished, max_running = 0, 0, 0
 
     def tasks() -> Iterator[int]:
@@ -156,7 +156,7 @@ def test_an_exception_of_the_task_iterator_is_raised() -> None:
 
 @pytest.mark.parametrize("error", [UserError("user error"), DiskFull("no space"), ZeroDivisionError("a bug")])
 def test_an_exception_in_a_worker_is_raised_in_the_parent(error: Exception) -> None:
-    """A UserError is raised unchanged; any other exception becomes a RuntimeError with the worker's traceback."""
+    """A UserError is raised unchanged. Any other exception becomes a RuntimeError with the worker's traceback."""
     expected = type(error) if isinstance(error, UserError) else RuntimeError
     with WorkerPool(2) as workers:
         with pytest.raises(expected, match=str(error)) as raised:
@@ -231,7 +231,7 @@ def test_an_abandoned_map_sends_no_result_to_the_next(how: str) -> None:
 def test_on_progress_gets_the_counts_of_all_workers() -> None:
     """`map` calls on_progress several times during a task, and at the end with exact totals.
 
-    A second call of `map` counts from 0 again.
+    A second call of `map` begins to count at 0 again.
     """
     seen: list[Counts] = []
     with WorkerPool(2) as workers:
@@ -276,9 +276,10 @@ print(signal.pthread_sigmask(signal.SIG_BLOCK, []))
 
 
 def test_the_first_worker_of_a_process_leaves_ctrl_c_to_the_parent() -> None:
-    """The pool blocks SIGINT in its workers, and the block must survive the start of the first worker.
+    """The pool blocks SIGINT in its workers. This must still be so after the start of the first worker.
 
-    With the first worker, multiprocessing also starts its resource tracker. It then unblocks SIGINT in the parent.
+    With the first worker, multiprocessing also starts its resource tracker. The resource tracker unblocks SIGINT in the
+    parent when it starts.
     """
     ended = subprocess.run([sys.executable, "-c", FIRST_WORKERS], env=with_this_file(), capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr

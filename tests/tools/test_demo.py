@@ -1,4 +1,4 @@
-"""tools.demo: the last lines say how to reach the commands of the virtual environment."""
+"""tools.demo: the last lines say how to make the commands of the virtual environment available."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tests of the demo's data set: layout and unusual files as in ILSVRC, the same files for a seed, correct labels."""
+"""Tests of the demo's data set: layout and unusual files as in ILSVRC, same files for a seed, correct labels."""
 
 from __future__ import annotations
 
@@ -54,7 +54,10 @@ def test_the_same_seed_gives_the_same_bytes(dataset: Path, tmp_path: Path) -> No
 
 
 def test_the_label_is_the_digit_that_is_drawn(dataset: Path) -> None:
-    """In most images the central square, shrunk to 8×8, correlates best with the mean digit of the image's label."""
+    """In most images, the central square correlates best with the mean digit of the image's label.
+
+    The square is reduced to 8×8 px for the comparison.
+    """
     digits = load_digits()
     prototypes = np.stack([digits.images[digits.target == k].mean(0) for k in range(10)])
     correct = 0
@@ -67,7 +70,7 @@ def test_the_label_is_the_digit_that_is_drawn(dataset: Path) -> None:
         cells = np.asarray(square, float)[1:9, 1:9]
         correlations = [np.corrcoef(cells.ravel(), prototype.ravel())[0, 1] for prototype in prototypes]
         correct += int(np.argmax(correlations)) == int(path.parent.name[1:])
-    assert correct / len(paths) > 0.5  # guessing gives 0.1; digits that are not in the middle match less well
+    assert correct / len(paths) > 0.5  # guessing would give 0.1; digits that are not in the middle match less well
 
 
 def test_the_hard_data_set_draws_each_training_digit_four_times_and_each_validation_digit_once(tmp_path: Path) -> None:

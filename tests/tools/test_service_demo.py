@@ -187,7 +187,7 @@ def short_folder() -> Iterator[Path]:
 
 
 def processes_of(folder: Path) -> list[str]:
-    """Return the command lines of all processes that mention `folder`."""
+    """Return the command lines of all processes whose command line contains `folder`."""
     lines = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
@@ -203,7 +203,7 @@ def start_demo(folder: Path, *options: str) -> subprocess.Popen[str]:
     """Start the demo in its own session. All of its files are in `folder`."""
     command = [sys.executable, "-m", "tools.service_demo", *options]
     environment = {**os.environ, "TMPDIR": str(folder)}
-    # If this process ignores SIGINT, a child process inherits this. So set the default handler first.
+    # If this process ignores SIGINT, a child process inherits this setting. The default handler is therefore set first.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         return subprocess.Popen(
@@ -227,7 +227,7 @@ def start_demo(folder: Path, *options: str) -> subprocess.Popen[str]:
     ],
 )
 def test_ctrl_c_leaves_no_process_and_no_file(short_folder: Path, program: str) -> None:
-    """The signal is sent as soon as a process whose command line contains `program` runs."""
+    """The signal is sent as soon as a process whose command line contains `program` is running."""
     with start_demo(short_folder) as process:
         try:
             deadline = time.monotonic() + DEADLINE_S

@@ -1,6 +1,6 @@
 """Fixtures: runs of a small network, trained once for all tests, and a limit on the size of files.
 
-The limit simulates a full disk. A test must not write into `uninterrupted_run` or `small_run`, only into a copy.
+This limit simulates a full disk. A test must not write into `uninterrupted_run` or `small_run`, but only into a copy.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from train.trainer.loop import fit
 
 @pytest.fixture(scope="session")
 def uninterrupted_run(stores: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of `small_config` on the JPEG store, trained in one go, without a stop."""
+    """A run of `small_config` on the JPEG store that was trained without a stop."""
     return fit(Run.open(small_config(stores["jpeg"], tmp_path_factory.mktemp("uninterrupted") / "run")))
 
 
@@ -42,7 +42,7 @@ def trained_run(small_run: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def torchrun(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TorchrunServer]:
-    """torchrun(*arguments) starts torchrun with real processes, in a fraction of a second; returns a Job."""
+    """torchrun(*arguments) starts torchrun with real processes, in a fraction of a second, and returns a Job."""
     with TorchrunServer(tmp_path_factory.mktemp("torchrun")) as server:
         yield server
 
@@ -52,7 +52,10 @@ LimitFileSize = Callable[[int | None], None]
 
 @pytest.fixture
 def limit_file_size() -> Iterator[LimitFileSize]:
-    """limit_file_size(n) makes writes that extend a file beyond n bytes fail with EFBIG. None removes the limit."""
+    """After limit_file_size(n), a write that extends a file beyond n bytes fails with EFBIG.
+
+    limit_file_size(None) removes the limit.
+    """
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def limit(size_bytes: int | None) -> None:

@@ -25,14 +25,15 @@ def test_classes_other_than_those_of_the_store_are_refused(tmp_path: Path) -> No
         list_images(root, store_classes=("n1", "n2", "n3"))
     with pytest.raises(UserError, match=r"2 classes, the store has 2\. Only here: n2\. Only in the store: n3\."):
         list_images(root, store_classes=("n1", "n3"))
-    with pytest.raises(UserError, match=r"Only here: n2\. All splits"):  # never allowed: n2 has no label in the store
+    # This is never allowed, because n2 has no label in the store.
+    with pytest.raises(UserError, match=r"Only here: n2\. All splits"):
         list_source(root, "val", ListOptions(allow_empty_classes=True), ("n1", "n3"))
 
 
 def test_the_classes_of_the_store_keep_their_labels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = touch(tmp_path / "t", "2/a.JPEG", "10/b.JPEG")
     assert list_images(root).classes == ("2", "10")
-    source = list_images(root, store_classes=("10", "2"))  # a store of an earlier version: sorted as text
+    source = list_images(root, store_classes=("10", "2"))  # a store of an earlier version sorted the classes as text
     assert source.classes == ("10", "2")
     assert dict(paths_and_labels(source)) == {b"10/b.JPEG": 0, b"2/a.JPEG": 1}
     assert "keep the labels of the store: label 0 is 10. In a new store, label 0 would be 2" in capsys.readouterr().err

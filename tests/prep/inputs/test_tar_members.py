@@ -1,7 +1,7 @@
 """prep.inputs.tar_members on damaged, truncated and non-tar files, and on headers that claim too large a size.
 
-The behaviour of tarfile depends on the Python version. These tests import no more than prep.console, so that they run
-with every supported Python.
+The behaviour of tarfile depends on the Python version. These tests import no module of the project except prep.console,
+so that they run with every supported Python.
 """
 
 from __future__ import annotations
@@ -73,13 +73,13 @@ def test_a_damaged_archive_is_one_line_that_names_it(damage: str, tmp_path: Path
 def test_every_cut_of_an_archive_is_an_error(tmp_path: Path) -> None:
     """A flat tar, a tar of tars, and tars with long names are truncated to each multiple of 256 bytes.
 
-    A truncated tar is read only if nothing but padding is missing.
+    A truncated tar is read only if only padding is missing.
     """
     long = [("n1/" + "x" * 150 + name.split("/")[1], content) for name, content, *_ in THREE]
     tars = [("n1.tar", tar_of([("a.JPEG", A), ("b.JPEG", B)])), ("n2.tar", tar_of([("c.JPEG", C)]))]
     for content in (tar_of(THREE), tar_of(tars), tar_of(long), tar_of(long, tarfile.PAX_FORMAT)):
         end = len(content.rstrip(b"\0"))
-        end += -end % BLOCK + BLOCK  # one block of zeros is a valid end, like in GNU tar
+        end += -end % BLOCK + BLOCK  # one block of zeros is a valid end, as in GNU tar
         expected = names_in(written(content, tmp_path))
         for length in range(0, len(content), 256):
             path = written(content[:length], tmp_path)
@@ -110,7 +110,7 @@ def test_one_changed_byte_never_loses_a_member(tmp_path: Path) -> None:
 def test_a_header_that_claims_a_gigabyte_is_not_read(kind: bytes, tmp_path: Path) -> None:
     """tarfile tries to read the gigabyte, but BoundedFile refuses to read a header of more than 1 MiB.
 
-    The file is sparse: 2 GiB long, but almost without disk blocks.
+    The file is sparse: it is 2 GiB long, but needs almost no disk blocks.
     """
     path = written(tar_of(THREE[:1])[:MEMBER_BYTES] + header(b"x", b"%011o\0" % (1 << 30), kind), tmp_path)
     with open(path, "r+b") as file:
@@ -140,7 +140,7 @@ def test_members_are_not_kept(tmp_path: Path) -> None:
         for member in iterate_members(file, path, 0, size, Progress(size, "bytes")):
             if member.name == "n1/1999.JPEG":
                 break
-        # type() instead of isinstance(): isinstance() reads __class__, and torch.distributed.reduce_op then warns.
+        # type() is used, because isinstance() reads __class__, and torch.distributed.reduce_op then prints a warning.
         alive = sum(type(each) is tarfile.TarInfo for each in gc.get_objects())
     assert 1 <= alive < 10
 

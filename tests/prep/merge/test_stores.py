@@ -81,7 +81,10 @@ def test_a_merge_of_two_parts_of_a_folder_equals_the_build_of_the_folder(
 def test_classes_are_joined_by_name_and_no_image_changes(
     make_store: MakeStore, photos: Path, tmp_path: Path, records_of: Records
 ) -> None:
-    """The second store has a class of the first, under another label, and a class that sorts before all of them."""
+    """The second store has a class of the first store under another label.
+
+    It also has a class that comes before all classes of the first store.
+    """
     other = tmp_path / "other"
     shutil.copytree(photos / "two" / "n3", other / "n3")
     shutil.copytree(photos / "two" / "n1", other / "a0")
@@ -101,7 +104,7 @@ def test_classes_are_joined_by_name_and_no_image_changes(
         assert expected[datum.source] == (merged.classes[datum.label], datum.data, (datum.height, datum.width))
     assert [key for key, _ in records] == [b"%08d" % k for k in range(len(records))]
     whole = {value for _, value in raw_records(make_store("one"))}
-    assert whole <= {value for _, value in raw_records(merged.root)}  # labels of the first store do not change
+    assert whole <= {value for _, value in raw_records(merged.root)}  # the labels of the first store do not change
     assert verify_split(merged, "train", InlineRunner(), Progress(1, "records")) == []
     account = merged.split("train").account
     assert account["inputs"] == account["kept"] + 1 and sum(account["bad"].values()) == 1

@@ -88,13 +88,16 @@ class Fault:
     cut_answer_after: int | None = None  # close the connection after this number of bytes of the answer's body
     flip_request: bool = False  # change one bit of the request's body
     flip_answer: bool = False  # change one bit of the answer's body
-    status: int = 0  # if not 0, the proxy answers with this status and `code`, and does not ask the server
+    status: int = 0  # if not 0, the proxy answers with this status and `code`, without asking the server
     code: str = "InternalError"
 
 
 @dataclass
 class Proxy:
-    """An HTTP proxy on a free port. Before the proxy forwards a request, `decide` chooses the fault to cause."""
+    """An HTTP proxy on a free port.
+
+    Before the proxy forwards a request, `decide` chooses the fault that the proxy causes.
+    """
 
     server: S3Server
     decide: Callable[[Request], Fault | None] = lambda request: None

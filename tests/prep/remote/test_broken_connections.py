@@ -34,7 +34,7 @@ def random_cuts(seed: int, share: float, longest: int) -> object:
 
 @pytest.fixture
 def inner_retries(proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
-    """obstore repeats failed requests as often as outside of the tests, but after 5 ms."""
+    """As outside of the tests, obstore repeats failed requests, but it waits only 5 ms."""
     retries = {"max_retries": 2, "backoff": {"init_backoff": timedelta(milliseconds=5)}}
     assert retries["max_retries"] == INNER_RETRIES["max_retries"]
     monkeypatch.setattr(object_store, "INNER_RETRIES", retries)
@@ -81,7 +81,10 @@ def test_a_broken_download_continues_with_the_part_that_failed(
 def test_a_server_that_answers_503_and_429_is_asked_again(
     small_store: Path, copy: Copy, proxy: Proxy, url: str
 ) -> None:
-    """Requests of multipart uploads do not fail here: otherwise all requests of the upload would be repeated."""
+    """Requests of multipart uploads do not fail in this test.
+
+    Otherwise, all requests of the upload would be repeated.
+    """
     numbers = dict[tuple[str, str, str], int]()
 
     def decide(request: Request) -> Fault | None:
@@ -100,7 +103,7 @@ def test_a_server_that_answers_503_and_429_is_asked_again(
 def test_a_server_that_is_away_for_a_while_delays_the_copy(
     small_store: Path, copy: Copy, proxy: Proxy, url: str, monkeypatch: pytest.MonkeyPatch, prefix: str
 ) -> None:
-    """For 1.5 s from the tenth request on, every connection is reset."""
+    """For 1.5 s, beginning with the tenth request, every connection is reset."""
     monkeypatch.setattr(object_store, "WAITS_S", (0.1, 0.2, 0.4, 0.8, 1.6))
     away: list[float] = []
 
@@ -180,7 +183,10 @@ def test_bits_that_always_change_on_the_way_down_leave_no_store(
     path: str,
     has_checksums: bool,
 ) -> None:
-    """Without SHA256SUMS, as after an upload by another program, only the digests of the manifest detect the change."""
+    """Without SHA256SUMS, only the digests of the manifest detect the change.
+
+    SHA256SUMS is missing after an upload by another program.
+    """
     put_store(server, prefix, small_store)
     if not has_checksums:
         server.request("DELETE", f"/photographs/{prefix}/SHA256SUMS")
@@ -211,15 +217,15 @@ def test_a_bit_that_changes_once_on_the_way_down_is_read_again(
 def test_a_server_that_is_killed_and_loses_everything_leaves_no_manifest(
     small_store: Path, copy: Copy, proxy: Proxy, url: str, prefix: str
 ) -> None:
-    """The server is killed during the copy and restarts on the same port without its objects, which were in memory.
+    """The server is killed during the copy. It restarts on the same port without its objects, which were in memory.
 
-    At the end, the files that were verified before are missing, so this copy fails. A copy to a new prefix succeeds.
+    At the end, the files that were verified before are missing, so the copy fails. A copy to a new prefix succeeds.
     """
     first = S3Server()
     proxy.server = first
     restarted: list[S3Server] = []
 
-    lock = threading.Lock()  # several parts are sent at once
+    lock = threading.Lock()  # several parts are sent at the same time
 
     def decide(request: Request) -> None:
         with lock:
@@ -233,7 +239,7 @@ def test_a_server_that_is_killed_and_loses_everything_leaves_no_manifest(
             copy(small_store, url)
         (second,) = restarted
         assert "manifest.json" not in second.objects(prefix)
-        # The new server has no source.json. The files in the prefix could therefore be those of another program.
+        # The new server has no source.json. The files in the prefix could therefore belong to another program.
         with pytest.raises(UserError, match="is not empty and holds no unfinished copy"):
             copy(small_store, url)
         open_folder.cache_clear()

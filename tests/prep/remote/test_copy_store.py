@@ -1,4 +1,7 @@
-"""Tests that a copy has the bytes of its source and writes the manifest last, and of destinations that are refused."""
+"""Tests that a copy has the bytes of its source and writes the manifest last.
+
+Also tests destinations that are refused.
+"""
 
 from __future__ import annotations
 
@@ -165,7 +168,7 @@ def test_an_unfinished_copy_of_another_store_is_refused_with_both_fingerprints(
     fingerprints = Store.open(small_store).fingerprint, Store.open(other).fingerprint
     with pytest.raises(UserError, match=rf"unfinished copy of another store \(.*{fingerprints[0]};.*{fingerprints[1]}"):
         copy(other, target)
-    copy(small_store, target)  # the same store, undamaged, continues the copy
+    copy(small_store, target)  # if the same store is undamaged, the copy continues
 
 
 def test_a_folder_or_prefix_with_other_files_is_refused_and_not_changed(
@@ -222,7 +225,7 @@ def test_a_source_that_changes_during_the_copy_is_noticed(
 def test_a_file_that_another_program_overwrites_during_the_copy_is_noticed(
     small_store: Path, copy: Copy, proxy: Proxy, server: S3Server, url: str, prefix: str
 ) -> None:
-    """After a shard was verified, it is overwritten with the same number of bytes.
+    """After a shard was verified, it is overwritten with the same number of other bytes.
 
     The next copy sends the shard again.
     """
@@ -237,14 +240,17 @@ def test_a_file_that_another_program_overwrites_during_the_copy_is_noticed(
         copy(small_store, url)
     assert "manifest.json" not in server.objects(prefix)
     proxy.decide = lambda request: None
-    assert copy(small_store, url).copied_files == 2  # the shard and the manifest
+    assert copy(small_store, url).copied_files == 2  # these files are the shard and the manifest
     assert server.objects(prefix)[path] == (small_store / path).read_bytes()
 
 
 def test_two_stores_that_are_copied_to_one_prefix_at_the_same_time_are_noticed(
     small_store: Path, copy: Copy, proxy: Proxy, server: S3Server, url: str, prefix: str
 ) -> None:
-    """The second command begins after the first one. The source.json of the second replaces that of the first."""
+    """The second command begins after the first command.
+
+    The source.json of the second command replaces that of the first.
+    """
 
     def decide(request: Request) -> None:
         if request.method == "PUT" and request.path == f"{prefix}/val/inputs.jsonl":

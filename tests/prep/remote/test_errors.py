@@ -120,7 +120,7 @@ def test_without_obstore_the_error_names_the_extra(small_store: Path, monkeypatc
 def test_a_full_disk_ends_with_exit_code_3_and_the_copy_continues(
     small_store: Path, copy: Copy, proxy: Proxy, url: str, prefix: str, server: S3Server, tmp_path: Path
 ) -> None:
-    """A limit of the process lets no file grow beyond 150 kB, so no training shard can be written."""
+    """A limit of the process lets no file grow beyond 150 kB. No training shard can therefore be written."""
     put_store(server, prefix, small_store)
     limited = subprocess.run(
         [sys.executable, "-c", COMMAND, "copy", url, str(tmp_path / "copy"), "--jobs", "1"],
@@ -240,7 +240,10 @@ def test_progress_counts_each_byte_once_although_a_shard_is_transferred_twice(
     monkeypatch: pytest.MonkeyPatch,
     is_upload: bool,
 ) -> None:
-    """The first transfer of a shard is damaged. The first copy stops at val/mean_image.npy, and a second continues."""
+    """The first transfer of a shard is damaged.
+
+    The first copy stops at val/mean_image.npy, and a second copy continues.
+    """
     monkeypatch.setattr(copy_store, "MB", 1000)
     if not is_upload:
         put_store(server, prefix, small_store)

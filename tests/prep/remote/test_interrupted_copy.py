@@ -78,7 +78,7 @@ def test_a_copy_that_is_killed_again_and_again_transfers_no_verified_file_twice(
 ) -> None:
     """The command is killed twice at random requests, and then runs to its end.
 
-    The workers of a killed command must end with it.
+    When a command is killed, its workers must end, too.
     """
     rng = np.random.default_rng(31)
     if not is_upload:
@@ -89,7 +89,7 @@ def test_a_copy_that_is_killed_again_and_again_transfers_no_verified_file_twice(
     def arrived() -> dict[str, bytes]:
         return server.objects(prefix) if is_upload else contents(tmp_path / "copy")
 
-    kept, first = list[int](), set[str]()  # number of verified files after each kill; the verified shards
+    kept, first = list[int](), set[str]()  # number of verified files after each kill, and the verified shards
     for _ in range(2):
         command = CopyCommand(source, target)
         kill_at_request(proxy, command, int(rng.integers(*((20, 28) if is_upload else (5, 7)))))
@@ -183,7 +183,7 @@ def test_a_copy_that_failed_between_manifest_and_end_is_complete_and_the_journal
 
 
 def test_a_file_that_changed_after_it_arrived_is_copied_again(small_store: Path, copy: Copy, tmp_path: Path) -> None:
-    """The journal lists size and modification time of each arrived file."""
+    """The journal lists the size and the modification time of each file that has arrived."""
     shutil.copytree(small_store, tmp_path / "cut")
     (tmp_path / "cut" / "val" / "inputs.jsonl").write_text("{}\n")
     with pytest.raises(UserError):

@@ -1,7 +1,7 @@
 """prep.store.datum: records compared with protobuf and DALI's Caffe reader, checksums with zlib, and damaged records.
 
-protobuf reads Caffe's message with the descriptor that conftest.py builds. Damage is every single-bit flip, every
-truncation, and seeded random bytes: each must raise DatumError and no other exception. `locate_image` is compared with
+protobuf reads Caffe's message with the descriptor that conftest.py builds. Damage means every single-bit flip, every
+truncation, and seeded random bytes. Each must raise DatumError and no other exception. `locate_image` is compared with
 Datum.decode and with the Datum that was encoded.
 """
 
@@ -64,7 +64,10 @@ def test_protobuf_reads_an_encoded_record(datum: Datum, caffe_datum: Callable[[]
 
 
 def test_the_record_begins_with_the_bytes_of_a_plain_caffe_datum(caffe_datum: Callable[[], Any]) -> None:
-    """Fields 1001 and 1002 come last. The bytes before these fields are what protobuf writes for a Caffe Datum."""
+    """Fields 1001 and 1002 come last in a record.
+
+    The bytes before these two fields are the bytes that protobuf writes for a Caffe Datum.
+    """
     message = caffe_datum()
     message.ParseFromString(SMALL.encode())
     message.ClearField("source")
@@ -150,7 +153,7 @@ def test_every_truncation_is_refused() -> None:
 
 
 def test_every_truncation_with_a_correct_checksum_is_refused() -> None:
-    """One truncation is accepted: without its last field, the source, the record is still a valid Datum."""
+    """One truncation is accepted: without its last field, which is the source, the record is still a valid Datum."""
     body = SMALL.encode()[:-6]
     without_source = len(body) - len(SMALL.source) - 3
     for length in range(len(body)):
@@ -171,7 +174,10 @@ def test_a_checksum_error_gives_both_values() -> None:
 
 
 def test_random_bytes_raise_only_datum_error() -> None:
-    """Decodes random bytes without and with a correct checksum. Only bytes with a correct checksum reach the parser."""
+    """Decodes random bytes, with and without a correct checksum.
+
+    Only bytes with a correct checksum reach the parser.
+    """
     rng = np.random.default_rng(1002)
     for _ in range(3000):
         value = rng.bytes(int(rng.integers(0, 60)))
@@ -181,7 +187,7 @@ def test_random_bytes_raise_only_datum_error() -> None:
 
 
 def test_randomly_changed_records_decode_or_raise_datum_error() -> None:
-    """A good record with changed bytes and a correct checksum gives a Datum or a DatumError, no other exception."""
+    """A good record with changed bytes and a correct checksum gives a Datum or a DatumError, and no other exception."""
     rng = np.random.default_rng(7)
     body = SMALL.encode()[:-6]
     refused = 0
@@ -253,7 +259,7 @@ def test_only_images_of_three_channels_are_located() -> None:
 
 
 def test_a_located_image_lies_within_the_record() -> None:
-    """For random and changed bytes and wrong sizes, locate_image gives a range in the record or raises DatumError."""
+    """For random or changed bytes and wrong sizes, locate_image returns a range in the record or raises DatumError."""
     rng = np.random.default_rng(8)
     attempts = [rng.bytes(int(rng.integers(0, 60))) for _ in range(2000)]
     for _ in range(4000):

@@ -41,7 +41,10 @@ def find(reader: ShardReader, numbers: list[int]) -> list[tuple[int, ...]]:
     [(1, 30_000, 1), (1, 5, 1), (200, 9_000, 1), (300, 40, 1), (5_000, 20, 1), (30_000, 3, 7), (400, 2_000, 3)],
 )
 def test_every_record_is_found_as_py_lmdb_finds_it(tmp_path: Path, count: int, size: int, step: int) -> None:
-    """Short values are in the leaf pages, long values in pages of their own. The trees have one to three levels."""
+    """Short values are in the leaf pages, and long values are in their own pages.
+
+    The trees have one to three levels.
+    """
     keys = [5 + step * k for k in range(count)]
     lmdb_shard.write(tmp_path / "s", [(b"%08d" % key, datum(key, size + key % 70)) for key in keys])
     reader = ShardReader(tmp_path / "s", count)
@@ -77,7 +80,7 @@ def test_missing_and_unusual_keys_are_not_found(tmp_path: Path) -> None:
 
 @needs_kernels
 def test_the_tree_of_the_last_transaction_is_used(tmp_path: Path) -> None:
-    """Each transaction writes one of two header pages in turn."""
+    """The transactions write the two header pages in turn."""
     lmdb_shard.write(tmp_path / "s", [(b"%08d" % k, datum(k, 20)) for k in range(3)])
     for label in range(4):
         with lmdb.open(str(tmp_path / "s"), map_size=1 << 20, lock=False) as env, env.begin(write=True) as txn:
@@ -89,7 +92,7 @@ def test_the_tree_of_the_last_transaction_is_used(tmp_path: Path) -> None:
 
 @needs_kernels
 def test_a_record_of_another_format_is_not_found(tmp_path: Path) -> None:
-    """Random changes of a record: the record is found if and only if locate_image accepts it."""
+    """For random changes of a record, the record is found if and only if locate_image accepts it."""
     rng, values = np.random.default_rng(4), []
     for k in range(3_000):
         value = bytearray(datum(k, 30))
@@ -110,7 +113,10 @@ def test_a_record_of_another_format_is_not_found(tmp_path: Path) -> None:
 
 @needs_kernels
 def test_damaged_files_are_searched_without_a_crash() -> None:
-    """Random bytes of a file are changed. The file ends at a protected page: reading beyond it kills the process."""
+    """Random bytes of a file are changed.
+
+    The file ends at a protected page, so reading beyond its end kills the process.
+    """
     program = """
 import ctypes, mmap, os, sys, tempfile, numpy as np
 from pathlib import Path

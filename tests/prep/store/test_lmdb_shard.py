@@ -1,6 +1,6 @@
 """prep.store.lmdb_shard compared with the lmdb library, and its digest with hashlib.
 
-The tests of ShardReader also use keys with gaps. Inputs that were left out cause such gaps.
+The tests of ShardReader also use keys with missing numbers. Numbers are missing if inputs were left out.
 """
 
 from __future__ import annotations
@@ -49,14 +49,14 @@ def test_written_records_are_in_the_lmdb(tmp_path: Path) -> None:
     assert read_with_lmdb(folder) == records
     assert count == 150
     assert size == sum(len(value) for _, value in records)
-    assert [path.name for path in folder.iterdir()] == ["data.mdb"]  # no lock file
+    assert [path.name for path in folder.iterdir()] == ["data.mdb"]  # there is no lock file
 
 
 def test_written_records_are_read_back(tmp_path: Path) -> None:
     records = random_records(40)
     write(tmp_path / "s", records)
     assert list(read(tmp_path / "s")) == records
-    assert list(read(tmp_path / "s")) == records  # records can be read twice
+    assert list(read(tmp_path / "s")) == records  # the records can be read twice
 
 
 def test_an_lmdb_written_in_another_way_is_read_in_key_order(tmp_path: Path) -> None:
@@ -122,7 +122,7 @@ def test_an_exception_of_the_iterator_of_records_is_raised(tmp_path: Path) -> No
 
 @pytest.fixture(params=[None, b"", b"x" * 100, b"not an lmdb" * 2000], ids=["absent", "empty", "short", "long"])
 def not_an_lmdb(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    """A folder that does not exist, or in which data.mdb is not an LMDB file."""
+    """The folder does not exist, or its data.mdb is not an LMDB file."""
     folder = tmp_path / "s"
     if request.param is not None:
         folder.mkdir()
@@ -149,9 +149,9 @@ def test_reading_damaged_pages_raises_store_error(tmp_path: Path) -> None:
 
 
 def error_of_truncated_file(folder: Path, size: int, program: str) -> str:
-    """Truncate data.mdb, run `program` and return the last line of its standard error.
+    """Truncate data.mdb, run `program`, and return the last line of its standard error.
 
-    The program runs in a separate process, since reading a map past the end of its file kills a process (SIGBUS).
+    The program runs in a separate process, because reading a map beyond the end of its file kills the process (SIGBUS).
     """
     os.truncate(folder / "data.mdb", size)
     program = (
@@ -229,7 +229,8 @@ def test_a_reader_refuses_a_wrong_number_of_records(tmp_path: Path, expected: in
     write(tmp_path / "s", random_records(30))
     with pytest.raises(StoreError, match=f"30 records, the manifest says {expected}. ADVICE") as refused:
         ShardReader(tmp_path / "s", expected, "ADVICE")
-    assert refused.value and open_handles(tmp_path / "s") == 0  # although `refused` still refers to the reader
+    # The file is closed although `refused` still refers to the reader.
+    assert refused.value and open_handles(tmp_path / "s") == 0
 
 
 def test_a_missing_key_between_others_is_named(tmp_path: Path) -> None:
@@ -245,7 +246,10 @@ def test_a_missing_key_between_others_is_named(tmp_path: Path) -> None:
 
 
 def test_readers_of_one_shard_share_the_open_file_until_the_last_is_closed(tmp_path: Path) -> None:
-    """A process may open an LMDB file only once: `read` and readers share the open file, even through a symlink."""
+    """A process may open an LMDB file only once.
+
+    `read` and readers therefore share the open file, even through a symlink.
+    """
     records = random_records(40)
     write(tmp_path / "s", records)
     (tmp_path / "link").symlink_to(tmp_path / "s")

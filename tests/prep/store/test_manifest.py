@@ -1,4 +1,4 @@
-"""prep.store.manifest: damaged stores are refused with the actual and expected values; fingerprints cover all records.
+"""prep.store.manifest: damaged stores are refused with the actual and expected values. Fingerprints cover all records.
 
 Fingerprints are computed independently, with hashlib and json.
 """
@@ -243,7 +243,10 @@ def canonical_digest(data: object) -> str:
 
 
 def test_the_fingerprint_is_a_digest_of_all_records_and_class_names(store: Path) -> None:
-    """The test computes the fingerprint from the LMDB files: SHA-256 of each shard's records, then of the digests."""
+    """The test computes the fingerprint from the LMDB files.
+
+    It computes the SHA-256 of the records of each shard, then the SHA-256 of these digests.
+    """
     written = json.loads((store / "manifest.json").read_bytes())
     splits = {}
     for name in ("train", "val"):

@@ -36,8 +36,9 @@ def test_contestants_take_turns_and_ratios_are_medians_of_the_rounds() -> None:
         (100.0, 50.0, 200.0),
         (400.0, 200.0, 400.0),
     ]
-    assert [row.of_ours for row in rows] == [1.0, 0.5, 4.0]  # 0.5: median of 1/2, 1/3, 1; 4: median of 4, 4, 2
-    assert [row.of_bound for row in rows] == [0.5, None, None]  # median of 1/2, 3/4, 1/2
+    # 0.5 is the median of 1/2, 1/3 and 1; 4 is the median of 4, 4 and 2.
+    assert [row.of_ours for row in rows] == [1.0, 0.5, 4.0]
+    assert [row.of_bound for row in rows] == [0.5, None, None]  # the median of 1/2, 3/4 and 1/2
     assert speedups(rows) == {"peer": 2.0, "bound": 0.25}
     assert speedup_lines(rows) == "ours / peer: 2.00\npeer / bound: 0.25"
     assert table(rows).splitlines()[2].split() == ["peer", "100", "50.0", "..", "200", "0.50"]
@@ -50,7 +51,7 @@ def test_a_process_is_controlled_by_lines(tmp_path: Path) -> None:
     assert process.read_line() == "ready"
     process.send("go 1")
     assert process.read_line() == "did go 1"
-    process.wait()  # closes the standard input of the process
+    process.wait()  # this closes the standard input of the process
 
 
 def test_a_process_that_fails_is_reported_with_its_last_error(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Tests that each check of tools.gpu_check fails if the device computes a wrong result. Runs on a CPU."""
+"""Tests that each check of tools.gpu_check fails if the device computes a wrong result. The tests run on a CPU."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_other_images_or_labels_on_the_device_fail_the_stream_checks(
     calls, read_batches = [], checks.read_batches
 
     def read_with_fault(*arguments: Any) -> Any:
-        """Calls 2, 4, 6 and 8 read batches on the device; other calls read on the CPU or from a resumed stream."""
+        """Calls 2, 4, 6 and 8 read batches on the device. The other calls read on the CPU or from a resumed stream."""
         calls.append(arguments)
         batches, state = read_batches(*arguments)
         is_device = len(calls) % 2 == 0 and len(calls) < 9
@@ -59,7 +59,7 @@ def test_a_stream_that_resumes_at_another_position_fails(
 def test_a_network_that_computes_something_else_fails(
     settings: GpuCheckSettings, monkeypatch: pytest.MonkeyPatch, fault: str
 ) -> None:
-    """The reference is the only network in float64; all other networks get the fault."""
+    """The reference is the only network in float64, and all other networks get the fault."""
     inputs, max_pool, drop = AlexNet._inputs, alexnet.max_pool, AlexNet._with_dropout
     exact = torch.float64
     if fault == "input":

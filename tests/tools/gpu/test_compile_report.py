@@ -15,7 +15,7 @@ from tools.gpu import compile_report
 
 
 def test_the_kernels_compile_for_a_gpu_and_their_values_fit_into_registers() -> None:
-    """Runs in a process without TRITON_INTERPRET, in which Triton compiles instead of interpreting."""
+    """The test runs in a process without TRITON_INTERPRET, in which Triton compiles the kernels."""
     pytest.importorskip("triton", reason="Triton is not installed")
     program = "import json; from tools.gpu.compile_report import report; "
     program += "print(json.dumps([row._asdict() for row in report(90, ('bf16',))]))"

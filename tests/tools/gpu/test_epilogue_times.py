@@ -19,7 +19,8 @@ from train.config.architecture import ALEXNET
 @pytest.mark.parametrize(
     ("layer", "forward", "backward"),
     [
-        # One image in bfloat16: x has 96 · 55² values, y 96 · 27², of two bytes; pooling adds one byte for each y.
+        # For one image in bfloat16, x has 96 · 55² values and y has 96 · 27² values, of two bytes each. Pooling adds
+        # one byte for each value of y.
         ("layer 1", 2 * 96 * 3025 + 3 * 96 * 729, 4 * 96 * 3025 + 3 * 96 * 729),
         ("layer 2", 2 * 256 * 729 + 3 * 256 * 169, 4 * 256 * 729 + 3 * 256 * 169),
         ("conv3", 4 * 384 * 169, 6 * 384 * 169),
@@ -50,7 +51,10 @@ def test_every_direction_of_every_layer_is_measured(settings: GpuCheckSettings) 
 
 
 def test_on_a_gpu_all_inputs_are_recorded_in_one_graph_which_is_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A simulated GPU: a replay of the graph of two functions takes 4 ms, so 25 replays fill the time of a turn."""
+    """On a simulated GPU, a replay of the graph of two functions takes 4 ms.
+
+    25 replays therefore fill the time of a turn.
+    """
     calls: list[str] = []
     clock_ms = [0.0]
 

@@ -1,6 +1,7 @@
-"""Tests that the checks of the epilogue kernels pass for right results and fail for wrong results. Runs on a CPU.
+"""Tests that the checks of the epilogue kernels pass for right results and fail for wrong results.
 
-PyTorch operators in float32 and bfloat16 take the place of the kernels. One test runs kernels in Triton's interpreter.
+The tests run on a CPU. PyTorch operators in float32 and bfloat16 replace the kernels. One test runs kernels in Triton's
+interpreter.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def test_right_results_pass(layer: str, dtype: torch.dtype) -> None:
 
 
 def with_changed(part: str, change: Callable[[Tensor], Tensor]) -> Apply:
-    """PyTorch operators with a fault in one `part`: the gradient of a bias, the gradient of x, or the result."""
+    """PyTorch operators with a fault in one `part`: gradient of the bias, gradient of x, or result."""
 
     class Changed(torch.autograd.Function):
         @staticmethod
@@ -89,7 +90,10 @@ def test_an_error_of_a_hundred_thousandth_fails_in_float32() -> None:
 
 @DTYPES
 def test_a_gradient_at_the_last_maximum_passes_but_at_another_value_fails(dtype: torch.dtype) -> None:
-    """Windows with two nearly equal maxima are left out. A kernel that sends gradients to other values still fails."""
+    """Windows with two nearly equal maxima are left out.
+
+    For a kernel that sends gradients to other values, the check still fails.
+    """
     moved = with_changed("x", lambda grad: grad.roll(1, 3))
     assert not check_epilogue(SMALL["conv5"], 3, dtype, CPU, moved).ok
     x = torch.zeros(1, 1, 3, 5, dtype=torch.float64)

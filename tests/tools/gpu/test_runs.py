@@ -15,7 +15,7 @@ import tools.gpu.runs as runs
 from prep.console import UserError
 from tools.gpu.settings import GpuCheckSettings
 
-# `alextrain`, with eight maps in each layer of the network `half`, so that a run takes seconds.
+# `alextrain` with eight maps in each layer of the network `half`, so that a run takes only seconds.
 SMALL_PROGRAM = (
     sys.executable,
     "-c",
@@ -36,7 +36,10 @@ def line(step: int, rate: float, unix_time_s: float, waiting: float = 0.0, kind:
 
 
 def test_the_rate_leaves_out_intervals_that_begin_a_run_or_an_epoch() -> None:
-    """Epochs of 40 steps of 100 images, lines each 20 steps. Between the epochs a checkpoint takes 3 s."""
+    """Return lines of epochs with 40 steps of 100 images, one line for every 20 steps.
+
+    Between the epochs a checkpoint takes 3 s.
+    """
     lines = [
         line(20, 100, 0.0, 0.9),
         line(40, 1000, 2.0, 0.1),  # counted: 2,000 images in 2 s

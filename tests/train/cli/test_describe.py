@@ -1,4 +1,4 @@
-"""Tests of the commands `summary` and `recipe`, and of the shorthand options for --set."""
+"""Tests of the commands `summary` and `recipe`, and of the short forms of --set."""
 
 from __future__ import annotations
 

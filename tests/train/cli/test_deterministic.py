@@ -17,7 +17,10 @@ from train.model.precision import default_precision
 
 @pytest.fixture(autouse=True)
 def _restored(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Replaces the paper's network by a small one; allows nondeterministic algorithms again after the test."""
+    """Replaces the paper's network by a small network.
+
+    After the test, nondeterministic algorithms are allowed again.
+    """
     monkeypatch.setitem(ARCHITECTURES, "alexnet", SMALL_ALEXNET)
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     yield
@@ -29,7 +32,10 @@ def _restored(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_every_operator_of_a_training_has_a_deterministic_algorithm(
     stores: dict[str, Path], tmp_path: Path, recipe: str
 ) -> None:
-    """PyTorch raises RuntimeError for a nondeterministic operator. On a CPU the option changes no bit of the result."""
+    """PyTorch raises RuntimeError for a nondeterministic operator.
+
+    On a CPU, the option changes no bit of the result.
+    """
     words = ["run", "--store", stores["jpeg"], "--gpus", "cpu", "--recipe", recipe, "--batch", "8", "--steps", "3"]
     for name, options in (("plain", []), ("deterministic", ["--deterministic"])):
         result = alextrain(*words, "--run-dir", tmp_path / name, *options)

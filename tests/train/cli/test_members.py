@@ -68,7 +68,7 @@ def test_evaluate_averages_the_members_of_an_ensemble(ensemble: Path, store: Pat
 
 
 def test_the_rows_of_the_papers_table_are_shown_only_for_its_data_and_views() -> None:
-    """Table 2 of Krizhevsky, Sutskever and Hinton (2012), column of the validation errors."""
+    """The values are from table 2 of Krizhevsky, Sutskever and Hinton (2012), column of the validation errors."""
     rows = {networks: paper_row(networks, 1000, 10, "val") for networks in (1, 2, 5, 7)}
     errors = {networks: row and (row.top1_error, row.top5_error) for networks, row in rows.items()}
     assert errors == {1: (0.407, 0.182), 2: None, 5: (0.381, 0.164), 7: (0.367, 0.154)}

@@ -28,7 +28,7 @@ def small_alexnet(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def default_signals() -> Iterator[None]:
-    """Set the default action of SIGHUP, which nohup changes; restore the handlers after the test."""
+    """Set the default action of SIGHUP, which nohup changes. After the test, the handlers are restored."""
     before = {signum: signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGHUP)}
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
     yield
@@ -47,7 +47,7 @@ def stopped_run(store: Path, run_dir: Path, signum: int, monkeypatch: pytest.Mon
 
     def send_signal_after_one(self: MetricsLog, line: dict[str, Any]) -> None:
         log_line(self, line)
-        if line["step"] == 1:  # one signal only: a second signal would stop the run at once
+        if line["step"] == 1:  # only one signal is sent, because a second signal would stop the run at once
             os.kill(os.getpid(), signum)
 
     with monkeypatch.context() as patch:

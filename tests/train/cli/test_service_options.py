@@ -1,4 +1,4 @@
-"""Tests of --service and --service-fallback that need no service; the others are in tests/train/service."""
+"""Tests of --service and --service-fallback that need no service. The other tests are in tests/train/service."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ def test_number_of_parameters_of_each_architecture(name: str, parameters: int) -
 
 
 def test_half_and_one_gpu_have_half_the_kernels_of_alexnet() -> None:
-    """Footnote of section 3.2: the network on one GPU keeps conv5 and the fully connected layers at full width."""
+    """Footnote of section 3.2: the network on one GPU has conv5 and the fully connected layers at full width."""
     full, half, one_gpu = (vars(a.widths) for a in (ALEXNET, HALF, ONE_GPU))
     assert {half[name] / full[name] for name in full} == {0.5}
     ratio = {name: one_gpu[name] / full[name] for name in full}
@@ -58,7 +58,7 @@ def test_an_architecture_is_the_same_after_a_round_trip_through_json() -> None:
 
 
 def test_torchvisions_parameters_give_torchvisions_outputs_in_training_and_evaluation() -> None:
-    """Equal seeds give both networks equal dropout masks. Both networks scale activations in training."""
+    """With equal seeds, both networks have equal dropout masks. Both networks scale activations in training."""
     torch.manual_seed(0)
     torchvision_net = torchvision_alexnet()
     recipe = replace(SHORT, input_divisor=1.0, dropout=0.5, dropout_scales_training=True)
@@ -106,8 +106,9 @@ def test_the_convolutional_network_computes_what_alexnet_computes(
 
 
 def dense_reference(net: AlexNet, images: torch.Tensor, right_px: int) -> torch.Tensor:
-    """Dense evaluation with the joined parameters: convolutions up to pool5, then the fully connected layers on each
-    6 × 6 window.
+    """Return the logits of dense evaluation with the joined parameters.
+
+    The convolutions up to pool5 are computed first, then the fully connected layers on each 6 × 6 window.
     """
     w, r = net.joined_tensors(), net.recipe
     x = F.conv2d(F.pad(images / r.input_divisor, (0, right_px) * 2), w["conv1.weight"], w["conv1.bias"], stride=4)

@@ -1,4 +1,4 @@
-"""Tests of `--gpus`: parsing, the default, and the description of a device assignment."""
+"""Tests of `--gpus`: parsing, the default, and the description of the columns' devices."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Tests of exported networks: other libraries load the files and compute the same outputs as the run's network.
 
-safetensors loads safetensors files, onnxruntime runs ONNX graphs, and torchvision's network, as
+safetensors loads safetensors files, and onnxruntime runs ONNX graphs. torchvision's network, as
 tests/helpers/torchvision_alexnet.py defines it, loads the state_dict.
 """
 
@@ -83,7 +83,11 @@ def test_safetensors_load_into_a_network_built_from_their_metadata(
 def test_onnx_gives_the_same_outputs_for_any_batch(
     make_run: MakeRun, store: Path, tmp_path: Path, name: str, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Networks: two columns with LRN within maps before ReLU; one column with the paper's LRN; one without LRN."""
+    """Export three networks.
+
+    The first has two columns, with LRN within maps before ReLU. The second has one column with the paper's LRN. The
+    third has one column without LRN.
+    """
     run_dir, network = make_run(SMALL[name], recipe)
     out = tmp_path / "net.onnx"
     records: list[logging.LogRecord] = []
@@ -114,8 +118,8 @@ def test_the_metadata_of_an_onnx_file_are_enough_to_compute_its_input(
 ) -> None:
     """The test prepares photographs with Pillow, and takes every number from the file.
 
-    Pillow rounds to 8 bits between the two passes of a rescaling, and encodes JPEG with other tables than the build, so
-    the pixels differ from those of the store by a few grey levels.
+    Pillow rounds to 8 bits between the two passes of a rescaling, and encodes JPEG with other tables than the build.
+    The pixels therefore differ from those of the store by a few grey levels.
     """
     run_dir, network = make_run(SMALL["joined"], recipe)
     (result,) = json_lines("export", run_dir, "--to", "onnx")
@@ -178,7 +182,10 @@ def test_exported_preprocessing_gives_the_images_of_the_stream(make_run: MakeRun
 def test_torchvisions_network_computes_the_same_from_exported_weights(
     make_run: MakeRun, store: Path, tmp_path: Path, recipe: Recipe
 ) -> None:
-    """The outputs agree, also at the border of an image, and also if the recipe's dropout scales in evaluation."""
+    """The outputs agree, also at the border of an image.
+
+    They also agree if the recipe's dropout scales in evaluation.
+    """
     run_dir, network = make_run(SMALL["torchvision"], recipe)
     out = tmp_path / "net.pth"
     normalization = json_lines("export", run_dir, "--to", "torchvision", "--out", out)[0]["preprocessing"]["normalise"]

@@ -41,7 +41,7 @@ def torchvision_net() -> torch.nn.Module:
 
 @pytest.fixture
 def weights(torchvision_net: torch.nn.Module, tmp_path: Path) -> Path:
-    """A file in the format of torchvision's published weights: a plain state_dict."""
+    """A file in the format of torchvision's published weights, which is a plain state_dict."""
     torch.save(torchvision_net.state_dict(), tmp_path / "weights.pth")
     return tmp_path / "weights.pth"
 
@@ -69,7 +69,7 @@ def test_imported_weights_give_the_same_outputs_if_the_means_are_equal(
 def test_an_imported_run_differs_only_at_the_border_and_can_be_evaluated(
     torchvision_net: torch.nn.Module, weights: Path, store: Path, tmp_path: Path
 ) -> None:
-    """conv1's outputs are equal at the inner 53 × 53 of 55 × 55 positions.
+    """The outputs of conv1 are equal at the inner 53 × 53 of the 55 × 55 positions.
 
     At the border, the imported network pads with the store's mean, and torchvision's network with ImageNet's mean.
     """
@@ -86,13 +86,16 @@ def test_an_imported_run_differs_only_at_the_border_and_can_be_evaluated(
         assert torch.allclose(
             actual, F.conv2d(normalize(filled), *torchvision_net.features[0].parameters(), stride=4), atol=2e-5
         )
-        assert (actual - expected).abs().max() > 0.01  # this store's mean is far from ImageNet's
+        assert (actual - expected).abs().max() > 0.01  # the mean of this store is far from the mean of ImageNet
     (result,) = json_lines("evaluate", tmp_path / "run", "--store", store, "--views", "dense")
     assert result["images"] == 12 and result["views"] == "dense"
 
 
 def test_an_imported_run_can_be_trained_further(weights: Path, store: Path, tmp_path: Path) -> None:
-    """`alextrain run` with the import's options resumes the run. The first loss is the imported network's loss."""
+    """`alextrain run` with the options of the import resumes the run.
+
+    The first loss is the loss of the imported network.
+    """
     args = ["--store", store, "--run-dir", tmp_path / "run", "--batch", 8, "--seed", 3, "--set", "dropout=0"]
     args += ["--set", "label_smoothing=0.1"]
     json_lines("import", weights, *args, "--set", "lr=0.001")

@@ -34,11 +34,15 @@ SMALL = replace(ALEXNET, widths=Widths(8, 8, 8, 8, 8, 12, 12))
 def test_top_k_misses_counts_labels_outside_the_top_one_and_the_top_five() -> None:
     scores = torch.tensor([[9.0, 8, 7, 6, 5, 4, 3], [1, 2, 3, 4, 5, 6, 7], [1, 2, 3, 4, 5, 6, 7]])
     assert top_k_misses(scores, torch.tensor([0, 2, 1])).tolist() == [2, 1]
-    assert top_k_misses(scores[:, :3], torch.tensor([0, 2, 1])).tolist() == [1, 0]  # three classes: no top-5 misses
+    # There are three classes, so there are no top-5 misses.
+    assert top_k_misses(scores[:, :3], torch.tensor([0, 2, 1])).tolist() == [1, 0]
 
 
 def test_of_equal_scores_the_lower_class_ranks_higher_and_nan_is_a_miss() -> None:
-    """torch.topk orders equal scores arbitrarily, so the error rates of a network with constant outputs would vary."""
+    """torch.topk orders equal scores arbitrarily.
+
+    With torch.topk, the error rates of a network with constant outputs would vary.
+    """
     labels = torch.tensor([0, 1, 4, 5, 9])
     assert top_k_misses(torch.zeros(5, 10), labels).tolist() == [4, 2]
     assert top_k_misses(torch.full((5, 10), torch.nan), labels).tolist() == [5, 5]
@@ -90,13 +94,17 @@ def test_error_rates_and_loss_equal_a_plain_count(stores: dict[str, Path], netwo
 def test_dense_evaluation_averages_the_softmax_over_the_windows_of_a_square(
     stores: dict[str, Path], network: AlexNet
 ) -> None:
-    """A square of 256 px has 4 windows. The batches have 5, 5 and 2 images, never as many images as windows."""
+    """A square of 256 px has 4 windows.
+
+    The batches have 5, 5 and 2 images, never as many images as there are windows.
+    """
     with eval_loader(stores["jpeg"], 5, views="square", augmentation=Augmentation(mean="image")) as loader:
         result = evaluate(network, loader, Progress(loader.records, "images"))
         with torch.no_grad():
             maps = [(network.eval().dense(images).double(), labels) for images, labels in loader]
     network.train()
-    logits, labels = (torch.cat(parts).numpy() for parts in zip(*maps, strict=True))  # logits: (12, 3, 2, 2)
+    # The logits have the shape (12, 3, 2, 2).
+    logits, labels = (torch.cat(parts).numpy() for parts in zip(*maps, strict=True))
     p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
     p = p.mean((2, 3))
     assert logits.shape == (12, 3, 2, 2) and np.abs(logits - logits[:, :, :1, :1]).max() > 0.01

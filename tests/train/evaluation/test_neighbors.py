@@ -1,4 +1,4 @@
-"""Tests of nearest neighbors against distances by NumPy, of the saved index, and of the command `search`."""
+"""Tests of nearest neighbors against distances that NumPy computes, of the saved index, and of the command `search`."""
 
 from __future__ import annotations
 
@@ -42,8 +42,9 @@ def test_an_index_is_built_once_for_each_checkpoint_size_and_precision(
     np.testing.assert_allclose(smaller.features, index.features[:7], rtol=1e-4, atol=1e-5)
     path.write_bytes(path.read_bytes()[:500])
     rebuilt = load_or_build_index(trained_run, network, checkpoint, opened, max_records=7)
-    assert len(rebuilt.features) == 7  # a damaged file is replaced
-    monkeypatch.setattr("train.evaluation.neighbors.iter_split_activations", None)  # a new index would raise TypeError
+    assert len(rebuilt.features) == 7  # the damaged file is replaced
+    # If a new index were computed, this would raise TypeError.
+    monkeypatch.setattr("train.evaluation.neighbors.iter_split_activations", None)
     loaded = load_or_build_index(trained_run, network, checkpoint, opened, max_records=7)
     assert all(np.array_equal(a, b) for a, b in zip(loaded, smaller, strict=True))
     with pytest.raises(TypeError):

@@ -26,7 +26,7 @@ from train.replicas.group import ALONE, ReplicaGroup
 
 
 def evaluate_part(store: Path, group: ReplicaGroup, batch_size: int, views: int) -> tuple[EvalResult, np.ndarray]:
-    """Evaluate a rank's part of the split val with a small random network; returns the result and stacked rows."""
+    """Evaluate the part of a rank in the split val with a small random network. Returns the result and stacked rows."""
     classes, generator = len(Store.open(store).classes), torch.Generator().manual_seed(4)
     network = AlexNet(classes, replace(SHORT, init="he"), ("cpu", "cpu"), SMALL_ALEXNET)
     with torch.no_grad():
@@ -55,7 +55,7 @@ def test_any_number_of_ranks_counts_every_image_once(
     for rank, outcome in enumerate(outcomes):
         assert not isinstance(outcome, BaseException), outcome
         result, rows = outcome
-        assert result == outcomes[0][0]  # the same bits on every rank
+        assert result == outcomes[0][0]  # every rank has the same bits
         assert result.misses == alone.misses and result.images == alone.images == images
         assert result.loss == pytest.approx(alone.loss, rel=1e-6)
         assert len(rows) == (0 if rank else images)

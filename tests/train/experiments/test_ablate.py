@@ -34,7 +34,7 @@ def small_runs(store: Path, out: Path, **options: Any) -> list[AblationRun]:
 
 
 def test_each_ablation_changes_one_part_of_the_recipe_or_the_network(tmp_path: Path) -> None:
-    """Compares each ablation with the baseline of the recipe `released`, which has every part that ablations remove."""
+    """Compares each ablation with the baseline of `released`, which has every part that an ablation removes."""
     runs = plan_runs(tmp_path, tmp_path, "released", gpus="cpu")
     assert [run.ablation for run in runs] == list(ABLATIONS)
     base = asdict(RELEASED)

@@ -1,4 +1,4 @@
-"""Tests of ensembles: a member has the bits of a run that was trained alone, also after kills, stops and failures."""
+"""Tests of ensembles: a member has the bits of a run that was trained alone, even after kills, stops and failures."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from train.trainer.loop import fit
 from train.trainer.training import Training
 from train.trainer.watchdog import Diverged
 
-SEED = 3  # the seed of small_config
+SEED = 3  # this is also the seed of small_config
 
 
 def ensemble_config(store: Path, folder: Path) -> RunConfig:
@@ -73,7 +73,7 @@ def test_members_have_the_bits_of_runs_trained_alone_from_a_stream_that_is_read_
     served, serve = [], TrainLoader._next
     monkeypatch.setattr(TrainLoader, "_next", lambda self: (served.append(self.step), serve(self))[1])
     folder = train_ensemble(members_of(stores["ppm"], tmp_path / "ensemble", 3))
-    assert len(served) == 6  # the steps of one run
+    assert len(served) == 6  # the batches of one run were served
     assert_members_equal(folder, alone)
     parameters = [checkpoint.load(folder / f"member-{k}").parameters["fc8.weight"] for k in (1, 2)]
     assert not torch.equal(*parameters)
@@ -91,7 +91,7 @@ def test_members_trained_one_at_a_time_have_the_same_bits_and_an_ensemble_can_ge
 def test_members_that_were_killed_at_different_steps_go_on_to_the_same_bits(
     stores: dict[str, Path], tmp_path: Path, alone: list[Path]
 ) -> None:
-    """Member 1 has the steps 1 to 3 and its validation is due, member 2 the steps 1 and 2, and member 3 has none."""
+    """Member 1 has steps 1 to 3, and its validation is due. Member 2 has steps 1 and 2, and member 3 has no steps."""
     killed, saves = KeyboardInterrupt(), []
     save = Training.save
 
@@ -168,7 +168,7 @@ def test_the_other_members_go_on_if_a_member_diverges(
 
 
 class RecordingView(ConsoleView):
-    """Keeps the lines that it would print."""
+    """A view that keeps the lines that it would print."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,5 +1,7 @@
-"""Tests of the AlexNet module: comparison with a network of grouped torch modules, shapes, joined parameters, crossing
-between columns, and dropout."""
+"""Tests of the AlexNet module: comparison with a network of grouped torch modules, shapes, joined parameters.
+
+Also tests of the crossing between columns, and of dropout.
+"""
 
 from __future__ import annotations
 
@@ -140,7 +142,8 @@ def test_the_table_of_layers_has_the_papers_shapes_and_parameters() -> None:
 
 def test_each_column_has_half_of_the_papers_weights() -> None:
     joined = AlexNet(1000, PAPER, ("meta", "meta")).parameters_by_joined_name()
-    assert [tuple(p.shape) for p in joined["conv2.weight"]] == [(128, 48, 5, 5)] * 2  # joined shape: (256, 48, 5, 5)
+    # The joined shape is (256, 48, 5, 5).
+    assert [tuple(p.shape) for p in joined["conv2.weight"]] == [(128, 48, 5, 5)] * 2
     assert [tuple(p.shape) for p in joined["conv3.weight"]] == [(192, 256, 3, 3)] * 2
     assert [tuple(p.shape) for p in joined["fc6.weight"]] == [(2048, 9216)] * 2
     assert [tuple(p.shape) for p in joined["fc8.weight"]] == [(1000, 4096)]

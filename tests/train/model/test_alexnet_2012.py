@@ -29,7 +29,7 @@ SMALL = replace(ALEXNET, widths=Widths(8, 12, 12, 16, 8, 20, 24))
 def test_section_3_5_neurons_of_each_layer() -> None:
     """The paper's numbers of neurons are 253,440 - 186,624 - 64,896 - 64,896 - 43,264 - 4096 - 4096 - 1000.
 
-    The number 253,440 for conv1 is wrong: it is 96 × 55 × 48, but 96 kernels at 55 × 55 positions are 290,400 neurons.
+    The number 253,440 for conv1 is wrong. It is 96 × 55 × 48, but 96 kernels at 55 × 55 positions make 290,400 neurons.
     With 253,440 or 290,400, the sum over all layers is near the paper's 650,000. The paper's number of inputs, 150,528,
     is right.
     """
@@ -40,7 +40,7 @@ def test_section_3_5_neurons_of_each_layer() -> None:
 
 
 def test_section_3_5_60_million_parameters_layer_by_layer() -> None:
-    """A convolution has maps × (side² × maps that its column reads + 1) parameters, with the side of the kernel."""
+    """A convolution has maps × (side² × maps that its column reads + 1) parameters; side is that of the kernel."""
     parameters = {row.layer: row.parameters for row in summarize(1000)}
     assert parameters == {
         "conv1": 96 * (11 * 11 * 3 + 1),
@@ -67,7 +67,7 @@ def test_section_3_2_the_network_on_one_gpu_has_half_the_kernels_and_about_as_ma
 def test_conv1_has_55_positions_on_224_px_and_the_last_covers_3_px_of_padding() -> None:
     """A kernel of ones on an image of ones counts the pixels under the kernel.
 
-    The kernel covers 11 rows of the image, but only 8 rows at the last position.
+    The kernel covers 11 rows of the image, but at the last position it covers only 8 rows.
     """
     model = AlexNet(3, PAPER, ("cpu", "cpu"), SMALL)
     with torch.no_grad():
@@ -96,11 +96,11 @@ BELOW = {layer: below for below, layer in pairwise(LAYERS)}
 def test_figure_2_units_are_connected_to_the_maps_that_the_figure_shows(
     layer: str, recipe: Recipe, crossing: bool
 ) -> None:
-    """The test finds connections from gradients of each unit with respect to each map below.
+    """To find connections, the test computes the gradient of each unit with respect to each map of the layer below.
 
     Every unit of conv2, conv4 and conv5 depends on all maps of its own column in the layer below, and on no map of the
-    other column. Units of conv3, fc6 and fc7 depend on the maps of both columns; without crossing, they depend only
-    on the maps of their own column. Units of fc8 depend on both columns in either case.
+    other column. Units of conv3, fc6 and fc7 depend on the maps of both columns. Without crossing, they depend only on
+    the maps of their own column. Units of fc8 depend on both columns, with and without crossing.
     """
     torch.manual_seed(0)
     recipe = replace(recipe, activation="tanh", init="he", input_divisor=64.0, dropout=0.0, crossing=crossing)
@@ -115,7 +115,7 @@ def test_figure_2_units_are_connected_to_the_maps_that_the_figure_shows(
     above = [logits] if layer == "fc8" else [outputs[layer, column] for column in (0, 1)]
     below = [outputs[BELOW[layer], column] for column in (0, 1)]
 
-    rows = []  # one row for each unit: whether the unit depends on each map of the layer below
+    rows = []  # one row for each unit, which says whether the unit depends on each map of the layer below
     for units in above:
         for unit in range(units.shape[1]):
             grads = torch.autograd.grad(units[:, unit].sum(), below, retain_graph=True, allow_unused=True)
@@ -130,7 +130,7 @@ def test_figure_2_units_are_connected_to_the_maps_that_the_figure_shows(
 
 
 class RecordedMoves(TorchFunctionMode):
-    """Records each function that moves a tensor between devices. Tensors moved from `meta` become zeros."""
+    """Records each function that moves a tensor between devices. Tensors that are moved from `meta` become zeros."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -223,7 +223,10 @@ def test_section_4_2_the_first_two_fully_connected_layers_have_dropout() -> None
 
 
 def test_both_columns_see_the_same_dropout_mask() -> None:
-    """In the authors' layers-145.cfg, units are copied after dropout, so both columns share one draw per unit."""
+    """In the authors' layers-145.cfg, units are copied after dropout.
+
+    Both columns therefore have the same draw for each unit.
+    """
     torch.manual_seed(5)
     model = AlexNet(5, replace(SHORT, dropout=0.5), ("cpu", "cpu"), SMALL)
     seen = []
@@ -234,11 +237,12 @@ def test_both_columns_see_the_same_dropout_mask() -> None:
 
 
 def trained_weights(scaled: bool, keep: float) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
-    """Train 6 steps; returns the parameters, and the logits of each step and of an evaluation.
+    """Train 6 steps, and return the parameters, and the logits of each step and of an evaluation.
 
     The evaluation follows the last step and uses the first batch.
 
-    scaled  whether dropout scales in training; if so, initialization, lr and weight decay of fc7 and fc8 are adapted
+    scaled  whether dropout scales in training; if so, initialization, learning rate and weight decay of fc7 and fc8 are
+            adapted
     keep    probability that a unit is kept
     """
     torch.manual_seed(6)
@@ -270,7 +274,10 @@ def trained_weights(scaled: bool, keep: float) -> tuple[dict[str, torch.Tensor],
 def test_inverted_dropout_equals_the_papers_with_init_times_keep_lr_times_keep2_decay_over_keep2(
     keep: float,
 ) -> None:
-    """Compares scaling in evaluation (the paper) with scaling in training (nn.Dropout). lr drops after 3 of 6 steps."""
+    """Compares scaling in evaluation (the paper) with scaling in training (nn.Dropout).
+
+    The learning rate drops after 3 of 6 steps.
+    """
     (plain, plain_logits), (scaled, scaled_logits) = trained_weights(False, keep), trained_weights(True, keep)
     for actual, expected in zip(scaled_logits, plain_logits, strict=True):
         assert expected.std() > 1e-3 and torch.allclose(actual, expected, rtol=1e-8, atol=1e-11)

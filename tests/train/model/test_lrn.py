@@ -26,7 +26,10 @@ def lrn_reference(a: Numbers, n: int, alpha: float, beta: float, k: float) -> Nu
 
 
 def gradient_reference(a: Numbers, grad: Numbers, n: int, alpha: float, beta: float, k: float) -> Numbers:
-    """The gradient of the input: for each input map, a sum over the output maps whose window contains the input map."""
+    """Return the gradient of the input.
+
+    For each input map, it is a sum over the output maps whose window contains this map.
+    """
     maps = a.shape[1]
     gradient = np.zeros_like(a)
     for i in range(maps):
@@ -39,7 +42,7 @@ def gradient_reference(a: Numbers, grad: Numbers, n: int, alpha: float, beta: fl
 
 
 def random_maps(count: int, *, last: bool = True, seed: int = 0) -> Tensor:
-    """Return float32 (2, count, 4, 5) with positive and negative values; channels last if `last`."""
+    """Return float32 (2, count, 4, 5) with positive and negative values. The channels are last if `last`."""
     x = torch.randn(2, count, 4, 5, generator=torch.Generator().manual_seed(count + seed)) * 30
     return x.contiguous(memory_format=torch.channels_last) if last else x
 
@@ -124,7 +127,7 @@ def test_any_memory_layout_gives_the_formula(implementation: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_16_bit_floats_are_computed_in_float32(dtype: torch.dtype) -> None:
-    """The sum of five squares of 200 overflows float16; the normalized result does not."""
+    """The sum of five squares of 200 overflows float16, but the normalized result does not."""
     x = (random_maps(12) * 7).to(dtype).requires_grad_()
     actual = local_response_norm(x, 5, 1e-4, 0.75, 2.0)
     expected = local_response_norm(x.double(), 5, 1e-4, 0.75, 2.0)

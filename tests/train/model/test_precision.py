@@ -28,12 +28,12 @@ from train.runs.run import Run
 from train.trainer.loop import fit
 from train.trainer.step import TrainingStep
 
-BF16_STEP = 2.0**-8  # the largest relative error of rounding to bfloat16
+BF16_STEP = 2.0**-8  # the largest relative error that rounding to bfloat16 causes
 
 
 @pytest.fixture(autouse=True)
 def switches() -> Iterator[None]:
-    """Restore torch's global precision switches after a test; use one thread, because the tensors are small."""
+    """Restore torch's global precision switches after a test. Use one thread, because the tensors are small."""
     matmul, conv, threads = torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.get_num_threads()
     before = matmul.fp32_precision, conv.fp32_precision
     torch.set_num_threads(1)
@@ -60,7 +60,7 @@ def test_logits_in_bfloat16_are_near_those_in_float32_but_not_equal(recipe: Reci
             rounded = model(images)
     assert exact.dtype == torch.float32 and rounded.dtype == torch.bfloat16
     error = float((rounded.float() - exact).norm() / exact.norm())
-    assert BF16_STEP / 16 < error < 8 * BF16_STEP  # each of eight layers rounds its output
+    assert BF16_STEP / 16 < error < 8 * BF16_STEP  # each of the eight layers rounds its output
 
 
 def test_a_step_in_bfloat16_keeps_parameters_gradients_velocities_and_loss_in_float32() -> None:
@@ -106,7 +106,7 @@ def test_gradient_of_normalization_of_bfloat16_is_rounded_once(norm) -> None:
 
 
 def test_a_small_network_learns_in_bfloat16() -> None:
-    """The network memorizes three images. At every step, the loss in bfloat16 is near the loss in float32."""
+    """The network memorizes three images. At every step, the loss in bfloat16 is close to the loss in float32."""
     images, labels, lines = random_images(3), torch.arange(3), []
     for precision in ("fp32", "bf16"):
         model = small(replace(SHORT, dropout=0.0, lr=0.02))

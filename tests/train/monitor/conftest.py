@@ -1,4 +1,4 @@
-"""Fixture `observed_run`: a training with its terminal output, and with its status while it ran."""
+"""Fixture `observed_run`: a training run with its terminal output, and with its status while it was running."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def observed_run(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Obser
         try:
             while part := os.read(terminal_fd, 65536):
                 output.append(part)
-        except OSError:  # EIO: `terminal` is closed
+        except OSError:  # EIO means that `terminal` is closed
             pass
 
     reader = threading.Thread(target=read_terminal, daemon=True)

@@ -15,7 +15,7 @@ _PARTS = re.compile(r"\x1b\[([0-9;?]*)([A-Za-z])|\r|\n|[^\x1b\r\n]+")
 
 
 def run_in_terminal(command: Sequence[str], columns: int, keys: Mapping[str, bytes]) -> tuple[int, list[str]]:
-    """Run a program in a terminal; returns its exit code, and the rows of the screen without blank rows.
+    """Run a program in a terminal. Returns its exit code, and the rows of the screen without blank rows.
 
     keys  bytes to type as soon as a text has been printed, for example {"ready": b"\\x03"} for Ctrl-C
     """
@@ -44,7 +44,10 @@ def run_in_terminal(command: Sequence[str], columns: int, keys: Mapping[str, byt
 
 
 def screen_rows(output: str, columns: int) -> list[str]:
-    """Return the rows of a terminal after `output`: text, line ends, moves of the cursor upwards, and erased lines."""
+    """Return the rows of a terminal after `output`.
+
+    The output has text, line ends, upward moves of the cursor, and erased lines.
+    """
     rows: dict[int, dict[int, str]] = {}
     y = x = 0
     for part in _PARTS.finditer(output):

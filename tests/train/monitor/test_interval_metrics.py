@@ -30,7 +30,10 @@ def test_weight_norms_equal_those_of_numpy_on_the_checkpoint(observed_run: Obser
 
 
 def test_gradient_norms_equal_those_solved_from_two_checkpoints(observed_run: ObservedRun) -> None:
-    """Solve v' = momentum · v − decay · lr · w − lr · g for g in float64. v and w are from step 8, v' from step 9."""
+    """Solve v' = momentum · v − decay · lr · w − lr · g for g in float64.
+
+    v and w are from step 8, and v' is from step 9.
+    """
     before, after = (torch.load(path, weights_only=True) for path in checkpoint.checkpoint_paths(observed_run.run_dir))
     last = [line for line in read_metrics(observed_run.run_dir) if line["kind"] == "train"][-1]
     assert (before["step"], after["step"], last["step"]) == (8, 9, 9)
@@ -63,7 +66,7 @@ def test_the_norm_of_a_large_layer_is_as_exact_as_in_float64() -> None:
 def test_memory_mb_is_the_peak_of_the_process(observed_run: ObservedRun) -> None:
     peaks_mb = [line["memory_mb"] for line in read_metrics(observed_run.run_dir) if line["kind"] == "train"]
     peak_now_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1.024e-3
-    # Linux updates memory counters with a delay, hence the tolerances
+    # Linux updates memory counters with a delay, so there are tolerances
     assert 50 < peaks_mb[0] <= 1.02 * peaks_mb[-1] <= 1.05 * peak_now_mb
 
 

@@ -29,7 +29,7 @@ def test_a_terminal_shows_a_run_and_its_cursor_is_restored(observed_run: Observe
     cursor_hidden, first_validation = output.rindex("\x1b[?25l"), output.index("centre view")
     # The cursor is shown again before the first validation, not only at the end of the run.
     assert cursor_hidden < output.index("\x1b[?25h") < first_validation
-    assert "epoch   0.33" not in output  # no plain lines are printed besides the live view
+    assert "epoch   0.33" not in output  # besides the live view, no plain lines are printed
 
 
 def test_the_live_view_shows_curves_rates_memory_and_the_time_left() -> None:
@@ -45,7 +45,7 @@ def test_the_live_view_shows_curves_rates_memory_and_the_time_left() -> None:
     console.print(live)
     text = console.export_text()
     assert "12 of 100" in text and "1.20" in text and "0.250" in text
-    assert "44 s left" in text  # 88 steps of 8 images at 16 images a second
+    assert "44 s left" in text  # 88 steps of 8 images take 44 s at 16 images a second
     assert "lr 0.01   16.0 images/s   waits for stream 10.0%" in text
     assert "memory 1.2 GB, GPU 2.5 GB, GPU 700.0 MB" in text
     assert "validation at epoch 2: top-1 error 62.5%, top-5 error 25.0%; best top-1 error 50.0% at epoch 1" in text

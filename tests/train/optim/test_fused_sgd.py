@@ -1,4 +1,7 @@
-"""Tests of the fused parameter update: same bits as torch's private kernel, nearly the same values in the fallback."""
+"""Tests of the fused parameter update.
+
+It has the same bits as torch's private kernel, and nearly the same values in the fallback.
+"""
 
 from __future__ import annotations
 
@@ -87,7 +90,10 @@ def renamed(*args: object, **kwargs: object) -> None:
 
 
 def without_lr(weights: list[Tensor], gradients: list[Tensor], velocities: list[Tensor], **kwargs: object) -> None:
-    """Replaces torch's kernel by a kernel that ignores a negative learning rate, as a later torch might."""
+    """Replaces torch's kernel by a kernel that ignores a negative learning rate.
+
+    A later version of torch might do this.
+    """
     for velocity in velocities:
         velocity.mul_(0.5)
 
@@ -116,7 +122,7 @@ def test_a_torch_without_the_private_kernel_gives_nearly_the_same_values(monkeyp
 
 
 def test_other_devices_and_a_momentum_of_zero_are_updated_by_operators() -> None:
-    """torch's kernel does not update the velocity if momentum is 0."""
+    """If momentum is 0, torch's kernel does not update the velocity."""
     assert not fused_sgd.fused_update_works(torch.device("meta"), torch.float32)
     assert_close(fused_result(momentum=0.0), rule_result(momentum=0.0))
 

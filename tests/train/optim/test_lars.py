@@ -21,7 +21,7 @@ from train.optim.rate_tensor_update import RateTensorUpdate, Trio
 from train.optim.schedule import Schedule
 
 TRUST, MOMENTUM, DECAY = 0.02, 0.9, 0.05
-SHAPES = ((6, 5, 3, 3), (100, 700), (90,), (7,))  # the second needs two blocks of the C kernel
+SHAPES = ((6, 5, 3, 3), (100, 700), (90,), (7,))  # the second tensor needs two blocks of the C kernel
 WARMUP = replace(
     LARGE, lr=4.0, lr_batch=64, epochs=20, schedule=Polynomial(warmup_epochs=5, start=0.1, power=2, end=1e-6)
 )
@@ -30,7 +30,10 @@ WARMUP = replace(
 def formula(
     weights: Sequence[np.ndarray], gradients: Sequence[Sequence[np.ndarray]], rates: Sequence[float]
 ) -> list[np.ndarray]:
-    """Return the weights after algorithm 1 of the paper, with its sign of v. The last two tensors have no decay."""
+    """Return the weights after algorithm 1 of the paper, with the paper's sign of v.
+
+    The last two tensors have no decay.
+    """
     after = []
     for index, start in enumerate(weights):
         w, v, beta = start.astype(np.float64), np.zeros(start.shape), DECAY if index < 2 else 0.0
@@ -87,7 +90,8 @@ def test_the_update_is_the_formula_of_the_paper(steps: int, kind: str, monkeypat
     elif kernels.native is None:
         pytest.skip("the C kernels are not compiled")
     schedule = Schedule(WARMUP, batch_size=32)
-    steps = min(steps, 3) if kind == "rate tensor in Triton" else steps  # Triton's interpreter is slow
+    # There are fewer steps, because Triton's interpreter is slow.
+    steps = min(steps, 3) if kind == "rate tensor in Triton" else steps
     weights, gradients = example(steps, np.float64 if kind == "float64" else np.float32)
     rates = [schedule.learning_rates(epoch)[0] for epoch in np.arange(steps) * 0.5]
 
@@ -149,7 +153,7 @@ def test_two_columns_are_updated_like_the_joined_layers() -> None:
         LocalRates(LARGE.lars_trust, [[p] for p in joined.values()]),
     )
     for step in range(3):
-        factor = {name: torch.linspace(1, 3 + step, len(g)) for name, g in gradients.items()}  # the halves differ
+        factor = {name: torch.linspace(1, 3 + step, len(g)) for name, g in gradients.items()}  # the two halves differ
         scaled = {name: (g.movedim(0, -1) * factor[name]).movedim(-1, 0) for name, g in gradients.items()}
         scaled = {name: channels_last(g) for name, g in scaled.items()}
         for parameter in network.parameters():

@@ -66,7 +66,10 @@ def test_a_cosine_with_warm_up_follows_its_formula() -> None:
 
 
 def test_a_polynomial_with_warm_up_follows_its_formula() -> None:
-    """As in the authors' code, the decay counts from the first step, so the rate drops a little after the warm-up."""
+    """As in the authors' code, the decay counts from the first step.
+
+    The rate therefore drops a little after the warm-up.
+    """
     recipe = replace(LARGE, lr=8.0, epochs=50, schedule=Polynomial(warmup_epochs=5, start=0.1, power=2, end=1e-4))
     schedule, epochs = Schedule(recipe), np.linspace(0, 60, 241)
     rates = np.array([schedule.learning_rates(epoch)[0] for epoch in epochs])
@@ -109,7 +112,7 @@ def test_a_rate_of_zero_for_conv1_gives_it_no_gradient_and_no_update() -> None:
     optimizer, schedule = make_optimizer(model, recipe), Schedule(recipe)
     schedule.apply(optimizer, 1)
     model(torch.randn(2, 3, 224, 224)).square().sum().backward()
-    conv1 = list(model.columns[0].conv1.parameters())  # weights and biases: both are frozen
+    conv1 = list(model.columns[0].conv1.parameters())  # both the weights and the biases are frozen
     assert all(p.grad is None for p in conv1) and model.columns[1].conv2.weight.grad is not None
     before = [p.detach().clone() for p in conv1]
     optimizer.step()
@@ -117,7 +120,7 @@ def test_a_rate_of_zero_for_conv1_gives_it_no_gradient_and_no_update() -> None:
 
 
 def test_biases_have_a_multiple_of_the_rate_or_a_rate_of_their_own() -> None:
-    """The rate of biases is twice lr in Caffe, lr in the paper, and a constant in the released code."""
+    """The learning rate of biases is twice lr in Caffe, lr in the paper, and a constant in the released code."""
     for recipe, bias_rate in ((CAFFE, lambda lr: 2 * lr), (PAPER, lambda lr: lr), (RELEASED, lambda lr: 0.02)):
         model = AlexNet(3, recipe, ("cpu", "cpu"), SMALL)
         optimizer, schedule = make_optimizer(model, recipe), Schedule(recipe)
@@ -129,7 +132,7 @@ def test_biases_have_a_multiple_of_the_rate_or_a_rate_of_their_own() -> None:
 
 
 def test_the_rate_of_every_recipe_is_above_zero_at_each_of_its_epochs() -> None:
-    """A recipe with a learning rate of 0 in an epoch would train nothing in that epoch."""
+    """If a recipe had a learning rate of 0 in an epoch, the epoch would train nothing."""
     for recipe in RECIPES.values():
         schedule = Schedule(recipe)
         assert all(schedule.learning_rates(epoch / 2)[0] > 0 for epoch in range(2 * recipe.epochs + 2)), recipe.name

@@ -34,7 +34,10 @@ from train.report.compare import (
 def write_run(
     folder: Path, recipe: Recipe = SHORT, model: Architecture = ALEXNET, errors: tuple[float, ...] = (), **settings: Any
 ) -> Path:
-    """Write run.json and metrics.jsonl of a run with one validation for each of `errors`; returns the run's folder."""
+    """Write run.json and metrics.jsonl of a run, and return the run folder.
+
+    The run has one validation for each of `errors`.
+    """
     folder.mkdir(parents=True)
     description = {
         "identity": {

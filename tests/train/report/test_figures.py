@@ -25,7 +25,7 @@ WITH_STORE = sorted([*WITHOUT_STORE, "guesses", "nearest", "feature-maps", "clas
 
 
 def run_command(*args: object, code: int = 0) -> tuple[list[str], str]:
-    """Run `alextrain figures`; returns the lines of standard error, and standard output."""
+    """Run `alextrain figures`, and return the lines of standard error and the standard output."""
     result = CliRunner().invoke(main, ["figures", *map(str, args)])
     assert result.exit_code == code, result.output
     return result.stderr.splitlines(), result.stdout
@@ -75,7 +75,7 @@ def test_a_figure_has_the_same_bytes_each_time_and_ignores_an_incomplete_line(
 ) -> None:
     lines = read_metrics(trained_run)
     with open(trained_run / "metrics.jsonl", "a") as file:
-        file.write('{"kind": "val", "st')  # a line that a run in progress has not finished
+        file.write('{"kind": "val", "st')  # this line is not complete, because the run is still writing it
     draw, size_inches = with_caption(
         lambda figure: draw_learning_curve(figure, lines, 3),
         LEARNING_CURVE_INCHES,

@@ -131,7 +131,10 @@ def test_an_imported_network_without_metrics_has_a_report_with_its_evaluations(t
 
 
 def browser() -> str | None:
-    """Path of Chromium from the variable CHROMIUM, from PATH or from Playwright's cache; None if all three lack it."""
+    """Return the path of Chromium; None if there is no Chromium.
+
+    The path is from the variable CHROMIUM, from PATH or from Playwright's cache.
+    """
     named = [os.environ.get("CHROMIUM"), *map(shutil.which, _BROWSERS)]
     cached = Path.home().glob(".cache/ms-playwright/chromium*/*/*")
     named += [str(path) for path in cached if path.name in ("chrome", "headless_shell", "chrome-headless-shell")]

@@ -96,7 +96,7 @@ def test_the_confusion_matrix_counts_classes_by_predicted_class() -> None:
     figure = Figure()
     draw_class_errors(figure, confusion, "abcd")
     (bars,) = figure.axes
-    assert [bar.get_height() for bar in bars.patches] == pytest.approx([200 / 3, 50, 0])  # d has no image
+    assert [bar.get_height() for bar in bars.patches] == pytest.approx([200 / 3, 50, 0])  # the class d has no image
     assert [text.get_text() for text in bars.texts] == ["2", "1", "0"]
     figure = Figure()
     draw_confusion_matrix(figure, confusion, "abcd")

@@ -78,7 +78,7 @@ def test_every_flipped_bit_and_every_cut_is_detected(uninterrupted_run: Path, tm
 
 
 def test_loading_a_checkpoint_executes_no_code(tmp_path: Path) -> None:
-    """torch.load with weights_only refuses a pickle that would create a folder. The file counts as unreadable."""
+    """torch.load with weights_only refuses a pickle that would create a folder. Such a file counts as unreadable."""
 
     class MakesFolder:
         def __reduce__(self):
@@ -151,7 +151,7 @@ def test_torn_checkpoints_are_not_counted_among_those_to_keep(stores: dict[str, 
 def test_an_intact_checkpoint_with_a_temporary_read_error_does_not_count_as_damaged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str, error: Exception, message: str
 ) -> None:
-    """A run removes damaged checkpoints. A temporary read error must not make a run remove an intact checkpoint."""
+    """A run removes unreadable checkpoints. A temporary read error must not make a run remove an intact checkpoint."""
 
     def fail(*args: object, **options: object) -> None:
         raise error
@@ -202,14 +202,14 @@ def test_the_newest_checkpoints_and_the_best_are_kept(stores: dict[str, Path], t
     run_dir = fit(Run.open(small_config(stores["ppm"], tmp_path / "run", keep=keep, epochs=4)))
     assert steps_of(run_dir) == [9, 10, 12][-keep:]
     errors = {line["step"]: line["top1_error"] for line in metrics_without_clock(run_dir) if line["kind"] == "val"}
-    best = min(errors, key=errors.__getitem__)  # min takes the first of several checkpoints with equal errors
+    best = min(errors, key=errors.__getitem__)  # of several checkpoints with equal errors, min returns the first
     for state in (checkpoint.load(run_dir, "best"), load_trained(run_dir, ("cpu", "cpu"), "best").checkpoint):
         assert state.step == best
     assert checkpoint.load(run_dir).best == {"step": best, "top1_error": errors[best]}
     assert checkpoint.load(run_dir, str(run_dir / BEST)).step == best
     assert checkpoint.load(run_dir, "checkpoint-00000012.pt").step == 12
     (run_dir / "run.json").unlink()
-    network, state = load_trained(run_dir / BEST, ("cpu", "cpu"))  # best.pt needs no other file
+    network, state = load_trained(run_dir / BEST, ("cpu", "cpu"))  # no other file is needed to use best.pt
     assert network.architecture == SMALL_ALEXNET and state.step == best and len(state.classes) == 3
 
 

@@ -1,4 +1,7 @@
-"""`alextrain run` continues a run with its own settings, forks inherit them, and runs find their training store."""
+"""`alextrain run` continues a run with its own settings.
+
+Forks inherit the settings, and runs find their training store.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +50,7 @@ def own_run(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run_dir(own_run: Path, tmp_path: Path) -> Path:
-    """A copy of `own_run`, whose store is the original one."""
+    """A copy of `own_run` that has the store of the original."""
     return Path(shutil.copytree(own_run, tmp_path / "copy"))
 
 
@@ -109,7 +112,7 @@ def test_a_fork_inherits_the_settings_and_lists_the_differences_before_the_train
 def test_another_recipe_brings_its_batch_size_and_epochs(run_dir: Path, tmp_path: Path) -> None:
     command = ["run", "--run-dir", run_dir, "--fork", tmp_path / "fork", "--dry-run"]
     refused = alextrain(*command, "--recipe", "modern")
-    assert refused.exit_code == 2 and "--batch 512: " in refused.stderr  # the batch size of `modern`
+    assert refused.exit_code == 2 and "--batch 512: " in refused.stderr  # this is the batch size of `modern`
     (answer,) = json_lines(*command, "--recipe", "modern", "--batch", "6")
     assert answer["batch_size"] == 6 and answer["recipe"] == "modern"
 
@@ -125,11 +128,11 @@ def test_a_run_finds_its_store_from_any_folder_and_after_a_move(
     assert answer["images"] == 12
     moved = Path(shutil.copytree(project, tmp_path / "moved"))
     description = json.loads((moved / "runs/a/run.json").read_text())
-    description["settings"]["store_absolute"] = "/nowhere/store"  # as after a move of the project
+    description["settings"]["store_absolute"] = "/nowhere/store"  # the path is wrong, as after a move of the project
     (moved / "runs/a/run.json").write_text(json.dumps(description))
     found = training_store(moved / "runs/a", read_description(moved / "runs/a"))
     assert found is not None and found.root == moved / "store"
-    del description["settings"]["store_absolute"]  # as version 0.1.0 wrote the file
+    del description["settings"]["store_absolute"]  # version 0.1.0 wrote the file without this field
     (moved / "runs/a/run.json").write_text(json.dumps(description))
     (shape,) = json_lines("features", moved / "runs/a", "--layer", "fc8", "--gpus", "cpu")
     assert shape["out"] == str(moved / "runs/a/features-fc8-val.npy") and shape["shape"] == [12, 3]
@@ -158,7 +161,8 @@ def test_recipes_of_older_runs_divide_no_evaluation_image() -> None:
     read = recipe_from_json(old)
     assert read.augmentation == RELEASED.augmentation and recipe_values(read) == recipe_values(RELEASED)
     for recipe in RECIPES.values():
-        assert "eval_divisor" not in recipe_values(recipe)["augmentation"]  # as in the identities of older runs
+        # The identities of older runs lack this field, too.
+        assert "eval_divisor" not in recipe_values(recipe)["augmentation"]
     divided = replace(SHORT, augmentation=replace(SHORT.augmentation, divisor=2.0))
     assert recipe_values(divided)["augmentation"]["eval_divisor"] == 2.0
     old["augmentation"]["divisor"] = 2.0

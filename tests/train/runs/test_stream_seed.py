@@ -121,7 +121,7 @@ def test_a_fork_can_change_the_stream_seed_and_records_it(
 
 
 def test_a_run_that_was_created_with_a_stream_seed_is_trained_with_it(stores: dict[str, Path], tmp_path: Path) -> None:
-    """`alextrain import` creates a run with create_run. The loop refuses a stream state with another seed."""
+    """`alextrain import` also creates a run, with create_run. The loop refuses a stream state with another seed."""
     config = small_config(stores["ppm"], tmp_path / "run", stream_seed=STREAM_SEED, steps=1)
     create_run(Run.open(config), AlexNet(3, config.recipe, ("cpu", "cpu"), config.model))
     fit(Run.open(config))

@@ -28,7 +28,7 @@ _PORTS = ("metrics_agent_port", "metrics_export_port", "runtime_env_agent_port",
 
 
 class Service:
-    """A service with one worker for one store. Each method connects to the cluster, and disconnects afterwards."""
+    """A service with one worker for one store. Each method connects to the cluster, and disconnects at the end."""
 
     def __init__(self, store: Path, address: str, name: str) -> None:
         self.store, self.address, self.name = store, address, name
@@ -36,7 +36,7 @@ class Service:
 
     @property
     def option(self) -> str:
-        """The value of --service."""
+        """The value for --service."""
         return f"{self.name}@{self.address}"
 
     def start(self) -> None:
@@ -64,11 +64,11 @@ class Service:
 @pytest.fixture(scope="package")
 def cluster_address() -> Iterator[str]:
     """The address HOST:PORT of a cluster with one node."""
-    ray_module()  # sets environment variables that Ray reads when it is imported
+    ray_module()  # this call sets environment variables that Ray reads when it is imported
     from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
     from ray.cluster_utils import Cluster
 
-    # The node and the runs must agree whether a token is used. The node and the runs use a token if this machine has
+    # Either the node and the runs all use a token, or none does. The node and the runs use a token if this machine has
     # one.
     maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -83,14 +83,17 @@ def cluster_address() -> Iterator[str]:
 
 
 def started_cluster(cluster_class: Any) -> Any:
-    """Start a cluster with a head node. If the node needs longer than Ray waits, on a busy machine, try again."""
+    """Start a cluster with a head node.
+
+    If the node needs longer than Ray waits, as on a busy machine, the start is tried again.
+    """
     node = {"num_cpus": 2, "object_store_memory": 150_000_000, "include_dashboard": False}
     for attempts_left in reversed(range(4)):
         cluster = cluster_class()
         try:
             cluster.add_node(**node, **dict(zip(_PORTS, free_ports(len(_PORTS)), strict=True)))
             return cluster
-        except Exception:  # Ray raises a plain Exception
+        except Exception:  # Ray raises a plain Exception in this case
             cluster.shutdown()
             if not attempts_left:
                 raise
@@ -117,7 +120,7 @@ def service(cluster_address: str, stores: dict[str, Path]) -> Service:
 
 @pytest.fixture(scope="package")
 def store_without_records(stores: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the JPEG store without its shards. A loader cannot read any record of this store itself."""
+    """A copy of the JPEG store without its shards. A loader cannot itself read any record of this store."""
     folder = tmp_path_factory.mktemp("without-records") / "store"
     return Path(shutil.copytree(stores["jpeg"], folder, ignore=shutil.ignore_patterns("[0-9][0-9][0-9][0-9][0-9]")))
 

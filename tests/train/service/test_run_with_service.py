@@ -77,7 +77,7 @@ def test_a_run_whose_service_is_lost_goes_on_with_the_local_store(
     capsys: pytest.CaptureFixture[str],
     when: str,
 ) -> None:
-    """If the service is lost in the first epoch, the run later opens its second training stream without it."""
+    """If the service is lost in the first epoch, the run later opens its second training stream without the service."""
     after_step(1 if when == "in the first epoch" else 7, service.stop)
     options = {"service": service.option, "service_fallback": "local"}
     fit(Run.open(config_with_two_streams(stores["jpeg"], tmp_path / "run", **options)))
@@ -91,7 +91,10 @@ def test_a_run_whose_service_is_lost_goes_on_with_the_local_store(
 def test_a_run_without_a_fallback_stops_with_a_log_line_and_a_checkpoint_of_its_last_step_and_resumes(
     stores: dict[str, Path], service: Service, tmp_path: Path, after_step: Any
 ) -> None:
-    """An epoch has 15 steps and one log line. The service stops after step 1, when a few batches are read ahead."""
+    """An epoch has 15 steps and one log line.
+
+    The service is stopped after step 1, when a few batches have been read ahead.
+    """
     changes = {"batch_size": 2, "epochs": 1, "log_every": 100, "checkpoint_every": 100}
     fit(Run.open(small_config(stores["jpeg"], tmp_path / "local", **changes)))
     config = small_config(stores["jpeg"], tmp_path / "run", service=service.option, **changes)
@@ -150,7 +153,7 @@ def test_the_command_ends_with_one_line_and_exit_code_1_if_the_service_is_lost_o
 def test_a_signal_during_a_run_with_a_service_leaves_a_checkpoint(
     stores: dict[str, Path], lasting_service: Service, tmp_path: Path, after_step: Any, signum: int, step: int
 ) -> None:
-    """Step 7 belongs to the second training stream, which is opened after the handlers of the run are installed."""
+    """Step 7 belongs to the second training stream, which is opened after the run has installed its signal handlers."""
     after_step(step, lambda: os.kill(os.getpid(), signum))
     config = config_with_two_streams(stores["jpeg"], tmp_path / "run", service=lasting_service.option)
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]

@@ -1,4 +1,4 @@
-"""Tests of forks: the state taken from another run's checkpoint, the settings that may change, and refused forks."""
+"""Tests of forks: the state from the checkpoint of another run, the settings that may change, and refused forks."""
 
 from __future__ import annotations
 
@@ -51,7 +51,10 @@ def four_steps(stores: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
 
 @pytest.fixture
 def origin(four_steps: Path, tmp_path: Path) -> Path:
-    """A copy of `four_steps`. According to the copy's checkpoint, the schedule has already lowered the rate twice."""
+    """A copy of `four_steps`.
+
+    According to the checkpoint of the copy, the schedule has already lowered the learning rate twice.
+    """
     run_dir = Path(shutil.copytree(four_steps, tmp_path / "run"))
     state = checkpoint.load(run_dir)
     checkpoint.write(run_dir, replace(state, schedule={**state.schedule, "drops": 2}))
@@ -60,7 +63,7 @@ def origin(four_steps: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def changed(stores: dict[str, Path], origin: Path) -> RunConfig:
-    """The configuration of `origin` with half the batch, another seed, another dropout and a constant rate."""
+    """The configuration of `origin` with half the batch, another seed, another dropout and a constant learning rate."""
     recipe = replace(SHORT, dropout=0.25, schedule=())
     return small_config(stores["ppm"], origin, batch_size=4, seed=5, recipe=recipe)
 
@@ -78,8 +81,8 @@ def test_a_fork_with_other_settings_begins_at_the_same_fraction_of_the_epoch_and
     origin: Path, changed: RunConfig, tmp_path: Path
 ) -> None:
     forked = fork(Run.open(changed), tmp_path / "fork")
-    # The origin has 3 steps per epoch, and made 4 steps: 1 1/3 epochs. The fork has 7 steps per epoch, and begins after
-    # step 9.
+    # The origin has 3 steps per epoch, and has made 4 steps, which are 1 1/3 epochs. The fork has 7 steps per epoch,
+    # and begins after step 9.
     assert checkpoint.load(forked.run_dir).step == 9
     fit(Run.open(replace(forked.config, steps=12)))
     fit(fork(Run.open(changed), tmp_path / "fork"))  # running the same command again continues the fork

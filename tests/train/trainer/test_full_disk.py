@@ -1,4 +1,7 @@
-"""Tests of training on a disk that is full for some steps, or until the end, simulated by a limit on file sizes."""
+"""Tests of training on a disk that is full for some steps, or until the end.
+
+A limit on file sizes simulates the full disk.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ from train.runs.checkpoint import checkpoint_paths
 from train.runs.run import Run
 from train.trainer.loop import fit
 
-LESS_THAN_A_CHECKPOINT = 60_000  # maximum size of a file, in bytes
+LESS_THAN_A_CHECKPOINT = 60_000  # largest size of a file, in bytes
 
 
 def test_a_run_trains_on_while_the_disk_is_full_and_has_the_same_result(
@@ -29,9 +32,9 @@ def test_a_run_trains_on_while_the_disk_is_full_and_has_the_same_result(
     capsys: pytest.CaptureFixture[str],
     limit_file_size: LimitFileSize,
 ) -> None:
-    """From step 3 to step 5, a file may exceed the size of metrics.jsonl by 30 bytes.
+    """From step 3 to step 5, no file may exceed the size of metrics.jsonl by more than 30 bytes.
 
-    No line and no checkpoint fits.
+    Neither a line nor a checkpoint fits within this limit.
     """
     run_dir, log_line = tmp_path / "run", MetricsLog.train
 

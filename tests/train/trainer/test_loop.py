@@ -45,7 +45,10 @@ def test_a_run_ended_by_steps_resumes_with_more_steps_to_the_same_bits(
 
 
 def test_a_run_with_lars_resumes_to_the_same_bits(stores: dict[str, Path], tmp_path: Path) -> None:
-    """The checkpoint is in the warm-up. The learning rate is proportional to the batch: 8 of lr_batch 16."""
+    """The checkpoint is from the warm-up.
+
+    The learning rate is proportional to the batch size, which is 8; lr_batch is 16.
+    """
     schedule = Polynomial(warmup_epochs=2, start=0.1, power=2, end=1e-6)
     recipe = replace(LARGE, lr=20.0, lr_batch=16, epochs=3, schedule=schedule)
     whole, parts = (small_config(stores["ppm"], tmp_path / name, recipe=recipe) for name in ("whole", "parts"))
@@ -89,7 +92,10 @@ def test_a_small_network_memorizes_30_training_images(stores: dict[str, Path], t
 def test_a_plateau_reduces_the_rate_and_ends_a_run_also_after_resuming(
     stores: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The error does not improve: the rate drops after the second validation, and the run ends after the third."""
+    """The error does not improve.
+
+    The learning rate drops after the second validation, and the run ends after the third.
+    """
     monkeypatch.setattr("train.trainer.training.evaluate", lambda *args, **keywords: EvalResult(0.5, 0.25, 2.0, 12))
     recipe = replace(SHORT, schedule=Plateau(factor=0.5, patience_epochs=1, drops=1))
     config = small_config(stores["ppm"], tmp_path / "a", recipe=recipe, epochs=5)
@@ -106,7 +112,10 @@ def test_a_plateau_reduces_the_rate_and_ends_a_run_also_after_resuming(
 def test_another_architecture_with_overridden_recipe_fields_trains_resumes_and_is_loaded(
     stores: dict[str, Path], tmp_path: Path
 ) -> None:
-    """Trains one column with tanh and pooling without overlap. run.json lists both settings; a resume requires them."""
+    """Trains one column with tanh and pooling without overlap.
+
+    run.json has both settings, and a resumed run needs them.
+    """
     half = replace(HALF, widths=Widths(6, 7, 8, 8, 8, 16, 16))
     recipe = apply_overrides(replace(SHORT, schedule=()), ["activation=tanh", "pool_px=2", "dropout=0.5"])
     config = small_config(stores["jpeg"], tmp_path / "a", recipe=recipe, model=half, epochs=2)
@@ -147,7 +156,7 @@ def test_label_smoothing_and_a_cosine_with_warm_up_follow_their_formulas(
 def test_both_streams_are_closed_when_a_run_ends(
     stores: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, outcome: str
 ) -> None:
-    """The training stream and the validation stream are closed, even if a traceback still refers to the streams."""
+    """The training stream and the validation stream are closed, even if a traceback still refers to them."""
     loaders: list[TrainLoader | EvalLoader] = []
     for loader_class in (TrainLoader, EvalLoader):
         start = loader_class._start

@@ -1,4 +1,7 @@
-"""Tests of out-of-memory errors of the CPU, a GPU, the driver and cuBLAS: the message advises options to use."""
+"""Tests of out-of-memory errors of the CPU, a GPU, the driver and cuBLAS.
+
+The message names options that need less memory.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ def raise_untyped(message: str) -> None:
 
 
 RUN_OUT_OF_MEMORY = {
-    "CPU": lambda: torch.empty(1 << 48),  # a real error of torch's allocator
+    "CPU": lambda: torch.empty(1 << 48),  # this causes a real error of torch's allocator
     "GPU": raise_out_of_memory,
     "driver": lambda: raise_untyped("CUDA error: out of memory\nCUDA kernel errors might be reported later"),
     "cuBLAS": lambda: raise_untyped("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),

@@ -27,7 +27,10 @@ RECIPE = replace(PAPER, init_std=dict.fromkeys(PAPER.init_std, 0.05))
 
 
 class Recorder(TorchDispatchMode):
-    """Records each operator with its tensors and Python numbers. Copies tensors that are older than the recording."""
+    """Records each operator with its tensors and Python numbers.
+
+    Also copies tensors that are older than the recording.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -45,7 +48,7 @@ class Recorder(TorchDispatchMode):
         return output
 
     def undo(self) -> None:
-        """Give all tensors that existed before the recording their former values."""
+        """Restore the former values of all tensors that existed before the recording."""
         for storage, value in self._before:
             storage.copy_(value)
 
@@ -102,7 +105,7 @@ def train(
     change: Callable[[int, AlexNet, Any], None] = lambda index, network, optimizer: None,
     recipe: Recipe = RECIPE,
 ) -> tuple[dict[str, Tensor], list[Counts]]:
-    """Train a small network; returns its parameters, and the counts of each step."""
+    """Train a small network. Returns its parameters, and the counts of each step."""
     torch.manual_seed(0)
     network = AlexNet(5, recipe, architecture=SMALL_ALEXNET)
     optimizer = make_optimizer(network, recipe)
@@ -166,7 +169,7 @@ def test_a_frozen_layer_is_recorded_anew_and_stays_unchanged() -> None:
 
 
 def test_another_batch_size_is_recorded_anew() -> None:
-    """A batch size is recorded anew after steps of another size, which have replaced the recorded gradients."""
+    """After steps of another batch size, which have replaced the recorded gradients, the step is recorded again."""
     sizes = (4, 4, 4, 4, 4, 2, 2, 2, 2, 4, 4, 4, 4)
     graph = RecordedGraph()
     assert_equal_training(train(graph, batches(sizes)), train(None, batches(sizes)))
@@ -174,7 +177,7 @@ def test_another_batch_size_is_recorded_anew() -> None:
 
 
 def test_training_continues_without_a_graph_if_a_step_cannot_be_recorded(capsys: pytest.CaptureFixture[str]) -> None:
-    """A recording that fails has run no kernel. The learning rate still changes after the failure."""
+    """If a recording fails, no kernel has run. The learning rate still changes after the failure."""
 
     class FailingGraph(RecordedGraph):
         def record(self, work: Callable[[], None]) -> None:

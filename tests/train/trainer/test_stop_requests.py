@@ -67,7 +67,10 @@ def test_a_signal_during_a_validation_stops_at_once_and_the_resumed_run_validate
 
 
 def test_a_signal_just_before_a_validation_stops_before_it_begins() -> None:
-    """The signal arrives after the loop's check and before the validation. Validations of ImageNet take minutes."""
+    """The signal arrives after the check in the loop, and before the validation.
+
+    Validations of ImageNet take minutes.
+    """
     with stop_requests() as stop:
         os.kill(os.getpid(), signal.SIGTERM)
         with pytest.raises(Terminated), stop.raised_at_once():
@@ -91,7 +94,7 @@ def test_a_signal_that_interrupts_a_blocked_print_is_counted(monkeypatch: pytest
 
     def interrupt_then_read() -> None:
         while int.from_bytes(fcntl.ioctl(read_fd, termios.FIONREAD, bytes(4)), sys.byteorder) < 1 << 16:
-            time.sleep(0.01)  # until the pipe is full
+            time.sleep(0.01)  # this loop runs until the pipe is full
         time.sleep(0.05)
         signal.pthread_kill(main_thread, signal.SIGINT)
         time.sleep(0.05)
@@ -112,7 +115,10 @@ def test_a_signal_that_interrupts_a_blocked_print_is_counted(monkeypatch: pytest
 def test_a_run_whose_messages_cannot_be_written_stops_with_a_checkpoint(
     stores: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, output: str
 ) -> None:
-    """Two cases: Ctrl-C ends tee first in `alextrain run 2>&1 | tee log`, or the log is on a full disk."""
+    """In one case, Ctrl-C ends tee first in `alextrain run 2>&1 | tee log`.
+
+    In the other case, the log is on a full disk.
+    """
     log_line, (read_fd, write_fd) = MetricsLog.train, os.pipe()
     os.close(read_fd)
     stderr = os.fdopen(os.open("/dev/full", os.O_WRONLY) if output == "a full disk" else os.dup(write_fd), "w")

@@ -1,4 +1,4 @@
-"""Tests of the watchdog: NaN and infinite values end a run; a stuck loss or labels of few classes give a warning."""
+"""Tests of the watchdog. NaN and infinite values end a run; a stuck loss or labels of few classes give a warning."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_an_infinite_parameter_or_gradient_stops_the_run_although_the_loss_is_fi
 
 
 def check(watchdog: Watchdog, step: int, results: list[StepResult]) -> None:
-    """Pass the watchdog the results of the steps before `step`, counted as the training loop counts them."""
+    """Pass the results of the steps before `step` to the watchdog, counted as the training loop counts them."""
     counters = StepCounters(torch.device("cpu"), len(results))
     for result in results:
         counters.add(*result)
@@ -90,7 +90,7 @@ def watchdog(numbered_store: Path, tmp_path: Path) -> Watchdog:
 
 
 def check_losses(watchdog: Watchdog, losses: list[float], steps_before: int = 0) -> None:
-    """Pass the watchdog one interval of ten steps for each of `losses`."""
+    """Pass one interval of ten steps to the watchdog for each of `losses`."""
     for interval, loss in enumerate(losses, start=1):
         check(watchdog, steps_before + 10 * interval, [step_result(loss)] * 10)
 

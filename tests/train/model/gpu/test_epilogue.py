@@ -1,4 +1,4 @@
-"""Tests of the fused epilogue: Triton's kernels, run by Triton's interpreter, against float64 PyTorch operators."""
+"""Tests of the fused epilogue: Triton's kernels, which Triton's interpreter runs, against float64 PyTorch operators."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 NORM = Lrn(size=5, alpha=0.1, beta=0.75, k=2.0)
 ACTIVATIONS = {"none": lambda v: v, "relu": F.relu, "tanh": torch.tanh, "sigmoid": torch.sigmoid}
-# (maps of a column, height, width, epilogue): what each recipe and network needs, with odd sizes, numbers of maps that
-# are not powers of two, tiles that are not full, more than one tile (35 columns, 35 rows) and other exponents
+# (maps of a column, height, width, epilogue), as each recipe and network needs it. There are odd sizes, numbers of maps
+# that are not powers of two, tiles that are not full, more than one tile (35 columns, 35 rows) and other exponents.
 CASES = [
     (6, 7, 9, Epilogue("relu", NORM, 3)),  # paper, caffe
-    (6, 5, 35, Epilogue("none", NORM, 3, "relu")),  # released, layer 1
-    (20, 3, 3, Epilogue("relu", NORM)),  # released, layer 2
+    (6, 5, 35, Epilogue("none", NORM, 3, "relu")),  # layer 1 of the recipe `released`
+    (20, 3, 3, Epilogue("relu", NORM)),  # layer 2 of the recipe `released`
     (5, 7, 5, Epilogue("tanh", Lrn(3, 0.2, 0.5, 1.0), 2)),
     (3, 6, 6, Epilogue("sigmoid", Lrn(9, 0.2, 0.75, 1.0), 3)),
     (4, 35, 4, Epilogue("none", None, 3, "relu")),  # conv5
@@ -32,7 +32,7 @@ CASES = [
 
 
 def expected_output(x: Tensor, bias: Tensor, epilogue: Epilogue) -> Tensor:
-    """Return the epilogue of one column by PyTorch operators."""
+    """Return the epilogue of one column, computed by PyTorch operators."""
     y = ACTIVATIONS[epilogue.before](x + bias[:, None, None])
     if epilogue.norm is not None:
         n = epilogue.norm
@@ -43,7 +43,7 @@ def expected_output(x: Tensor, bias: Tensor, epilogue: Epilogue) -> Tensor:
 
 
 def columns_last(x: Tensor, columns: int, dtype: torch.dtype, joined: bool) -> list[Tensor]:
-    """Return leaf tensors that require gradients: x itself if `joined`, else the part of each column."""
+    """Return leaf tensors that require gradients: x itself if `joined`, otherwise the part of each column."""
     parts = [x] if joined else list(x.chunk(columns, dim=1))
     return [p.to(dtype).contiguous(memory_format=torch.channels_last).requires_grad_() for p in parts]
 
@@ -57,7 +57,7 @@ def run(
     images: int = 1,
     channels_first: bool = False,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Return output and gradients by the kernels and by float64 operators, joined over the columns."""
+    """Return output and gradients, computed by the kernels and by float64 operators, joined over the columns."""
     maps, height, width, epilogue = case
     rng = torch.Generator().manual_seed(maps * height + width)
     if x is None:
@@ -146,7 +146,10 @@ def test_relu_after_pooling_gives_no_gradient_to_a_maximum_of_zero() -> None:
 @pytest.mark.parametrize("pool_px", [0, 3])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_a_value_that_is_not_finite_makes_its_position_nan(pool_px: int, value: float) -> None:
-    """The normalization makes all maps of the column NaN at the value's position; other positions keep their bits."""
+    """The normalization makes all maps of the column NaN at the position of the value.
+
+    Other positions keep their bits.
+    """
     x = torch.rand(1, 6, 5, 5)
     broken = x.clone()
     broken[0, 1, 1, 1] = value
@@ -191,7 +194,7 @@ def test_an_epilogue_that_the_kernels_cannot_compute_is_refused(arguments: dict[
 def test_stages_fit_into_shared_memory(
     maps: int, float32: bool, slope_after: bool, expected: tuple[int, int, int]
 ) -> None:
-    """`expected` has the numbers of stages on an H200, an A100 and an RTX 4090.
+    """`expected` has the number of stages on an H200, an A100 and an RTX 4090.
 
     More stages would need more shared memory.
     """

@@ -18,7 +18,7 @@ from train.model.lrn import local_response_norm
 
 
 class PretendsToBeOnAGpu(Tensor):
-    """A CPU tensor with is_cuda = True, to test the choice of an implementation on a machine without a GPU."""
+    """A CPU tensor with is_cuda = True, for tests of the choice of an implementation on a machine without a GPU."""
 
     is_cuda = True  # type: ignore[assignment]
 
@@ -64,9 +64,9 @@ def test_without_triton_the_reason_is_given(monkeypatch: pytest.MonkeyPatch) -> 
 def test_operators_replace_a_triton_kernel_that_fails(
     wrong: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The kernel raises, as in a container image without a C compiler, or gives wrong results.
+    """The kernel raises an exception, as in a container image without a C compiler, or gives wrong results.
 
-    Only the first normalization tries the kernels, and every normalization uses PyTorch operators. The test disables
+    Only the first normalization tries the kernels. Every normalization uses PyTorch operators. The test disables
     gradients, so the kernels are first tried without gradients.
     """
 
@@ -96,7 +96,7 @@ def test_operators_replace_a_triton_kernel_that_fails(
 def test_many_normalized_maps_need_much_shared_memory(
     maps: int, shared_kib: int, fits: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """`--model joined` has 256 maps in layer 2, for which a GPU with 99 KiB of shared memory uses operators."""
+    """`--model joined` has 256 maps in layer 2. A GPU with 99 KiB of shared memory uses operators for them."""
     monkeypatch.setattr(fault, "triton_fault", lambda device: None)
     monkeypatch.setattr(epilogue, "shared_bytes_of", lambda device: shared_kib << 10)
     assert (fault.normalization_fault(torch.device("cuda:0"), maps) is None) == fits

@@ -17,7 +17,8 @@ from train.model.gpu.fused_network import FusedNetwork
 pytest.importorskip("triton", reason="Triton is not installed")
 
 WIDTHS = Widths(4, 6, 6, 6, 4, 8, 8)
-SIDE_PX = 67  # the smallest image for which pool5 has a row; the interpreter takes seconds for an image of 224 px
+# Side of the smallest image for which pool5 has a row; the interpreter takes seconds for an image of 224 px.
+SIDE_PX = 67
 
 
 def small_network(model: str, recipe: str, **changes: object) -> AlexNet:
@@ -46,7 +47,10 @@ def small_network(model: str, recipe: str, **changes: object) -> AlexNet:
     ids=str,
 )
 def test_maps_and_gradients_equal_those_of_the_layers(model: str, recipe: str, changes: dict[str, object]) -> None:
-    """pool5's maps and the gradients of all convolutions, for an image whose sides are not multiples of 4 px."""
+    """Compares the maps of pool5 and the gradients of all convolutions.
+
+    The sides of the image are not multiples of 4 px.
+    """
     network = small_network(model, recipe, **changes)
     images = torch.randn(1, 3, SIDE_PX, SIDE_PX + 2) * 3
     results = []
