@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from prep.build.plan import BuildPlan, BuildPolicy, bad_outcomes, not_images, tool_versions
+from prep.build.plan import BuildPlan, BuildPolicy, bad_outcomes, no_image_error, not_images, tool_versions
 from prep.build.shard_task import summary_path
 from prep.console import UserError, count_noun
 from prep.files import save_array, write_atomic
@@ -58,7 +58,7 @@ def assemble_split(plan: BuildPlan, root: Path, existing: Store | None, policy: 
     inputs, records = len(source.inputs) + len(source.refused), sum(shard.records for shard in shards)
     if not records:
         first = next(outcome for outcome in _outcomes(plan) if outcome["fate"] == "bad")
-        raise UserError(f"{source.reader.root}: not one of {inputs:,} inputs is an image (first: {first['why']}).")
+        raise no_image_error(source, first["why"])
     save_array(folder / "mean_image.npy", (square_sum / records).astype(np.float32))
     account = write_outcomes(folder / "inputs.jsonl", _outcomes(plan))
     split = Split(

@@ -19,6 +19,7 @@ from PIL import features
 
 from prep.build.limits import DEFAULT_LIMITS, InputLimits
 from prep.build.shard_task import ShardTask, summary_path
+from prep.console import UserError
 from prep.files import write_atomic
 from prep.images.codec import BadImage
 from prep.inputs.reader import Source
@@ -26,6 +27,7 @@ from prep.store.manifest import Settings, digest_json
 from prep.version import package_version
 
 MAX_SHARD_RECORDS = 4096  # a shard of this length has about 100 MB of JPEG; one core builds it in about 10 s
+CRASHED_TWICE = "killed the process that read it, twice"  # reason for a bad input
 _MIN_SHARD_RECORDS, _MIN_SHARDS = 64, 32  # a small split has shorter shards, so that all cores have work
 
 
@@ -135,7 +137,7 @@ class BuildPlan:
         slow = self._read_json("slow.json").items()
         reasons = {path: limits.too_slow() for path, seconds in slow if 0 < limits.time_limit_s <= seconds}
         crashes = self.crash_counts().items()
-        return reasons | {path: BadImage("killed the process that read it, twice") for path, n in crashes if n > 1}
+        return reasons | {path: BadImage(CRASHED_TWICE) for path, n in crashes if n > 1}
 
     def _read_json(self, name: str) -> dict[str, Any]:
         try:
@@ -206,6 +208,12 @@ def shard_boundaries(count: int) -> list[int]:
 def bad_outcomes(outcomes: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """Return the outcomes of the inputs that were left out."""
     return [outcome for outcome in outcomes if outcome["fate"] == "bad"]
+
+
+def no_image_error(source: Source, first_reason: str) -> UserError:
+    """Return the error for a split of which all inputs are bad; `first_reason` is the reason for the first of them."""
+    inputs = len(source.inputs) + len(source.refused)
+    return UserError(f"{source.reader.root}: not one of {inputs:,} inputs is an image (first: {first_reason}).")
 
 
 def not_images(count: int) -> str:

@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from prep.build.plan import BuildPlan, BuildPolicy, bad_outcomes
+from prep.build.plan import CRASHED_TWICE, BuildPlan, BuildPolicy, bad_outcomes
 from prep.build.shard_task import ShardBuilder, ShardTask
-from prep.console import DiskFull, UserError, bytes_text, count_noun, one_line, say
+from prep.console import DiskFull, Progress, UserError, bytes_text, count_noun, one_line, say
 from prep.files import write_atomic
 from prep.images.codec import BadImage
 from prep.images.formats import HEAD_BYTES, unreadable_reason
@@ -21,7 +24,7 @@ from prep.inputs.listing import Input, Listing
 from prep.inputs.names import name_text
 from prep.inputs.reader import InputReader
 from prep.store.manifest import Settings
-from prep.workers import Runner, TaskProgress, WorkerDied
+from prep.workers import NOT_STARTED, Counts, Runner, TaskProgress, WorkerDied
 
 _PAGE_BYTES = 4096  # size of an LMDB page; a record of more than half a page takes whole pages
 # Time of `probe` for each input with one worker process: a few percent of the time to build a record.
@@ -125,7 +128,7 @@ def check_disk_space(plan: BuildPlan, unfinished: Sequence[int], runner: Runner)
     count = plan.count_inputs(unfinished)
     if fits_surely(count, plan.settings, plan.folder):
         return
-    estimate, _ = estimate_resources(plan.sample(unfinished), count, runner)
+    estimate = build_sample(plan.sample(unfinished), runner).estimate(count, runner.jobs)
     if estimate is None or estimate.bytes <= free:
         return
     text = (
@@ -167,39 +170,115 @@ def needed_space_text(plan: BuildPlan, unfinished: Sequence[int]) -> str:
     return f"About {bytes_text(record_bytes * count)} are needed for {count:,} images, "
 
 
-def estimate_resources(
-    tasks: Sequence[ShardTask], inputs: int, runner: Runner
-) -> tuple[ResourceEstimate | None, list[tuple[str, str]]]:
-    """Build the records of `tasks` in memory, and extrapolate size and build time to `inputs` inputs.
+@dataclass(frozen=True)
+class BuiltInMemory:
+    """Records that were built in memory, without writing them."""
 
-    Returns two values: the estimate, or None if no input of `tasks` is an image; and the name and reason of each bad
-    input.
-    """
-    count, size, seconds = 0, 0, 0.0
-    bad: list[tuple[str, str]] = []
+    records: int = 0
+    bytes: int = 0  # size of the records in an LMDB
+    seconds: float = 0.0  # sum over all workers
+    outcomes: tuple[dict[str, Any], ...] = ()  # outcomes of the inputs, as in inputs.jsonl
+
+    @property
+    def inputs(self) -> int:
+        """Number of inputs, of which each gave a record or was bad."""
+        return self.records + len(bad_outcomes(self.outcomes))
+
+    def __add__(self, other: BuiltInMemory) -> BuiltInMemory:
+        return BuiltInMemory(
+            self.records + other.records,
+            self.bytes + other.bytes,
+            self.seconds + other.seconds,
+            self.outcomes + other.outcomes,
+        )
+
+    def estimate(self, inputs: int, jobs: int) -> ResourceEstimate | None:
+        """Extrapolate size and build time to `inputs` inputs and `jobs` workers; None if there are no records."""
+        if not self.records:
+            return None
+        size_bytes, seconds = self.bytes * inputs // self.records, self.seconds / self.records * inputs / jobs
+        return ResourceEstimate(size_bytes, seconds, self.records)
+
+
+def build_sample(tasks: Sequence[ShardTask], runner: Runner) -> BuiltInMemory:
+    """Build the records of `tasks` in memory. A task during which a worker crashes is left out."""
+    built = BuiltInMemory()
     for _, result in runner.map(_measure, tasks, lambda counts: None):
         # A crash is ignored at this point, because the build itself will report it.
         if not isinstance(result, WorkerDied):
-            count, size, seconds = count + result[0], size + result[1], seconds + result[2]
-            bad += result[3]
-    if not count:
-        return None, bad
-    return ResourceEstimate(size * inputs // count, seconds / count * inputs / runner.jobs, count), bad
+            built += result
+    return built
 
 
-def _measure(task: ShardTask, task_progress: TaskProgress) -> tuple[int, int, float, list[tuple[str, str]]]:
-    """Build the records of a task in memory.
+def build_in_memory(plan: BuildPlan, shard_numbers: Sequence[int], runner: Runner, progress: Progress) -> BuiltInMemory:
+    """Build the records of all inputs of some shards in memory, with the steps and the workers of a build.
 
-    Returns (number of records, bytes of their LMDB pages, seconds, name and reason of each bad input).
+    Inputs are taken in the order of the listing, which every format reads fast. An input is bad if it crashes a worker
+    twice or takes too long. Nothing is written. Raises the errors of a build that skips bad inputs.
     """
+    indices, first = plan.sorted_input_indices(shard_numbers), plan.task(shard_numbers[0])
+    count = max(1, min(_PROBE_CHUNK, len(indices) // (4 * runner.jobs)))
+
+    def tasks() -> Iterator[ShardTask]:
+        for number, start in enumerate(range(0, len(indices), count)):
+            inputs = tuple(plan.source.inputs[index] for index in indices[start : start + count])
+            yield replace(first, number=number, inputs=inputs, skip_bad=True)
+
+    done_before, bad_before = progress.done, progress.bad
+    finished: dict[int, BuiltInMemory] = {}
+    crashes: Counter[str] = Counter()
+    todo: Iterable[ShardTask] = tasks()
+    while True:
+        todo = list(_build_tasks(todo, runner, progress, finished, crashes))
+        built = sum((finished[number] for number in sorted(finished)), BuiltInMemory())
+        progress.update(done_before + built.inputs, bad_before + built.inputs - built.records)
+        if not todo:
+            return built
+
+
+def _build_tasks(
+    tasks: Iterable[ShardTask],
+    runner: Runner,
+    progress: Progress,
+    finished: dict[int, BuiltInMemory],
+    crashes: Counter[str],
+) -> Iterator[ShardTask]:
+    """Add the results of `tasks` to `finished`. Yield the tasks to try again, because a worker process ended."""
+    done_before, bad_before = progress.done, progress.bad
+
+    def on_progress(counts: Counts) -> None:
+        progress.update(done_before + counts.done, bad=bad_before + counts.bad)
+
+    with closing(runner.map(_build_records, tasks, on_progress)) as results:
+        for task, result in results:
+            if not isinstance(result, WorkerDied):
+                finished[task.number] = result
+                continue
+            if result.index == NOT_STARTED:
+                raise UserError(
+                    f"A worker process {result.describe()} before it read an input. Run the same command again."
+                )
+            name = name_text(task.inputs[result.index].path)
+            crashes[name] += 1
+            reason = task.limits.too_slow() if result.is_too_slow else BadImage(CRASHED_TWICE)
+            is_bad = result.is_too_slow or crashes[name] > 1
+            yield replace(task, unreadable={**task.unreadable, name: reason}) if is_bad else task
+
+
+def _measure(task: ShardTask, task_progress: TaskProgress) -> BuiltInMemory:
+    """Build the records of a task in memory, after one record that loads the libraries."""
     warm_up = replace(task, inputs=task.inputs[:1])
-    list(ShardBuilder(warm_up, TaskProgress()).records())  # load the libraries before the measurement starts
+    list(ShardBuilder(warm_up, TaskProgress()).records())
+    return _build_records(task, task_progress)
+
+
+def _build_records(task: ShardTask, task_progress: TaskProgress) -> BuiltInMemory:
     started = time.monotonic()
     builder = ShardBuilder(task, task_progress)
     sizes = [len(value) for _, value in builder.records()]
     seconds = time.monotonic() - started
-    bad = [(outcome["source"], outcome["why"]) for outcome in bad_outcomes(builder.outcomes)]
-    return len(sizes), sum(-(-(size + 16) // _PAGE_BYTES) * _PAGE_BYTES for size in sizes), seconds, bad
+    size_bytes = sum(-(-(size + 16) // _PAGE_BYTES) * _PAGE_BYTES for size in sizes)
+    return BuiltInMemory(len(sizes), size_bytes, seconds, tuple(builder.outcomes))
 
 
 def free_bytes(path: Path) -> int:

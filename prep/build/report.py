@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from prep.console import bytes_text, count_noun, duration_text, one_line, print_json, shell_quoted
 from prep.inputs.classes import examples, first_labels_text
-from prep.store.input_log import IGNORED, WARNED, read_outcomes
+from prep.store.input_log import IGNORED, WARNED, read_outcomes, summarize_outcomes
 from prep.store.manifest import DROPPED, ColorStats, Store
 
 if TYPE_CHECKING:
@@ -56,15 +56,7 @@ def report_build(store: Store, name: str, done: int, seconds: float, as_json: bo
         click.echo(f"  not part of the data set: {text}. The first:")
         for outcome in islice((outcome for outcome in read_outcomes(log) if outcome["fate"] == IGNORED), 3):
             click.echo(one_line(f"    {outcome['source']}"))
-    kinds = {kind: kind for kind in split.account["converted"]} | {"alpha": f"alpha ({_background_text(store)})"}
-    converted = ", ".join(f"{count:,} {kinds[kind]}" for kind, count in sorted(split.account["converted"].items()))
-    if converted:
-        click.echo(f"  converted: {converted}")
-    warned = sum(split.account.get("warnings", {}).values())
-    if warned:
-        click.echo(f"  kept, with warnings: {count_noun(warned, 'input')}, listed in {log}. The first:")
-        for outcome in islice((outcome for outcome in read_outcomes(log) if outcome["fate"] == WARNED), 3):
-            click.echo(one_line(f"    {outcome['source']}: {'; '.join(outcome['warnings'])}"))
+    _print_kept(split.account, read_outcomes(log), store.settings.background, f", listed in {log}")
     if skipped:
         click.echo(f"  left out: {count_noun(skipped, 'input')}, listed with reasons in {log}. The first:")
         for outcome in islice((outcome for outcome in read_outcomes(log) if outcome["fate"] == "bad"), 3):
@@ -75,10 +67,20 @@ def report_build(store: Store, name: str, done: int, seconds: float, as_json: bo
         click.echo(if_none or _ALREADY_BUILT)
 
 
-def _background_text(store: Store) -> str:
-    """Return what a build does with transparent pixels: `dropped`, or `over white`."""
-    background = store.settings.background
-    return "dropped" if background == DROPPED else f"over {background}"
+def _print_kept(
+    account: Mapping[str, Any], outcomes: Iterable[Mapping[str, Any]], background: str, listed_in: str = ""
+) -> None:
+    """Print how many inputs were converted, and how many were kept with warnings, with the first of these."""
+    alpha = "dropped" if background == DROPPED else f"over {background}"
+    kinds = {kind: kind for kind in account["converted"]} | {"alpha": f"alpha ({alpha})"}
+    converted = ", ".join(f"{count:,} {kinds[kind]}" for kind, count in sorted(account["converted"].items()))
+    if converted:
+        click.echo(f"  converted: {converted}")
+    warned = sum(account.get("warnings", {}).values())
+    if warned:
+        click.echo(f"  kept, with warnings: {count_noun(warned, 'input')}{listed_in}. The first:")
+        for outcome in islice((outcome for outcome in outcomes if outcome["fate"] == WARNED), 3):
+            click.echo(one_line(f"    {outcome['source']}: {'; '.join(outcome['warnings'])}"))
 
 
 def report_part(
@@ -109,9 +111,11 @@ def report_part(
     )
 
 
-def report_estimate(estimate: BuildEstimate, source: Source, as_json: bool) -> None:
-    """Print the estimate for a build of the split `source`."""
+def report_estimate(estimate: BuildEstimate, source: Source, background: str, as_json: bool) -> None:
+    """Print the estimate for a build of the split `source`; `background` is the colour behind transparent pixels."""
     resources, name = estimate.resources, source.split
+    account = summarize_outcomes(estimate.outcomes)
+    to_do = len(source.inputs) - estimate.done
     if as_json:
         print_json(
             {
@@ -119,6 +123,13 @@ def report_estimate(estimate: BuildEstimate, source: Source, as_json: bool) -> N
                 "inputs": estimate.inputs,
                 "classes": estimate.classes,
                 "bad": [{"source": bad, "why": reason} for bad, reason in estimate.bad],
+                "decoded": estimate.decoded,
+                "converted": account["converted"],
+                "warned": [
+                    {"source": outcome["source"], "warnings": outcome["warnings"]}
+                    for outcome in estimate.outcomes
+                    if outcome["fate"] == WARNED
+                ],
                 "done": estimate.done,
                 "bytes": resources and resources.bytes,
                 "seconds": resources and round(resources.seconds, 1),
@@ -140,17 +151,22 @@ def report_estimate(estimate: BuildEstimate, source: Source, as_json: bool) -> N
     if estimate.is_built:
         click.echo(_ALREADY_BUILT)
         return
+    _print_kept(account, estimate.outcomes, background)
+    if estimate.decoded < to_do:
+        click.echo(
+            f"  decoded: a sample of {estimate.decoded:,} of {count_noun(to_do, 'input')}. Pass --decode all to "
+            "find all bad inputs that a build would find."
+        )
     if estimate.done:
-        remaining = estimate.inputs - estimate.done
-        click.echo(f"  {count_noun(estimate.done, 'input')} in finished shards, {remaining:,} to do")
+        click.echo(f"  {count_noun(estimate.done, 'input')} in finished shards, {to_do:,} to do")
     free = f"{bytes_text(estimate.free_bytes)} free"
     if resources is None:
-        click.echo(f"  no estimate: none of the sampled inputs can be decoded; {free}")
+        click.echo(f"  no estimate: none of the {estimate.decoded:,} decoded inputs is an image; {free}")
         return
     verdict = "fits" if resources.bytes <= estimate.free_bytes else "does NOT fit"
     click.echo(
         f"  about {bytes_text(resources.bytes)} and {duration_text(resources.seconds)} (measured on "
-        f"{resources.sampled} inputs; a slow source takes longer); {free}: {verdict}"
+        f"{resources.sampled:,} inputs; a slow source takes longer); {free}: {verdict}"
     )
 
 

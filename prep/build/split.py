@@ -18,20 +18,23 @@ and seed. The hash mixes the classes well enough for training, which reads block
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
+from typing import Any
 
 from prep.build.assemble import assemble_split, too_many_bad
 from prep.build.limits import InputLimits
 from prep.build.plan import DEFAULT_POLICY, BuildPlan, BuildPolicy, bad_outcomes, tool_versions
 from prep.build.preflight import (
+    BuiltInMemory,
     ResourceEstimate,
+    build_in_memory,
+    build_sample,
     check_disk_space,
     check_inputs,
-    estimate_resources,
     free_bytes,
     needed_space_text,
     probe,
@@ -64,7 +67,9 @@ class BuildEstimate:
     classes: int
     # (name, reason) of inputs that the listing refused, that `probe` found, or that could not be decoded in the sample
     bad: tuple[tuple[str, str], ...]
+    outcomes: tuple[Mapping[str, Any], ...]  # of the inputs that were decoded, and of those in finished shards
     done: int  # inputs in finished shards
+    decoded: int  # inputs that were decoded for the estimate
     is_built: bool  # whether the store already has the split, built from the same inputs and settings
     # Estimate for the remaining inputs; None if no inputs remain or the sample has no image.
     resources: ResourceEstimate | None
@@ -146,29 +151,44 @@ def disk_errors(store: Path) -> Iterator[None]:
 
 
 def estimate_build(
-    source: Source, store: Path, settings: Settings, runner: Runner, policy: BuildPolicy = DEFAULT_POLICY
+    source: Source,
+    store: Path,
+    settings: Settings,
+    runner: Runner,
+    policy: BuildPolicy = DEFAULT_POLICY,
+    progress: Progress | None = None,
 ) -> BuildEstimate:
-    """Estimate a build without writing anything. Raises UserError if build_split would refuse `store`."""
+    """Estimate a build without writing anything. Raises UserError if build_split would refuse `store`.
+
+    With `progress`, all inputs are decoded, and the progress is counted there. Otherwise, a sample is decoded.
+    """
     plan, is_built, unfinished = open_plan(source, store, settings, policy)
     remaining = plan.count_inputs(unfinished)
     if remaining:
         runner.check_machines(None, source.reader.root, tool_versions)
-    resources: ResourceEstimate | None = None
-    undecodable: list[tuple[str, str]] = []
-    if remaining:
-        resources, undecodable = estimate_resources(plan.sample(unfinished), remaining, runner)
-    bad = [] if is_built else [*source.refused, *probe(source.reader, source.inputs, runner.jobs)]
+    built = BuiltInMemory()
+    if remaining and progress is not None:
+        progress.skip(len(source.inputs) - remaining)
+        built = build_in_memory(plan, unfinished, runner, progress)
+    elif remaining:
+        built = build_sample(plan.sample(unfinished), runner)
     finished = sorted(set(range(plan.shard_count)) - set(unfinished)) if not is_built else []
     summaries = [summary for number in finished if (summary := plan.shard_summary(number))]
-    undecodable += [(row["source"], row["why"]) for summary in summaries for row in bad_outcomes(summary["fates"])]
-    bad += [(name, reason) for name, reason in undecodable if name not in dict(bad)]
+    outcomes = [*(row for summary in summaries for row in summary["fates"]), *built.outcomes]
+    bad = [] if is_built else [*source.refused]
+    if not is_built and progress is None:
+        bad += probe(source.reader, source.inputs, runner.jobs)
+    names = {name for name, _ in bad}
+    bad += [(row["source"], row["why"]) for row in bad_outcomes(outcomes) if row["source"] not in names]
     return BuildEstimate(
         inputs=len(source.inputs) + len(source.refused),
         classes=len(source.classes),
         bad=tuple(bad),
+        outcomes=tuple(outcomes),
         done=len(source.inputs) - remaining,
+        decoded=built.inputs,
         is_built=is_built,
-        resources=resources,
+        resources=built.estimate(remaining, runner.jobs),
         free_bytes=free_bytes(store),
     )
 

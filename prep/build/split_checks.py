@@ -14,8 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from prep.build.plan import BuildPolicy, tool_versions
-from prep.build.preflight import bad_inputs_error, estimate_resources, fits_surely, free_bytes, probe, space_error
+from prep.build.plan import BuildPolicy, no_image_error, tool_versions
+from prep.build.preflight import bad_inputs_error, build_sample, fits_surely, free_bytes, probe, space_error
 from prep.build.split import BuildEstimate, open_plan
 from prep.console import UserError, bytes_text, count_noun, say
 from prep.files import LockHeld, check_output_folder, lock_is_held
@@ -52,7 +52,7 @@ def check_splits(
     runner.check_machines(None, todo[0][0].source.reader.root, tool_versions)
     needed = 0
     for (plan, unfinished), count in zip(todo, counts, strict=True):
-        estimate, _ = estimate_resources(plan.sample(unfinished), count, runner)
+        estimate = build_sample(plan.sample(unfinished), runner).estimate(count, runner.jobs)
         needed += estimate.bytes if estimate else 0
     _check_space(needed, sum(counts), store)
 
@@ -160,5 +160,7 @@ def refuse_estimates(
             _check_bad_classes(source, dict(estimate.bad), policy)
             if not policy.allows(len(estimate.bad)):
                 raise bad_inputs_error(estimate.bad, estimate.inputs, policy)
+            if len(estimate.bad) == estimate.inputs:
+                raise no_image_error(source, estimate.bad[0][1])
     needed = sum(estimate.resources.bytes for estimate in estimates if estimate.resources)
     _check_space(needed, sum(estimate.inputs - estimate.done for estimate in estimates), store)

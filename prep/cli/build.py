@@ -5,18 +5,20 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 import click
-from click.core import ParameterSource
 
 from prep.build.report import report_build, report_estimate, report_part
 from prep.cli.options import allow_empty_option, make_runner, path_for, record_options, split_option
+from prep.cli.part import command_line, parse_part
 from prep.console import UserError, WrongArgument, progress, store_option
 from prep.inputs.formats import LAYOUTS
 from prep.inputs.labels import LABEL_ORDERS
 from prep.store.manifest import DEFAULT_BACKGROUND, SPLITS, Settings, Store
+
+# With --dry-run, the photographs of a larger SOURCE are not all decoded, unless --decode says so.
+MAX_DECODED = 5000
 
 if TYPE_CHECKING:  # run-time imports would load LMDB and Pillow, even for --help
     from prep.build.parts import Part
@@ -76,6 +78,13 @@ if TYPE_CHECKING:  # run-time imports would load LMDB and Pillow, even for --hel
     help="Make all checks of the build and print bad inputs, needed disk space and build time, but build nothing.",
 )
 @click.option(
+    "--decode",
+    type=click.Choice(("all", "sample")),
+    help="Photographs that --dry-run decodes: all of them, which finds the bad inputs and warnings of the build and "
+    "takes nearly as long, or a sample of about 30 of each split.  [default: all if SOURCE has at most "
+    f"{MAX_DECODED:,}, else a sample]",
+)
+@click.option(
     "--part",
     metavar="I/N",
     help="Build only part I of N, which is every N-th shard. I counts from 1. Parts may run in any order and on "
@@ -96,6 +105,7 @@ def build_lmdb(
     exclude: Path | None,
     follow_links: bool,
     dry_run: bool,
+    decode: str | None,
     part: str | None,
     jobs: int | None,
     cluster: str | None,
@@ -122,7 +132,9 @@ def build_lmdb(
       alexprep build-lmdb /nfs/ilsvrc --store /nfs/store --cluster auto
       alexprep build-lmdb /nfs/ilsvrc --store /nfs/store --part 3/16
     """
-    chosen_part = _parse_part(part, cluster, dry_run, options["restart"])
+    chosen_part = parse_part(part, cluster, dry_run, options["restart"])
+    if decode is not None and not dry_run:
+        raise WrongArgument(f"--decode {decode} is for --dry-run: a build decodes all photographs. Leave it out.")
     source, store = path_for(cluster, source), path_for(cluster, store)
     with make_runner(cluster, jobs, preload="prep.build.shard_task") as workers:
         from prep.build.split_checks import check_splits, check_store_folder
@@ -139,12 +151,12 @@ def build_lmdb(
         if excluded is not None:
             excluded.report_unused()
         if dry_run:
-            _dry_run(sources, store, settings, workers, policy, as_json)
+            _dry_run(sources, store, settings, workers, policy, decode, as_json)
             return
         check_splits(sources, store, settings, workers, policy, with_space=chosen_part is None)
         for inputs in sources:
             if chosen_part:
-                command = _command_line(click.get_current_context())
+                command = command_line(click.get_current_context())
                 _build_part(inputs, store, settings, workers, policy, chosen_part, command, as_json)
             else:
                 _build(inputs, store, settings, workers, policy, as_json)
@@ -179,53 +191,34 @@ def _list_splits(found: Mapping[str, SplitSource], options: ListOptions, store: 
 
 
 def _dry_run(
-    sources: Sequence[Source], store: Path, settings: Settings, runner: Runner, policy: BuildPolicy, as_json: bool
+    sources: Sequence[Source],
+    store: Path,
+    settings: Settings,
+    runner: Runner,
+    policy: BuildPolicy,
+    decode: str | None,
+    as_json: bool,
 ) -> None:
-    """Print estimates for all splits. Raises the error that a build of these splits would raise."""
+    """Print estimates for all splits. Raises the error that a build of these splits would raise.
+
+    `decode` is the value of --decode; None: all inputs are decoded if there are at most MAX_DECODED.
+    """
     from prep.build.split import estimate_build
     from prep.build.split_checks import compare_splits, refuse_estimates
 
     compare_splits(sources)
-    estimates = [estimate_build(source, store, settings, runner, policy) for source in sources]
+    count = sum(len(source.inputs) for source in sources)
+    decode = decode or ("all" if count <= MAX_DECODED else "sample")
+    estimates = []
+    for source in sources:
+        if decode == "all":
+            with progress(f"{source.split}: decoding", len(source.inputs), "pictures") as decode_progress:
+                estimates.append(estimate_build(source, store, settings, runner, policy, decode_progress))
+        else:
+            estimates.append(estimate_build(source, store, settings, runner, policy))
     for source, estimate in zip(sources, estimates, strict=True):
-        report_estimate(estimate, source, as_json)
+        report_estimate(estimate, source, settings.background, as_json)
     refuse_estimates(sources, estimates, store, runner.jobs, policy)
-
-
-def _parse_part(part: str | None, cluster: str | None, dry_run: bool, restart: bool) -> Part | None:
-    """Return the value of --part. Raises UserError if the value is wrong, or if another option excludes --part."""
-    if part is None:
-        return None
-    from prep.build.parts import Part
-
-    number, _, count = part.partition("/")
-    if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
-        raise WrongArgument(f"--part {part}: expected I/N with I from 1 to N, for example 3/16.")
-    if cluster is not None:
-        raise WrongArgument("--part is for builds without a cluster. Leave it out: --cluster divides the shards.")
-    if dry_run:
-        raise WrongArgument("--dry-run estimates the whole build. Leave out --part.")
-    if restart:
-        raise WrongArgument(
-            "--restart would discard the shards of all parts. When no part is at work, delete the folder of the split "
-            "in the store; then start the parts without --restart."
-        )
-    return Part(int(number), int(count))
-
-
-def _command_line(context: click.Context) -> str:
-    """Return the command line of `build-lmdb` without --part, --jobs and --json, for messages."""
-    words = ["alexprep", "build-lmdb"]
-    for parameter in context.command.params:
-        name, value = parameter.name or "", context.params.get(parameter.name or "")
-        given = context.get_parameter_source(name) in (ParameterSource.COMMANDLINE, ParameterSource.ENVIRONMENT)
-        if not given or name in ("part", "jobs", "as_json"):
-            continue
-        if isinstance(parameter, click.Option):
-            words.append(parameter.opts[-1])
-        if value is not True:
-            words.append(quote(str(value)))
-    return " ".join(words)
 
 
 def _settings_and_policy(

@@ -7,6 +7,7 @@ fsync, and a transaction of LMDB. In the modes `kill`, `restart` and `restart-re
 is also a disk operation. MODE is one of
 
     kill              the process ends before the operation, without any clean-up
+    kill-merge        like kill, but the stores PHOTOS/one and PHOTOS/two are merged
     restart           like kill, but in a build that first removes the files of an unfinished build, sorted by name
     restart-reverse   like restart, but the files are removed in the reverse order
     full, broken      this operation and all later operations fail, as they do on a full or a broken disk
@@ -33,10 +34,11 @@ from typing import Any
 import lmdb
 
 from prep.build.plan import BuildPolicy
-from prep.console import UserError
+from prep.console import Progress, UserError
+from prep.merge.stores import merge_stores
 from prep.store.lmdb_shard import read
 from prep.store.manifest import Store, StoreError
-from tests.helpers.building import PPM, Stopped, StoppingRunner, build
+from tests.helpers.building import PPM, InlineRunner, Stopped, StoppingRunner, build
 
 remaining: int | None = None  # number of disk operations before the interruption; None: no interruption
 mode = ""
@@ -114,7 +116,10 @@ def build_in_child(photos: Path, store: Path, operations: int | None, policy: Bu
             resource.setrlimit(resource.RLIMIT_FSIZE, (LIMITS[operations], resource.RLIM_INFINITY))
         code = 0
         try:
-            build(photos, store, policy=policy)
+            if mode == "kill-merge":
+                merge_stores([photos / "one", photos / "two"], store, InlineRunner(), Progress(1, "records"))
+            else:
+                build(photos, store, policy=policy)
         except UserError as error:
             os.write(writer, str(error).encode())
             code = error.exit_code

@@ -39,6 +39,7 @@ from tests.helpers.building import (
     make_pictures,
     record_sources,
 )
+from tests.helpers.permissions import no_root_rights
 
 OBVIOUS = {  # files whose first bytes show that they are not images
     "n1/bad_empty.JPEG": b"",
@@ -344,3 +345,44 @@ def test_a_file_that_vanished_is_a_bad_input(photos: Path, tmp_path: Path) -> No
         else:
             with pytest.raises(UserError, match=f"{removed}: cannot be read: No such file"):
                 build_split(source, store, PPM, AfterRemoval(), progress, policy)
+
+
+def test_a_photograph_without_read_permission_is_bad_and_the_build_goes_on(photos: Path, tmp_path: Path) -> None:
+    path = next((photos / "n2").iterdir())
+    name = f"n2/{path.name}"
+    (tmp_path / "list.csv").write_text("".join(f"{each},{each.parent.name}\n" for each in photos.glob("*/*")))
+    path.chmod(0)
+    with no_root_rights():
+        with pytest.raises(PermissionError):
+            path.read_bytes()
+        with pytest.raises(
+            UserError, match=rf"1 input of 200 is not an image.*{name}: cannot be read: Permission denied"
+        ):
+            build(photos, tmp_path / "store")
+        for number, source in enumerate((photos, tmp_path / "list.csv")):
+            built = build(source, tmp_path / f"store{number}", policy=SKIP)
+            assert built.split("train").account["bad"] == {"cannot be read: Permission denied": 1}
+            assert built.split("train").records == 199
+            log = (built.root / "train" / "inputs.jsonl").read_text().splitlines()
+            assert [json.loads(line)["source"] for line in log] == [name]
+
+
+@pytest.mark.parametrize(
+    "name", ["x.tar", "x.zip", "x.parquet", "x.csv", "labels.txt", "classes.txt", "exclude.txt", "n1"]
+)
+def test_other_files_without_read_permission_end_the_command_in_one_line(name: str, tmp_path: Path) -> None:
+    make_pictures(tmp_path / "photos", 6, (30, 40), distinct=1)
+    path = tmp_path / name if name != "n1" else tmp_path / "photos" / "n1"
+    option = {"labels.txt": "--labels", "classes.txt": "--classes", "exclude.txt": "--exclude"}.get(name)
+    if name != "n1":
+        path.write_bytes(b"n1\n")
+    path.chmod(0)
+    source = tmp_path / "photos" / "n2" if option == "--labels" else tmp_path / "photos"
+    words = [source, option, path] if option else [source if name == "n1" else path]
+    with no_root_rights():
+        result = CliRunner().invoke(
+            main, ["build-lmdb", *map(str, words), "--store", str(tmp_path / "s"), "--jobs", "1"]
+        )
+    path.chmod(0o700)
+    assert result.exit_code == 1 and result.stderr.count("\n") == 1, result.output
+    assert str(path) in result.stderr and "Permission denied" in result.stderr

@@ -48,7 +48,7 @@ def estimate(
 
 
 def dry_run(photos: Path, store: Path, *words: str) -> Result:
-    base = ["build-lmdb", str(photos), "--store", str(store), "--jobs", "1", "--dry-run"]
+    base = ["build-lmdb", str(photos), "--store", str(store), "--jobs", "1", "--dry-run", "--decode", "sample"]
     return CliRunner().invoke(main, [*base, *words])
 
 

@@ -21,7 +21,16 @@ from prep.files import hold_lock
 from prep.inputs.reader import ListOptions, Source
 from prep.inputs.sources import list_source
 from prep.store.manifest import Store
-from tests.helpers.building import PPM, SKIP, STRICT, InlineRunner, Stopped, StoppingRunner, build, make_pictures
+from tests.helpers.building import (
+    PPM,
+    SKIP,
+    STRICT,
+    InlineRunner,
+    Stopped,
+    StoppingRunner,
+    build,
+    make_pictures,
+)
 from tests.helpers.listings import paths_and_labels, touch
 
 Usage = namedtuple("Usage", ["total", "used", "free"])

@@ -141,9 +141,8 @@ def test_a_key_that_no_record_has_is_a_one_line_error(stores: dict[str, Path], t
     fails(alexprep("inspect", "--store", store, "--key", "30"), "no key 00000030 in train (30 records)")
     fails(alexprep("inspect", "--store", store, "--split", "val", "--key", "12"), "in val (12 records)")
     fails(alexprep("inspect", "--store", store, "--out", tmp_path / "out"), "--out", "--key", code=2)
-    fails(
-        alexprep("inspect", "--store", store, "--key", "1", "--out", tmp_path / "no" / "out"), "--out", "No such file"
-    )
+    missing = tmp_path / "no" / "out"
+    fails(alexprep("inspect", "--store", store, "--key", "1", "--out", missing), "--out", "there is no folder", code=2)
     fails(alexprep("inspect", "--store", tmp_path / "nowhere", "--key", "1"), "no such store")
 
 

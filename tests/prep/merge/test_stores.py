@@ -19,7 +19,16 @@ from prep.console import Progress, UserError
 from prep.merge.records import copy_shard
 from prep.merge.stores import merge_stores
 from prep.store.manifest import Settings, Store, StoreError
-from tests.helpers.building import PPM, SKIP, InlineRunner, Records, Stopped, build, make_pictures
+from tests.helpers.building import (
+    PPM,
+    SKIP,
+    InlineRunner,
+    Records,
+    Stopped,
+    build,
+    make_pictures,
+    run_interrupted_builds,
+)
 
 JPEG = replace(PPM, format="jpeg")
 
@@ -143,6 +152,26 @@ def test_an_interrupted_merge_is_resumed_and_finished_shards_are_kept(make_store
     with pytest.raises(Stopped):
         merge(reversed(parts), other, StopsAfterOneShard())
     assert merge(parts, other, restart=True).fingerprint == Store.open(make_store("all")).fingerprint
+
+
+def test_a_merge_may_be_killed_at_any_disk_operation(photos: Path, tmp_path: Path) -> None:
+    """There is never half a store that looks whole, and the same merge again gives the store of all photographs."""
+    for number, path in enumerate(sorted((photos / "all").glob("*/*"))[::8]):
+        for folder in ("all", ("one", "two")[number % 2]):
+            copy = tmp_path / "photos" / folder / path.parent.name / path.name
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, copy)
+    for name in ("all", "one", "two"):
+        build(tmp_path / "photos" / name, tmp_path / "stores" / name)
+    whole = Store.open(tmp_path / "stores" / "all")
+    rows = run_interrupted_builds(tmp_path / "stores", tmp_path / "merged", "kill-merge")
+    assert len(rows) > 20 and [row["code"] for row in rows] == [9] * (len(rows) - 1) + [0]
+    assert not any(row["torn"] for row in rows)
+    assert {row["again"] for row in rows} == {0}, rows
+    for row in rows:
+        merged = tmp_path / "merged" / f"{row['at']:03d}"
+        assert Store.open(merged).fingerprint == whole.fingerprint and files_of(merged) == files_of(whole.root)
+        assert not list(merged.rglob("*.tmp")) and not (merged / "train" / ".build").exists()
 
 
 def alexprep(*words: object) -> Result:

@@ -141,6 +141,27 @@ def test_archives_of_other_programs_are_read(tmp_path: Path, monkeypatch: pytest
     assert source.classes == ("n1", "n2")
 
 
+@pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+@pytest.mark.parametrize("limit", [None, 5])
+def test_members_with_sizes_and_offsets_of_zip64_are_read(
+    compression: int, limit: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """zip64 in the members' own headers (force_zip64), and, with a small limit, also in the central directory."""
+    if limit is not None:
+        monkeypatch.setattr(zipfile, "ZIP64_LIMIT", limit)
+    contents = {f"n{k % 2}/{k}.jpg": CONTENT + bytes([k]) * (50 * k) for k in range(4)}
+    path = tmp_path / "x.zip"
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        for name, content in contents.items():
+            with archive.open(name, "w", force_zip64=True) as member:
+                member.write(content)
+    directory = path.read_bytes().partition(b"PK\1\2")[2]
+    assert (b"\xff\xff\xff\xff" in directory) == (limit is not None)
+    source = list_source(path, "train")
+    assert source.classes == ("n0", "n1") and not source.refused
+    assert {item.path.decode(): ZipReader(path).read(item) for item in source.inputs} == contents
+
+
 def test_splits_in_an_archive(tmp_path: Path) -> None:
     files = dict.fromkeys(("data/train/n1/a.jpg", "data/val/n1/b.jpg", "data/test/c.jpg", "data/readme.txt"), b"x")
     path = zip_file(tmp_path / "x.zip", {**files})
