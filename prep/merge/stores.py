@@ -30,7 +30,7 @@ from prep.build.preflight import free_bytes
 from prep.build.resume import discard_build, refuse_foreign_folder, remove_temporary_files, remove_work_dir
 from prep.build.split import disk_errors, open_existing
 from prep.console import DiskFull, Progress, UserError, WrongArgument, bytes_text, count_noun, say
-from prep.files import hold_lock, save_array, write_atomic
+from prep.files import hold_lock, save_array, sync_folder, unique_suffix, write_atomic
 from prep.images.color_stats import Moments
 from prep.inputs.formats.shards import unpack_location
 from prep.inputs.listing import Listing
@@ -38,16 +38,7 @@ from prep.inputs.names import name_text
 from prep.inputs.reader import Source
 from prep.merge.records import ADVICE, CopyTask, SourceShard, copy_shard, list_shard
 from prep.store.input_log import read_outcomes, write_outcomes
-from prep.store.manifest import (
-    SPLIT_FILES,
-    SPLITS,
-    Settings,
-    Shard,
-    Split,
-    Store,
-    digest_json,
-    split_fingerprint,
-)
+from prep.store.manifest import SPLIT_FILES, SPLITS, Settings, Shard, Split, Store, digest_json, split_fingerprint
 from prep.workers import Counts, Runner, WorkerDied
 
 
@@ -173,6 +164,7 @@ def _merge_split(
         )
     if existing is not None and split in existing.splits:
         progress.skip(len(listing))
+        remove_temporary_files(target)
         remove_work_dir(plan)
         return existing
     _begin_or_resume(plan, target, restart)
@@ -195,11 +187,14 @@ def _begin_or_resume(plan: BuildPlan, target: Path, restart: bool) -> None:
                 "--restart to discard it, or choose another --store."
             )
         return
-    if plan.work_dir.exists():
+    if plan.work_dir.exists() and any(plan.work_dir.iterdir()):
         raise UserError(f"{target} holds an unfinished build. Finish the build, or choose another --store.")
     refuse_foreign_folder(plan)
-    plan.work_dir.mkdir(parents=True)
-    write_atomic(path, json.dumps({"digest": plan.digest}).encode())
+    prepared = plan.folder / f".build.{unique_suffix()}"  # the work folder appears by one rename, with its file
+    prepared.mkdir(parents=True)
+    write_atomic(prepared / path.name, json.dumps({"digest": plan.digest}).encode())
+    prepared.rename(plan.work_dir)
+    sync_folder(plan.folder)
 
 
 def _report_equal_names(plan: BuildPlan) -> None:

