@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import io
 import json
 import os
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -217,3 +219,26 @@ def is_alive(pid: int) -> bool:
         return (Path("/proc") / str(pid) / "stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     except (FileNotFoundError, ProcessLookupError):
         return False
+
+
+_CAPABILITY_VERSION = (
+    0x20080522  # _LINUX_CAPABILITY_CAPABILITY_VERSION_3: two sets of (effective, permitted, inheritable) 32-bit masks
+)
+
+
+@contextmanager
+def no_root_rights() -> Iterator[None]:
+    """Clear the effective capabilities of this thread, and of threads that it starts, during a `with` block.
+
+    Without this, a test that runs as root could read files without read permission.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    header, before = (ctypes.c_uint32 * 2)(_CAPABILITY_VERSION, 0), (ctypes.c_uint32 * 6)()
+    assert libc.capget(header, before) == 0
+    without = (ctypes.c_uint32 * 6)(*before)
+    without[0] = without[3] = 0
+    assert libc.capset(header, without) == 0
+    try:
+        yield
+    finally:
+        assert libc.capset(header, before) == 0

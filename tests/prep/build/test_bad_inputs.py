@@ -37,9 +37,9 @@ from tests.helpers.building import (
     build,
     image_paths,
     make_pictures,
+    no_root_rights,
     record_sources,
 )
-from tests.helpers.permissions import no_root_rights
 
 OBVIOUS = {  # files whose first bytes show that they are not images
     "n1/bad_empty.JPEG": b"",
@@ -371,7 +371,7 @@ def test_a_photograph_without_read_permission_is_bad_and_the_build_goes_on(photo
     "name", ["x.tar", "x.zip", "x.parquet", "x.csv", "labels.txt", "classes.txt", "exclude.txt", "n1"]
 )
 def test_other_files_without_read_permission_end_the_command_in_one_line(name: str, tmp_path: Path) -> None:
-    make_pictures(tmp_path / "photos", 6, (30, 40), distinct=1)
+    make_pictures(tmp_path / "photos", 20, (30, 40), distinct=1)
     path = tmp_path / name if name != "n1" else tmp_path / "photos" / "n1"
     option = {"labels.txt": "--labels", "classes.txt": "--classes", "exclude.txt": "--exclude"}.get(name)
     if name != "n1":
