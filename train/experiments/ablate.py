@@ -1,10 +1,10 @@
 """Trains the ablations: networks with one part removed or replaced, on one store, with equal seeds and steps.
 
-Each training has its own run folder, `NAME-seedN`, with the same files as after `alextrain run`. The folder also has a
-file ablation.json, which holds the errors on the split val with one view (the centre crop).
+Each training run has its own run folder, `NAME-seedN`, with the same files as after `alextrain run`. The folder also
+has a file ablation.json with the errors on the split val with one view (the centre crop).
 
 A run is not trained again if its ablation.json is for the requested number of steps. A run that was stopped or killed
-resumes.
+is resumed.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ RESULT = "ablation.json"
 
 @dataclass(frozen=True)
 class AblationRun:
-    """One training of an ablation, with one seed."""
+    """One training run of an ablation, with one seed."""
 
     ablation: Ablation
     config: RunConfig
@@ -61,7 +61,7 @@ def plan_runs(
     recipe: str,
     settings: Sequence[str] = (),
     *,
-    only: Sequence[str] = (),  # ablations to train; empty: all. The baseline is always trained
+    only: Sequence[str] = (),  # names of the ablations to train; empty: all ablations The baseline is always trained
     seed: int = 0,
     stream_seed: int | None = None,
     seeds: int = 1,
@@ -112,7 +112,7 @@ def plan_runs(
 
 
 def _devices(gpus: str | None, columns: int, group: ReplicaGroup) -> Devices:
-    """Return the devices of a network; a network of one column takes only the first of two GPUs."""
+    """Return the devices of a network. If two GPUs are given, a network of one column takes only the first."""
     if group.launched:
         return parse_replica_devices(
             "1" if gpus == "2" and columns == 1 else gpus, columns, group.local_rank, group.local_size
@@ -121,11 +121,11 @@ def _devices(gpus: str | None, columns: int, group: ReplicaGroup) -> Devices:
 
 
 def ablate(runs: Sequence[AblationRun], group: ReplicaGroup = ALONE) -> list[Outcome]:
-    """Train and evaluate the runs for which known_errors returns None; returns an outcome for each ablation.
+    """Train and evaluate the runs for which known_errors returns None. Returns an outcome for each ablation.
 
     group  the replicas that train each run together
 
-    Raises UserError if the store has no split val, and the errors of train.trainer.loop.fit except Diverged.
+    Raises UserError if the store has no split val. Also raises the errors of train.trainer.loop.fit, except Diverged.
     """
     errors = [_errors(run.config, group) for run in runs]
     outcomes = []
@@ -199,8 +199,8 @@ def _measured(run: Run) -> tuple[float, float]:
 def outcome_rows(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
     """Return a row for each outcome: errors in %, and differences from the baseline in percentage points.
 
-    A positive difference means that the ablation has the higher error. "paper_top1" is the paper's difference, and
-    "top1_difference" the measured difference between runs with the same seed. Each measured value has a "mean" and a
+    A positive difference means that the ablation has the higher error. "paper_top1" is the difference in the paper.
+    "top1_difference" is the measured difference between runs with the same seed. Each measured value has a "mean" and a
     "spread" over the seeds: the standard deviation, or None if there is only one seed.
     """
     base = outcomes[0]
@@ -225,7 +225,7 @@ def _differences(errors: Sequence[float | None], base: Sequence[float | None]) -
 
 
 def _statistics(shares: Sequence[float | None]) -> dict[str, float | None]:
-    """Return the mean and spread in percent; both are None if a run diverged."""
+    """Return the mean and the spread in percent. Both are None if a run diverged."""
     percents = [100 * share for share in shares if share is not None]
     if len(percents) < len(shares):
         return {"mean": None, "spread": None}
@@ -235,7 +235,7 @@ def _statistics(shares: Sequence[float | None]) -> dict[str, float | None]:
 def table_lines(rows: Sequence[Mapping[str, Any]], classes: int = 1000) -> list[str]:
     """Return the rows of `outcome_rows` as a text table. The sources of the paper's differences follow the table.
 
-    With five classes or fewer, the top-5 errors, which are always 0, are left out.
+    With five classes or fewer, the top-5 errors are always 0 and are left out.
     """
     metrics = ("top1", "top5")[: len(shown_errors(classes))]
     widths = [max(width * len(metrics), smallest) for width, smallest in ((7, 14), (13, 17), (13, 18))]

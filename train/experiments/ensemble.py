@@ -2,8 +2,8 @@
 
 Krizhevsky, Sutskever and Hinton (2012) averaged the predictions of five networks. The seed of a member determines its
 initial parameters and its dropout. The record order, crops and colour noise are those of the stream, which all members
-share. Each member is an ordinary run with a run folder of its own. Its bits are those of a run that is trained alone
-with the same seed and stream seed.
+share. Each member is an ordinary run with its own run folder. The bits of a member are those of a run that is trained
+alone with the same seed and stream seed.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ def member_configs(config: RunConfig, members: int) -> list[RunConfig]:
 def train_members(
     folder: Path, ensemble: Ensemble, runs: Sequence[Run], view: ConsoleView, one_at_a_time: bool = False
 ) -> None:
-    """Train the members of an ensemble, or continue each of them from its newest checkpoint.
+    """Train the members of an ensemble, or continue each member from its newest checkpoint.
 
     folder         folder of the ensemble
     runs           the members
     view           console output
-    one_at_a_time  True: train one member after another, which needs the memory of one member. False: each batch trains
-                   all members
+    one_at_a_time  True: the members are trained one after another, which needs the memory of only one member. False:
+                   each batch trains all members
 
     Raises the errors of fit_together. Raises UserError if the folder holds other files or another ensemble.
     """

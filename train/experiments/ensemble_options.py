@@ -1,4 +1,4 @@
-"""The ensemble that the options of `alextrain run` ask for: a new one, or the one that --run-dir holds.
+"""The ensemble that the options of `alextrain run` describe: a new ensemble, or the ensemble in --run-dir.
 
 This module does not import torch at its top, because `alextrain run` calls it before it reports a missing store.
 """
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 
 
 def requested_ensemble(options: Mapping[str, Any], given: Collection[str]) -> Ensemble | None:
-    """Return the ensemble to train; None if the options ask for a single run.
+    """Return the ensemble to train; None if the options describe a single run.
 
     options  the values of the command's options by parameter name
     given    names of the options that the user gave
 
-    An ensemble in --run-dir can get more members, but not fewer. Raises UserError for options that do not fit the
-    content of --run-dir.
+    An ensemble in --run-dir can get more members, but cannot lose members. Raises UserError for options that contradict
+    the content of --run-dir.
     """
     run_dir, members, fork = options["run_dir"], options["members"], options["fork"]
     held = read_ensemble(run_dir)
@@ -76,7 +76,8 @@ def open_members(ensemble: Ensemble, options: Mapping[str, Any], given: Collecti
     """
     run_dir = options["run_dir"]
     first_dir, store = member_dir(run_dir, 1), None
-    if "store" in given or not (first_dir / DESCRIPTION).exists():  # reported before torch is imported
+    # A missing store is reported before torch is imported.
+    if "store" in given or not (first_dir / DESCRIPTION).exists():
         store = Store.open(options["store"])
         store.split("train")
     from train.experiments.ensemble import member_configs

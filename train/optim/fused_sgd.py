@@ -1,19 +1,18 @@
-"""SGD update of many parameters: by the fused kernel of torch.optim.SGD if it works, else by PyTorch operators.
+"""SGD update of many parameters: by the fused kernel of torch.optim.SGD if it works, otherwise by PyTorch operators.
 
 The update rule (paper_sgd.py), with g = ∂L/∂w, has the learning rate lr in the formula of the velocity v:
 
     v ← momentum · v − lr · decay · w − lr · g        w ← w + v
 
-The class torch.optim.SGD has lr in the formula of w. torch.optim.SGD calls the function torch.optim.sgd.sgd, which
-computes:
+The class torch.optim.SGD has lr in the formula of w. It calls the function torch.optim.sgd.sgd, which computes:
 
     v ← momentum · v + (1 − dampening) · (g + weight_decay · w)        w ← w − lr · v
 
-With the arguments `lr` = −1 and `dampening` = 1 + (lr of the update rule), sgd computes the update rule. The class
-torch.optim.SGD accepts no negative lr, so sgd is called directly. The kernel behind `fused=True` is private and may
-change. The fused update is therefore tried once on small tensors for each device and dtype, and used only if the result
-is correct. PyTorch operators are slower: they read or write eleven values per parameter, and the fused kernel only
-five.
+With the arguments `lr` = −1 and `dampening` = 1 + (lr of the update rule), the function sgd computes the update rule.
+The class torch.optim.SGD accepts no negative lr, so the function sgd is called directly. The kernel behind `fused=True`
+is private and may change. The fused update is therefore first tried on small tensors, once for each device and dtype.
+It is used only if the result is correct. PyTorch operators are slower. They read or write eleven values for each
+parameter, and the fused kernel only five.
 """
 
 from __future__ import annotations
@@ -74,7 +73,8 @@ def fused_update_works(device: torch.device, dtype: torch.dtype) -> bool:
         _update_fused([actual[0]], [actual[1]], [actual[2]], momentum=0.5, lr=0.125, decay=0.25)
     except torch.OutOfMemoryError:
         raise
-    except (AttributeError, TypeError, RuntimeError):  # the signature differs, or there is no fused kernel
+    # Torch's function has other arguments, or there is no fused kernel.
+    except (AttributeError, TypeError, RuntimeError):
         return False
     return torch.allclose(actual, expected)
 

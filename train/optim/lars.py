@@ -11,20 +11,21 @@ trust coefficient η:
 This is the rule of PaperSGD with the learning rate γ · λ (argument `local_rates` of PaperSGD); the paper gives v the
 opposite sign. The weight decay is in λ and in v. As in PaperSGD, v contains the learning rate.
 
-The paper leaves three points open. Here this module does what the authors' code does (GetLocalRate in
+The paper leaves three points open. In these points, this module does what the authors' code does (GetLocalRate in
 src/caffe/solvers/sgd_solver.cpp of borisgin/nvcaffe, a fork of NVIDIA's Caffe):
 
--   The weights and the biases of a layer have separate local rates, as in the paper's table 2. Biases are not excluded.
--   λ is 1 if ‖w‖ or ‖g‖ is 0. Biases that start at 0 could not change otherwise.
--   λ is not limited. A later version of that code, `larc_policy: "clip"`, limits γ · λ to γ.
+-   The weights and the biases of a layer have separate local rates, as in the paper's table 2. Biases also have local
+  rates.
+-   λ is 1 if ‖w‖ or ‖g‖ is 0. With λ = 0, biases that start at 0 could not change.
+-   λ is not limited. A later version of the authors' code, `larc_policy: "clip"`, limits γ · λ to γ.
 
-The code differs from the paper, and from this module, in two points. It uses one β for all parameters in λ, even for
-parameters without weight decay, where this module uses 0. On a CPU, it computes ‖g + β · w‖ instead of ‖g‖. Later
-versions of the code leave β · ‖w‖ out of λ.
+The authors' code differs from the paper, and from this module, in two points. In λ it uses one β for all parameters,
+even for parameters without weight decay. For such parameters this module uses 0. On a CPU, the authors' code computes
+‖g + β · w‖ instead of ‖g‖. Later versions of the authors' code leave β · ‖w‖ out of λ.
 
 A layer of a network with two columns is divided between the columns, which may be on two GPUs. The norms are those of
-the joined layer, so the columns have the same λ, and the network trains like a network with one column. Two GPUs
-exchange 2 · 16 sums of squares in each step. Norms and local rates stay on the device: the host does not wait.
+the joined layer. The columns therefore have the same λ, and the network trains like a network with one column. Two GPUs
+exchange 2 · 16 sums of squares in each step. Norms and local rates stay on the device, so the host does not wait.
 """
 
 from __future__ import annotations
@@ -55,18 +56,19 @@ class LocalRates:
 
     @torch.no_grad()
     def __call__(self, decay_of: Mapping[nn.Parameter, float]) -> dict[nn.Parameter, Tensor]:
-        """Return λ of each parameter in `decay_of`: float64 (), on the parameter's device.
+        """Return λ of each parameter in `decay_of`, as float64 () on the device of the parameter.
 
         decay_of  {parameter with a gradient: its weight decay}
         """
         layers = [[parameter for parameter in layer if parameter in decay_of] for layer in self._layers]
-        layers = sorted((layer for layer in layers if layer), key=len, reverse=True)  # layers of two columns first
+        # Layers with two columns come first.
+        layers = sorted((layer for layer in layers if layer), key=len, reverse=True)
         columns = [[layer[c] for layer in layers if c < len(layer)] for c in range(max(map(len, layers), default=0))]
         by_column = [_sums_of_squares(column) for column in columns]
         rates: dict[nn.Parameter, Tensor] = {}
         for column, own in zip(columns, by_column, strict=True):
             sums = torch.zeros_like(own)
-            for others in by_column:  # padded with zeros, or cut, to the layers of this column
+            for others in by_column:  # the vector is padded with zeros, or cut, to the layers of this column
                 sums += F.pad(others.to(own.device, non_blocking=True), (0, len(column) - others.shape[1]))
             weights, gradients = sums.sqrt().unbind()
             decays = self._decay_tensor(own.device, tuple(decay_of[parameter] for parameter in column))
@@ -76,16 +78,16 @@ class LocalRates:
         return rates
 
     def _decay_tensor(self, device: torch.device, decays: tuple[float, ...]) -> Tensor:
-        """Return the weight decays as float64 (n,). Repeated calls copy nothing to the device, as in a CUDA graph."""
+        """Return the weight decays as float64 (n,). As in a CUDA graph, repeated calls copy nothing to the device."""
         if (device, decays) not in self._decays:
             self._decays[device, decays] = torch.tensor(decays, dtype=torch.float64, device=device)
         return self._decays[device, decays]
 
 
 def _sums_of_squares(parameters: Sequence[nn.Parameter]) -> Tensor:
-    """Return float64 (2, n), on the device of the parameters: Σ w² and Σ g² of each of n parameters."""
+    """Return float64 (2, n) on the device of the parameters: Σ w² and Σ g² of each of the n parameters."""
     tensors = [*parameters, *(p.grad for p in parameters if p.grad is not None)]
-    if tensors[0].device.type == "cuda":  # a few launches for all tensors
+    if tensors[0].device.type == "cuda":  # this needs only a few launches for all tensors
         sums = torch.stack(torch._foreach_norm(tensors)).double().square()
     else:
         sums = torch.stack([_sum_of_squares(tensor) for tensor in tensors])
@@ -93,7 +95,7 @@ def _sums_of_squares(parameters: Sequence[nn.Parameter]) -> Tensor:
 
 
 def _sum_of_squares(x: Tensor) -> Tensor:
-    """Return Σ x², float64 (). PyTorch's float32 norm of a layer with 38 million weights is 0.3 % too small."""
+    """Return Σ x², float64 (). PyTorch's float32 norm of a layer with 38 million weights would be 0.3 % too small."""
     if kernels.native is not None and x.device.type == "cpu" and x.dtype == torch.float32 and same_dense_layout(x):
         return torch.tensor(kernels.native.sum_of_squares(x), dtype=torch.float64)
     values = x.flatten()

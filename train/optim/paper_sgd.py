@@ -3,13 +3,13 @@
     v ← momentum · v − decay · ε · w − ε · ∂L/∂w
     w ← w + v
 
-The velocity v contains the learning rate ε. After ε is reduced, v still contains the larger ε of earlier steps, which
+The velocity v contains the learning rate ε. After ε is reduced, v still contains the larger ε of earlier steps. This
 has an effect for about ten steps. In torch.optim.SGD, v does not contain ε: w ← w − ε · v. With torch.optim.SGD, a
 reduction of ε therefore has its full effect at once. If ε is constant, both rules give the same weights.
 
-The C kernel (train/model/kernels.c) updates float32 parameters on a CPU; fused_sgd.py updates all other parameters, and
-every parameter if the kernels are not compiled. If the learning rates are in a tensor, rate_tensor_update.py updates
-all parameters. lars.py scales the rate of each layer.
+The C kernel (train/model/kernels.c) updates float32 parameters on a CPU. fused_sgd.py updates all other parameters, and
+all parameters if the kernels are not compiled. If the learning rates are in a tensor, rate_tensor_update.py updates all
+parameters. lars.py scales the learning rate of each layer.
 """
 
 from __future__ import annotations
@@ -29,14 +29,17 @@ from train.optim.rate_tensor_update import RateTensorUpdate, Trio
 
 
 class PaperSGD(torch.optim.Optimizer):
-    """SGD by the paper's rule. In a group with lr 0, neither parameters nor velocity change (weights.cu:148)."""
+    """SGD by the paper's rule.
+
+    In a group with lr 0, neither the parameters nor the velocity change (weights.cu:148).
+    """
 
     def __init__(
         self, groups: Iterable[dict[str, Any]], momentum: float, local_rates: LocalRates | None = None
     ) -> None:
         """Each group is a dict with "params" and optionally "lr", "weight_decay" and "name".
 
-        "lr" and "weight_decay" have the default 0. This class ignores "name".
+        The default of "lr" and of "weight_decay" is 0. The class ignores "name".
 
         local_rates  factors of the learning rates, for each layer (LARS); None: all factors are 1
         """
@@ -64,15 +67,15 @@ class PaperSGD(torch.optim.Optimizer):
         for group in self.param_groups:
             updated = [] if group["lr"] == 0 else [p for p in group["params"] if p.grad is not None]
             rest = [p for p in updated if not self._update_by_kernel(p, group)]
-            # One call per device and dtype launches fewer kernels than one call per parameter.
+            # One call for each device and dtype launches fewer kernels than one call for each parameter.
             for kind in dict.fromkeys((p.device, p.dtype) for p in rest):
                 self._update([p for p in rest if (p.device, p.dtype) == kind], group)
 
     def use_rate_tensor(self) -> None:
-        """Read the learning rates from a tensor, for steps that are recorded as a CUDA graph
-        (train/trainer/step_graph.py).
+        """Read the learning rates from a tensor.
 
-        From now on `step` uses the rates of the last call of `write_rates`. All parameters must be on one device.
+        Steps that are recorded as a CUDA graph need this (train/trainer/step_graph.py). From now on, `step` uses the
+        rates of the last call of `write_rates`. All parameters must be on one device.
         """
         trios = [
             Trio(p, self.velocity(p), index, group["weight_decay"])
@@ -84,7 +87,8 @@ class PaperSGD(torch.optim.Optimizer):
     def write_rates(self) -> None:
         """Write the learning rates of the groups to the tensor.
 
-        Parameters of a group with lr 0 must not have gradients, because momentum would change the parameters.
+        Parameters of a group with lr 0 must not have gradients, because momentum would otherwise change these
+        parameters.
         """
         assert self._rate_tensor_update is not None
         self._rate_tensor_update.write_rates([group["lr"] for group in self.param_groups])

@@ -1,8 +1,9 @@
 """The update rule (paper_sgd.py) of all parameters on one device, with the learning rates in a tensor.
 
-A CUDA graph repeats the Python numbers that were recorded. A tensor therefore holds the learning rate of each
-parameter group. On a GPU, one Triton kernel updates all parameters of all groups. The kernel reads a table of
-addresses. For a recorded step, the table is written after the recording, when the addresses of the gradients are known.
+A CUDA graph repeats the Python numbers that were recorded. A tensor therefore holds the learning rate of each parameter
+group. On a GPU, one Triton kernel updates all parameters of all groups. The kernel reads a table with the addresses of
+the parameters, velocities and gradients. For a recorded step, the table is written after the recording, when the
+addresses of the gradients are known.
 """
 
 from __future__ import annotations
@@ -50,10 +51,10 @@ class RateTensorUpdate:
         self._blocks = torch.tensor(blocks, dtype=torch.int64, device=self._device)
 
     def write_rates(self, rates: Sequence[float]) -> None:
-        """Set the learning rate of each group; only rates that have changed are written to the device."""
+        """Set the learning rate of each group. Only rates that have changed are written to the device."""
         for index, rate in enumerate(rates):
             if self._written[index] != rate:
-                self._rates[index].fill_(rate)  # passes the rate as a kernel argument, not by a copy
+                self._rates[index].fill_(rate)  # this passes the rate as an argument of a kernel, not by a copy
                 self._written[index] = rate
 
     def run(self, scales: Mapping[nn.Parameter, Tensor] | None = None) -> None:
@@ -73,7 +74,7 @@ class RateTensorUpdate:
 
     @torch.no_grad()
     def run_operators(self) -> None:
-        """The update that `run` makes, by PyTorch operators on any device."""
+        """Make the same update as `run` by PyTorch operators, on any device."""
         for (w, v, group, decay), scale in zip(self._trios, self._scales, strict=True):
             if w.grad is not None:
                 rate = self._rates[group] * scale
@@ -81,7 +82,7 @@ class RateTensorUpdate:
                 w.add_(v)
 
     def write_addresses(self) -> None:
-        """Write the addresses of all parameters that have a gradient; the other parameters get size 0."""
+        """Write the addresses of all parameters that have a gradient. The other parameters get the size 0."""
         rows = []
         for w, v, group, _ in self._trios:
             if w.grad is None:

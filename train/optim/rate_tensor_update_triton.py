@@ -11,7 +11,7 @@ import triton.language as tl  # type: ignore[import-not-found,import-untyped,unu
 
 @triton.jit  # type: ignore[untyped-decorator,unused-ignore]
 def _tensor(table, entry):
-    """The float32 tensor whose address is in the table. PyTorch aligns tensors to 16 bytes."""
+    """Return the float32 tensor whose address is in the table. PyTorch aligns tensors to 16 bytes."""
     return tl.multiple_of(tl.load(table + entry), 16).to(tl.pointer_type(tl.float32))
 
 

@@ -46,11 +46,12 @@ class Schedule:
     """
 
     recipe: Recipe
-    batch_size: int | None = None  # images of a step, over all processes; None: the recipe's batch size
+    batch_size: int | None = None  # number of images in a step, over all processes; None: the batch size of the recipe
     best_error: float = float("inf")  # lowest validation top-1 error so far, 0..1
     epochs_since_best: int = 0
     drops: int = 0  # number of reductions of the learning rate so far
-    # True if the run must end: the validation error no longer improves at the schedule's lowest learning rate.
+    # whether the run must end, because the validation error no longer improves at the lowest learning rate of the
+    # schedule
     finished: bool = field(default=False, init=False)
 
     def learning_rates(self, epochs_done: float) -> tuple[float, float, float]:
@@ -81,7 +82,7 @@ class Schedule:
         return colour
 
     def apply(self, optimizer: PaperSGD, epochs_done: float) -> float:
-        """Set the learning rates of an optimizer from make_optimizer; returns the rate of the weights of conv2 to fc8.
+        """Set the learning rates of an optimizer from make_optimizer. Returns the rate of the weights of conv2 to fc8.
 
         A learning rate of 0 for conv1 freezes the layer: conv1's weights and biases get no gradient.
         """
@@ -95,10 +96,10 @@ class Schedule:
         return lr
 
     def record_validation(self, error: float) -> None:
-        """Record the validation top-1 error (0..1) of an epoch.
+        """Note the validation top-1 error (0..1) of an epoch.
 
         After `patience_epochs` epochs without a new lowest error, a plateau schedule reduces the learning rate, or sets
-        `finished` if no reduction is left. Other schedules ignore the error.
+        `finished` if no reduction is left. Other schedules ignore this error.
         """
         plateau = self.recipe.schedule
         if not isinstance(plateau, Plateau):

@@ -1,1 +1,1 @@
-"""Replicas of a network in several processes that torchrun started: who they are, and what they exchange."""
+"""Replicas of a network in several processes that torchrun started: their ranks, and the values that they exchange."""

@@ -1,8 +1,8 @@
-"""Agreement of all replicas on when to stop: after the same step, whichever replica got the signal.
+"""Agreement of all replicas on when to stop: after the same step, whichever replica received the signal.
 
-Without it, a replica that stops would leave the others waiting for its gradients. The replicas exchange one number per
-step, after the step was launched. The host waits for the other hosts, and not for a GPU: the hosts are ahead of the
-GPUs by some steps.
+Without this agreement, a replica that stops would leave the other replicas waiting for its gradients. The replicas
+exchange one number per step, after the step was launched. The host of a replica waits for the other hosts, but not for
+a GPU, because the hosts are ahead of the GPUs by some steps.
 """
 
 from __future__ import annotations
@@ -22,11 +22,13 @@ class Agreement:
     """The exchange of stop requests, and of lost services."""
 
     def __init__(self, group: ReplicaGroup, uses_service: bool) -> None:
-        """`uses_service`: True if a service decodes the images, so that the next batch of a rank may not come."""
+        """`uses_service`: True if a service decodes the images. The next batch of a rank may then be missing."""
         self._group, self._uses_service = group, uses_service
 
     def stop(self, requested: BaseException | None) -> BaseException | None:
-        """Return the request to stop of any rank, as the same kind of exception on all ranks; None: go on.
+        """Return the request to stop of any rank, as the same kind of exception on all ranks.
+
+        None means that training continues.
 
         requested  KeyboardInterrupt or Terminated, if this rank was asked to stop
         """
@@ -41,7 +43,7 @@ class Agreement:
         return KeyboardInterrupt() if signum == signal.SIGINT else Terminated(signum)
 
     def batches(self, loader: TrainLoader) -> Iterator[Batch]:
-        """Serve the batches of `loader`. If a rank lacks its next batch, all ranks raise its ServiceError.
+        """Yield the batches of `loader`. If a rank lacks its next batch, all ranks raise the ServiceError of this rank.
 
         Only a service can fail to give a batch. The ranks exchange a number per step if the run uses a service.
         """

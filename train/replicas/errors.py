@@ -1,4 +1,4 @@
-"""Errors of a group of replicas. Each error is printed by one rank; the other ranks end with the same exit code."""
+"""Errors of a group of replicas. Each error is printed by one rank. The other ranks end with the same exit code."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ from prep.console import Terminated, UserError
 
 
 class ReplicaLost(UserError):
-    """A replica has ended, or did not take part in an exchange within the time-out. The message names its rank."""
+    """A replica has ended, or did not take part in an exchange within the time-out.
+
+    The message names the rank of this replica.
+    """
 
 
 def is_stop(kind: str) -> bool:
@@ -18,7 +21,7 @@ class OtherReplicaFailed(SystemExit):
     """Ends this process without output, because another rank prints the error."""
 
     def __init__(self, text: str, code: int, kind: str) -> None:
-        """Takes the other rank's message, exit code and class of exception."""
+        """Has the message, the exit code and the class of exception of the other rank."""
         super().__init__(code)
         self.text, self.kind = text, kind
 

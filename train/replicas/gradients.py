@@ -1,13 +1,13 @@
 """Sums of the gradients of all replicas, in one exchange per step and device.
 
-The gradients of a device's parameters are copied into one flat tensor, which is summed over the ranks. Afterwards the
-parameters' gradients are views of the sum, so nothing is copied back. TrainingStep divides the loss by the number of
-images of the whole step, so the sum is the gradient of the mean loss, as in one process.
+The gradients of a device's parameters are copied into one flat tensor, which is summed over the ranks. Afterwards, the
+gradients of the parameters are views of this sum, so nothing is copied back. TrainingStep divides the loss by the
+number of images of the whole step. The sum is therefore the gradient of the mean loss, as in one process.
 
 Each kind of exchange gives the same bits on every rank:
 
-SharedMemory    CPU replicas on one machine. Each rank writes into a part of a shared memory; rank r sums the r-th range
-                of all parts. On two cores, this takes a tenth of the time of gloo's exchange over TCP.
+SharedMemory    CPU replicas on one machine. Each rank writes into its own part of a shared memory. Rank r sums the r-th
+                range of all parts. On two cores, this exchange takes a tenth of the time of gloo's exchange over TCP.
 Gloo            CPU replicas on several machines.
 Nccl            GPUs. The exchange is queued on the GPU's current stream, so a CUDA graph can contain it.
 """
@@ -29,7 +29,8 @@ class Exchange(Protocol):
     """The exchange of one device's gradients."""
 
     own: Tensor  # (n,) float32: this rank writes its summands here
-    total: Tensor  # (n,) float32: the sum over the ranks, valid until the next call of `sum`. Must not be changed
+    # (n,) float32: the sum over the ranks, valid until the next call of `sum`. This tensor must not be changed.
+    total: Tensor
 
     def sum(self) -> None:
         """Compute `total` from `own` of all ranks."""
@@ -39,7 +40,7 @@ class GradientSum:
     """Replaces the gradients of parameters by their sums over the ranks."""
 
     def __init__(self, parameters: Iterable[nn.Parameter], link: Link) -> None:
-        """Connect the devices of the parameters. All ranks call this at the same time, with equal parameters."""
+        """Connect the devices of the parameters. All ranks call this method at the same time, with equal parameters."""
         by_device: dict[torch.device, list[nn.Parameter]] = {}
         for parameter in parameters:
             by_device.setdefault(parameter.device, []).append(parameter)
@@ -50,9 +51,11 @@ class GradientSum:
 
     @torch.no_grad()
     def run(self) -> None:
-        """Sum the gradients. Parameters without a gradient keep none. The host waits only for CPU replicas.
+        """Sum the gradients.
 
-        From now on, the gradients are views of memory that all replicas of a machine may share: do not change them.
+        Parameters without a gradient still have no gradient after the exchange. The host waits only for CPU replicas.
+        From now on, the gradients are views of memory that all replicas of a machine may share. Do not change the
+        gradients.
         """
         for exchange in self._exchanges:
             exchange.run()
@@ -67,7 +70,7 @@ class _FlatGradients:
         for parameter, own in zip(self._parameters, self._own, strict=True):
             if parameter.grad is not None:
                 own.copy_(parameter.grad)
-                parameter.grad = own  # releases the memory of the gradient before the exchange
+                parameter.grad = own  # this releases the memory of the gradient before the exchange
         self._exchange.sum()
         for parameter, total in zip(self._parameters, self._total, strict=True):
             if parameter.grad is not None:
@@ -108,25 +111,28 @@ class Gloo:
 
 
 class Nccl:
-    """The exchange of GPUs. Each device of a rank has a connection of its own."""
+    """The exchange of GPUs. Each device of a rank has its own connection."""
 
     def __init__(self, device: torch.device, size: int, link: Link, name: str) -> None:
         from torch.distributed import (  # type: ignore[attr-defined]  # torch does not list them in __all__
             PrefixStore,
-            ProcessGroupNCCL,  # only in builds of torch with CUDA
+            ProcessGroupNCCL,  # this class exists only in builds of torch with CUDA
         )
 
         self.own = self.total = torch.zeros(size, device=device)
         options = ProcessGroupNCCL.Options()
-        # A rank whose host hangs is found by the exchanges of host values. NCCL's own time-out ends a process without
-        # a message, so it comes later.
+        # The exchanges of host values detect a rank whose host hangs. NCCL's own time-out would end a process without a
+        # message, so it is longer.
         options._timeout = 2 * link.timeout
         self._group: Any = ProcessGroupNCCL(PrefixStore(name, link.store), link.rank, link.size, options)
         link.at_end(self._group.abort)
-        with link.exchange(), torch.cuda.device(device):  # connects, which a CUDA graph cannot contain
+        with link.exchange(), torch.cuda.device(device):  # this call connects, which a CUDA graph cannot contain
             self.sum()
             torch.cuda.synchronize(device)
 
     def sum(self) -> None:
-        """Queue the sum of `own` over the ranks in place. The current stream waits for it; the host does not."""
+        """Queue the sum of `own` over the ranks in place.
+
+        The current stream waits for the sum, but the host does not wait.
+        """
         self._group.allreduce([self.own]).wait()

@@ -1,7 +1,7 @@
 """The group of replicas of a training: rank and size from torchrun's environment, and exchange of host values.
 
-torchrun starts one process for each replica. A process without torchrun is a group of one replica: it exchanges nothing
-and does not load torch.distributed.
+torchrun starts one process for each replica. A process without torchrun is a group of one replica. Such a group
+exchanges nothing and does not load torch.distributed.
 
     group = group_from_environment()
     with joined(group, timeout_s=600) as group:
@@ -9,8 +9,8 @@ and does not load torch.distributed.
         with group.together():             # an error of one rank ends all ranks, and is printed once
             ...
 
-Ranks must call the methods in the same order. A method that waits for another rank raises ReplicaLost after the
-time-out, or OtherReplicaFailed if another rank has printed its error.
+All ranks must call the methods in the same order. A method that waits for another rank raises ReplicaLost after the
+time-out. If another rank has printed its error, the method raises OtherReplicaFailed.
 """
 
 from __future__ import annotations
@@ -32,30 +32,31 @@ from train.replicas.torchrun import wait_for_message
 
 Value = TypeVar("Value")
 
-_LINGER_S = 1.0  # longest time for which a rank that ends as planned waits for the others to end too
-# Set by torchrun, and by hand where another program starts the processes.
+_LINGER_S = 1.0  # longest time for which a rank that ends as planned waits until the other ranks end, too
+# torchrun sets these variables. If another program starts the processes, the user sets them.
 _NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _ALSO_NEEDED = ("LOCAL_RANK", "LOCAL_WORLD_SIZE")
 
 
 @dataclass(frozen=True)
 class ReplicaGroup:
-    """Rank and size of a group. The methods exchange host values; in a group of size 1 they return their argument."""
+    """Rank and size of a group. The methods exchange host values. In a group of size 1, they return their argument."""
 
     rank: int = 0  # number of this replica in the group, 0 to size - 1
     size: int = 1  # number of replicas
     local_rank: int = 0  # number of this replica on its machine, 0 to local_size - 1
     local_size: int = 1  # number of replicas on this machine
     launched: bool = False  # whether torchrun started this process, also for a group of size 1
-    link: Link | None = field(default=None, repr=False, compare=False)  # None: not joined, or a group of size 1
+    # None: the group is not connected, or has size 1.
+    link: Link | None = field(default=None, repr=False, compare=False)
 
     @property
     def is_first(self) -> bool:
-        """True on rank 0, which alone writes into the run folder and prints."""
+        """True on rank 0. Only rank 0 writes into the run folder and prints."""
         return self.rank == 0
 
     def sum(self, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """Return the sum of an int64 or float64 array over the ranks: the same bits on every rank.
+        """Return the sum of an int64 or float64 array over the ranks. Every rank gets the same bits.
 
         Arrays must have the same shape on all ranks. Sums of integers are exact. Floats are added in the order of the
         ranks.
@@ -70,11 +71,14 @@ class ReplicaGroup:
         return total
 
     def gather(self, values: npt.NDArray[Any]) -> list[npt.NDArray[Any]]:
-        """Return the arrays of all ranks, in the order of the ranks. Shapes may differ between ranks; types may not."""
+        """Return the arrays of all ranks, in the order of the ranks.
+
+        The shapes may differ between ranks, but the types may not.
+        """
         return [values] if self.link is None else self.link.gather(values)
 
     def stack_on_first(self, rows: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """Return the rows of all ranks one below another, in the order of the ranks, on rank 0; no rows on other ranks.
+        """Return the rows of all ranks one below another on rank 0, in the order of the ranks. Other ranks get no rows.
 
         The arrays must have the same type, and the same shape apart from the first axis.
         """
@@ -89,7 +93,7 @@ class ReplicaGroup:
         return [value] if self.link is None else self.link.gather_json(value)
 
     def broadcast_json(self, value: Any) -> Any:
-        """Return rank 0's value, which passes through JSON. The other ranks' values are ignored."""
+        """Return the value of rank 0, which passes through JSON. The other ranks' values are ignored."""
         return value if self.link is None else self.link.broadcast_json(value)
 
     def broadcast(self, array: npt.NDArray[Any]) -> None:
@@ -104,9 +108,10 @@ class ReplicaGroup:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """A block at whose end all ranks wait for each other, and that fails on all ranks if it fails on one.
+        """A block at whose end all ranks wait for each other. If it fails on one rank, it fails on all ranks.
 
-        The lowest rank with a UserError or a request to stop raises it. All other ranks raise OtherReplicaFailed.
+        If several ranks have a UserError or a request to stop, the lowest of these ranks raises it. All other ranks
+        raise OtherReplicaFailed.
         """
         if self.link is None:
             yield
@@ -128,7 +133,7 @@ class ReplicaGroup:
         raise OtherReplicaFailed(**other) from None
 
     def on_first(self, work: Callable[[], Value]) -> Value:
-        """Return the result of `work`, which only rank 0 calls. The result passes through JSON.
+        """Return the result of `work`, which is called only on rank 0. The result passes through JSON.
 
         An error of `work` ends all ranks.
         """
@@ -154,9 +159,10 @@ def description_of(error: BaseException) -> dict[str, Any]:
 
 
 def group_from_environment(environ: Mapping[str, str] | None = None) -> ReplicaGroup:
-    """Return the group in which torchrun started this process, not yet joined; a group of one without torchrun.
+    """Return the group in which torchrun started this process, without connecting to it.
 
-    Raises WrongArgument if the variables of torchrun are incomplete or no whole numbers.
+    Without torchrun, returns a group of one. Raises WrongArgument if the variables of torchrun are incomplete or are
+    not whole numbers.
     """
     environ = os.environ if environ is None else environ
     if not all(name in environ for name in _NEEDED):
@@ -192,11 +198,11 @@ def group_from_environment(environ: Mapping[str, str] | None = None) -> ReplicaG
 def joined(group: ReplicaGroup, timeout_s: float = REPLICA_TIMEOUT_S) -> Iterator[ReplicaGroup]:
     """Connect a group to its other ranks during a `with` block. A group of size 1 is returned unchanged.
 
-    timeout_s  seconds for which a rank waits for another rank, here and in each exchange
+    timeout_s  seconds for which a rank waits for another rank, when it connects and in each exchange
 
-    At the end of the block all ranks wait for each other. If the block raises an error, the other ranks learn of it in
-    their next exchange. A UserError of rank 1 or higher gets the rank in its message. Raises ReplicaLost if a rank does
-    not come.
+    At the end of the block, all ranks wait for each other. If the block raises an error, the other ranks receive the
+    error in their next exchange. If rank 1 or a higher rank raises a UserError, the rank is added to the message.
+    Raises ReplicaLost if a rank does not connect.
     """
     if group.size == 1:
         yield group
@@ -208,7 +214,7 @@ def joined(group: ReplicaGroup, timeout_s: float = REPLICA_TIMEOUT_S) -> Iterato
     except BaseException as caught:
         error = caught
         stopped = isinstance(error, KeyboardInterrupt | Terminated)
-        if stopped and (told := link.roll_call.error_of_other()):  # torchrun terminates the other ranks after an error
+        if stopped and (told := link.roll_call.error_of_other()):  # after an error, torchrun terminates the other ranks
             error = OtherReplicaFailed(**{**told, "code": description_of(error)["code"]})
         is_of_group = isinstance(error, ReplicaLost | OtherReplicaFailed)
         link.leave(None if is_of_group else description_of(error), _LINGER_S if stopped else 0.0)

@@ -22,13 +22,13 @@ from train.replicas.session import begin_session
 
 
 class Link:
-    """The connection of one rank. All ranks must call its methods in the same order."""
+    """The connection of one rank. All ranks must call the methods of a link in the same order."""
 
     def __init__(self, rank: int, size: int, host: str, port: int, hosts_store: bool, timeout_s: float) -> None:
         """Connect to all other ranks.
 
         host, port   address of the store
-        hosts_store  whether this process runs the store's server; False if torchrun runs the server
+        hosts_store  whether this process runs the server of the store; False if torchrun runs the server
         timeout_s    longest time in seconds for which an exchange waits for another rank
         """
         from torch.distributed import (  # type: ignore[attr-defined]  # torch does not list the stores in __all__
@@ -44,7 +44,8 @@ class Link:
         try:
             store = TCPStore(host, port, is_master=hosts_store, timeout=self.timeout, wait_for_workers=False)
             session = begin_session(PrefixStore("alextrain", store), rank, size, timeout_s)
-            # A store waits in get() and set() with a lock, so the thread of the roll call has its own connection.
+            # A store waits in get() and set() with a lock. The thread of the roll call therefore has its own
+            # connection.
             second = TCPStore(host, store.port, is_master=False, timeout=self.timeout, wait_for_workers=False)
             self.store: Any = PrefixStore(f"alextrain/{session.name}", store)
             self.roll_call = RollCall(PrefixStore(f"alextrain/{session.name}", second), rank, session.places, timeout_s)
@@ -77,7 +78,7 @@ class Link:
         return parts
 
     def stack_on_first(self, rows: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """Return the rows of all ranks one below another on rank 0; no rows on other ranks."""
+        """Return the rows of all ranks one below another on rank 0. Other ranks get no rows."""
         import torch
 
         counts = [int(count[0]) for count in self.gather_equal(np.array([len(rows)], dtype=np.int64))]
@@ -95,7 +96,7 @@ class Link:
         return stacked
 
     def broadcast_bytes(self, content: bytes) -> bytes:
-        """Return rank 0's bytes."""
+        """Return the bytes of rank 0."""
         (size_bytes,) = self.gather_equal(np.array([len(content)], dtype=np.int64))[0]
         buffer = np.frombuffer(content, dtype=np.uint8).copy() if self.rank == 0 else np.empty(size_bytes, np.uint8)
         self.broadcast(buffer)
@@ -119,7 +120,7 @@ class Link:
         return [json.loads(part.tobytes()) for part in self.gather(text)]
 
     def broadcast_json(self, value: Any) -> Any:
-        """Return rank 0's value, which passes through JSON."""
+        """Return the value of rank 0, which passes through JSON."""
         return json.loads(self.broadcast_bytes(json.dumps(value).encode() if self.rank == 0 else b""))
 
     def barrier(self) -> None:
@@ -132,7 +133,7 @@ class Link:
 
     @contextmanager
     def exchange(self) -> Iterator[None]:
-        """A block that waits for other ranks. Counts as one exchange.
+        """A block that waits for other ranks, and that counts as one exchange. Counts as one exchange.
 
         If torch's operation fails, raises ReplicaLost, or OtherReplicaFailed if another rank prints the error.
         """
@@ -148,14 +149,14 @@ class Link:
         """End the connection.
 
         error     describes the error that this rank prints; None: this rank prints no error
-        linger_s  longest time for which the connection stays open until the others leave too. A rank that closes its
-                  connections could interrupt the last exchange of a slower rank
+        linger_s  longest time for which the connection stays open until the other ranks leave, too. If a rank closed
+                  its connections earlier, it could interrupt the last exchange of a slower rank
         """
         self.roll_call.leave(error)
         self.roll_call.wait_for_others(linger_s)
         for close in self._closes:
             close()
-        self.gloo = self.store = None  # closes the connections before the interpreter ends
+        self.gloo = self.store = None  # this closes the connections before the interpreter ends
 
 
 def connect(rank: int, size: int, timeout_s: float) -> Link:

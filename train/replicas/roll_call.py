@@ -1,9 +1,9 @@
-"""The roll call after a failed exchange: finds out which ranks have ended, hang, or wait for another rank.
+"""The roll call after a failed exchange. It finds out which ranks have ended, hang, or wait for another rank.
 
 Every rank has a thread that looks for a roll call in the store twice a second. The thread answers with the number of
-exchanges that its rank has begun. It answers also while the main thread waits in an exchange. The missing ranks are
-those without an answer, or those that have begun fewer exchanges than others. A rank that ends because of an error
-writes the error into the store first.
+exchanges that its rank has begun. The thread also answers while the main thread waits in an exchange. A rank is missing
+if it gives no answer, or if it has begun fewer exchanges than other ranks. If a rank ends because of an error, it first
+writes the error into the store.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from train.replicas.errors import OtherReplicaFailed, ReplicaLost, is_stop
 from train.replicas.session import ranks_text
 
 _POLL_S = 0.5
-_ANSWER_S = 5.0  # time in which a living process answers
+_ANSWER_S = 5.0  # time within which a living process answers
 
 
 class RollCall:
     """The thread of one rank, and the roll call that this rank can start."""
 
     def __init__(self, store: Any, rank: int, places: tuple[str, ...], timeout_s: float) -> None:
-        """`store` is a torch.distributed.Store of this group alone, on a connection that nothing else uses."""
+        """`store` is a torch.distributed.Store that only this group uses, on a connection of its own."""
         self._store, self._rank, self._places, self._timeout_s = store, rank, places, timeout_s
         self.begun = 0  # number of exchanges that this rank has begun
         self._ended, self._lock = threading.Event(), threading.Lock()
@@ -49,7 +49,10 @@ class RollCall:
                 time.sleep(0.01)
 
     def error_of_other(self) -> dict[str, Any] | None:
-        """Return the error with which another rank has ended; None if no rank has, or if the store is lost."""
+        """Return the error with which another rank has ended.
+
+        Returns None if there is no such rank, or if the store is lost.
+        """
         with suppress(Exception):
             for rank in range(len(self._places)):
                 error = self._read(f"left/{rank}") if rank != self._rank and self._exists(f"left/{rank}") else None
@@ -58,19 +61,21 @@ class RollCall:
         return None
 
     def call(self, waited_s: float, cause: str) -> ReplicaLost | OtherReplicaFailed:
-        """Find the ranks that are missing. Returns the error to raise: OtherReplicaFailed if another rank prints it.
+        """Find the ranks that are missing.
+
+        Returns the error to raise. It is OtherReplicaFailed if another rank prints the error.
 
         waited_s  seconds for which this rank has waited for the others
         cause     message of the exchange that failed
         """
         try:
             answers = self._ask()
-        except Exception as error:  # the store is lost too: torch raises several types
+        except Exception as error:  # the store is also lost: torch raises several types of exceptions
             return ReplicaLost(f"the connection to the other replicas is lost ({_first_line(error)}; {cause}).")
         return self._error(*answers, waited_s, cause)
 
     def _ask(self) -> tuple[dict[int, int], dict[int, Any]]:
-        """Return the number of exchanges that each living rank has begun, and what ranks that ended have left."""
+        """Return the number of exchanges that each living rank has begun, and the entries of ended ranks."""
         with self._lock:
             self._store.set("roll call", b"1")
         self._answer()
@@ -89,7 +94,7 @@ class RollCall:
         printed = [error for error in left.values() if error is not None]
         if printed:
             return OtherReplicaFailed(**printed[0])
-        waiting = sorted(begun)  # also ranks that have left after a roll call
+        waiting = sorted(begun)  # this includes ranks that have left after a roll call
         silent = [rank for rank in range(len(self._places)) if rank not in begun and rank not in left]
         furthest = max(begun[rank] for rank in waiting)
         late = [rank for rank in waiting if begun[rank] < furthest]
@@ -125,7 +130,7 @@ class RollCall:
             return json.loads(self._store.get(key)) if self._store.check([key]) else None
 
     def _answer_calls(self) -> None:
-        with suppress(Exception):  # without the store, this rank cannot answer; its own exchanges fail too
+        with suppress(Exception):  # without the store, this rank cannot answer, and its own exchanges also fail
             while not self._ended.wait(_POLL_S):
                 if self._exists("roll call"):
                     self._answer()

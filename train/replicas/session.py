@@ -1,9 +1,9 @@
-"""The start of a group of replicas: the ranks find each other in torchrun's store, and agree on a session name.
+"""The start of a group of replicas: the ranks find each other in the store of torchrun, and agree on a session name.
 
-torchrun keeps its store while it restarts the processes of a group, so the store can hold entries of processes that
-have ended. Each process therefore has a random name of its own. Rank 0 collects the names and writes a list of them,
+torchrun keeps its store while it restarts the processes of a group. The store can therefore hold entries of processes
+that have ended. Each process therefore has its own random name. Rank 0 collects the names and writes a list of them,
 with a new random session name. A rank accepts only a list that contains its own name. All later entries of the group
-have the session name as prefix, so no process reads an entry of an earlier group.
+have the session name as a prefix. No process therefore reads an entry of an earlier group.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ class Session:
 
 
 def begin_session(store: Any, rank: int, size: int, timeout_s: float) -> Session:
-    """Wait until all ranks have called this function; returns the same Session on every rank.
+    """Wait until all ranks have called this function. Every rank gets the same Session.
 
     store  torch.distributed.Store that all ranks share
 
-    Raises ReplicaLost, with the missing ranks, if a rank does not come within `timeout_s`.
+    Raises ReplicaLost with the missing ranks if a rank does not call the function within `timeout_s`.
     """
     own = {"name": secrets.token_hex(8), "place": f"host {platform.node()}, process {os.getpid()}"}
     deadline = time.monotonic() + timeout_s
@@ -45,7 +45,7 @@ def begin_session(store: Any, rank: int, size: int, timeout_s: float) -> Session
     session: dict[str, Any] = {}
     while True:
         found = [_read(store, f"process/{other}") for other in range(size)]
-        if found != processes and None not in found:  # a process of an earlier group may be replaced later
+        if found != processes and None not in found:  # the name of a process of an earlier group may be replaced later
             processes, session = found, {"name": secrets.token_hex(8), "processes": found}
             store.set("session", json.dumps(session))
         accepted = [_read(store, f"accepted/{other}") for other in range(1, size)]

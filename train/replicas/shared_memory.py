@@ -2,7 +2,7 @@
 
 The memory has a part for each rank and a part for the sum. A rank writes into its own part, and then sums one range of
 all parts. The memory belongs to an anonymous file of rank 0 (memfd_create), which the other ranks open through
-/proc/PID/fd. The kernel frees the memory when the last rank ends, however it ends.
+/proc/PID/fd. The kernel frees the memory when the last rank has ended, in whatever way.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from torch import Tensor
 from train.replicas.link import Link
 
 _FLOAT32_BYTES = 4
-_RANGE_ALIGNMENT = 1024  # ranges begin at multiples of this number, so that no two ranks write into one cache line
+_RANGE_ALIGNMENT = 1024  # ranges begin at multiples of this number, so that no two ranks write into the same cache line
 
 
 class NoSharedMemory(Exception):
-    """Raised on all ranks if one of them cannot open the memory. The message says why."""
+    """Raised on all ranks if one of them cannot open the memory. The message gives the reason."""
 
 
 class SharedMemory:
-    """A vector of each rank, and the sum of the vectors."""
+    """A vector of each rank, and the sum of these vectors."""
 
     def __init__(self, size: int, link: Link) -> None:
-        """Open the memory. All ranks call this at the same time with the same `size`. Raises NoSharedMemory."""
+        """Open the memory. All ranks call this method at the same time with the same `size`. Raises NoSharedMemory."""
         self._link = link
         parts = _open_parts(size, link)
         self.own, self.total = parts[link.rank], parts[link.size]
@@ -38,8 +38,8 @@ class SharedMemory:
         self._own_total = self.total[own_range]
 
     def sum(self) -> None:
-        """Compute `total` from `own` of all ranks. Summands are added in the order of the ranks."""
-        self._link.barrier()  # all ranks have written `own`, and none reads the last `total` any more
+        """Compute `total` from `own` of all ranks. The summands are added in the order of the ranks."""
+        self._link.barrier()  # at this point all ranks have written `own`, and no rank still reads the last `total`
         torch.add(self._summands[0], self._summands[1], out=self._own_total)
         for summand in self._summands[2:]:
             self._own_total += summand
@@ -77,7 +77,7 @@ def _open_parts(size: int, link: Link) -> Tensor:
 def _open(path: str, name: str, size_bytes: int, machine: str) -> Tensor:
     if machine != _machine():
         raise OSError("the ranks run on several machines")
-    found = os.readlink(path)  # in another namespace of processes, the path can belong to another file
+    found = os.readlink(path)  # in another PID namespace, the path can belong to another file
     if name not in found:
         raise OSError(f"{path} is {found}, which is another file")
     return torch.from_file(path, shared=True, size=size_bytes // _FLOAT32_BYTES, dtype=torch.float32)

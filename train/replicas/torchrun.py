@@ -1,6 +1,6 @@
-"""What torchrun tells the processes that it starts, and what they tell torchrun about an error.
+"""What torchrun tells the processes that it starts, and what these processes tell torchrun about an error.
 
-This module loads quickly, because every command of alextrain imports it.
+This module must load quickly, because every command of alextrain imports it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from contextlib import suppress
 
 from prep.console import Terminated
 
-_STOPPED_END_S = 1.0  # the same after a stop, for the message of rank 0 that the command was interrupted
+_STOPPED_END_S = 1.0  # the same time after a stop, for rank 0's message that the command was interrupted
 _QUIET_END_S = 10.0  # longest time for which a rank that prints nothing waits for the rank that prints the error
 
 
@@ -29,20 +29,20 @@ def torchrun_rank(environ: Mapping[str, str] | None = None) -> tuple[int, int]:
 def wait_for_message(is_stop: bool = False) -> None:
     """Wait until another rank has printed its error, before this rank ends without a message.
 
-    torchrun terminates all ranks of a machine as soon as one of them has ended with an error, so a rank that ended at
-    once could prevent the message. The termination also ends this wait.
+    As soon as one rank has ended with an error, torchrun terminates all ranks of the machine. A rank that ended at once
+    could therefore prevent the message. When torchrun terminates the ranks, this wait also ends.
     """
     with suppress(KeyboardInterrupt, Terminated):
         time.sleep(_STOPPED_END_S if is_stop else _QUIET_END_S)
 
 
 def write_error_file(text: str, is_own: bool) -> None:
-    """Let torchrun's report of failed processes show `text` for this process. Does nothing without torchrun.
+    """Let torchrun's report of failed processes show `text` for this process.
 
-    torchrun gives each process the name of a file for its error, and calls the error with the smallest time the root
-    cause. An error of this process (`is_own`) gets a time one second earlier than now, so that processes that ended in
-    the same second because of this error are not the root cause. The format is that of
-    torch.distributed.elastic.multiprocessing.errors.ErrorHandler.
+    Without torchrun, this function does nothing. torchrun gives each process the name of a file for its error. It calls
+    the error with the earliest time the root cause. An error of this process (`is_own`) gets a time one second before
+    now. Other processes that ended in the same second because of this error are then not the root cause. The format is
+    that of torch.distributed.elastic.multiprocessing.errors.ErrorHandler.
     """
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if not path:

@@ -8,16 +8,17 @@ import torch
 
 
 def use_deterministic_algorithms() -> None:
-    """Let PyTorch use, in this process, only algorithms whose results repeat bit for bit. To be called before any
-    training.
+    """Let PyTorch use, in this process, only algorithms whose results repeat bit for bit.
 
-    Without this setting, cuDNN may choose algorithms that add the terms of a sum in an order that varies from run to
-    run. The project's own kernels always use a fixed order. On a CPU, results repeat without this setting if the number
-    of threads is the same. PyTorch raises RuntimeError if an operator has no deterministic algorithm.
+    Call this function before any training. Without this setting, cuDNN may choose algorithms that add the terms of a
+    sum in an order that varies from run to run. The project's own kernels always use a fixed order. On a CPU, results
+    repeat without this setting if the number of threads is the same. PyTorch raises RuntimeError if an operator has no
+    deterministic algorithm.
     """
-    # cuBLAS reads this variable at its first use. Without the variable, PyTorch refuses matrix products on a GPU.
+    # cuBLAS reads this variable when it is first used. Without the variable, PyTorch refuses matrix products on a GPU.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.backends.cudnn.benchmark = False
-    # PyTorch would also fill new memory with NaN, which takes time and changes no result of a correct program.
+    # Without this setting, PyTorch would also fill new memory with NaN, which takes time and changes no result of a
+    # correct program.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.use_deterministic_algorithms(True)

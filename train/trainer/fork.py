@@ -4,10 +4,10 @@ A fork has the settings of the other run, except those that its command gives (t
 that differ are listed before the training. A fork can change any setting that does not change the shape of a parameter.
 The fork copies the parameters and the velocity from the checkpoint. The fork begins at the checkpoint's position in the
 data: a number of whole epochs and a fraction of the next epoch. The fraction is rounded down to a whole step of the
-fork. If the batch size changes, the step number at this position also changes. An unchanged schedule continues; a
-changed schedule begins anew. If the seed changes, the random generators are seeded anew. `fork` writes the first
-checkpoint of the new run. The new run is then trained like any other run. The key "ancestry" in run.json and in the
-checkpoints lists the checkpoint from which the run was forked, and the ancestors of that checkpoint.
+fork. If the batch size changes, the step number at this position also changes. An unchanged schedule continues. A
+changed schedule starts from its beginning. If the seed changes, the random generators are seeded anew. `fork` writes
+the first checkpoint of the new run. The new run is then trained like any other run. The key "ancestry" in run.json and
+in the checkpoints lists the checkpoint from which the run was forked, and the ancestors of that checkpoint.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from train.trainer.loop import training_stream, without_service
 
 
 def fork(run: Run, new_dir: Path, group: ReplicaGroup = ALONE) -> Run:
-    """Start a new run in `new_dir`, and return it. The new run has the settings of `run`.
+    """Start a new run in `new_dir`, and return this run. The new run has the settings of `run`.
 
     With several replicas, only rank 0 reads and writes the folders.
 
-    The new run begins with the newest checkpoint in the folder of `run`. If `new_dir` already holds this fork,
+    The new run begins with the newest checkpoint in the folder of `run`. If `new_dir` already holds the same fork,
     nothing is written. Raises UserError if the folder of `run` has no checkpoint, if the shape of a parameter would
     change, or if `new_dir` holds another run or other files.
     """
@@ -49,10 +49,10 @@ def fork(run: Run, new_dir: Path, group: ReplicaGroup = ALONE) -> Run:
 
 
 def preview_fork(run: Run, new_dir: Path | None) -> list[str]:
-    """Return the messages of `alextrain run --dry-run`: after which step the run, or its fork, would begin.
+    """Return the messages of `alextrain run --dry-run`, which say after which step the run or its fork would begin.
 
-    For a new fork, the settings that differ from the other run follow. Writes nothing. Raises UserError if
-    `alextrain run` would refuse to train because of the content of a run folder.
+    For a new fork, the messages also list the settings that differ from the other run. Writes nothing. Raises UserError
+    if `alextrain run` would refuse to train because of the content of a run folder.
     """
     planned = _moved_to(run, new_dir) if new_dir else run
     resumed = None
@@ -105,7 +105,7 @@ def _moved_to(run: Run, new_dir: Path) -> Run:
 def _check_origin(resumed: Checkpoint, new_dir: Path, origin: Path) -> None:
     """Raise UserError if the run in `new_dir` was not forked from `origin`.
 
-    There is no error if the folder from which the run was forked no longer exists, because that folder may have been
+    If the folder from which the run was forked no longer exists, there is no error, because that folder may have been
     renamed to `origin`.
     """
     parent = resumed.ancestry[-1]["path"] if resumed.ancestry else None
@@ -157,7 +157,7 @@ def _begin(run: Run, origin: Path) -> None:
         steps_per_epoch=run.steps_per_epoch,
         stream=stream,
         schedule=schedule.state_dict(),
-        devices=[] if "seed" in names else parent.devices,  # an empty list makes the run seed its generators anew
+        devices=[] if "seed" in names else parent.devices,  # with an empty list, the run seeds its generators again
         best=None,
         ancestry=ancestry,
     )
@@ -179,7 +179,7 @@ class _Position(NamedTuple):
 
 
 def _position(run: Run, parent: Checkpoint) -> _Position:
-    """Return the first position of a fork: `parent`'s epochs with their fraction, rounded down to a step."""
+    """Return the first position of a fork: the epochs of `parent` with their fraction, rounded down to a step."""
     epoch, parent_step_of_epoch = divmod(parent.step, parent.steps_per_epoch)
     step_of_epoch = parent_step_of_epoch * run.steps_per_epoch // parent.steps_per_epoch
     return _Position(epoch * run.steps_per_epoch + step_of_epoch, epoch, step_of_epoch)

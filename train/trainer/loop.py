@@ -29,7 +29,7 @@ from train.trainer.watchdog import Diverged
 
 
 def fit(run: Run, view: ConsoleView | None = None, group: ReplicaGroup = ALONE) -> Path:
-    """Train a run, or continue it from its newest checkpoint; returns the run folder.
+    """Train a run, or continue it from its newest checkpoint. Returns the run folder.
 
     view   console output; by default a live display on a terminal and plain lines elsewhere
     group  the replicas that train the run together, all of which call `fit`. Only rank 0 uses the run folder
@@ -38,10 +38,10 @@ def fit(run: Run, view: ConsoleView | None = None, group: ReplicaGroup = ALONE) 
     checkpoints. Raises Diverged if a loss, gradient or parameter becomes NaN or infinite. Also raises the errors of the
     loaders. If the service cannot give the next batch, `fit` writes a checkpoint before it raises ServiceError. After
     Ctrl-C, SIGTERM or SIGHUP, `fit` finishes the step, writes a checkpoint and raises KeyboardInterrupt or Terminated.
-    During a validation, `fit` raises at once, because the checkpoint was written before the validation.
+    A signal during a validation makes `fit` raise at once, because the checkpoint was written before the validation.
 
-    With several replicas, an error of one rank ends all ranks: the others raise OtherReplicaFailed. A signal to one
-    rank stops all ranks after the same step. Raises ReplicaLost if a rank ends without an error, or hangs.
+    With several replicas, an error of one rank ends all ranks: the other ranks raise OtherReplicaFailed. A signal to
+    one rank stops all ranks after the same step. Raises ReplicaLost if a rank ends without an error, or hangs.
     """
     fit_together([run], [view or choose_view()], group)
     return run.run_dir
@@ -51,11 +51,11 @@ def fit_together(runs: Sequence[Run], views: Sequence[ConsoleView], group: Repli
     """Train several runs from one stream: each batch is decoded once and trains one run after another.
 
     The runs may differ only in their seed and their folder. Their stream seeds are equal. The runs may be at different
-    steps: the stream begins at the lowest step, and a batch trains only the runs that have not had it. The result of
-    each run has the same bits as if `fit` had trained the run alone.
+    steps. The stream then begins at the lowest step, and a batch trains only the runs that have not yet been trained on
+    it. The result of each run has the same bits as if `fit` had trained the run alone.
 
-    If one of several runs diverges, the others go on, and Diverged is raised at the end. The other errors are those of
-    `fit`, and end the training of all runs.
+    If one of several runs diverges, the other runs continue, and Diverged is raised at the end. The other errors are
+    those of `fit`, and end the training of all runs.
     """
     with ExitStack() as resources:
         with group.together():
@@ -101,7 +101,7 @@ class _Loop:
     def run(self) -> None:
         """Train until no step is left of any training.
 
-        The checkpoint at the end of an epoch is written before the validation, so that a stop during the validation
+        The checkpoint at the end of an epoch is written before the validation. A stop during the validation therefore
         loses nothing.
         """
         while self._active:
@@ -122,7 +122,7 @@ class _Loop:
     def _train(self, step: int) -> None:
         """Train from `step` on, until checkpoints have been written."""
         stop, config, first_step, epoch_ends = self._stop, self._run.config, step, False
-        stopped: BaseException | None = None  # the same kind of exception on all replicas
+        stopped: BaseException | None = None  # the exception is of the same kind on all replicas
         loader = self._stream.move_to(step)
         waits = StreamWaits(loader)
         current = [training for training in self._active if training.step == step]
@@ -143,7 +143,7 @@ class _Loop:
                     self._log_interval(current, loader)
                 if pause or not current:
                     break
-                if step in later_steps:  # other trainings, which are already at this step, go on from here
+                if step in later_steps:  # other training runs that are already at this step continue from here
                     joining = [training for training in self._active if training.step == step]
                     for training in joining:
                         if training not in current:
@@ -151,7 +151,7 @@ class _Loop:
                     current = joining
         except ServiceError as error:  # there is no batch for the next step
             self._log_interval([training for training in current if training.steps_since_log], loader)
-            loader = self._stream.move_to(step)  # another replica may lack the batch that this one has taken
+            loader = self._stream.move_to(step)  # another replica may lack the batch that this replica has taken
             if step > first_step:
                 self._save([training for training in current if training in self._active], loader, is_last=True)
             stopped = self._agreement.stop(stop.requested)
@@ -162,11 +162,12 @@ class _Loop:
         loader = self._stream.move_to(step)
         self._save(current, loader, is_last=stopped is not None)
         if stopped is not None:
-            self._group.barrier()  # torchrun terminates all replicas when one ends, so all wait for rank 0's checkpoint
+            # Torchrun terminates all replicas when one ends, so all replicas wait for rank 0's checkpoint.
+            self._group.barrier()
             raise stopped
 
     def _log_interval(self, trainings: list[Training], loader: TrainLoader) -> None:
-        """Write the log lines of `trainings`. If there are several runs, a run that has diverged is taken out."""
+        """Write the log lines of `trainings`. If one of several runs has diverged, it is no longer trained."""
         for training in list(trainings):
             try:
                 training.log_interval(loader.augmentation)
@@ -199,7 +200,7 @@ class _Stream:
             self._loader.load_state_dict(first.resumed.stream)
 
     def move_to(self, step: int) -> TrainLoader:
-        """Return the loader, whose next batch is that of the step after `step`."""
+        """Return the loader. Its next batch is the batch of the step after `step`."""
         epoch, step_of_epoch = divmod(step, self._run.steps_per_epoch)
         if self._schedule.colour(epoch) != self._loader.augmentation.colour:
             service = self._loader.service_status()

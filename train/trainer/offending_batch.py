@@ -25,12 +25,12 @@ def write_offending_batch(
     """Write the batch of `step` into `folder`, as batch.json and pictures.png. The first step of a run is step 1.
 
     augmentation  the stream's augmentation at that step
-    diagnosis     keys added to batch.json: the steps checked, their losses, all norms
+    diagnosis     keys that are added to batch.json: the checked steps, their losses, all norms
 
-    A new stream reads the batch again, and gives the same images: for one store, batch size and augmentation, a batch
+    A new stream reads the batch again, and gives the same images. For one store, batch size and augmentation, a batch
     depends only on seed, epoch and step. batch.json has the range of the pixels, and the shard, key, source and label
-    of each record. In pictures.png, the division by the divisor and the subtraction of the mean colour are undone, and
-    NaN and infinite pixels are white. Raises OSError, and the errors of train_loader.
+    of each record. For pictures.png, the pixels are multiplied by the divisor and the mean colour is added again. NaN
+    and infinite pixels are white. Raises OSError. Also raises the errors of train_loader.
     """
     config, store, size = run.config, run.store, run.config.batch_size
     epoch, step_of_epoch = divmod(step - 1, run.steps_per_epoch)

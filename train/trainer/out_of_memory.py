@@ -11,14 +11,14 @@ from prep.console import UserError
 from train.config.run_config import RunConfig
 from train.runs import checkpoint
 
-# Some out-of-memory errors are a plain RuntimeError and are recognized by a part of their message. The first part comes
-# from torch's CPU allocator, the second from the CUDA driver and from DALI, the third from cuBLAS.
+# Some out-of-memory errors are a plain RuntimeError. They are recognized by a part of their message. The first part
+# comes from torch's CPU allocator, the second from the CUDA driver and from DALI, and the third from cuBLAS.
 _MESSAGES = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
 @contextmanager
 def out_of_memory(config: RunConfig, runs: int = 1) -> Iterator[None]:
-    """A context that turns out-of-memory errors into a UserError that names options that need less memory.
+    """Return a context that turns out-of-memory errors into a UserError that names options that need less memory.
 
     `runs` is the number of runs that are trained at the same time, with this configuration.
     """

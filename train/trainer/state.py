@@ -1,7 +1,7 @@
 """Captures the state of a training in a checkpoint, and restores it from a checkpoint.
 
-A checkpoint stores parameters and velocity joined over the columns (AlexNet.joined_tensors), so that a run can continue
-with any assignment of columns to devices. The state of the stream is restored by TrainLoader.load_state_dict.
+A checkpoint holds parameters and velocity joined over the columns (AlexNet.joined_tensors). A run can therefore
+continue with any assignment of columns to devices. The state of the stream is restored by TrainLoader.load_state_dict.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ def capture_state(
 ) -> Checkpoint:
     """Return the checkpoint of a training after `step`. CheckpointKeeper adds the best step and the ancestry.
 
-    stream          TrainLoader.state_dict after `step`
-    validation_due  True if an epoch ended at `step`, and the validation of this epoch has not been computed
+    stream          result of TrainLoader.state_dict after `step`
+    validation_due  True if an epoch ended at `step`, and its validation has not been computed
     """
     return Checkpoint(
         identity=run.identity,
@@ -58,7 +58,7 @@ def restore_state(
 ) -> None:
     """Load a checkpoint into network, optimizer, schedule and random generators.
 
-    If `config` has other devices than the checkpoint, the generators are seeded anew from seed and step. With several
+    If `config` has other devices than the checkpoint, the generators are seeded again from seed and step. With several
     replicas, the devices of rank 0 are compared, and all ranks have the same generators.
     """
     network.load_joined_tensors(state.parameters)
@@ -83,17 +83,18 @@ def seed_generators(config: RunConfig, step: int) -> None:
 
 
 class Generators:
-    """Lets the trainings of one process draw from torch's random generators by turns, each as if it were alone.
+    """Lets the training runs of one process use torch's random generators in turn, each as if it were alone.
 
-    torch has one generator for the CPU and one for each GPU. A training draws its initial parameters and its dropout
-    from these generators. The states of a training that does not have its turn are kept here.
+    torch has one generator for the CPU and one for each GPU. The initial parameters and the dropout of a training run
+    are drawn from these generators. This object keeps the generator states of the training runs that do not have their
+    turn.
     """
 
     def __init__(self, devices: Sequence[str]) -> None:
         """`devices` are the devices of all trainings."""
         self._devices = [torch.device(device) for device in devices]
-        self._states: dict[int, tuple[Tensor, list[Tensor]]] = {}  # by the id of the training
-        self._training: object = None  # the training that has its turn
+        self._states: dict[int, tuple[Tensor, list[Tensor]]] = {}  # id of a training run -> its generator states
+        self._training: object = None  # the training run that has its turn
 
     def switch_to(self, training: object) -> None:
         """Give `training` its turn. At its first turn, `training` must seed the generators itself."""
@@ -120,8 +121,8 @@ def _set_states(devices: Sequence[torch.device], random: Tensor, random_cuda: Se
 def load_on_all_ranks(run_dir: Path, identity: Mapping[str, Any], group: ReplicaGroup) -> Checkpoint | None:
     """Return the newest checkpoint of a run on every rank. Only rank 0 reads the run folder.
 
-    Returns None if there is no checkpoint. Raises the errors of load_latest, and UserError if the checkpoint does not
-    have the identity of the run.
+    Returns None if there is no checkpoint. Raises the errors of load_latest. Also raises UserError if the checkpoint
+    does not have the identity of the run.
     """
     state = None
     with group.together():
@@ -148,7 +149,7 @@ def load_on_all_ranks(run_dir: Path, identity: Mapping[str, Any], group: Replica
 
 
 def _without_tensors(value: Any, tensors: dict[str, Tensor], path: str) -> Any:
-    """Return a nested value with None for each tensor, and put the tensors into `tensors`."""
+    """Return a nested value in which None replaces each tensor, and put the tensors into `tensors`."""
     if isinstance(value, Tensor):
         tensors[path] = value.contiguous()
         return None
@@ -160,7 +161,7 @@ def _without_tensors(value: Any, tensors: dict[str, Tensor], path: str) -> Any:
 
 
 def _with_tensors(value: Any, tensors: Mapping[str, Tensor], path: str) -> Any:
-    """The inverse of _without_tensors."""
+    """This function is the inverse of _without_tensors."""
     if path in tensors:
         return tensors[path]
     if isinstance(value, dict):

@@ -1,13 +1,13 @@
 """Training steps as a CUDA graph: the kernels of a step are recorded once and launched with one call.
 
-A graph repeats the recorded kernels with the recorded addresses and the recorded Python numbers. Whatever changes from
-step to step therefore lies in a tensor that the graph reads: the images, the labels, and the learning rates
-(PaperSGD.use_rate_tensor). The counters (train/monitor/step_counters.py) and the random generator's position are
-changed by the graph itself. A graph is recorded anew if the shape of a batch changes or a layer is frozen.
+A graph repeats the recorded kernels with the recorded addresses and the recorded Python numbers. Values that change
+from step to step therefore lie in tensors that the graph reads: the images, the labels, and the learning rates
+(PaperSGD.use_rate_tensor). The graph itself changes the counters (train/monitor/step_counters.py) and the position of
+the random generator. A graph is recorded again if the shape of a batch changes or a layer is frozen.
 
-A recording can contain neither an allocation by a library nor a compilation by Triton, and both happen when a kernel
-runs for the first time. The steps before a recording therefore run without a graph. These steps are ordinary training
-steps on the batches of the stream.
+A recording can contain neither an allocation by a library nor a compilation by Triton. Both happen when a kernel runs
+for the first time. The steps before a recording therefore run without a graph. These steps are ordinary training steps
+on the batches of the stream.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Graph(Protocol):
     """Work that is recorded once and repeated any number of times."""
 
     def run_unrecorded(self, work: Callable[[], None]) -> None:
-        """Run `work` in the way in which it will be recorded, for instance on the same stream."""
+        """Run `work` in the way in which it will be recorded, for example on the same stream."""
 
     def record(self, work: Callable[[], None]) -> None:
         """Record the operations of `work`. Tensors that existed before the recording keep their values."""
@@ -55,7 +55,7 @@ class CudaGraph:
         current.wait_stream(self._stream)
 
     def record(self, work: Callable[[], None]) -> None:
-        """Record `work`. The memory of an earlier recording is released first.
+        """Record `work`. Before that, the memory of an earlier recording is released.
 
         If memory runs out, raises torch.OutOfMemoryError instead of the RuntimeError of the broken recording.
         """
@@ -84,9 +84,9 @@ class CudaGraph:
 
 
 def graph_for(devices: Sequence[torch.device]) -> Graph | None:
-    """Return a CudaGraph if all columns are on one GPU where the Triton kernels work; otherwise None.
+    """Return a CudaGraph if all columns are on one GPU and the Triton kernels work on it; otherwise None.
 
-    Two GPUs have no graph: one graph would have to record the kernels of both GPUs and the copies between the GPUs.
+    With two GPUs there is no graph: it would have to record the kernels of both GPUs, and the copies between the GPUs.
     """
     if len(set(devices)) > 1 or devices[0].type != "cuda" or triton_fault(devices[0]) is not None:
         return None
@@ -97,7 +97,7 @@ class CountedStep:
     """A callable that trains the network on one batch and adds the result to the counters."""
 
     def __init__(self, step: TrainingStep, counters: StepCounters, graph: Graph | None = None) -> None:
-        """With a `graph`, steps are recorded and replayed; without a graph, steps run operator by operator."""
+        """With a `graph`, steps are recorded and replayed. Without a graph, steps run operator by operator."""
         self._step, self._counters, self._graph = step, counters, graph
         self._recorded_key: object = None
         self._unrecorded_key: object = None
@@ -108,7 +108,7 @@ class CountedStep:
             step.optimizer.use_rate_tensor()
 
     def __call__(self, images: Tensor, labels: Tensor) -> None:
-        """Update the parameters once. Takes the arguments and raises the errors of TrainingStep."""
+        """Update the parameters once. Takes the arguments of TrainingStep, and raises the same errors."""
         if self._reads_rate_tensor:
             self._step.optimizer.write_rates()
         if self._graph is None:
@@ -124,8 +124,8 @@ class CountedStep:
             self._unrecorded_key, self._unrecorded_steps = key, 0
         if self._unrecorded_steps < _STEPS_BEFORE_RECORDING:
             self._unrecorded_steps += 1
-            # A recorded update reads a table of gradient addresses, which this step overwrites: the recording becomes
-            # invalid.
+            # A recorded update reads a table of gradient addresses. This step overwrites the table, so the recording
+            # becomes invalid.
             self._recorded_key = None
             self._graph.run_unrecorded(lambda: self._counters.add(*self._step(images, labels)))
             return
@@ -136,7 +136,7 @@ class CountedStep:
             self._graph.record(lambda: self._counters.add(*self._step(self._images, self._labels)))
         except torch.OutOfMemoryError:
             raise
-        except RuntimeError as error:  # an operator cannot be recorded; no kernel of the step has run
+        except RuntimeError as error:  # an operator cannot be recorded; at this point, no kernel of the step has run
             say(
                 f"{device}: a training step could not be recorded as a CUDA graph ({str(error).splitlines()[0]}). "
                 "Training continues without a graph, which takes longer."

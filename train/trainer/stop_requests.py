@@ -22,9 +22,9 @@ class StopRequests:
 
     @contextmanager
     def raised_at_once(self) -> Iterator[None]:
-        """A context in which a signal raises its exception at once.
+        """Return a context in which a signal raises its exception at once.
 
-        If a stop was requested earlier, entering the context raises.
+        If a stop was requested earlier, entering the context raises the exception.
         """
         self._deferred = False
         try:
@@ -35,13 +35,16 @@ class StopRequests:
             self._deferred = True
 
     def __call__(self, signum: int, frame: FrameType | None) -> None:
-        """Handle a signal: the first requests a stop, the second raises. In `raised_at_once`, every signal raises."""
+        """Handle a signal.
+
+        The first signal requests a stop, and the second raises its exception. In `raised_at_once`, every signal raises.
+        """
         stop = KeyboardInterrupt() if signum == signal.SIGINT else Terminated(signum)
         if self.requested is not None or not self._deferred:
             raise stop
         self.requested = stop
-        # Called in a thread, because the signal may have interrupted a print to the same stream, and this print must
-        # end first.
+        # This function is called in a thread, because the signal may have interrupted a print to the same stream. This
+        # print must end first.
         self._message = Thread(target=self._announce)
         self._message.start()
 
@@ -57,7 +60,10 @@ class StopRequests:
 
 @contextmanager
 def stop_requests() -> Iterator[StopRequests]:
-    """A context in which StopRequests handles SIGINT, SIGTERM and SIGHUP. An ignored SIGHUP (nohup) stays ignored."""
+    """Return a context in which StopRequests handles SIGINT, SIGTERM and SIGHUP.
+
+    An ignored SIGHUP, as under nohup, stays ignored.
+    """
     stop, signals = StopRequests(), [signal.SIGINT, signal.SIGTERM]
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
         signals.append(signal.SIGHUP)

@@ -1,6 +1,6 @@
 """One run in training: its network, optimizer, schedule, random generators, log and checkpoints.
 
-The training loop (train/trainer/loop.py) gives the batches of a stream to one Training, or to those of several runs.
+The training loop (train/trainer/loop.py) gives the batches of a stream to one Training, or to several.
 """
 
 from __future__ import annotations
@@ -31,21 +31,21 @@ from train.trainer.watchdog import Watchdog
 
 
 class Training:
-    """A run in training. As a context manager, it writes to the run's status.json how the training ended.
+    """A run in training. As a context manager, it writes into status.json of the run how the training ended.
 
     `step` is the number of steps that the run has made. `validation_due` is True if an epoch ended with the last of
     these steps, and the validation of the epoch has not been computed. `resumed` is the checkpoint from which the run
-    goes on, or None.
+    continues, or None.
     """
 
     def __init__(self, run: Run, generators: Generators, view: ConsoleView, group: ReplicaGroup = ALONE) -> None:
-        """Make the network, and restore the newest intact checkpoint in the run folder.
+        """Create the network, and restore the newest intact checkpoint in the run folder.
 
-        group  the replicas that train the run together. Rank 0 alone uses the run folder: it sends the checkpoint to
-               the other ranks, which need not see the folder, and writes log and checkpoints
+        group  the replicas that train the run together. Only rank 0 uses the run folder. It sends the checkpoint to the
+               other ranks, which need not see the folder, and it writes log and checkpoints
 
-        The checkpoint must have the identity of the run. Without a checkpoint the run begins at step 0, with parameters
-        drawn from the seed. Raises UserError if the folder holds another run.
+        The checkpoint must have the identity of the run. Without a checkpoint, the run begins at step 0. Its parameters
+        are drawn from the seed. Raises UserError if the folder holds another run.
         """
         config = run.config
         self.run, self.view, self.group, self._generators = run, view, group, generators
@@ -64,7 +64,8 @@ class Training:
             view.note(f"{run.run_dir}: resumes after step {self.step:,}.")
             self._stream = resumed.stream  # state of the stream after `step`
         with group.together():
-            self._keeper = self._begin_in_folder() if group.is_first else None  # None: another rank writes
+            # None if another rank writes the checkpoints.
+            self._keeper = self._begin_in_folder() if group.is_first else None
         gradient_sum = None if group.link is None else GradientSum(self.network.parameters(), group.link)
         train_step = TrainingStep(self.network, self.optimizer, config.precision, config.accumulate, gradient_sum)
         self._counters = StepCounters(self.network.devices[0], config.log_every)
@@ -82,11 +83,14 @@ class Training:
 
     @property
     def is_done(self) -> bool:
-        """Whether no step is left, or a plateau schedule has ended the run."""
+        """Return whether no step is left, or a plateau schedule has ended the run."""
         return self.step >= self.run.last_step or self.schedule.finished
 
     def open_log(self) -> None:
-        """Begin the log of the run. Raises DiskFull if there is no disk space, UserError for any other disk error."""
+        """Begin the log of the run.
+
+        Raises DiskFull if there is no disk space, and UserError for any other disk error.
+        """
         run, config = self.run, self.run.config
         length = RunLength(run.steps_per_epoch, run.last_step, config.batch_size, len(run.store.classes))
         if self.group.is_first:
@@ -103,7 +107,7 @@ class Training:
         self.close(error)
 
     def close(self, error: BaseException | None = None) -> None:
-        """End the log. `error` is the reason why the training ended early. A second call does nothing."""
+        """End the log. `error` is the reason why the training ended early. A second call has no effect."""
         log, self._log = self._log, None
         if log is not None:
             log.__exit__(None if error is None else type(error), error, None)
@@ -118,9 +122,9 @@ class Training:
         return self._interval.steps
 
     def train(self, images: Tensor, labels: Tensor) -> None:
-        """Train the network on this replica's images of the next step.
+        """Train the network on the images of this replica for the next step.
 
-        Takes the arguments and raises the errors of TrainingStep.
+        Takes the arguments of TrainingStep, and raises the same errors.
         """
         self._generators.switch_to(self)
         self._lr = self.schedule.apply(self.optimizer, self.step / self.run.steps_per_epoch)
@@ -132,7 +136,7 @@ class Training:
         """Check the steps since the last log line, and write their log line.
 
         `augmentation` is the stream's augmentation in these steps. Raises Diverged if a loss, gradient or parameter is
-        NaN or infinite. All replicas call this at the same step.
+        NaN or infinite. All replicas call this method at the same step.
         """
         counts = counts_of_all(self._counters.read(), self.group)
         norms = self._watchdog.check(self.step, self._interval.images, counts, augmentation)
@@ -140,7 +144,7 @@ class Training:
         self._open_log.train({"kind": "train", "epoch": epoch, "step": self.step, **metrics, "lr": self._lr})
 
     def save(self, loader: TrainLoader, is_last: bool) -> None:
-        """Write a checkpoint, on rank 0. `loader` must be at the batch of the next step.
+        """Write a checkpoint. Only rank 0 writes. `loader` must be at the batch of the next step.
 
         is_last  True if no later checkpoint can hold these steps (see CheckpointKeeper.save, also for the errors)
         """
@@ -150,7 +154,7 @@ class Training:
     def _save(self, is_last: bool) -> None:
         if self._keeper is None:
             return
-        assert isinstance(self._log, MetricsLog)  # open_log has been called, and `close` has not
+        assert isinstance(self._log, MetricsLog)  # open_log has been called, and `close` has not been called
         self._generators.switch_to(self)
         network, optimizer, schedule = self.network, self.optimizer, self.schedule
         state = capture_state(self.run, self.step, network, optimizer, schedule, self._stream, self.validation_due)
@@ -168,7 +172,7 @@ class Training:
         if self._keeper is not None:
             self._keeper.record_validation(self.step, result.top1_error)
         self.validation_due = False
-        if self.is_done:  # no later checkpoint can hold the state that the validation has changed
+        if self.is_done:  # the validation has changed the state, and no later checkpoint can hold it
             self._save(is_last=True)
 
     @property

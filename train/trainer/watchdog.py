@@ -1,8 +1,8 @@
-"""Ends a run if a loss, gradient or parameter is NaN or infinite, and warns of stuck or zero losses and equal labels.
+"""Ends a run if a loss, gradient or parameter is NaN or infinite.
 
-There is no host-device synchronization between two log lines: the values of a step stay on the device until the next
-training line of metrics.jsonl is due. A NaN loss is therefore reported when this line is due, with the exact step at
-which the loss was NaN.
+Warns of stuck losses, of losses of zero, and of equal labels. Between two log lines, the host does not wait for a
+device. The values of a step stay on the device until the next training line of metrics.jsonl is due. A NaN loss is
+therefore reported when this line is due. The report names the exact step at which the loss was NaN.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ MIN_STUCK_STEPS = 100
 STUCK_SHARE = 0.01  # relative tolerance within which a loss counts as ln(classes)
 ZERO_LOSS_NATS = 1e-6  # a mean loss below this value counts as zero
 REPLICA_TOLERANCE = 1e-4  # relative difference between the norms of two replicas that rounding can explain
-ONE_CLASS_IMAGES = 32  # among fewer images than this number, equal labels may be a coincidence
+ONE_CLASS_IMAGES = 32  # if there are fewer images than this number, equal labels may be a coincidence
 
 
 class Diverged(UserError):
@@ -46,18 +46,18 @@ class Watchdog:
         """`warn` prints a warning. Each kind of warning is printed at most once."""
         self.run, self.network, self._print_warning, self._group = run, network, warn, network.replicas
         self.stuck_steps = max(MIN_STUCK_STEPS, min(STUCK_STEPS, run.last_step // 2))
-        self._stuck_since: int | None = None  # the mean loss of every interval after this step was ln(classes)
+        self._stuck_since: int | None = None  # the step after which the mean loss of every interval was ln(classes)
         self._warned: set[str] = set()
 
     def check(self, step: int, images: int, counts: Counts, augmentation: Augmentation) -> dict[str, dict[str, float]]:
-        """Check the steps since the last check, up to `step`; returns parameter_norms(network).
+        """Check the steps since the last check, up to `step`. Returns parameter_norms(network).
 
         images        number of images in these steps, over all replicas
         counts        the counts of these steps, over all replicas (counts_of_all)
         augmentation  the stream's augmentation in these steps
 
-        With several replicas, all ranks call `check` and get the same values, so all of them end. Rank 0 writes the
-        batch of the whole step. Raises UserError if the norms of the replicas differ.
+        With several replicas, all ranks call `check` and get the same values, so all ranks end together. Rank 0 writes
+        the batch of the whole step. Raises UserError if the norms of the replicas differ.
 
         If a loss is NaN or infinite, writes the batch of its step into the run folder and raises Diverged. If the norm
         of a gradient or parameter is NaN or infinite, writes the batch of `step` and raises Diverged.
@@ -140,7 +140,7 @@ class Watchdog:
 def parameter_norms(network: AlexNet) -> dict[str, dict[str, float]]:
     """Return the Euclidean norms of parameters and gradients: `{"conv1.weight": {"parameter": …, "gradient": …}}`.
 
-    The keys are the joined names. A parameter without a gradient has no key "gradient". The function waits for the
+    The keys are the joined names. A parameter without a gradient has no key "gradient". This function waits for the
     devices.
     """
     squares: dict[tuple[str, str], float] = {}
@@ -163,9 +163,10 @@ def parameter_norms(network: AlexNet) -> dict[str, dict[str, float]]:
 
 
 def norms_of_all(norms: dict[str, dict[str, float]], group: ReplicaGroup) -> dict[str, dict[str, float]]:
-    """Return the norms that all replicas have. A norm that is NaN or infinite on one rank is so in the result.
+    """Return the norms that all replicas have in common.
 
-    Raises UserError if the norms of two ranks differ by more than rounding: the replicas no longer train one network.
+    If a norm is NaN or infinite on one rank, it is NaN or infinite in the result. Raises UserError if the norms of two
+    ranks differ by more than rounding, because the replicas then no longer train the same network.
     """
     if group.size == 1:
         return norms
