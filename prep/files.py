@@ -57,7 +57,7 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
 
 
 def check_extension(path: Path, option: str, extensions: Sequence[str], kind: str) -> None:
-    """Raise WrongArgument unless the name of a file ends in one of `extensions`, such as `.png`, in any case.
+    """Raise WrongArgument unless a file name ends in one of `extensions`, such as `.png`, in upper or lower case.
 
     `option` and `kind` (`a figure is`) are parts of the message.
     """
@@ -80,7 +80,7 @@ def check_output_file(path: Path, option: str = "") -> None:
 
 
 def check_output_folder(path: Path, option: str = "") -> None:
-    """Raise WrongArgument if the folder `path` can never be made, because it or a folder around it is a file.
+    """Raise WrongArgument if the folder `path` cannot be made because `path` or one of its parents is a file.
 
     `option` is the option that names the folder, for the message.
     """
@@ -94,7 +94,7 @@ def output_file(
 ) -> Callable[[click.Context, click.Parameter, Path | None], Path | None]:
     """Return a click callback that checks an option for an output file, if the option is given.
 
-    The name must end in one of `extensions`; if none is given, in anything. See check_extension, check_output_file.
+    The name must end in one of `extensions`, if extensions are given. See check_extension and check_output_file.
     """
 
     def check(context: click.Context, parameter: click.Parameter, path: Path | None) -> Path | None:

@@ -181,7 +181,7 @@ class BuiltInMemory:
 
     @property
     def inputs(self) -> int:
-        """Number of inputs, of which each gave a record or was bad."""
+        """Number of inputs. Each of these inputs gave a record or was bad."""
         return self.records + len(bad_outcomes(self.outcomes))
 
     def __add__(self, other: BuiltInMemory) -> BuiltInMemory:
@@ -201,7 +201,7 @@ class BuiltInMemory:
 
 
 def build_sample(tasks: Sequence[ShardTask], runner: Runner) -> BuiltInMemory:
-    """Build the records of `tasks` in memory. A task during which a worker crashes is left out."""
+    """Build the records of `tasks` in memory. If a worker crashes during a task, this task is left out."""
     built = BuiltInMemory()
     for _, result in runner.map(_measure, tasks, lambda counts: None):
         # A crash is ignored at this point, because the build itself will report it.

@@ -70,7 +70,7 @@ def report_build(store: Store, name: str, done: int, seconds: float, as_json: bo
 def _print_kept(
     account: Mapping[str, Any], outcomes: Iterable[Mapping[str, Any]], background: str, listed_in: str = ""
 ) -> None:
-    """Print how many inputs were converted, and how many were kept with warnings, with the first of these."""
+    """Print how many inputs were converted, how many were kept with warnings, and the first warnings."""
     alpha = "dropped" if background == DROPPED else f"over {background}"
     kinds = {kind: kind for kind in account["converted"]} | {"alpha": f"alpha ({alpha})"}
     converted = ", ".join(f"{count:,} {kinds[kind]}" for kind, count in sorted(account["converted"].items()))

@@ -67,7 +67,7 @@ class BuildEstimate:
     classes: int
     # (name, reason) of inputs that the listing refused, that `probe` found, or that could not be decoded in the sample
     bad: tuple[tuple[str, str], ...]
-    outcomes: tuple[Mapping[str, Any], ...]  # of the inputs that were decoded, and of those in finished shards
+    outcomes: tuple[Mapping[str, Any], ...]  # of the decoded inputs and of the inputs in finished shards
     done: int  # inputs in finished shards
     decoded: int  # inputs that were decoded for the estimate
     is_built: bool  # whether the store already has the split, built from the same inputs and settings
@@ -160,7 +160,7 @@ def estimate_build(
 ) -> BuildEstimate:
     """Estimate a build without writing anything. Raises UserError if build_split would refuse `store`.
 
-    With `progress`, all inputs are decoded, and the progress is counted there. Otherwise, a sample is decoded.
+    If `progress` is given, all inputs are decoded and counted in `progress`. Otherwise, a sample is decoded.
     """
     plan, is_built, unfinished = open_plan(source, store, settings, policy)
     remaining = plan.count_inputs(unfinished)

@@ -1,7 +1,7 @@
 """Exports the records of a split as image files in class folders. An export can be resumed and overwrites no file.
 
-The file `.alexprep-export.json` in the folder of the export holds the fingerprint of the split. It is written first, so
-the same command can resume the export. A folder that holds anything else is refused.
+The file `.alexprep-export.json` in the folder of the export holds the fingerprint of the split. This marker file is
+written first, so the same command can resume the export. A folder with any other files is refused.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ def export_split(store: Store, split: str, out: Path, runner: Runner, progress: 
     """Write the image of every record of a split to `out`/CLASS/NAME (for NAME see `file_name`).
 
     A file that already has the bytes of its record is not written again, so a second call resumes an interrupted
-    export. Raises WrongArgument if `out` holds anything but an export of this split, UserError if a file with other
-    bytes exists at that path, and StoreError if a record is damaged.
+    export. Raises WrongArgument if `out` holds anything but an export of this split. Raises UserError if a file of the
+    export already exists with other bytes. Raises StoreError if a record is damaged.
     """
     _begin_or_resume(out, {"split": split, "fingerprint": store.split(split).fingerprint})
     tasks = [_ExportTask(path, out, store.classes, store.settings.format) for path in store.shard_paths(split)]

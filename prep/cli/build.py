@@ -17,7 +17,7 @@ from prep.inputs.formats import LAYOUTS
 from prep.inputs.labels import LABEL_ORDERS
 from prep.store.manifest import DEFAULT_BACKGROUND, SPLITS, Settings, Store
 
-# With --dry-run, the photographs of a larger SOURCE are not all decoded, unless --decode says so.
+# With --dry-run, all photographs of a SOURCE of up to this size are decoded, unless --decode says otherwise.
 MAX_DECODED = 5000
 
 if TYPE_CHECKING:  # run-time imports would load LMDB and Pillow, even for --help
@@ -201,7 +201,7 @@ def _dry_run(
 ) -> None:
     """Print estimates for all splits. Raises the error that a build of these splits would raise.
 
-    `decode` is the value of --decode; None: all inputs are decoded if there are at most MAX_DECODED.
+    `decode` is the value of --decode. None stands for `all` if there are at most MAX_DECODED inputs, else for `sample`.
     """
     from prep.build.split import estimate_build
     from prep.build.split_checks import compare_splits, refuse_estimates

@@ -251,7 +251,7 @@ class _Tree:
                 self._add_folder(below)
 
     def _has_images(self, folder: bytes) -> bool:
-        """Whether there are images in a folder or in a folder in it."""
+        """Return whether there are images in a folder or in one of its subfolders."""
         return folder + b"/" in self.has_images or any(map(self._has_images, self.folders_in[folder + b"/"]))
 
     def check_links(self) -> None:

@@ -80,10 +80,10 @@ def may_be_image(name: bytes) -> bool:
 def class_names(folders: Sequence[bytes], where: str, are_given: bool = False) -> list[str]:
     """Return the names of class folders.
 
-    A name is the path of the folder, without a last part that all paths share (`n01/images`). Raises UserError if it is
-    unclear which folders are the classes: a part of a path is the name of a split, or, unless `are_given` is true, a
-    class folder is inside another, or class folders lie at the top and deeper. `are_given` says that the store or a
-    file names all classes.
+    A name is the path of the folder, without a last part that all paths share (`n01/images`). Raises UserError if a
+    part of a path is the name of a split. Unless `are_given` is true, also raises UserError if a class folder is inside
+    another class folder, or if class folders are at the top and deeper. If `are_given` is true, the store or a file
+    names all classes.
     """
     parts = [folder.split(b"/") for folder in folders]
     inner = [path for path in parts if len(path) > 1]
@@ -116,7 +116,7 @@ def class_names(folders: Sequence[bytes], where: str, are_given: bool = False) -
 
 
 def _nested_folders(paths: Sequence[list[bytes]]) -> tuple[list[bytes], list[bytes]] | None:
-    """Return (a class folder, a class folder inside it); None if there is no such pair."""
+    """Return (outer class folder, inner class folder) if a class folder is inside another class folder, else None."""
     folders = set(map(tuple, paths))
     pairs = ((path[:depth], path) for path in paths for depth in range(1, len(path)) if tuple(path[:depth]) in folders)
     return next(pairs, None)

@@ -83,11 +83,11 @@ def list_folder(
     """List the files of class folders or of a flat folder, sorted by the bytes of their names. No file is opened.
 
     A class folder is a folder at any depth that contains images, or that contains nothing. The class name of a class
-    folder is the path of the folder. A class folder may be inside another one if the store or a file names all classes
-    (`classes_are_given`). If `root` contains only one folder, and this folder contains folders, this folder
-    is used instead of `root`. Names that begin with a dot, system folders and files beside class folders are ignored.
-    If `root` contains both images and folders, the images are listed if `flat` is true and the images are at least as
-    many as the folders. In all other cases, the class folders are listed.
+    folder is the path of the folder. A class folder may be inside another class folder if the store or a file names all
+    classes (`classes_are_given`). If `root` contains only one folder, and this folder contains folders, this folder is
+    used instead of `root`. Names that begin with a dot, system folders and files beside class folders are ignored. If
+    `root` contains both images and folders, the images are listed if `flat` is true and the images are at least as many
+    as the folders. In all other cases, the class folders are listed.
 
     Symbolic links that lead out of `root` are refused unless `follow_links` is true. Raises UserError if `root`
     contains no files, if a class folder is a link that is not followed, or if the classes are ambiguous.
@@ -249,7 +249,7 @@ class _Walk:
                 self.ignored.append((name_text(below), INNER_FOLDER))
 
     def _has_images(self, path: bytes) -> bool:
-        """Whether there are images in the folder `path` or in a folder in it."""
+        """Return whether there are images in the folder `path` or in one of its subfolders."""
         folders, files, _ = _sorted_out(self._scan(os.path.join(self.folder, path)))
         inner = (path + b"/" + folder.name for folder in folders if not folder.is_link)
         return any(may_be_image(file.name) for file in files) or any(map(self._has_images, inner))
@@ -300,7 +300,7 @@ class _Walk:
 
 
 def _may_have_classes(entry: _Entry) -> bool:
-    """Whether an entry of a class folder is a folder that may have class folders in it, and not a link to one."""
+    """Return whether an entry of a class folder is a folder, not a link, that may contain class folders."""
     is_folder = stat.S_ISDIR(entry.mode) and not entry.is_link
     return is_folder and not has_image_name(entry.name) and not is_no_class_folder(entry.name)
 

@@ -190,7 +190,7 @@ def _begin_or_resume(plan: BuildPlan, target: Path, restart: bool) -> None:
     if plan.work_dir.exists() and any(plan.work_dir.iterdir()):
         raise UserError(f"{target} holds an unfinished build. Finish the build, or choose another --store.")
     refuse_foreign_folder(plan)
-    prepared = plan.folder / f".build.{unique_suffix()}"  # the work folder appears by one rename, with its file
+    prepared = plan.folder / f".build.{unique_suffix()}"  # one rename makes the folder and its file visible
     prepared.mkdir(parents=True)
     write_atomic(prepared / path.name, json.dumps({"digest": plan.digest}).encode())
     prepared.rename(plan.work_dir)

@@ -230,7 +230,7 @@ _CAPABILITY_VERSION = (
 def no_root_rights() -> Iterator[None]:
     """Clear the effective capabilities of this thread, and of threads that it starts, during a `with` block.
 
-    Without this, a test that runs as root could read files without read permission.
+    Without this function, a test that runs as root could read files without read permission.
     """
     libc = ctypes.CDLL(None, use_errno=True)
     header, before = (ctypes.c_uint32 * 2)(_CAPABILITY_VERSION, 0), (ctypes.c_uint32 * 6)()

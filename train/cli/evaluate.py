@@ -66,8 +66,8 @@ def evaluate(
 ) -> None:
     """Measure the error rates of a run on a split. Every image is counted exactly once.
 
-    An argument can also be a file that --out saved, or the folder of an ensemble, which stands for all its members. For
-    several networks, the command prints the errors of each network, and the errors of the (weighted) average of all
+    An argument can also be a file that --out saved, or the folder of an ensemble, which means all members. For several
+    networks, the command prints the errors of each network, and the errors of the (weighted) average of all
     probabilities. The paper averages five and seven networks in this way.
 
     Under torchrun, each process evaluates a part of the images, and the first process prints the result.

@@ -34,7 +34,7 @@ replica_timeout_option = click.option(
 def replica_group(timeout_s: float) -> Iterator[ReplicaGroup]:
     """Join the other replicas during a `with` block. Ranks other than 0 print nothing but errors in the block.
 
-    Without torchrun, the value is a group of one replica. Raises the errors of joined.
+    Without torchrun, the value of the `with` statement is a group of one replica. Raises the errors of `joined`.
     """
     with joined(group_from_environment(), timeout_s) as group:
         if group.is_first:

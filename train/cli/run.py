@@ -147,7 +147,7 @@ def run(
 
 
 def _run(group: ReplicaGroup, options: dict[str, Any], given: set[str]) -> None:
-    """Train on one replica of a group. `options` has the parameters of `run`, `given` the names of those typed."""
+    """Train on one replica of a group. `options` has the parameters of `run`, `given` the names of the typed ones."""
     run_dir, fork, quiet, dry_run = (options[name] for name in ("run_dir", "fork", "quiet", "dry_run"))
     with group.together():
         training = _open_run(group, options, given)
@@ -217,7 +217,7 @@ def _check_one_replica(ensemble: Ensemble, run_dir: Path) -> None:
 
 
 def _run_members(ensemble: Ensemble, options: dict[str, Any], given: set[str]) -> None:
-    """Train the members of an ensemble. `options` has the parameters of `run`, `given` the names of those typed."""
+    """Train the members of an ensemble. `options` has the parameters of `run`, `given` the names of the typed ones."""
     run_dir, fork, dry_run, quiet = (options[name] for name in ("run_dir", "fork", "dry_run", "quiet"))
     runs = open_members(ensemble, options, given)
     runs[0].check_batch()
@@ -271,7 +271,7 @@ def _ending_text(training: Run, first_step: int) -> str:
 
 
 def _say_description(training: Run, run_dir: Path, quiet: bool, ensemble: Ensemble | None = None) -> None:
-    """Print what is trained. If `quiet`, print only advice."""
+    """Print what is trained. If `quiet` is true, print only advice."""
     from train.config.recipe import insensitive_at_init
 
     recipe = training.config.recipe
@@ -286,9 +286,10 @@ def _say_description(training: Run, run_dir: Path, quiet: bool, ensemble: Ensemb
 
 
 def _description_lines(training: Run, run_dir: Path, ensemble: Ensemble | None = None) -> list[str]:
-    """Return two lines that describe the network and the training, and more lines if they apply.
+    """Return two lines that describe the network and the training, and up to three further lines.
 
-    More lines: the learning rate if it depends on the batch, the note on the recipe, and the service.
+    The further lines are the learning rate if the learning rate depends on the batch, the note on the recipe, and the
+    service.
 
     training  the run, or the first member of `ensemble`
     """

@@ -145,8 +145,8 @@ class Recipe:
 
     label_smoothing: float  # share of the target probability that is spread evenly over all classes
     lr: float
-    # Batch size for which all learning rates of the recipe hold: with another batch size, they are multiplied by
-    # batch size / lr_batch. None: they do not depend on the batch size.
+    # Batch size for which the learning rates of the recipe are given. With another batch size, the learning rates are
+    # multiplied by batch size / lr_batch. None: the learning rates do not depend on the batch size.
     lr_batch: int | None
     lr_bias: float | None  # constant learning rate of the biases; None: the learning rate is lr_bias_factor · lr
     lr_bias_factor: float  # used only if lr_bias is None

@@ -43,7 +43,7 @@ def recipe_lines(recipe: Recipe) -> list[str]:
 
 
 def rate_lines(recipe: Recipe, batch_size: int | None = None) -> list[str]:
-    """Return a line with the learning rate of a batch size, for a recipe that sets `lr_batch`; otherwise no line.
+    """Return a line with the learning rate of a batch size if the recipe sets `lr_batch`. Otherwise, return no line.
 
     batch_size  images of a step; None: the line lists the rates of several batch sizes
     """

@@ -225,8 +225,9 @@ SHORT = _variant(
     schedule=((ScheduleChange(2, lr=0.001),), "ours: one drop, for the last third of the epochs"),
 )
 
-# The published settings for AlexNet with local response normalization and LARS: You, Gitman and Ginsburg 2017 (arXiv
-# 1708.03888), with the authors' files in models/ of borisgin/nvcaffe, their fork of NVIDIA's Caffe.
+# The published settings for AlexNet with local response normalization and LARS. The sources are You, Gitman and
+# Ginsburg 2017 (arXiv 1708.03888) and the authors' files in models/ of borisgin/nvcaffe, the authors' fork of NVIDIA's
+# Caffe.
 LARGE = _variant(
     CAFFE,
     "large",
@@ -260,7 +261,7 @@ RECIPES = {recipe.name: recipe for recipe in (PAPER, RELEASED, CAFFE, MODERN, SH
 
 
 def recipe_note(name: str) -> str | None:
-    """Return the note for users of a recipe, by its name with or without overrides; None if there is no note."""
+    """Return the note for users of a recipe. None: there is no note. The recipe's name may include overrides."""
     return NOTES.get(name.partition(",")[0])
 
 

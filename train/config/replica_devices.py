@@ -1,4 +1,4 @@
-"""Devices and CPU threads of a replica that torchrun started: `--gpus` is then a number of GPUs, not a GPU's number."""
+"""Devices and CPU threads of a replica under torchrun, where `--gpus` is the number of GPUs of a process."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def threads_per_replica(own: list[int], cores_of_all: list[list[int]]) -> int:
     own           numbers of the cores that this process may use
     cores_of_all  the same of each replica on this machine, this one included
 
-    If each replica has been bound to cores of its own, it uses all of them.
+    If each replica has been bound to separate cores, each replica uses all its cores.
     """
     sharing = sum(not set(own).isdisjoint(cores) for cores in cores_of_all)
     return max(1, len(own) // max(sharing, 1))

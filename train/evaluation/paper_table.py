@@ -1,4 +1,4 @@
-"""The rows of table 2 of Krizhevsky, Sutskever and Hinton (2012): error rates on ILSVRC-2012's validation images."""
+"""The rows of table 2 of Krizhevsky, Sutskever and Hinton (2012): error rates on the split val of ILSVRC-2012."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ ILSVRC_CLASSES = 1000
 
 
 class PaperRow(NamedTuple):
-    """A row of table 2: error rates in 0..1, by the average over ten views."""
+    """A row of table 2. The error rates are in 0..1, of the average over ten views."""
 
     name: str  # the paper's name of the row
     top1_error: float
@@ -41,8 +41,8 @@ ROWS = {
 def paper_row(networks: int, classes: int, views: int | str | None, split: str) -> PaperRow | None:
     """Return the row to compare with the average of `networks` networks.
 
-    Returns None if the paper has no such row, and for other data or views than the paper's: 1,000 classes, the split
-    val and ten views.
+    Returns None if the paper has no such row. Also returns None unless the data are the split val with 1,000 classes
+    and the views are ten views, as in the paper.
     """
     comparable = classes == ILSVRC_CLASSES and views == 10 and split == "val"
     return ROWS.get(networks) if comparable else None

@@ -1,4 +1,4 @@
-"""Trains the members of an ensemble: networks that differ in their seeds, and are trained on one stream.
+"""Trains the members of an ensemble. The members are networks with different seeds that are trained on one stream.
 
 Krizhevsky, Sutskever and Hinton (2012) averaged the predictions of five networks. The seed of a member determines its
 initial parameters and its dropout. The record order, crops and colour noise are those of the stream, which all members

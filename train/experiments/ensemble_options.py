@@ -1,4 +1,4 @@
-"""The ensemble that the options of `alextrain run` describe: a new ensemble, or the ensemble in --run-dir.
+"""Finds the ensemble that the options of `alextrain run` describe, which is new or is in --run-dir.
 
 This module does not import torch at its top, because `alextrain run` calls it before it reports a missing store.
 """

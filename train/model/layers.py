@@ -63,8 +63,8 @@ def drop(x: Tensor, recipe: Recipe, training: bool, replicas: ReplicaGroup = ALO
     recipe.dropout_scales_training is True, training divides kept values by 1 − p and evaluation changes nothing.
 
     replicas  the replicas that compute a step together. All replicas have the same random generator. Each replica draws
-              for the rows of all replicas, in the order of the ranks, and uses the draws of its own rows: the draws are
-              those of one process with all rows
+    random numbers for the rows of all replicas, in the order of the ranks, and uses the numbers of its own rows. One
+    process with all rows would draw the same numbers
     """
     p = recipe.dropout
     if p == 0:

@@ -1,4 +1,4 @@
-"""Console output of an ensemble: the log lines of all members, shown as one line with their mean."""
+"""Console output of an ensemble. The log lines of all members are shown as one line with their mean values."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class EnsembleView:
         return self._members[name]
 
     def begin(self, length: RunLength) -> None:
-        """Begin the output as soon as all members have begun theirs."""
+        """Begin the output as soon as all members have begun their output."""
         self._lengths.append(length)
         if len(self._lengths) < len(self._names):
             return
@@ -59,7 +59,7 @@ class EnsembleView:
                 (self.view.train if key[1] == "train" else self.view.validation)(line)
 
     def end(self) -> None:
-        """Show what is still to be shown, and end the output when all members have ended."""
+        """Show the remaining lines. End the output when all members have ended."""
         self.show_complete()
         if self._is_shown and all(member.has_ended for member in self._members.values()):
             self._is_shown = False
@@ -67,7 +67,7 @@ class EnsembleView:
 
 
 class _MemberView(ConsoleView):
-    """The view of one member, which hands everything to the EnsembleView."""
+    """The view of one member. Passes all calls to the EnsembleView."""
 
     def __init__(self, ensemble: EnsembleView, name: str) -> None:
         super().__init__()
@@ -114,7 +114,7 @@ class _MemberView(ConsoleView):
 
 
 def _mean_line(lines: Mapping[str, Line]) -> dict[str, Any]:
-    """Return the last of the members' log lines of one step, with the mean losses and errors, and each member's."""
+    """Return the last member's log line of a step, with the mean losses and errors and each member's values."""
     *_, last = lines.values()
     means = {key: sum(line[key] for line in lines.values()) / len(lines) for key in _AVERAGED}
     kind = {"train": (MEMBER_LOSSES, "loss"), "val": (MEMBER_TOP1_ERRORS, "top1_error")}

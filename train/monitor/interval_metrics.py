@@ -111,7 +111,7 @@ def peak_memory(devices: Sequence[torch.device]) -> dict[str, Any]:
 
 
 def largest_memory(memory: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the largest values of several results of peak_memory; those of GPUs by their position in the list."""
+    """Return the largest values of several results of peak_memory. GPUs are compared by their position in the list."""
     largest: dict[str, Any] = {"memory_mb": max(peak["memory_mb"] for peak in memory)}
     if "gpu_memory_mb" in memory[0]:
         largest["gpu_memory_mb"] = [max(column) for column in zip(*(p["gpu_memory_mb"] for p in memory), strict=True)]

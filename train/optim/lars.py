@@ -8,8 +8,8 @@ trust coefficient η:
     v ← m · v − γ · λ · (g + β · w)
     w ← w + v
 
-This is the rule of PaperSGD with the learning rate γ · λ (argument `local_rates` of PaperSGD); the paper gives v the
-opposite sign. The weight decay is in λ and in v. As in PaperSGD, v contains the learning rate.
+These formulas are the rule of PaperSGD with the learning rate γ · λ (argument `local_rates` of PaperSGD). In the paper,
+v has the opposite sign. The weight decay is in λ and in v. As in PaperSGD, v contains the learning rate.
 
 The paper leaves three points open. In these points, this module does what the authors' code does (GetLocalRate in
 src/caffe/solvers/sgd_solver.cpp of borisgin/nvcaffe, a fork of NVIDIA's Caffe):

@@ -1,4 +1,4 @@
-"""Agreement of all replicas on when to stop: after the same step, whichever replica received the signal.
+"""Lets all replicas stop after the same step, whichever replica received the signal to stop.
 
 Without this agreement, a replica that stops would leave the other replicas waiting for its gradients. The replicas
 exchange one number per step, after the step was launched. The host of a replica waits for the other hosts, but not for

@@ -1,4 +1,4 @@
-"""Sum of a float32 vector over the CPU replicas of one machine, in memory that the replicas share.
+"""Sums a float32 vector over the CPU replicas of one machine, in memory that the replicas share.
 
 The memory has a part for each rank and a part for the sum. A rank writes into its own part, and then sums one range of
 all parts. The memory belongs to an anonymous file of rank 0 (memfd_create), which the other ranks open through
@@ -84,7 +84,7 @@ def _open(path: str, name: str, size_bytes: int, machine: str) -> Tensor:
 
 
 def _machine() -> str:
-    """Return a text that differs between machines, and between starts of a machine."""
+    """Return a text that is different on every machine and after every start of a machine."""
     with suppress(OSError), open("/proc/sys/kernel/random/boot_id") as file:
         return f"{platform.node()} {file.read().strip()}"
     return platform.node()

@@ -1,4 +1,4 @@
-"""The folder of an ensemble: several runs that train networks of different seeds on one stream.
+"""The folder of an ensemble. An ensemble is several runs that train networks with different seeds on one stream.
 
 ensemble/
   ensemble.json   number of members, the seed from which the members' seeds are counted, seed of the stream
@@ -41,7 +41,7 @@ def member_dirs(folder: Path, members: int) -> list[Path]:
 
 
 def read_ensemble(folder: Path) -> Ensemble | None:
-    """Return the ensemble in `folder`; None if the folder is not that of an ensemble.
+    """Return the ensemble in `folder`. None: the folder is not the folder of an ensemble.
 
     Raises UserError if ensemble.json cannot be read.
     """

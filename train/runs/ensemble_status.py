@@ -1,4 +1,4 @@
-"""Status of an ensemble: the status of each member, and what the states have in common."""
+"""Status of an ensemble, which combines the status of all members."""
 
 from __future__ import annotations
 

@@ -244,7 +244,7 @@ def training_stream(run: Run, schedule: Schedule, epochs_done: int, group: Repli
 
 
 def validation_stream(run: Run, group: ReplicaGroup = ALONE) -> EvalLoader | None:
-    """Return the loader for the centre views of the split val; None, after a message, if the store has no split val.
+    """Return the loader for the centre views of the split val. If there is no split val, print this and return None.
 
     The loader of a replica serves its part of the split.
     """

@@ -31,7 +31,7 @@ STUCK_STEPS = 5000
 MIN_STUCK_STEPS = 100
 STUCK_SHARE = 0.01  # relative tolerance within which a loss counts as ln(classes)
 ZERO_LOSS_NATS = 1e-6  # a mean loss below this value counts as zero
-REPLICA_TOLERANCE = 1e-4  # relative difference between the norms of two replicas that rounding can explain
+REPLICA_TOLERANCE = 1e-4  # largest relative difference between the norms of two replicas that rounding can cause
 ONE_CLASS_IMAGES = 32  # if there are fewer images than this number, equal labels may be a coincidence
 
 

@@ -37,7 +37,7 @@ class LabelledRows:
     def refuse(self, path: bytes, label: str, reason: str) -> None:
         """Refuse an input. The class of a refused input remains a class, so that other classes keep their labels.
 
-        If `label` is empty, the class is not known; see `found`.
+        If `label` is empty, the class of the input is not known; see `found`.
         """
         self.refused.append((name_text(path), reason))
         if label:
@@ -76,7 +76,8 @@ class LabelledRows:
         The name of class k is the k-th name in the first of these lists that exists: `names` (from the format itself),
         the file `options.class_file`, `store_classes`. Without any list, the name is k. With `in_class_folders`, an
         input whose name has no folder gets its class as the folder. Raises UserError if there is no input, if a label
-        is no class, if two inputs have the same name, or if there is no such list and an input has no label.
+        is no class, or if two inputs have the same name. Also raises UserError if an input has no label and no list of
+        all classes is given.
         """
         if not len(self.rows):
             raise UserError(f"{self.origin}: {_first_reason(self.refused)}.")

@@ -83,7 +83,7 @@ def split_source(path: Path, layout: str | None = None) -> SplitSource:
 
 
 def _split_named_by(source: Path, layout: str) -> str:
-    """Return the split that the name of a file means, or the name of the folder of Parquet files; else train."""
+    """Return the split that the name of a file or of a folder of Parquet files means, or train if there is none."""
     (named,) = files_by_split([source]) if source.is_file() else (_ONLY_SPLIT,)
     if layout == "parquet" and named == _ONLY_SPLIT:
         folder = source.resolve().parent if source.is_file() else source.resolve()

@@ -25,10 +25,10 @@ _PARTIAL = "partial-"
 
 
 def parquet_splits(source: Path) -> dict[str, list[Path]]:
-    """Return {train or val: its Parquet files, all in one folder}; {} if no file and no folder is named after a split.
+    """Return {train or val: Parquet files, all in one folder}. {}: no file or folder has the name of a split.
 
-    Prints which other splits are left out, and whether a split is only a part. Raises UserError if there are several
-    configurations.
+    Prints which other splits are left out, and whether only a part of a split exists. Raises UserError if there are
+    several configurations.
     """
     folders = [path for path in _folders(source) if split_of_folder(path.name.removeprefix(_PARTIAL)) is None]
     found = _splits_in(source) or _splits_in(source / "data")
@@ -56,7 +56,7 @@ def _report_left_out(source: Path, found: dict[str, list[Path]]) -> None:
 
 
 def _splits_in(folder: Path) -> dict[str, list[Path]]:
-    """Return {train, val, test or "": files} of a folder; {} if neither a file nor a folder is named after a split."""
+    """Return {train, val, test or "": files} of a folder. {}: neither a file nor a folder has the name of a split."""
     direct = files_by_split(_parquet_files(folder)) if folder.is_dir() else {}
     found: dict[str, list[Path]] = {}
     for below in _folders(folder):
@@ -75,7 +75,7 @@ def _splits_in(folder: Path) -> dict[str, list[Path]]:
 
 
 def _folders(folder: Path) -> list[Path]:
-    """Return the folders in a folder, sorted, without hidden ones."""
+    """Return the folders in a folder, sorted, without hidden folders."""
     if not folder.is_dir():
         return []
     with os.scandir(folder) as entries:
@@ -84,7 +84,7 @@ def _folders(folder: Path) -> list[Path]:
 
 
 def _parquet_files(folder: Path) -> list[Path]:
-    """Return the Parquet files in a folder, sorted; [] if there are images beside them, which they then describe."""
+    """Return the Parquet files in a folder, sorted. []: the Parquet files describe images in the folder."""
     with os.scandir(folder) as entries:
         first = list(islice(entries, _MAX_ENTRIES))
         if not any(entry.name.lower().endswith(".parquet") for entry in first):

@@ -388,4 +388,4 @@ def test_other_files_without_read_permission_end_the_command_in_one_line(name: s
     assert result.exit_code in (1, 2) and str(path) in error and "Traceback" not in result.stderr, result.output
     assert (
         "Permission denied" in error or "is not readable" in error
-    )  # click checks options, but not if the user is root
+    )  # click checks that files are readable, except for the user root

@@ -1,4 +1,4 @@
-"""--dry-run that decodes every input: it finds what the build finds, and writes nothing."""
+"""Tests of --dry-run with all inputs decoded: --dry-run finds what the build finds, and writes nothing."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def _png(image: Image.Image) -> bytes:
 def test_a_dry_run_that_decodes_all_gives_the_account_of_the_build(
     is_warning_bad: bool, is_begun: bool, odd_pictures: Path, tmp_path: Path
 ) -> None:
-    """Also if an earlier build was interrupted, and if worker processes crash or take too long."""
+    """--dry-run finds the bad inputs after an interrupted build, and if workers crash or take too long."""
     limits = InputLimits(max_pixels=5000, keep_warned=not is_warning_bad)
     policy = BuildPolicy(skip_bad=True, limits=limits)
     store, settings = tmp_path / "store", replace(PPM, keep_aspect=True)
@@ -125,7 +125,7 @@ def test_a_dry_run_of_bad_inputs_alone_ends_like_the_build(odd_pictures: Path, t
 def test_the_option_decode_says_what_a_dry_run_decodes(
     odd_pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By default all photographs are decoded, unless they are many."""
+    """By default, all photographs are decoded unless there are many photographs."""
     for name in ("text.jpg", "empty.jpg", "cut.jpg", "fifo.jpg", "wide.png"):
         next(odd_pictures.glob(f"*/{name}")).unlink()
     for name in ("crash.jpg", "slow.jpg"):
@@ -150,7 +150,7 @@ def test_the_option_decode_says_what_a_dry_run_decodes(
 
 
 def test_parquet_rows_are_decoded_without_writing(tmp_path: Path) -> None:
-    """Row groups are read in order, so none is read twice."""
+    """Row groups are read in order, so no row group is read twice."""
     pictures = sample_data.make_pictures()
     source = list_source(find_splits(sample_data.parquet(pictures, tmp_path / "in"), None)["train"], "train")
     before = snapshot(tmp_path)

@@ -295,7 +295,7 @@ def test_one_label_file_may_label_images_of_both_splits_on_lines_of_their_own(tm
 
 
 def test_numbers_alone_are_not_read_for_both_splits(tmp_path: Path) -> None:
-    """Line k belongs to the k-th image of a split, so the same lines would label different images of both splits."""
+    """Line k is the label of the k-th image of a split. The same lines would label different images of both splits."""
     for split, prefix in (("train", "a"), ("val", "b")):
         touch(tmp_path / "in" / split, f"{prefix}1.jpg", f"{prefix}2.jpg")
     (tmp_path / "labels.txt").write_text("0\n1\n")

@@ -155,7 +155,7 @@ def test_an_interrupted_merge_is_resumed_and_finished_shards_are_kept(make_store
 
 
 def test_a_merge_may_be_killed_at_any_disk_operation(photos: Path, tmp_path: Path) -> None:
-    """There is never half a store that looks whole, and the same merge again gives the store of all photographs."""
+    """A killed merge never leaves a store that looks complete. The same command again merges all photographs."""
     for number, path in enumerate(sorted((photos / "all").glob("*/*"))[::8]):
         for folder in ("all", ("one", "two")[number % 2]):
             copy = tmp_path / "photos" / folder / path.parent.name / path.name

@@ -47,7 +47,7 @@ def train_ensemble(runs: Sequence[Run], *, one_at_a_time: bool = False, view: Co
 
 @pytest.fixture(scope="module")
 def alone(stores: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Three runs that were trained alone, with the seeds and the stream seed of the members of an ensemble."""
+    """Three runs, each trained alone with the seed of a member of an ensemble and with the ensemble's stream seed."""
     folder = tmp_path_factory.mktemp("alone")
     config = ensemble_config(stores["ppm"], folder)
     changes = [{"seed": SEED + k, "stream_seed": SEED, "run_dir": folder / str(k)} for k in (1, 2, 3)]

@@ -142,7 +142,7 @@ def two_columns(recipe: Recipe = LARGE) -> tuple[AlexNet, PaperSGD, dict[str, Te
 
 
 def test_two_columns_are_updated_like_the_joined_layers() -> None:
-    """A layer has one norm, whatever its division into columns. The halves alone would have other norms."""
+    """A layer has one norm, however the layer is divided into columns. The two halves alone would have other norms."""
     network, optimizer, gradients = two_columns()
     gradients = {name: channels_last(g) for name, g in gradients.items()}
     before = network.joined_tensors()
@@ -196,7 +196,7 @@ def test_a_nan_gradient_is_not_hidden() -> None:
 
 
 def test_the_scales_of_a_rate_tensor_are_those_of_its_parameters() -> None:
-    """Parameters without a scale, which have no gradient, stay unchanged."""
+    """Parameters without a gradient have no scale, and stay unchanged."""
     parameters = [nn.Parameter(torch.ones(3)) for _ in range(3)]
     parameters[0].grad, parameters[2].grad = torch.ones(3), torch.ones(3)
     update = RateTensorUpdate([Trio(p, torch.zeros(3), 0, 0.0) for p in parameters], groups=1, momentum=0.9)

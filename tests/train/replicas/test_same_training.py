@@ -66,7 +66,7 @@ def _initial_parameters(config: RunConfig) -> dict[str, torch.Tensor]:
 def test_two_replicas_give_the_weights_and_metrics_of_one_process_with_every_recipe(
     torchrun: TorchrunServer, stores: dict[str, Path], tmp_path: Path
 ) -> None:
-    """Dropout is that of the recipe: both replicas draw for all images of a step, as one process does."""
+    """The recipe's dropout is used. Both replicas draw random numbers for all images of a step, like one process."""
     train(torchrun, 2, stores["ppm"], tmp_path / "two", EACH_RECIPE)
     for name, settings in EACH_RECIPE:
         assert_same_training(stores["ppm"], tmp_path / "two" / name, settings, tmp_path / name)
@@ -75,7 +75,7 @@ def test_two_replicas_give_the_weights_and_metrics_of_one_process_with_every_rec
 def test_four_replicas_and_batches_in_parts_give_the_weights_of_one_process(
     torchrun: TorchrunServer, stores: dict[str, Path], tmp_path: Path
 ) -> None:
-    """In parts, each replica draws dropout for other images than one process does, so that run has no dropout."""
+    """With --accumulate, each replica draws dropout for other images than one process does. That run has no dropout."""
     parts = {"recipe": "short", "set": ["dropout=0"], "steps": 3, "accumulate": 2}
     runs = [("whole", {"recipe": "short", "steps": 3}), ("parts", parts)]
     train(torchrun, 4, stores["jpeg"], tmp_path / "four", runs)

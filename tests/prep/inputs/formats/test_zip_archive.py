@@ -146,7 +146,7 @@ def test_archives_of_other_programs_are_read(tmp_path: Path, monkeypatch: pytest
 def test_members_with_sizes_and_offsets_of_zip64_are_read(
     compression: int, limit: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """zip64 in the members' own headers (force_zip64), and, with a small limit, also in the central directory."""
+    """zip64 in the headers of the members (force_zip64). With a small limit, the central directory also uses zip64."""
     if limit is not None:
         monkeypatch.setattr(zipfile, "ZIP64_LIMIT", limit)
     contents = {f"n{k % 2}/{k}.jpg": CONTENT + bytes([k]) * (50 * k) for k in range(4)}
