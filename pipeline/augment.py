@@ -13,8 +13,8 @@ For a record whose central square is S (side_px × side_px × 3, RGB, 0..255), a
 - If a record is not square (`alexprep build-lmdb --keep-aspect`), S begins at row (height − side_px) // 2 and column
   (width − side_px) // 2 of the record.
 
-An evaluation image has no shift. It is divided by eval_divisor if eval_divisor is a number, and otherwise by the
-divisor. The authors' code divides only training images, because the colour noise enlarges their values
+An evaluation image has no shift. An evaluation image is divided by eval_divisor if eval_divisor is a number, and
+otherwise by the divisor. The authors' code divides only training images, because the colour noise enlarges their values
 (convdata_jpeg.py:155-179). The recipe `released` therefore has an eval_divisor of 1.
 
 The centre crop of an evaluation image begins at row and column (side_px − 224) // 2. The ten views are the crops at top

@@ -106,7 +106,10 @@ class TrainLoader(Loader):
 
     @property
     def left_out(self) -> int:
-        """Number of records that are not served in an epoch. It is always less than batch_size · world_size."""
+        """Number of records that are not served in an epoch.
+
+        This number is always less than batch_size · world_size.
+        """
         return self.records - len(self) * self.batch_size * self.world_size
 
     def __iter__(self) -> Iterator[Batch]:

@@ -43,7 +43,7 @@ _loaders: weakref.WeakSet[Loader] = weakref.WeakSet()
 def _keep_loaders_of_parent() -> None:
     """In a forked child, keep the parent's loaders until the child ends.
 
-    Otherwise their deletion would wait for threads that do not exist in the child.
+    A deletion of the loaders would wait for threads that do not exist in the child.
     """
     for loader in list(_loaders):
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(loader))

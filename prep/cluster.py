@@ -111,7 +111,7 @@ def _use_token(address: str) -> None:
     """Use the user's authentication token if the head node of the cluster is on this machine.
 
     Ray itself uses the token only for the address `auto`. A head node on another machine gets the token only if the
-    user has set RAY_AUTH_MODE. Otherwise, a mistyped address would reveal the token to a stranger.
+    user has set RAY_AUTH_MODE. Without this rule, a mistyped address would reveal the token to a stranger.
     """
     has_token = {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys() or _TOKEN.expanduser().is_file()
     if address in (LOCAL, AUTO) or not has_token:

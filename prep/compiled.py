@@ -33,8 +33,8 @@ def load(path: Path, wrap: Callable[[ctypes.CDLL], Kernels], is_correct: Callabl
     """Load the library at `path` and return `wrap(library)`, or None if the library cannot be used.
 
     The library cannot be used if its file or a function is missing (`wrap` raises AttributeError), or if the self-test
-    `is_correct` returns False. It is not used either if the environment has ALEXNET_NATIVE=0. Calls into the library
-    release the global interpreter lock (GIL).
+    `is_correct` returns False. The library is also not used if the environment has ALEXNET_NATIVE=0. Calls into the
+    library release the global interpreter lock (GIL).
     """
     if os.environ.get("ALEXNET_NATIVE") == "0":
         return None

@@ -248,7 +248,8 @@ class WorkerPool:
 
     def _connection(self, slot: int) -> Connection:
         if slot not in self._workers:
-            # Start the resource tracker now. Otherwise process.start() would start it, which unblocks SIGINT.
+            # Start the resource tracker now. Without this call, process.start() would start the resource tracker, which
+            # unblocks SIGINT.
             multiprocessing.resource_tracker.ensure_running()
             parent_end, worker_end = self._context.Pipe()
             args = worker_end, self._counters, slot, self._preload

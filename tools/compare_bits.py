@@ -12,8 +12,8 @@ following results, in processes that import only the packages of that tree:
 -   seeded training runs: weights, velocity, metrics, and the class probabilities of the validation images.
 
 tools/tree_bits.py hashes each result of each tree, and this tool compares the hashes. The exit code is 0 if all hashes
-are the same. It is 1 if a hash differs or a command failed. The comparison takes 7 minutes on two cores, and 3 GB of
-disk space in the temporary folder.
+are the same. The exit code is 1 if a hash differs or a command failed. The comparison takes 7 minutes on two cores, and
+3 GB of disk space in the temporary folder.
 """
 
 from __future__ import annotations

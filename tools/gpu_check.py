@@ -49,12 +49,13 @@ With --cudnn-benchmark, cuDNN tries its algorithms for each new shape of tensors
 To measure the effect, run the tool once with and once without this option.
 
 The tool also measures steps on batches of other sizes, the time of a step by kind of kernel (torch.profiler), and the
-memory of a step's tensors. It measures the time for which a step occupies the host (goal: at most 200 µs). It also
-measures two kinds of steps: launched kernel by kernel, and replayed from a CUDA graph as in `alextrain run`. All other
-rates of steps are rates of the step of `alextrain run`, which also updates the counters of the metrics. The share of
-the peak rate counts two operations for each multiply-add. A step has three times the multiply-adds of a forward pass,
-minus those of the gradient of the image, which is not computed. The peak rate is the rate for dense matrix products in
-bfloat16 on the data sheet. The hours are the time of 90 epochs of 1,281,167 images. The goal is less than 2 hours.
+memory of a step's tensors. The tool measures the time for which a step occupies the host (goal: at most 200 µs). The
+tool also measures two kinds of steps: launched kernel by kernel, and replayed from a CUDA graph as in `alextrain run`.
+All other rates of steps are rates of the step of `alextrain run`, which also updates the counters of the metrics. The
+share of the peak rate counts two operations for each multiply-add. A step has three times the multiply-adds of a
+forward pass, minus those of the gradient of the image, which is not computed. The peak rate is the rate for dense
+matrix products in bfloat16 on the data sheet. The hours are the time of 90 epochs of 1,281,167 images. The goal is less
+than 2 hours.
 
 The last output is the table of docs/measurements.md with its column `after` filled in; --table also writes it to a
 file. The exit code is 0 if every check is ok, and 1 if a check failed or there is no GPU. `--device cpu --quick` runs

@@ -69,7 +69,7 @@ def decode_inputs(records: RecordBatch, start: npt.NDArray[np.int32]) -> dict[st
 def tensor_list(arrays: Sequence[npt.NDArray[np.uint8]], layout: str = "") -> Any:
     """Return arrays of different shapes as a DALI TensorListCPU, without copies.
 
-    This is the kind of input that DALI reads fastest.
+    DALI reads this kind of input fastest.
     """
     tensors = dali().tensors
     return tensors.TensorListCPU([tensors.TensorCPU(array, layout) for array in arrays], layout)

@@ -59,7 +59,7 @@ class DeviceStream(Protocol):
     def record_consumer(self) -> Event:
         """Return an event that passes when the caller's earlier work is done.
 
-        This is all work that the caller has queued in its own current stream of the device.
+        The earlier work is all work that the caller has queued in its own current stream of the device.
         """
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:

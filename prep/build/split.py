@@ -160,7 +160,7 @@ def estimate_build(
 ) -> BuildEstimate:
     """Estimate a build without writing anything. Raises UserError if build_split would refuse `store`.
 
-    If `progress` is given, all inputs are decoded and counted in `progress`. Otherwise, a sample is decoded.
+    If `progress` is given, all inputs are decoded and counted in `progress`. Without `progress`, a sample is decoded.
     """
     plan, is_built, unfinished = open_plan(source, store, settings, policy)
     remaining = plan.count_inputs(unfinished)

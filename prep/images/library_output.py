@@ -21,7 +21,7 @@ _before: list[int] = []  # a copy of the descriptor of standard error, while sta
 def _reset_in_child() -> None:
     """In a forked child, undo what another thread of the parent was doing.
 
-    That thread does not exist in the child.
+    The other thread does not exist in the child.
     """
     global _lock
     _lock = threading.Lock()

@@ -2,9 +2,9 @@
 
 A name in an archive is never used as a path on the disk. ILSVRC2012_img_train.tar contains one tar for each class.
 ILSVRC2012_img_val.tar is flat. Other archives may contain class folders. The members of a tar are not compressed, even
-in a tar inside another tar. So each input is a byte range of the archive file, given by offset and length. Every worker
-process reads its inputs directly from the archive file. The name of an input is the name that its file has in the
-unpacked archive. An archive and the folder unpacked from it therefore give the same records in the same order.
+in a tar inside another tar. Each input is therefore a byte range of the archive file, given by offset and length. Every
+worker process reads its inputs directly from the archive file. The name of an input is the name that its file has in
+the unpacked archive. An archive and the folder unpacked from it therefore give the same records in the same order.
 """
 
 from __future__ import annotations

@@ -96,8 +96,8 @@ class Listing:
         """Return the record order: the indices of the inputs, sorted by a hash of the paths.
 
         The hash is the BLAKE2b hash of 8 bytes with the key `seed`. Inputs with equal hashes are sorted by path, then
-        by location. The record order therefore depends only on the paths and the seed. It does not depend on the order
-        of the listing, or on the version of a random number generator.
+        by location. The record order therefore depends only on the paths and the seed. The record order does not depend
+        on the order of the listing, or on the version of a random number generator.
         """
         key = seed.to_bytes(8, "little")
         hashes = array("Q")

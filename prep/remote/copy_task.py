@@ -7,8 +7,8 @@ values of a shard. The temporary file then gets its final name.
 If the destination is in object storage, the local file is first compared with the manifest, then sent, then read back
 from the server. The returned bytes must have the SHA-256 of the local file. The server's own checksum is not
 sufficient. The ETag of a multipart upload is not a digest of the content, and not every server computes checksums.
-Reading the files back doubles the traffic. S3 and Google charge nothing for traffic inside a region. They charge their
-usual fee for other traffic.
+Reading the files back doubles the traffic. S3 and Google charge nothing for traffic inside a region. S3 and Google
+charge their usual fee for other traffic.
 """
 
 from __future__ import annotations

@@ -149,7 +149,7 @@ class ShardReader:
         """Map the file for kernels.NativeKernels.find_records. Returns the values of one item of kernels.SHARD_DTYPE.
 
         This memory map is separate from the map of py-lmdb, whose address is not public. `close` unmaps the file. The
-        last value is the root of the tree. It is −1 if kernels.c cannot search the file.
+        last value is the root of the tree. The root is −1 if kernels.c cannot search the file.
         """
         if self._map is None:
             page_bytes = self._txn.stat()["psize"]

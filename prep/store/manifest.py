@@ -50,7 +50,7 @@ class StoreError(UserError):
 
 @dataclass(frozen=True)
 class Settings:
-    """Options that, with the inputs, determine the bytes of the records. They are equal for all splits of a store."""
+    """Options that, with the inputs, determine the bytes of the records. All splits of a store have equal options."""
 
     side_px: int  # length of the shorter side after rescaling
     keep_aspect: bool  # False: only the central square is stored (section 2 of the paper); True: the whole image

@@ -1,7 +1,8 @@
 """Benchmark of listing the inputs: time and memory of each step of a build before it decodes the first image.
 
-The names of the inputs are generated as CLASS/CLASS_NUMBER.JPEG. They are as long as ImageNet's names, and there are
-21,841 classes as in ImageNet-21k. The program runs these steps of prep/build/split.py in one process, in this order:
+The names of the inputs are generated as CLASS/CLASS_NUMBER.JPEG. The names are as long as ImageNet's names, and there
+are 21,841 classes as in ImageNet-21k. The program runs these steps of prep/build/split.py in one process, in this
+order:
 
     add          Listing.add for each input, as list_folder and list_archive do
     permutation  the record order: keyed hashes of all paths, sorted

@@ -30,8 +30,8 @@ from train.model.gpu.epilogue import Epilogue, apply_epilogue
 # an error of up to 3.5e-3.
 TOLERANCES = {torch.float32: (2e-6, 2e-6, 5e-6), torch.bfloat16: (2.0**-8, 2.0**-8, 2.0**-8)}
 # A window is left out if its two largest values differ by less than this part of the larger value. The errors of a
-# kernel's normalized values are smaller than this limit. They are about 1e-7 in float32, and up to 2e-3 in bfloat16,
-# where squares have 8 bits.
+# kernel's normalized values are smaller than this limit. The errors are about 1e-7 in float32, and up to 2e-3 in
+# bfloat16, where squares have 8 bits.
 TIES = {torch.float32: 1e-5, torch.bfloat16: 2.0**-7}
 MOST_LEFT_OUT = 0.1
 SIGMA = 50.0  # standard deviation of x, in grey levels, as after conv1
@@ -98,7 +98,7 @@ def check_epilogue(case: LayerCase, images: int, dtype: torch.dtype, device: tor
     errors, left_out = epilogue_errors(case, images, dtype, device, apply)
     nan_fault = nan_faults(case, dtype, device, apply)
     limits = TOLERANCES[dtype]
-    # This is False if an error is NaN.
+    # The result is False if an error is NaN.
     is_close = all(error <= limit for error, limit in zip(errors, limits, strict=True))
     places = f"{case.columns} × {case.maps} maps of {case.side_px}×{case.side_px}"
     return Check(

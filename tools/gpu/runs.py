@@ -56,7 +56,10 @@ def run_command(settings: GpuCheckSettings, store: Path, run_dir: Path, batch: i
 
 
 def run_precision(settings: GpuCheckSettings) -> str:
-    """Return the precision of the runs. It is the last precision of the settings, or fp32 in the trial on a CPU."""
+    """Return the precision of the runs.
+
+    The runs have the last precision of the settings, or fp32 in the trial on a CPU.
+    """
     return settings.precisions[0 if settings.is_cpu_trial else -1]
 
 

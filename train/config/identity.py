@@ -62,9 +62,9 @@ def stream_seed_of(identity: Mapping[str, Any]) -> Any:
 def recipe_values(recipe: Recipe) -> dict[str, Any]:
     """Return all fields of a recipe except `name` and `sources`, as JSON values.
 
-    The value of `augmentation.eval_divisor` is the divisor of evaluation images. It is left out if evaluation does not
-    divide. The fields that version 0.1.0 did not have are left out if they are None. A run of that version therefore
-    keeps its identity.
+    The value of `augmentation.eval_divisor` is the divisor of evaluation images. The divisor is left out if evaluation
+    does not divide. The fields that version 0.1.0 did not have are left out if they are None. A run of that version
+    therefore keeps its identity.
     """
     values: dict[str, Any] = as_json({k: v for k, v in asdict(recipe).items() if k not in ("name", "sources")})
     divisor = recipe.augmentation.divisor_in_evaluation

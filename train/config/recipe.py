@@ -229,7 +229,10 @@ def _schedule_from_json(data: Any) -> ScheduleSpec:
 
 
 def recipe_fields() -> list[str]:
-    """Return the names of the hyperparameters in order. They are all fields except `name` and `sources`."""
+    """Return the names of the hyperparameters in order.
+
+    The hyperparameters are all fields except `name` and `sources`.
+    """
     return [field.name for field in fields(Recipe) if field.name not in ("name", "sources")]
 
 

@@ -43,7 +43,9 @@ def recipe_lines(recipe: Recipe) -> list[str]:
 
 
 def rate_lines(recipe: Recipe, batch_size: int | None = None) -> list[str]:
-    """Return a line with the learning rate of a batch size if the recipe sets `lr_batch`. Otherwise, return no line.
+    """Return a line with the learning rate of a batch size if the recipe sets `lr_batch`.
+
+    Without `lr_batch`, return no line.
 
     batch_size  images of a step; None: the line lists the rates of several batch sizes
     """

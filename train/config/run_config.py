@@ -17,8 +17,8 @@ class RunConfig:
     """Settings of a run.
 
     The fields `store` to `accumulate` must be unchanged when the run continues from a checkpoint
-    (train/config/identity.py). The fields from `run_dir` on can change. They are the folder, the devices, the length of
-    the run, the intervals between log lines and between checkpoints, and others.
+    (train/config/identity.py). The fields from `run_dir` on can change. These fields are the folder, the devices, the
+    length of the run, the intervals between log lines and between checkpoints, and others.
     """
 
     store: Path

@@ -91,8 +91,8 @@ class AlexNet(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Return logits (N, classes) for float32 images (N, 3, 224, 224), with pixels 0..255 minus the mean.
 
-        The images may be on any device. With a convolutional architecture, `forward` also accepts larger images. It
-        then returns the result of `dense`. Raises ValueError for images of any other shape.
+        The images may be on any device. With a convolutional architecture, `forward` also accepts larger images. For
+        larger images, `forward` returns the result of `dense`. Raises ValueError for images of any other shape.
         """
         if self.architecture.convolutional:
             logits = self.dense(images)
@@ -130,8 +130,8 @@ class AlexNet(nn.Module):
     def joined_tensors(self, part: Callable[[nn.Parameter], Tensor] = lambda p: p.detach()) -> dict[str, Tensor]:
         """Return the joined parameters of both columns by name.
 
-        They are on the CPU, whatever the devices of the columns. `conv2.weight` has the shape (256, 48, 5, 5) of a
-        convolution with two groups; `fc6.weight` has the shape (4096, 9216).
+        The joined parameters are on the CPU, whatever the devices of the columns. `conv2.weight` has the shape (256,
+        48, 5, 5) of a convolution with two groups; `fc6.weight` has the shape (4096, 9216).
 
         part  function that maps a parameter to the tensor to join: the parameter itself, its gradient or its velocity
         """
@@ -182,7 +182,7 @@ class AlexNet(nn.Module):
     def _uses_fused_kernels(self, images: Tensor) -> bool:
         """Return True if train/model/gpu computes the layers.
 
-        This is the case on GPUs with Triton, unless `layer_by_layer`.
+        The result is True on GPUs with Triton, unless `layer_by_layer` is true.
         """
         if self.layer_by_layer or torch.compiler.is_compiling() or images.requires_grad:
             return False
@@ -255,7 +255,7 @@ class AlexNet(nn.Module):
     def _activation(self, x: Tensor) -> Tensor:
         """Apply the nonlinearity in place.
 
-        This is safe, because no backward pass needs the values that are overwritten.
+        Working in place is safe, because no backward pass needs the overwritten values.
         """
         return ACTIVATION_FUNCTIONS[self.recipe.activation](x)
 

@@ -1,5 +1,6 @@
-"""C kernels (kernels.c) for training on a CPU: ReLU, normalization and pooling in one pass, the parameter update, and
-sums of squares.
+"""C kernels (kernels.c) for training on a CPU.
+
+The kernels compute ReLU, normalization and pooling in one pass, the parameter update, and sums of squares.
 
 `native` is a NativeKernels object, or None if the kernels could not be compiled or are switched off (prep/compiled.py).
 If `native` is None, on a GPU, and for types other than float32, lrn.py, pooling.py and train/optim use equivalent
@@ -111,8 +112,8 @@ class NativeKernels:
     def pool(self, x: Tensor, pool: PoolParams, norm: NormParams) -> tuple[Tensor, Tensor]:
         """Apply ReLU, normalization and max-pooling to x, as the parameters `norm` and `pool` specify.
 
-        Returns the pooled maps, and a uint8 tensor of the same shape. It has the index 0 to 8 of each maximum in its
-        window, or 9 where the ReLU after pooling has the gradient 0.
+        Returns the pooled maps, and a uint8 tensor of the same shape. The uint8 tensor has the index 0 to 8 of each
+        maximum in its window, or 9 where the ReLU after pooling has the gradient 0.
         """
         images, maps, rows, columns = x.shape
         out, argmax = (

@@ -4,15 +4,16 @@ The update rule (paper_sgd.py), with g = ∂L/∂w, has the learning rate lr in 
 
     v ← momentum · v − lr · decay · w − lr · g        w ← w + v
 
-The class torch.optim.SGD has lr in the formula of w. It calls the function torch.optim.sgd.sgd, which computes:
+The class torch.optim.SGD has lr in the formula of w. torch.optim.SGD calls the function torch.optim.sgd.sgd, which
+computes:
 
     v ← momentum · v + (1 − dampening) · (g + weight_decay · w)        w ← w − lr · v
 
 With the arguments `lr` = −1 and `dampening` = 1 + (lr of the update rule), the function sgd computes the update rule.
 The class torch.optim.SGD accepts no negative lr, so the function sgd is called directly. The kernel behind `fused=True`
 is private and may change. The fused update is therefore first tried on small tensors, once for each device and dtype.
-It is used only if the result is correct. PyTorch operators are slower. They read or write eleven values for each
-parameter, and the fused kernel only five.
+The fused update is used only if the result is correct. PyTorch operators are slower. PyTorch operators read or write
+eleven values for each parameter, and the fused kernel only five.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""The roll call after a failed exchange. It finds out which ranks have ended, hang, or wait for another rank.
+"""The roll call after a failed exchange.
 
-Every rank has a thread that looks for a roll call in the store twice a second. The thread answers with the number of
-exchanges that its rank has begun. The thread also answers while the main thread waits in an exchange. A rank is missing
-if it gives no answer, or if it has begun fewer exchanges than other ranks. If a rank ends because of an error, it first
-writes the error into the store.
+The roll call finds out which ranks have ended, hang, or wait for another rank. Every rank has a thread that looks for a
+roll call in the store twice a second. The thread answers with the number of exchanges that its rank has begun. The
+thread also answers while the main thread waits in an exchange. A rank is missing if it gives no answer, or if it has
+begun fewer exchanges than other ranks. If a rank ends because of an error, it first writes the error into the store.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class RollCall:
     def call(self, waited_s: float, cause: str) -> ReplicaLost | OtherReplicaFailed:
         """Find the ranks that are missing.
 
-        Returns the error to raise. It is OtherReplicaFailed if another rank prints the error.
+        Returns the error to raise. The result is OtherReplicaFailed if another rank prints the error.
 
         waited_s  seconds for which this rank has waited for the others
         cause     message of the exchange that failed

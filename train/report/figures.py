@@ -130,7 +130,7 @@ def _figures_of_images(trained: TrainedRun, split: str, seed: int, index_records
             lambda figure: draw_predictions(figure, predicted, names),
         )
         if "train" in store.splits:
-            # These are not the images of the previous figure, if `split` has enough images.
+            # If `split` has enough images, the images differ from the images of the previous figure.
             queries = indices[-QUERIES:]
             training_images = stack.enter_context(StoredImages(store, "train"))
             neighbor_index = load_or_build_index(

@@ -187,7 +187,7 @@ class _Loop:
 
 
 class _Stream:
-    """The training stream. It is opened again at the end of an epoch after which the schedule changes the colour noise.
+    """The training stream, which is opened again when the schedule changes the colour noise after an epoch.
 
     The colour noise depends on the epoch only, so that it is the same for all trainings.
     """

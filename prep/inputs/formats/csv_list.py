@@ -152,8 +152,8 @@ def _is_comment(cell: str) -> bool:
 def _columns(path: Path, cells: Sequence[str]) -> tuple[tuple[int, int, int], bool]:
     """Return two values.
 
-    The first is (column of the paths, column of the labels, column of the splits or −1). The second says whether
-    `cells` is a header.
+    The first value is (column of the paths, column of the labels, column of the splits or −1). The second value says
+    whether `cells` is a header.
     """
     names = [cell.strip("# ").lower() for cell in cells]
 

@@ -4,9 +4,9 @@ The class names come from the schema's metadata, which the library `datasets` wr
 reads the files; install it with the extra `parquet`. The name of an input is the path in its row. If rows have no path,
 or if paths occur twice, the name is the number of the row.
 
-pyarrow cannot read a single row of a file. It decompresses a whole row group, which often has 100 images. A build reads
-rows in a random order. So the first worker that needs a Parquet file unpacks all its images into one file in the
-store's work folder, which is removed at the end. Without a work folder, each call of `read` decompresses a row group.
+pyarrow cannot read a single row of a file. pyarrow decompresses a whole row group, which often has 100 images. A build
+reads rows in a random order. The first worker that needs a Parquet file therefore unpacks all its images into one file
+in the store's work folder, which is removed at the end. Without this folder, each call of `read` decompresses a group.
 """
 
 from __future__ import annotations

@@ -53,8 +53,8 @@ def free_port() -> int:
 class Machine:
     """A simulated machine: shell commands that see only their own processes, and have their own folder for Ray.
 
-    The commands run in their own Linux namespaces. They can therefore also mount other files. `switch_off` kills all
-    processes of the machine at once, as a power failure does.
+    The commands run in their own Linux namespaces. The commands can therefore also mount other files. `switch_off`
+    kills all processes of the machine at once, as a power failure does.
     """
 
     def __init__(self, commands: str, **environment: str) -> None:

@@ -149,7 +149,7 @@ def test_each_block_is_fetched_once_and_its_batches_are_those_of_their_own_reque
 ) -> None:
     """Twelve threads ask for all batches at the same time.
 
-    They do this twice, because a stream that is started again fetches all batches again.
+    The threads ask twice, because a stream that is started again fetches all batches again.
     """
     windows, client = open_source(maker, any_store)
     positions = range(first, BATCHES)

@@ -261,7 +261,7 @@ def _in_zip(root: Path, names: Sequence[str]) -> Path:
 def test_class_folders_inside_class_folders_are_classes_if_the_classes_are_given(
     make: Callable[[Path, Sequence[str]], Path], names: tuple[str, ...], tmp_path: Path
 ) -> None:
-    """Otherwise it is unclear whether `cat/old` is a class or a part of the class `cat`, and there is an error."""
+    """If the classes are not named, `cat/old` may be a class or a part of the class `cat`, and there is an error."""
     source, classes = make(tmp_path / "x", names), NESTED[names]
     with pytest.raises(UserError, match=r"photographs in .*so it is unclear .*--classes FILE"):
         list_source(source, "train")

@@ -1,6 +1,6 @@
 """prep.inputs.listing: content of a listing, record order, and memory of the columns.
 
-The tests compute the order again from its definition with hashlib. They measure the memory in a separate process.
+The tests compute the order again from its definition with hashlib. The tests measure the memory in a separate process.
 """
 
 from __future__ import annotations

@@ -83,7 +83,7 @@ def test_a_server_that_answers_503_and_429_is_asked_again(
 ) -> None:
     """Requests of multipart uploads do not fail in this test.
 
-    Otherwise, all requests of the upload would be repeated.
+    After such a failure, all requests of the upload would be repeated.
     """
     numbers = dict[tuple[str, str, str], int]()
 
@@ -217,9 +217,10 @@ def test_a_bit_that_changes_once_on_the_way_down_is_read_again(
 def test_a_server_that_is_killed_and_loses_everything_leaves_no_manifest(
     small_store: Path, copy: Copy, proxy: Proxy, url: str, prefix: str
 ) -> None:
-    """The server is killed during the copy. It restarts on the same port without its objects, which were in memory.
+    """The server is killed during the copy.
 
-    At the end, the files that were verified before are missing, so the copy fails. A copy to a new prefix succeeds.
+    The server restarts on the same port without its objects, which were in memory. At the end, the files that were
+    verified before are missing, so the copy fails. A copy to a new prefix succeeds.
     """
     first = S3Server()
     proxy.server = first

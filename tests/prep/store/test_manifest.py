@@ -245,7 +245,7 @@ def canonical_digest(data: object) -> str:
 def test_the_fingerprint_is_a_digest_of_all_records_and_class_names(store: Path) -> None:
     """The test computes the fingerprint from the LMDB files.
 
-    It computes the SHA-256 of the records of each shard, then the SHA-256 of these digests.
+    The test computes the SHA-256 of the records of each shard, then the SHA-256 of these digests.
     """
     written = json.loads((store / "manifest.json").read_bytes())
     splits = {}

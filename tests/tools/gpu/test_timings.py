@@ -120,7 +120,10 @@ def test_kernels_are_sorted_into_kinds_by_their_names_and_callers(call_chain: li
 def test_a_kernel_counts_once_and_the_span_of_an_annotation_does_not(
     settings: GpuCheckSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The time of a kernel counts once, for the operation that launched it. It does not count for an annotation."""
+    """The time of a kernel counts once, for the operation that launched it.
+
+    The time does not count for an annotation.
+    """
 
     def event(name: str, parent: Any = None, kernels: Any = ()) -> SimpleNamespace:
         launched = [SimpleNamespace(name=kernel, duration=time_us) for kernel, time_us in kernels]

@@ -85,8 +85,8 @@ def test_onnx_gives_the_same_outputs_for_any_batch(
 ) -> None:
     """Export three networks.
 
-    The first has two columns, with LRN within maps before ReLU. The second has one column with the paper's LRN. The
-    third has one column without LRN.
+    The first network has two columns, with LRN within maps before ReLU. The second network has one column with the
+    paper's LRN. The third has one column without LRN.
     """
     run_dir, network = make_run(SMALL[name], recipe)
     out = tmp_path / "net.onnx"
@@ -184,7 +184,7 @@ def test_torchvisions_network_computes_the_same_from_exported_weights(
 ) -> None:
     """The outputs agree, also at the border of an image.
 
-    They also agree if the recipe's dropout scales in evaluation.
+    The outputs also agree if the recipe's dropout scales in evaluation.
     """
     run_dir, network = make_run(SMALL["torchvision"], recipe)
     out = tmp_path / "net.pth"

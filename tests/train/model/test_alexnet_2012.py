@@ -29,9 +29,9 @@ SMALL = replace(ALEXNET, widths=Widths(8, 12, 12, 16, 8, 20, 24))
 def test_section_3_5_neurons_of_each_layer() -> None:
     """The paper's numbers of neurons are 253,440 - 186,624 - 64,896 - 64,896 - 43,264 - 4096 - 4096 - 1000.
 
-    The number 253,440 for conv1 is wrong. It is 96 × 55 × 48, but 96 kernels at 55 × 55 positions make 290,400 neurons.
-    With 253,440 or 290,400, the sum over all layers is near the paper's 650,000. The paper's number of inputs, 150,528,
-    is right.
+    The number 253,440 for conv1 is wrong. The number 253,440 is 96 × 55 × 48, but 96 kernels at 55 × 55 positions make
+    290,400 neurons. With 253,440 or 290,400, the sum over all layers is near the paper's 650,000. The paper's number of
+    inputs, 150,528, is right.
     """
     neurons = [row.neurons for row in summarize(1000)]
     assert neurons == [290_400, 186_624, 64_896, 64_896, 43_264, 4096, 4096, 1000]

@@ -1,6 +1,6 @@
 """Tests of the fused parameter update.
 
-It has the same bits as torch's private kernel, and nearly the same values in the fallback.
+The update has the same bits as torch's private kernel, and nearly the same values in the fallback.
 """
 
 from __future__ import annotations

@@ -75,7 +75,10 @@ def test_two_replicas_give_the_weights_and_metrics_of_one_process_with_every_rec
 def test_four_replicas_and_batches_in_parts_give_the_weights_of_one_process(
     torchrun: TorchrunServer, stores: dict[str, Path], tmp_path: Path
 ) -> None:
-    """With --accumulate, each replica draws dropout for other images than one process does. That run has no dropout."""
+    """With --accumulate, each replica draws dropout for other images than one process does.
+
+    The run of this test has no dropout.
+    """
     parts = {"recipe": "short", "set": ["dropout=0"], "steps": 3, "accumulate": 2}
     runs = [("whole", {"recipe": "short", "steps": 3}), ("parts", parts)]
     train(torchrun, 4, stores["jpeg"], tmp_path / "four", runs)

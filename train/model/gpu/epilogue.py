@@ -167,8 +167,8 @@ def kernel_constants(
 def warps_for(maps: int, backward: bool) -> int:
     """Return the number of warps of a kernel.
 
-    It is the smallest number for which the values of a program fit into registers. With more warps, several warps would
-    compute the same inputs of the matrix product.
+    The result is the smallest number for which the values of a program fit into registers. With more warps, several
+    warps would compute the same inputs of the matrix product.
     """
     return max(1, min(8, (1 << (maps - 1).bit_length()) // (16 if backward else 32)))
 
@@ -176,7 +176,7 @@ def warps_for(maps: int, backward: bool) -> int:
 def stages_for(maps: int, float32: bool, slope_after: bool, shared_bytes: int) -> int:
     """Return the number of loop iterations for which pooled_backward loads data ahead.
 
-    It is 3, or 1 if shared memory is too small.
+    The result is 3, or 1 if shared memory is too small.
 
     slope_after   True if the nonlinearity after pooling is "tanh" or "sigmoid", whose gradient needs `out`
     shared_bytes  shared memory in bytes that a program can have: 227 KiB on an H100 or H200, 163 KiB on an A100
