@@ -1,6 +1,8 @@
 """Program that kills a training ten times and resumes it; tests/train/trainer/test_kill_and_resume.py runs it.
 
-    kill_and_resume.py STORE RUN_DIR SEED WHEN
+    kill_and_resume.py STORE RUN_DIR SEED WHEN [MEMBERS]
+
+With MEMBERS, an ensemble of as many networks is trained, and RUN_DIR is its folder.
 
 Each attempt is a fork of this process, which has imported all modules and started no threads. The first attempt
 trains in the folder `uninterrupted` next to RUN_DIR and is not killed. The next ten attempts train in RUN_DIR and are
@@ -33,13 +35,18 @@ import torch
 
 import pipeline.placement
 from tests.helpers.small_training import small_config
+from train.experiments.ensemble import member_configs, train_members
+from train.monitor.console_view import ConsoleView
 from train.runs import checkpoint
+from train.runs.ensemble_dir import Ensemble, member_dirs
 from train.runs.run import Run
 from train.trainer.loop import fit
 from train.trainer.step import TrainingStep
 
-STEPS = 9  # number of steps of the run
+STEPS = 9  # steps of the run, or of each member of the ensemble
 KILLS = STEPS + 1
+
+members: int | None = None  # number of members of the ensemble; None: a single run
 
 # State of an attempt that kills itself.
 # Step of the run after which operations are counted; None: operations are never counted.
@@ -88,9 +95,20 @@ def counted_step(self: TrainingStep, *batch: torch.Tensor, real: Any = TrainingS
 
 
 def newest_step(run_dir: Path) -> int:
-    """Return the step of the newest checkpoint, from the name of the file; 0 without a checkpoint."""
-    paths = checkpoint.checkpoint_paths(run_dir)
-    return int(paths[-1].stem[-8:]) if paths else 0
+    """Return the step of the newest checkpoint, from its file name; for an ensemble, the sum over its members."""
+    folders = member_dirs(run_dir, members) if members else [run_dir]
+    paths = [paths[-1] for folder in folders if (paths := checkpoint.checkpoint_paths(folder))]
+    return sum(int(path.stem[-8:]) for path in paths)
+
+
+def train(store: Path, run_dir: Path) -> None:
+    """Train the run, or the ensemble, to its end."""
+    config = small_config(store, run_dir)
+    if members is None:
+        fit(Run.open(config))
+    else:
+        runs = [Run.open(member) for member in member_configs(config, members)]
+        train_members(run_dir, Ensemble(members, config.seed, config.seed_of_stream), runs, ConsoleView())
 
 
 def attempt(store: Path, run_dir: Path, when: str, rng: random.Random, number: int | None, within_s: float) -> str:
@@ -108,10 +126,11 @@ def attempt(store: Path, run_dir: Path, when: str, rng: random.Random, number: i
     child = os.fork()
     if child == 0:
         if number is not None and when == "operation":
-            first_counted_step, operations_left, steps_done = number, operations, newest_step(run_dir)
+            first_counted_step, operations_left = number * (members or 1), operations
+            steps_done = newest_step(run_dir)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-        signal.alarm(120)  # this signal ends a process that hangs
-        fit(Run.open(small_config(store, run_dir)))
+        signal.alarm(120)  # ends a process that hangs
+        train(store, run_dir)
         os._exit(0)
     os.close(report_fd)
     if number is not None and when == "time":
@@ -131,7 +150,7 @@ def main(store: Path, run_dir: Path, seed: int, when: str) -> None:
     started = time.monotonic()
     assert attempt(store, run_dir.with_name("uninterrupted"), when, rng, None, 0) == ""
     run_s = time.monotonic() - started
-    assert newest_step(run_dir.with_name("uninterrupted")) == STEPS
+    assert newest_step(run_dir.with_name("uninterrupted")) == STEPS * (members or 1)
     ends = [attempt(store, run_dir, when, rng, number, run_s if number else run_s / 4) for number in range(KILLS)]
     assert attempt(store, run_dir, when, rng, None, 0) == ""
     kills = Counter(filter(None, ends))
@@ -145,4 +164,5 @@ if __name__ == "__main__":
     os.fsync, checkpoint._append_digest = counted("fsync", os.fsync), counted("digest", checkpoint._append_digest)
     TrainingStep.__call__ = counted_step
     sys.addaudithook(audit)
+    members = int(sys.argv[5]) if sys.argv[5:] else None
     main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4])
