@@ -108,7 +108,7 @@ def train(store: Path, run_dir: Path) -> None:
         fit(Run.open(config))
     else:
         runs = [Run.open(member) for member in member_configs(config, members)]
-        train_members(run_dir, Ensemble(members, config.seed, config.seed_of_stream), runs, ConsoleView())
+        train_members(run_dir, Ensemble(members, config.seed, config.seed_of_stream), runs, ConsoleView)
 
 
 def attempt(store: Path, run_dir: Path, when: str, rng: random.Random, number: int | None, within_s: float) -> str:

@@ -234,7 +234,7 @@ def _run_members(ensemble: Ensemble, options: dict[str, Any], given: set[str]) -
         if fork:
             runs = fork_members(fork, ensemble, runs)
         before = _steps_of(runs)
-        train_members(fork or run_dir, ensemble, runs, choose_view(quiet), options["one_at_a_time"])
+        train_members(fork or run_dir, ensemble, runs, lambda: choose_view(quiet), options["one_at_a_time"])
         steps = _steps_of(runs) - before
         further = "" if steps else f" {runs[0].how_to_train_further}"
         say(

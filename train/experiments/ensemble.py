@@ -8,7 +8,7 @@ alone with the same seed and stream seed.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +19,8 @@ from train.monitor.ensemble_view import EnsembleView
 from train.runs.ensemble_dir import Ensemble, make_ensemble_dir, member_dir
 from train.runs.run import Run
 from train.trainer.fork import fork, preview_fork
-from train.trainer.loop import fit, fit_together
+from train.trainer.loop import fit, fit_together, raise_diverged
+from train.trainer.watchdog import Diverged
 
 
 def member_configs(config: RunConfig, members: int) -> list[RunConfig]:
@@ -40,13 +41,17 @@ def member_configs(config: RunConfig, members: int) -> list[RunConfig]:
 
 
 def train_members(
-    folder: Path, ensemble: Ensemble, runs: Sequence[Run], view: ConsoleView, one_at_a_time: bool = False
+    folder: Path,
+    ensemble: Ensemble,
+    runs: Sequence[Run],
+    new_view: Callable[[], ConsoleView],
+    one_at_a_time: bool = False,
 ) -> None:
     """Train the members of an ensemble, or continue each member from its newest checkpoint.
 
     folder         folder of the ensemble
     runs           the members
-    view           console output
+    new_view       function that returns a new view for console output
     one_at_a_time  True: the members are trained one after another, which needs the memory of only one member. False:
                    each batch trains all members
 
@@ -55,12 +60,19 @@ def train_members(
     make_ensemble_dir(folder, ensemble)
     with hold_lock(folder, "training"):
         if not one_at_a_time:
-            views = EnsembleView(view, [run.run_dir.name for run in runs])
+            views = EnsembleView(new_view(), [run.run_dir.name for run in runs])
             fit_together(runs, [views.member(run.run_dir.name) for run in runs])
             return
+        diverged = []
         for run in runs:
+            view = new_view()
             view.note(f"{run.run_dir}: seed {run.config.seed}")
-            fit(run, view)
+            try:
+                fit(run, view)
+            except Diverged as error:
+                view.warn(f"{run.run_dir.name}: {error} The other members go on.")
+                diverged.append((run.run_dir, error))
+        raise_diverged(diverged)
 
 
 def fork_members(new_dir: Path, ensemble: Ensemble, runs: Sequence[Run]) -> list[Run]:

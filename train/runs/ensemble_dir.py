@@ -15,8 +15,9 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from prep.console import UserError, disk_error
+from prep.console import UserError, disk_error, shell_quoted
 from prep.files import write_atomic
+from train.runs.run_dir import DESCRIPTION
 
 ENSEMBLE = "ensemble.json"
 
@@ -77,11 +78,23 @@ def make_ensemble_dir(folder: Path, ensemble: Ensemble) -> None:
 
 
 def with_members(paths: Iterable[Path]) -> list[Path]:
-    """Return `paths`, with the folder of each ensemble replaced by the run folders of its members."""
+    """Return `paths`, with the folder of each ensemble replaced by the run folders of its members.
+
+    Raises UserError if the training of a member has not begun.
+    """
     expanded: list[Path] = []
     for path in paths:
         ensemble = read_ensemble(path)
-        expanded += [path] if ensemble is None else member_dirs(path, ensemble.members)
+        if ensemble is None:
+            expanded.append(path)
+            continue
+        for run_dir in member_dirs(path, ensemble.members):
+            if not (run_dir / DESCRIPTION).exists():
+                raise UserError(
+                    f"{run_dir}: the training of this member has not begun. Train the ensemble with: alextrain run "
+                    f"--run-dir {shell_quoted(path)}. Or name the members that are trained."
+                )
+            expanded.append(run_dir)
     return expanded
 
 

@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any
 
 from prep.console import UserError, shell_quoted
-from train.runs.ensemble_dir import check_single_run
 
 DESCRIPTION, METRICS, STATUS, EVENTS = "run.json", "metrics.jsonl", "status.json", "tensorboard"
 
@@ -66,7 +65,6 @@ def read_description(run_dir: Path) -> dict[str, Any]:
     try:
         description = json.loads(path.read_bytes())
     except FileNotFoundError:
-        check_single_run(run_dir)
         raise UserError(f"{run_dir}: not a run, there is no {DESCRIPTION} in it. Name a run folder.") from None
     except (OSError, ValueError) as error:
         raise UserError(

@@ -86,6 +86,17 @@ def _fit(runs: Sequence[Run], views: Sequence[ConsoleView], group: ReplicaGroup,
         _Loop(trainings, stream, validation, stop).run()
 
 
+def raise_diverged(diverged: Sequence[tuple[Path, Diverged]]) -> None:
+    """Raise Diverged if a run of several has diverged, after the other runs have been trained.
+
+    `diverged` has the folder and the error of each run that diverged.
+    """
+    if diverged:
+        run_dir, error = diverged[0]
+        names = ", ".join(run_dir.name for run_dir, _ in diverged)
+        raise Diverged(f"{names} diverged; members that did not diverge have been trained. {run_dir}: {error}")
+
+
 class _Loop:
     """Gives the batches of a stream to trainings, which may be at different steps."""
 
@@ -114,10 +125,7 @@ class _Loop:
                 self._active.remove(training)
             if self._active:
                 self._train(min(training.step for training in self._active))
-        if self._diverged:
-            run_dir, error = self._diverged[0]
-            names = ", ".join(run_dir.name for run_dir, _ in self._diverged)
-            raise Diverged(f"{names} diverged; the other members have been trained. {run_dir}: {error}")
+        raise_diverged(self._diverged)
 
     def _train(self, step: int) -> None:
         """Train from `step` on, until checkpoints have been written."""

@@ -93,6 +93,10 @@ def test_an_ensemble_goes_on_from_its_folder_alone_and_can_be_forked(ensemble: P
         f"{folder / 'member-3'}: would begin at step 0.",
     ]
     assert not (folder / "member-3").exists()
+    shutil.rmtree(folder / "member-2")
+    error = refusal("evaluate", folder)
+    assert f"{folder / 'member-2'}: the training of this member has not begun" in error
+    assert f"alextrain run --run-dir {folder}. " in error
 
 
 def test_status_and_compare_list_the_members(ensemble: Path, tmp_path: Path) -> None:

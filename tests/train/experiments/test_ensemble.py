@@ -41,7 +41,7 @@ def members_of(store: Path, folder: Path, members: int = 2) -> list[Run]:
 
 def train_ensemble(runs: Sequence[Run], *, one_at_a_time: bool = False, view: ConsoleView | None = None) -> Path:
     folder = runs[0].run_dir.parent
-    train_members(folder, Ensemble(len(runs), SEED, SEED), runs, view or QuietView(), one_at_a_time)
+    train_members(folder, Ensemble(len(runs), SEED, SEED), runs, lambda: view or QuietView(), one_at_a_time)
     return folder
 
 
@@ -148,8 +148,9 @@ def test_a_signal_stops_all_members_after_the_same_step_and_they_resume_to_the_s
     assert ensemble_status(folder, Ensemble(2, SEED, SEED))["state"] == "finished"
 
 
+@pytest.mark.parametrize("one_at_a_time", [False, True])
 def test_the_other_members_go_on_if_a_member_diverges(
-    stores: dict[str, Path], tmp_path: Path, alone: list[Path], monkeypatch: pytest.MonkeyPatch
+    stores: dict[str, Path], tmp_path: Path, alone: list[Path], monkeypatch: pytest.MonkeyPatch, one_at_a_time: bool
 ) -> None:
     train = Training.train
 
@@ -159,8 +160,9 @@ def test_the_other_members_go_on_if_a_member_diverges(
         train(training, images, labels)
 
     monkeypatch.setattr(Training, "train", train_with_fault)
-    with pytest.raises(Diverged, match=r"^member-1 diverged; the other members have been trained. .*member-1: step 5"):
-        train_ensemble(members_of(stores["ppm"], tmp_path / "ensemble"))
+    expected = r"^member-1 diverged; members that did not diverge have been trained\. .*member-1: step 5"
+    with pytest.raises(Diverged, match=expected):
+        train_ensemble(members_of(stores["ppm"], tmp_path / "ensemble"), one_at_a_time=one_at_a_time)
     folder = tmp_path / "ensemble"
     assert_same_result(folder / "member-2", alone[1])
     assert checkpoint.load(folder / "member-1").step == 4

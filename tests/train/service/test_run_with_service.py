@@ -25,8 +25,11 @@ from tests.helpers.project import ROOT
 from tests.helpers.small_training import SMALL_ALEXNET, assert_same_result, metrics_without_clock, small_config
 from tests.train.service.conftest import Service, config_with_two_streams
 from train.config.architecture import ARCHITECTURES
+from train.experiments.ensemble import member_configs, train_members
+from train.monitor.console_view import QuietView
 from train.monitor.interval_metrics import IntervalMetrics
 from train.runs import checkpoint
+from train.runs.ensemble_dir import Ensemble
 from train.runs.run import Run
 from train.trainer.loop import fit
 
@@ -65,6 +68,18 @@ def test_a_run_with_a_service_reads_no_record_and_has_the_result_of_a_run_withou
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("epoch") and "  step " in line]
     assert len(lines) == 9
     assert all(re.search(r"  service lasting: \d workers?, \d+ batch(es)? queued$", line) for line in lines)
+
+
+def test_the_members_of_an_ensemble_train_on_one_stream_of_a_service(
+    store_without_records: Path, lasting_service: Service, local_run: Path, tmp_path: Path
+) -> None:
+    """Member 1 has the seeds of a run without a service. The colour noise changes: a second stream is opened."""
+    changes = {"service": lasting_service.option, "seed": 2, "stream_seed": 3}
+    config = config_with_two_streams(store_without_records, tmp_path / "pair", **changes)
+    runs = [Run.open(member) for member in member_configs(config, 2)]
+    train_members(tmp_path / "pair", Ensemble(2, 2, 3), runs, QuietView)
+    assert_same_result(tmp_path / "pair/member-1", local_run)
+    assert checkpoint.load(tmp_path / "pair/member-2").stream == checkpoint.load(local_run).stream
 
 
 @pytest.mark.parametrize("when", ["in the first epoch", "in the last epoch"])
