@@ -101,7 +101,7 @@ def newest_step(run_dir: Path) -> int:
     return sum(int(path.stem[-8:]) for path in paths)
 
 
-def train(store: Path, run_dir: Path) -> None:
+def train_to_end(store: Path, run_dir: Path) -> None:
     """Train the run, or the ensemble, to its end."""
     config = small_config(store, run_dir)
     if members is None:
@@ -130,7 +130,7 @@ def attempt(store: Path, run_dir: Path, when: str, rng: random.Random, number: i
             steps_done = newest_step(run_dir)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
         signal.alarm(120)  # ends a process that hangs
-        train(store, run_dir)
+        train_to_end(store, run_dir)
         os._exit(0)
     os.close(report_fd)
     if number is not None and when == "time":
