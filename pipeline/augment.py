@@ -102,8 +102,8 @@ def noise_matrix(stats: ColorStats, colour: str, strength: float) -> npt.NDArray
     Section 4.1 adds [p1, p2, p3][α1 λ1, α2 λ2, α3 λ3]ᵀ, with eigenvectors p, eigenvalues λ, and factors α of standard
     deviation 0.1. The paper does not state the scale of the pixels. The authors' code uses the standard deviations √λ
     of pixels in 0..255 instead of λ (convdata.py: color_pca). fb.resnet.torch and its successors use the eigenvalues of
-    pixels in [0, 1]. Their shifts are 2 to 17 times smaller than those of the authors' code. `colour` is "stdev" (the
-    authors' code), "eigenvalue" or "off".
+    pixels in [0, 1]. The shifts of fb.resnet.torch are 2 to 17 times smaller than the shifts of the authors' code.
+    `colour` is "stdev" (the authors' code), "eigenvalue" or "off".
     """
     vectors, stdevs = np.array(stats.eigenvectors), np.array(stats.stdevs)
     scale = float(stats.pixel_scale)

@@ -64,7 +64,7 @@ class EpochPermutations:
     def __getitem__(self, epoch: int) -> Integers:
         """Return the permutation of an epoch, counted from 0.
 
-        If several threads ask for it, it is computed only once.
+        If several threads ask for the permutation, the permutation is computed only once.
         """
         with self._lock:
             if epoch not in self._kept:

@@ -111,7 +111,7 @@ class BatchJob(ctypes.Structure):
     ) -> BatchJob:
         """Return a batch for NativeKernels.copy_squares; `out` is uint8 (N, V, side, side, 3).
 
-        The other arguments are those of __init__.
+        The other arguments are the arguments of __init__.
         """
         count, views, side = out.shape[:3]
         nothing, no_shift = np.zeros((count, views), np.int32), np.zeros((count, 3), np.float32)
@@ -215,7 +215,10 @@ def _copies_correctly(kernel: NativeKernels, image: npt.NDArray[np.uint8]) -> bo
 
 
 def find_libjpeg() -> JpegLibrary | None:
-    """Return the libjpeg-turbo in Pillow's wheel, or else that of the system. Returns None if neither can be loaded."""
+    """Return the libjpeg-turbo in Pillow's wheel, or else the libjpeg-turbo of the system.
+
+    Returns None if neither can be loaded.
+    """
     pillow = find_spec("PIL")
     folders = [Path(folder).parent for folder in (pillow and pillow.submodule_search_locations) or ()]
     bundled = [path for folder in folders for path in folder.glob("pillow.libs/libjpeg-*.so*")]

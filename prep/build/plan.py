@@ -177,9 +177,9 @@ class BuildPlan:
     def is_finished(self, number: int) -> bool:
         """Return whether shard `number` is finished and need not be built again.
 
-        Without `skip_bad`, a shard is built again if a bad input was left out of it, because this input may have been
-        corrected. A shard is also built again if the limits would now keep an input that was left out, or leave out an
-        input that was kept.
+        Without `skip_bad`, a shard is built again if a bad input was left out of it, because the bad input may have
+        been corrected. A shard is also built again if the limits would now keep an input that was left out, or leave
+        out an input that was kept.
         """
         summary = self.shard_summary(number)
         if summary is None or (not self.skip_bad and bad_outcomes(summary["fates"])):

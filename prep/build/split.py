@@ -116,7 +116,7 @@ def build_split(
 def build_shards(
     plan: BuildPlan, store: Path, shard_numbers: Sequence[int], runner: Runner, progress: Progress, policy: BuildPolicy
 ) -> None:
-    """Build those of the shards `shard_numbers` that are unfinished. Checks inputs and disk space first.
+    """Build the unfinished shards among the shards `shard_numbers`. Checks inputs and disk space first.
 
     Raises the same errors as build_split.
     """

@@ -68,7 +68,7 @@ def _check_space(needed_bytes: int, count: int, store: Path) -> None:
 
 
 def check_classes(source: Source, jobs: int, policy: BuildPolicy) -> None:
-    """Raise UserError if all inputs of a class are clearly no images, so that the class would lose all of them.
+    """Raise UserError if all inputs of a class are clearly no images, so that the class would lose all its inputs.
 
     Only sizes and first bytes are read. If a bad input stops the build anyway, no input is read.
     """

@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from prep.files import atomic_file
 
-OWN_FILE = -1  # `location` of an input that is a file of its own, not a part of an archive or LMDB
+OWN_FILE = -1  # `location` of an input that is a separate file, not a part of an archive or LMDB
 
 # The fields of Input except `path`, with the names of their columns in a saved listing.
 _COLUMNS = {"label": "label", "size": "size", "mtime_ns": "stamp_ns", "location": "at"}

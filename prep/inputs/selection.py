@@ -43,7 +43,7 @@ class ExclusionList:
         self._split_of: dict[bytes, str] = {}  # line -> name of the split in which a file fits the line
 
     def find(self, paths: Iterable[bytes], split: str) -> set[bytes]:
-        """Return those of the `paths` of a split that the lines of the file name.
+        """Return the `paths` of a split that the lines of the file name.
 
         Raises UserError if a line fits several files of the split, or fits files in two splits.
         """

@@ -63,9 +63,9 @@ def merge_stores(
     """Merge two or more stores into the new store `target`, and return the new store.
 
     `progress` counts records. With `restart`, an unfinished merge in `target` is discarded. Raises UserError if fewer
-    than two stores are given, if one of them is `target`, or if two stores have the same records. Also raises UserError
-    if the stores have different settings other than the seed, if `target` holds something else, or if a record is
-    damaged. The new store has the seed of the first store. Raises DiskFull if the disk is full.
+    than two stores are given, if one of the stores is `target`, or if two stores have the same records. Also raises
+    UserError if the stores have different settings other than the seed, if `target` holds something else, or if a
+    record is damaged. The new store has the seed of the first store. Raises DiskFull if the disk is full.
     """
     stores = _open_stores(sources, target)
     settings = _common_settings(stores)

@@ -83,7 +83,7 @@ def read_arrivals(target: Folder, paths: Iterable[str]) -> dict[str, Arrival]:
 
 
 def unchanged(target: Folder, arrivals: dict[str, Arrival]) -> dict[str, Arrival]:
-    """Return those of `arrivals` whose files still have the noted size and version in the destination."""
+    """Return the `arrivals` whose files still have the noted size and version in the destination."""
     states = target.states(arrivals)
     return {
         path: arrival

@@ -6,7 +6,7 @@ decoder warned, or was left out. A line is a JSON object with the outcome of one
 input, such as a file beside class folders. These keys are written only if they apply: "how" (the conversions),
 "exif_orientation", "warnings" (the texts of the decoder), "why" (the reason for a bad or ignored input). If an option
 decided that an input is bad, "limit" names the option, and "pixels" or "seconds" has the value of the input. Outcomes
-are written one by one, so memory never holds all of them.
+are written one by one, so memory never holds all outcomes.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ def summarize_outcomes(outcomes: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     """Count conversions, EXIF orientations, warnings about kept inputs, and reasons for bad inputs.
 
     The result has the form of Split.account. The _MAX_REASONS most frequent reasons are counted by name. All other
-    reasons are counted together as "other reasons". Of the warnings about an input, only the first is counted, in the
-    same way.
+    reasons are counted together as "other reasons". Of the warnings about an input, only the first warning is counted,
+    in the same way.
     """
     converted: Counter[str] = Counter()
     orientations: Counter[str] = Counter()

@@ -4,8 +4,8 @@ The kernels (train/model/gpu/epilogue.py) are compared with PyTorch operators in
 same inputs. The compared values are the result, the gradient of the convolution's output x and the gradient of the
 bias. The float64 results are computed for some images at a time, so that they fit into memory.
 
-If the two largest values of a pooling window are almost equal, rounding decides which of them is the maximum. The
-gradient of the window then goes to another position. Such windows get an upstream gradient of 0, so that these
+If the two largest values of a pooling window are almost equal, rounding decides which of the two values is the maximum.
+The gradient of the window then goes to another position. Such windows get an upstream gradient of 0, so that these
 differences cannot hide other errors. The number of these windows is part of the check. A check fails if more than a
 tenth of the windows are left out.
 """

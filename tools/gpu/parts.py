@@ -90,7 +90,7 @@ def run_checks(
     only   names of parts
     times  receives the time of each part
 
-    A check that raises an exception counts as failed. The other checks still run after a failure.
+    A check that raises an exception counts as failed. After a failed check, the other checks still run.
     """
     streams = settings.stores_by_format().items()
     functions: dict[str, list[tuple[str, Callable[[], Iterator[Check]]]]] = {
@@ -118,7 +118,8 @@ def run_timings(
 ) -> Iterator[tuple[str, Any]]:
     """Run the chosen timings and yield (JSON key, result) one by one.
 
-    If a timing raises an exception, its result is the error message. The other timings still run after a failure.
+    If a timing raises an exception, its result is the error message. After a failed timing, the other timings still
+    run.
     """
     precisions = settings.precisions
     budgets = {part.name: part.budget_s for part in TIMINGS}

@@ -58,8 +58,8 @@ def predict(
 ) -> None:
     """Print the most probable classes of photographs.
 
-    The photographs are preprocessed like the images of the training store. If a file cannot be used, an error is
-    printed for it, the other photographs follow, and the exit code is 1.
+    The photographs are preprocessed like the images of the training store. If a file cannot be used, the command prints
+    an error, continues with the other photographs, and ends with exit code 1.
 
     \b
     Example:
@@ -186,7 +186,7 @@ def search(
 ) -> None:
     """For each photograph, find the training images with the nearest fc7 activations, and draw the images on a sheet.
 
-    If a file cannot be used, an error is printed for it, and the exit code is 1. The sheet then shows the other
+    If a file cannot be used, the command prints an error and ends with exit code 1. The sheet then shows the other
     photographs.
 
     \b

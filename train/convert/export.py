@@ -74,7 +74,7 @@ class Preprocessing:
     # contains only parameters, and its conv1 expects divided pixels.
     input_divisor: float
     # "area": the mean of the source pixels that an output pixel covers, as Pillow's BOX and OpenCV's INTER_AREA. For
-    # images that must be enlarged, "area" means bicubic. The other filters have Pillow's names.
+    # images that must be enlarged, "area" means bicubic. Filters other than the area filter have Pillow's names.
     resize_filter: str = "area"
     stored_as: str = "ppm"  # format of the rescaled training images: "jpeg, quality N", or "ppm", which is lossless
     background: str = "white"  # colour behind transparent pixels; "dropped": alpha is left out

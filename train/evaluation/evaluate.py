@@ -103,8 +103,8 @@ def evaluate(
     evaluation, the network is in the same mode (training or evaluation) as before.
 
     If `group` has several replicas, all ranks call this function with the same parameters. The loader of a rank serves
-    the rank's part of the split (`shard` and `world_size` of eval_loader). The result is that of the whole split, and
-    has the same bits on every rank. The counts of misses and images are summed as integers, so they are exact.
+    the rank's part of the split (`shard` and `world_size` of eval_loader). The result is the result of the whole split,
+    and has the same bits on every rank. The counts of misses and images are summed as integers, so they are exact.
 
     Raises UserError for a precision that the network's devices do not support. Raises RuntimeError if the
     number of images that the loaders serve is not the number of images in the split, because the error rates would be

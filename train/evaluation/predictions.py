@@ -105,7 +105,7 @@ def predict_split(
     group             replicas, of which each evaluates its part of the split. On all ranks but rank 0, the returned
                       Predictions hold no images
 
-    Rank 0 shows progress: that of its own part. Raises the errors of `evaluate` and of eval_loader.
+    Rank 0 shows the progress of its own part. Raises the errors of `evaluate` and of eval_loader.
     """
     device = str(network.devices[0])
     set_precision(precision, network.devices)

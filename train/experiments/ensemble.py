@@ -1,9 +1,9 @@
 """Trains the members of an ensemble. The members are networks with different seeds that are trained on one stream.
 
 Krizhevsky, Sutskever and Hinton (2012) averaged the predictions of five networks. The seed of a member determines its
-initial parameters and its dropout. The record order, crops and colour noise are those of the stream, which all members
-share. Each member is an ordinary run with its own run folder. The bits of a member are those of a run that is trained
-alone with the same seed and stream seed.
+initial parameters and its dropout. All members share the stream, with its record order, crops and colour noise. Each
+member is an ordinary run with its own run folder. A member has the same bits as a run that is trained alone with the
+same seed and stream seed.
 """
 
 from __future__ import annotations

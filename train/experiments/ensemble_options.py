@@ -1,6 +1,7 @@
 """Finds the ensemble that the options of `alextrain run` describe, which is new or is in --run-dir.
 
-This module does not import torch at its top, because `alextrain run` calls it before it reports a missing store.
+This module does not import torch at its top, because `alextrain run` calls this module before it reports a missing
+store.
 """
 
 from __future__ import annotations

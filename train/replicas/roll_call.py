@@ -65,7 +65,7 @@ class RollCall:
 
         Returns the error to raise. The result is OtherReplicaFailed if another rank prints the error.
 
-        waited_s  seconds for which this rank has waited for the others
+        waited_s  seconds for which this rank has waited for the other ranks
         cause     message of the exchange that failed
         """
         try:

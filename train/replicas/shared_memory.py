@@ -21,7 +21,7 @@ _RANGE_ALIGNMENT = 1024  # ranges begin at multiples of this number, so that no 
 
 
 class NoSharedMemory(Exception):
-    """Raised on all ranks if one of them cannot open the memory. The message gives the reason."""
+    """Raised on all ranks if a rank cannot open the memory. The message gives the reason."""
 
 
 class SharedMemory:

@@ -42,7 +42,7 @@ def write_error_file(text: str, is_own: bool) -> None:
     Without torchrun, this function does nothing. torchrun gives each process the name of a file for its error. torchrun
     calls the error with the earliest time the root cause. An error of this process (`is_own`) gets a time one second
     before now. Other processes that ended in the same second because of this error are then not the root cause. The
-    format is that of torch.distributed.elastic.multiprocessing.errors.ErrorHandler.
+    format is the format of torch.distributed.elastic.multiprocessing.errors.ErrorHandler.
     """
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if not path:

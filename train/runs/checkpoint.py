@@ -162,7 +162,7 @@ def _checkpoint(path: Path, content: Mapping[str, Any], digest: str) -> Checkpoi
 class CheckpointKeeper:
     """Writes the checkpoints of a run in progress.
 
-    Keeps the newest and the best checkpoints, and removes the others.
+    Keeps the newest and the best checkpoints, and removes all other checkpoints.
     """
 
     def __init__(self, run_dir: Path, keep: int, resumed: Checkpoint | None) -> None:

@@ -52,10 +52,10 @@ def fit_together(runs: Sequence[Run], views: Sequence[ConsoleView], group: Repli
 
     The runs may differ only in their seed and their folder. Their stream seeds are equal. The runs may be at different
     steps. The stream then begins at the lowest step, and a batch trains only the runs that have not yet been trained on
-    it. The result of each run has the same bits as if `fit` had trained the run alone.
+    this batch. The result of each run has the same bits as if `fit` had trained the run alone.
 
     If one of several runs diverges, the other runs continue, and Diverged is raised at the end. The other errors are
-    those of `fit`, and end the training of all runs.
+    the errors of `fit`. These errors end the training of all runs.
     """
     with ExitStack() as resources:
         with group.together():

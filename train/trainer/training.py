@@ -172,7 +172,7 @@ class Training:
         if self._keeper is not None:
             self._keeper.record_validation(self.step, result.top1_error)
         self.validation_due = False
-        if self.is_done:  # the validation has changed the state, and no later checkpoint can hold it
+        if self.is_done:  # the validation has changed the state, and no later checkpoint can hold the state
             self._save(is_last=True)
 
     @property

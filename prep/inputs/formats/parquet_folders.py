@@ -19,7 +19,7 @@ from prep.inputs.classes import examples, has_image_name, is_no_class_folder
 from prep.inputs.formats.shards import files_by_split, split_of_folder
 from prep.store.manifest import SPLITS
 
-_MAX_CONFIGS = 100  # a folder with more folders in it is not searched for configurations
+_MAX_CONFIGS = 100  # a folder with more subfolders is not searched for configurations
 _MAX_ENTRIES = 10_000  # a folder whose first entries include no Parquet file and no split is not searched further
 _PARTIAL = "partial-"
 

@@ -42,7 +42,7 @@ class _Member:
 
     @property
     def is_image(self) -> bool:
-        """Return whether an extension is that of the sample's main image.
+        """Return whether an extension is the extension of the sample's main image.
 
         For example, `seg.png` is the extension of another image.
         """
@@ -125,7 +125,7 @@ def _members(path: Path, refused: list[tuple[str, str]], keep_text: bool = True)
 def _double_member(sample: Sequence[_Member]) -> str:
     """Return the reason to refuse a sample that has two images or two labels of the same extension.
 
-    Two samples with one key look like such a sample.
+    Two samples with one key look like a sample with two images.
     """
     seen: set[bytes] = set()
     for member in sample:

@@ -29,7 +29,7 @@ class Devkit:
     ground_truth: bytes = b""
 
     def synsets(self) -> dict[int, str]:
-        """Return {ILSVRC2012_ID: synset}. Raises UserError if the meta.mat is not that of the devkit."""
+        """Return {ILSVRC2012_ID: synset}. Raises UserError if the meta.mat is not the file of the devkit."""
         from scipy.io import loadmat
 
         try:
@@ -59,7 +59,7 @@ def open_devkit(path: Path) -> Devkit:
 
 
 def find_devkit(folders: list[Path]) -> Devkit | None:
-    """Return the devkit, unpacked or not, in the first of the `folders` that contains one.
+    """Return the devkit, unpacked or not, in the first of the `folders` that contains a devkit.
 
     Returns None if no folder contains a devkit.
     """

@@ -238,7 +238,10 @@ def test_what_is_left_out_is_in_the_account_and_classes_are_listed_with_labels(s
 
 
 def test_a_class_that_loses_its_inputs_only_when_decoded_is_found_by_a_dry_run(source: Path, tmp_path: Path) -> None:
-    """The first bytes are those of a JPEG. The sample that --dry-run decodes holds all inputs of the class."""
+    """The first bytes are the first bytes of a JPEG.
+
+    The sample that --dry-run decodes holds all inputs of the class.
+    """
     for folder in (source / "train").iterdir():
         for path in sorted(folder.iterdir())[5:]:
             path.unlink()

@@ -78,7 +78,7 @@ def test_libjpeg_turbo_decodes_colour_jpegs_to_pillows_pixels(name: str) -> None
 
 
 def test_other_and_damaged_jpegs_are_decoded_or_refused_as_by_pillow() -> None:
-    """Two JPEGs have colour spaces other than RGB and YCbCr. The other JPEGs are damaged."""
+    """Two JPEGs have colour spaces other than RGB and YCbCr. The other JPEGs of this test are damaged."""
     noise = np.random.default_rng(3).integers(0, 256, (60, 83, 3), dtype=np.uint8)
     whole = file_of(Image.fromarray(noise), "JPEG")
     scan = whole.index(b"\xff\xda") + 14

@@ -244,9 +244,10 @@ def test_sparse_members_are_refused_by_name(tmp_path: Path) -> None:
 
 
 def test_of_members_with_the_same_name_the_last_counts(tmp_path: Path) -> None:
-    """If several members have the same name, only the last of them is listed. Earlier members are refused by name.
+    """If several members have the same name, only the last of these members is listed.
 
-    The program tar also leaves only the last member when it extracts such an archive.
+    Earlier members are refused by name. The program tar also leaves only the last member when it extracts such an
+    archive.
     """
     members: list[Member] = [*THREE, ("./n1/a.JPEG", b"newer"), ("n1/a.JPEG", b"newest")]
     found = list_tar(tar_of(members), tmp_path / "x.tar")
@@ -309,7 +310,7 @@ def test_folders_that_are_no_classes_are_left_out_and_named(name: str, tmp_path:
 
 
 def test_numbers_and_nested_folders_are_classes_as_on_the_disk(tmp_path: Path) -> None:
-    """The listing of a tar of a folder equals that of the folder."""
+    """The listing of a tar of a folder equals the listing of the folder."""
     for k, names in enumerate(
         (["2/a.jpg", "10/b.jpg", "1/c.jpg"], ["a/air/1.jpg", "a/apt/in/2.jpg", "b/x/3.jpg", "a/README.md"])
     ):

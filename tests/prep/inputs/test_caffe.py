@@ -341,7 +341,7 @@ def test_class_names_that_do_not_fit_are_refused(datum: Callable[..., bytes], tm
 def test_an_absurd_label_is_a_one_line_error(label: int, datum: Callable[..., bytes], tmp_path: Path) -> None:
     """A list of class names for the labels 0 to `label` would take all memory.
 
-    The command must not make such a list.
+    The command must not make this list.
     """
     folder = lmdb_of(tmp_path / "l", labelled(datum, ("a.JPEG", 0), ("b.JPEG", label)))
     fails(import_caffe(tmp_path / "s", folder), folder)

@@ -249,7 +249,7 @@ def test_two_stores_that_are_copied_to_one_prefix_at_the_same_time_are_noticed(
 ) -> None:
     """The second command begins after the first command.
 
-    The source.json of the second command replaces that of the first.
+    The source.json of the second command replaces the source.json of the first command.
     """
 
     def decide(request: Request) -> None:

@@ -40,7 +40,7 @@ def test_section_3_5_neurons_of_each_layer() -> None:
 
 
 def test_section_3_5_60_million_parameters_layer_by_layer() -> None:
-    """A convolution has maps × (side² × maps that its column reads + 1) parameters; side is that of the kernel."""
+    """A convolution has maps × (side² × maps that its column reads + 1) parameters; side is the side of the kernel."""
     parameters = {row.layer: row.parameters for row in summarize(1000)}
     assert parameters == {
         "conv1": 96 * (11 * 11 * 3 + 1),
@@ -99,8 +99,8 @@ def test_figure_2_units_are_connected_to_the_maps_that_the_figure_shows(
     """To find connections, the test computes the gradient of each unit with respect to each map of the layer below.
 
     Every unit of conv2, conv4 and conv5 depends on all maps of its own column in the layer below, and on no map of the
-    other column. Units of conv3, fc6 and fc7 depend on the maps of both columns. Without crossing, they depend only on
-    the maps of their own column. Units of fc8 depend on both columns, with and without crossing.
+    other column. Units of conv3, fc6 and fc7 depend on the maps of both columns. Without crossing, these units depend
+    only on the maps of their own column. Units of fc8 depend on both columns, with and without crossing.
     """
     torch.manual_seed(0)
     recipe = replace(recipe, activation="tanh", init="he", input_divisor=64.0, dropout=0.0, crossing=crossing)

@@ -48,7 +48,7 @@ def formula(
 
 
 def example(steps: int, dtype: type = np.float32) -> tuple[list[np.ndarray], list[list[np.ndarray]]]:
-    """Return weights, and gradients for each step. The last tensor starts at 0, like a bias."""
+    """Return weights, and gradients for each step. The last of the tensors starts at 0, like a bias."""
     rng = np.random.default_rng(5)
     weights = [rng.normal(size=shape).astype(dtype) for shape in SHAPES[:3]] + [np.zeros(SHAPES[3], dtype)]
     return weights, [[(0.01 * rng.normal(size=shape)).astype(dtype) for shape in SHAPES] for _ in range(steps)]

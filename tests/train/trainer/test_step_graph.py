@@ -48,7 +48,7 @@ class Recorder(TorchDispatchMode):
         return output
 
     def undo(self) -> None:
-        """Restore the former values of all tensors that existed before the recording."""
+        """Restore the earlier values of all tensors that existed before the recording."""
         for storage, value in self._before:
             storage.copy_(value)
 
