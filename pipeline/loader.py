@@ -262,7 +262,7 @@ def train_loader(
     augmentation  settings of the mean and of the colour noise (pipeline.Augmentation); None: the mean of each channel,
                   and the colour noise of the authors' code
     normalize     ChannelStats(mean, std, max_value): each channel becomes (pixel − mean) / std, for pixels in
-                  0..max_value. With max_value 1 this is the formula of transforms.Normalize. `loader.channel_stats()`
+                  0..max_value. With max_value 1, the formula is that of transforms.Normalize. `loader.channel_stats()`
                   returns the mean and standard deviation of the store. The division needs an additional pass over the
                   images. None: the mean of `augmentation` is subtracted, and nothing is divided
     layout        "NCHW" or "NHWC" (channels last)

@@ -161,7 +161,7 @@ class WorkerPool:
         """See Runner.map. `work` must be a module-level function.
 
         A task is taken from `tasks` only when a worker is free. If the generator is closed or raises an exception, busy
-        workers are killed. Their results therefore do not reach a later call.
+        workers are killed. The results of killed workers therefore do not reach a later call.
         """
         busy = dict[int, T]()
         try:

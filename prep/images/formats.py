@@ -96,7 +96,10 @@ def _modern_format(head: bytes) -> str | None:
 
 @cache
 def _can_read(format: str) -> bool:
-    """Return whether Pillow can read files of the format AVIF, HEIF or JXL here. Loads the plugin of the format."""
+    """Return whether the installed Pillow can read files of the format AVIF, HEIF or JXL.
+
+    Loads the plugin of the format.
+    """
     if format == "AVIF":
         return "avif" in features.get_supported_modules()
     try:

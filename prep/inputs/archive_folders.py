@@ -61,7 +61,10 @@ class ArchiveContents:
 
 
 class ClassTar:
-    """A tar whose name is the name of a class. Its images are added to `contents`, whatever folders they are in."""
+    """A tar whose name is the name of a class.
+
+    All images of the tar are added to `contents`, whatever folders the images are in.
+    """
 
     def __init__(self, contents: ArchiveContents, tar_name: bytes) -> None:
         self.contents = contents

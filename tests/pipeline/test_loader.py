@@ -157,7 +157,7 @@ def test_several_ranks_serve_what_one_loader_with_their_total_batch_size_serves(
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """A clock that replaces the clock of the loaders. Its unit is seconds. Only the test advances the clock."""
+    """A clock that replaces the clock of the loaders. The clock counts seconds. Only the test advances the clock."""
     now = [1000.0]
     monkeypatch.setattr("pipeline.loader_base.time", SimpleNamespace(perf_counter=lambda: now[0]))
     return now

@@ -54,7 +54,7 @@ def test_a_device_is_a_name_or_a_torch_device(monkeypatch: pytest.MonkeyPatch) -
     for device in ("cuda:1", torch.device("cuda", 1), torch.device("cuda:1")):
         assert Placement.parse(device) == Placement(1)
     for device in ("cuda", torch.device("cuda")):
-        assert Placement.parse(device) == Placement(2)  # this is torch's current GPU
+        assert Placement.parse(device) == Placement(2)  # GPU 2 is torch's current GPU
     for device in ("gpu", torch.device("meta"), "cuda:3", torch.device("cuda", 3), "cuda:x", ""):
         with pytest.raises(WrongArgument, match=f"device .?{device!s}"):
             Placement.parse(device)

@@ -56,7 +56,7 @@ class GpuCheckSettings:
 
     @property
     def architecture(self) -> Architecture:
-        """The network of the paper. In the trial on a CPU, this is a network with eight maps in each layer."""
+        """The network of the paper. In the trial on a CPU, the network has eight maps in each layer."""
         return replace(ALEXNET, widths=Widths(8, 8, 8, 8, 8, 16, 16)) if self.is_cpu_trial else ALEXNET
 
     @property

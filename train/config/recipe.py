@@ -239,8 +239,8 @@ def recipe_fields() -> list[str]:
 def insensitive_at_init(recipe: Recipe) -> bool:
     """Return True if the logits of a newly initialized network hardly depend on the image. Learning then starts late.
 
-    The paper's own initialization has this effect. Its standard deviation is 0.01 in conv3 to conv5, and its biases are
-    1 in conv4 and conv5 (measured: docs/measurements.md).
+    The paper's own initialization has this effect. The standard deviation of the initial weights is 0.01 in conv3 to
+    conv5, and the initial biases are 1 in conv4 and conv5 (measured: docs/measurements.md).
     """
     middle = ("conv3", "conv4", "conv5")
     small = all(recipe.init_std[layer] <= 0.01 for layer in middle)

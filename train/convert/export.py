@@ -55,8 +55,8 @@ class Preprocessing:
     The shorter side is rescaled to `shorter_side_px` with `resize_filter`. The length of the longer side is rounded.
     The central square begins at row (height − shorter_side_px) // 2 and column (width − shorter_side_px) // 2, as
     `square_first` says. A crop with a side of `window_px` is taken from this square. For an evaluation with one view,
-    this is the centre crop, which has the rows `window_rows` and the columns `window_columns` of the square. The mean
-    is subtracted from the crop, and the result is divided by `input_divisor`. The batch is float32 in the order
+    the crop is the centre crop, which has the rows `window_rows` and the columns `window_columns` of the square. The
+    mean is subtracted from the crop, and the result is divided by `input_divisor`. The batch is float32 in the order
     `layout`. The value of `mean` says what is subtracted from a crop whose top left corner is at (y, x) in the square:
 
         channel   mean_rgb

@@ -26,8 +26,8 @@ from train.trainer.watchdog import Diverged
 def member_configs(config: RunConfig, members: int) -> list[RunConfig]:
     """Return the configurations of the members of an ensemble.
 
-    config  configuration of the ensemble. Its run_dir is the folder of the ensemble. Member k, counted from 1, has the
-            seed config.seed + k
+    config  configuration of the ensemble. The run_dir of `config` is the folder of the ensemble. Member k, counted from
+    1, has the seed config.seed + k
     """
     return [
         replace(

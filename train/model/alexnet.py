@@ -141,7 +141,7 @@ class AlexNet(nn.Module):
     def load_joined_tensors(
         self, tensors: Mapping[str, Tensor], part: Callable[[nn.Parameter], Tensor] = lambda p: p.detach()
     ) -> None:
-        """Copy joined tensors into the columns. With the same `part`, this is the inverse of joined_tensors.
+        """Copy joined tensors into the columns. With the same `part`, this function is the inverse of joined_tensors.
 
         Raises ValueError if a name or a shape differs from the result of joined_tensors.
         """

@@ -101,7 +101,7 @@ class LiveView(ConsoleView):
             mode = termios.tcgetattr(number)
             mode[3] = mode[3] | termios.NOFLSH if keep else mode[3] & ~termios.NOFLSH
             termios.tcsetattr(number, termios.TCSANOW, mode)
-        except (OSError, ValueError, termios.error):  # this is not a terminal, or the terminal was closed
+        except (OSError, ValueError, termios.error):  # the stream is not a terminal, or the terminal was closed
             return
 
     def _print(self, text: str) -> None:

@@ -5,8 +5,8 @@ writes this event after a restart. SessionLog.START makes TensorBoard discard th
 later steps. The new file therefore repeats the points of the resumed step. TensorBoard then shows each point once. The
 first event file in a folder begins with the lines that metrics.jsonl already has.
 
-TensorBoard's EventFileWriter is not used. Its thread delays events by up to two minutes, and fails with a traceback if
-the disk is full.
+TensorBoard's EventFileWriter is not used. The thread of EventFileWriter delays events by up to two minutes, and fails
+with a traceback if the disk is full.
 """
 
 from __future__ import annotations

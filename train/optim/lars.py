@@ -87,7 +87,7 @@ class LocalRates:
 def _sums_of_squares(parameters: Sequence[nn.Parameter]) -> Tensor:
     """Return float64 (2, n) on the device of the parameters: Σ w² and Σ g² of each of the n parameters."""
     tensors = [*parameters, *(p.grad for p in parameters if p.grad is not None)]
-    if tensors[0].device.type == "cuda":  # this needs only a few launches for all tensors
+    if tensors[0].device.type == "cuda":  # foreach operations need only a few launches for all tensors
         sums = torch.stack(torch._foreach_norm(tensors)).double().square()
     else:
         sums = torch.stack([_sum_of_squares(tensor) for tensor in tensors])

@@ -28,7 +28,7 @@ from train.replicas.shared_memory import NoSharedMemory, SharedMemory
 class Exchange(Protocol):
     """The exchange of one device's gradients."""
 
-    own: Tensor  # (n,) float32: this rank writes its summands here
+    own: Tensor  # (n,) float32: this rank writes its summands into `own`
     # (n,) float32: the sum over the ranks, valid until the next call of `sum`. This tensor must not be changed.
     total: Tensor
 

@@ -50,9 +50,9 @@ def fit(run: Run, view: ConsoleView | None = None, group: ReplicaGroup = ALONE) 
 def fit_together(runs: Sequence[Run], views: Sequence[ConsoleView], group: ReplicaGroup = ALONE) -> None:
     """Train several runs from one stream: each batch is decoded once and trains one run after another.
 
-    The runs may differ only in their seed and their folder. Their stream seeds are equal. The runs may be at different
-    steps. The stream then begins at the lowest step, and a batch trains only the runs that have not yet been trained on
-    this batch. The result of each run has the same bits as if `fit` had trained the run alone.
+    The runs may differ only in their seed and their folder. The stream seeds of the runs are equal. The runs may be at
+    different steps. The stream then begins at the lowest step, and a batch trains only the runs that have not yet been
+    trained on this batch. The result of each run has the same bits as if `fit` had trained the run alone.
 
     If one of several runs diverges, the other runs continue, and Diverged is raised at the end. The other errors are
     the errors of `fit`. These errors end the training of all runs.
@@ -208,7 +208,7 @@ class _Stream:
             self._loader.load_state_dict(first.resumed.stream)
 
     def move_to(self, step: int) -> TrainLoader:
-        """Return the loader. Its next batch is the batch of the step after `step`."""
+        """Return the loader. The next batch of the stream is the batch of the step after `step`."""
         epoch, step_of_epoch = divmod(step, self._run.steps_per_epoch)
         if self._schedule.colour(epoch) != self._loader.augmentation.colour:
             service = self._loader.service_status()

@@ -44,8 +44,8 @@ class Training:
         group  the replicas that train the run together. Only rank 0 uses the run folder. Rank 0 sends the checkpoint to
         the other ranks, which need not see the folder, and it writes log and checkpoints
 
-        The checkpoint must have the identity of the run. Without a checkpoint, the run begins at step 0. Its parameters
-        are drawn from the seed. Raises UserError if the folder holds another run.
+        The checkpoint must have the identity of the run. Without a checkpoint, the run begins at step 0. The initial
+        parameters are drawn from the seed. Raises UserError if the folder holds another run.
         """
         config = run.config
         self.run, self.view, self.group, self._generators = run, view, group, generators

@@ -275,7 +275,7 @@ def _split_at_blanks(line: str, images: ImageNames) -> list[str]:
         return [(quoted[1] or quoted[3] or "").strip(), (quoted[2] or quoted[4] or "").strip(' "')]
     cuts = [match.span() for match in re.finditer(r"\s+", line)]
     pairs = [[line[:start], line[end:]] for start, end in reversed(cuts)]
-    if len(pairs) > 50:  # this is not a line of a label file
+    if len(pairs) > 50:  # a line this long is not a line of a label file
         return [line]
     for column in (0, 1):
         named = next((pair for pair in pairs if images.find(pair[column]) is not None), None)

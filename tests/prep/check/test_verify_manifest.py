@@ -33,7 +33,10 @@ def alexprep(*words: object) -> Result:
 
 
 def move_one(shards: list[dict[str, Any]], name: str) -> None:
-    """Add 1 to the field `name` of shard 0, and subtract 1 from this field of shard 1. The sum stays the same."""
+    """Add 1 to the field `name` of shard 0, and subtract 1 from this field of shard 1.
+
+    The sum over the shards stays the same.
+    """
     shards[0][name] += 1
     shards[1][name] -= 1
 

@@ -191,7 +191,7 @@ def test_many_photographs_beside_folders_are_refused_without_a_label_file(tmp_pa
         ("cat\r\nmy dog\r\n", ("cat", "my dog"), ["cat", "my dog"]),
         ("\ufeffcat,0\ndog,1\n", (), ["cat", "dog"]),
         ("/a/airfield 0\n/b/bar 1\n", (), ["a/airfield", "b/bar"]),
-        ("cat 1300\ndog 900\n", (), ["cat", "dog"]),  # these are numbers of photographs, not labels
+        ("cat 1300\ndog 900\n", (), ["cat", "dog"]),  # 1300 and 900 are numbers of photographs, not labels
         ('"my dog" 1\ncat 2\n', ("cat", "my dog"), ["my dog", "cat"]),
     ],
 )

@@ -43,7 +43,7 @@ def test_an_index_is_built_once_for_each_checkpoint_size_and_precision(
     path.write_bytes(path.read_bytes()[:500])
     rebuilt = load_or_build_index(trained_run, network, checkpoint, opened, max_records=7)
     assert len(rebuilt.features) == 7  # the damaged file is replaced
-    # If a new index were computed, this would raise TypeError.
+    # Computing a new index would raise TypeError.
     monkeypatch.setattr("train.evaluation.neighbors.iter_split_activations", None)
     loaded = load_or_build_index(trained_run, network, checkpoint, opened, max_records=7)
     assert all(np.array_equal(a, b) for a, b in zip(loaded, smaller, strict=True))

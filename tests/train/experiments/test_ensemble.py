@@ -27,7 +27,7 @@ from train.trainer.loop import fit
 from train.trainer.training import Training
 from train.trainer.watchdog import Diverged
 
-SEED = 3  # this is also the seed of small_config
+SEED = 3  # small_config has the same seed
 
 
 def ensemble_config(store: Path, folder: Path) -> RunConfig:

@@ -125,7 +125,7 @@ def test_the_rank_that_hangs_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     def work(group: ReplicaGroup) -> None:
         group.barrier()
         if group.rank == 0:
-            time.sleep(3)  # this is longer than the time-out
+            time.sleep(3)  # three seconds are longer than the time-out
         group.barrier()
 
     _, printed, quiet = run_ranks(monkeypatch, 3, work, timeout_s=1)

@@ -89,8 +89,9 @@ def _row_maximum(
 ):
     """Return the maximum of each window within one row, and its position in the window: 0, 1 or 2.
 
-    The third column of a window of 3 px is the first column of the next window. Its value is therefore taken from the
-    next position of the tile. The last window of a tile has no next position, so its maximum is not valid.
+    The third column of a window of 3 px is the first column of the next window. The value of the third column is
+    therefore taken from the next position of the tile. The last window of a tile has no next position, so its maximum
+    is not valid.
     """
     p = tl.arange(0, POSITIONS)[:, None]
     even = first_column + 2 * p
