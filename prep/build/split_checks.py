@@ -1,8 +1,8 @@
 """Checks of all splits before the first split is built. --dry-run makes the same checks.
 
 A build can take hours. The checks therefore find a fault of the second split before the first split is built. The
-checks find wrong labels and classes (prep/inputs), an unfinished build of other inputs, files that are not images, and
-too little disk space for all splits together.
+checks find wrong labels and classes (prep/inputs), an unfinished build of other inputs, and files that are not images.
+The checks also find too little disk space for all splits together.
 """
 
 from __future__ import annotations

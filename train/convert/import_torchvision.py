@@ -44,8 +44,8 @@ def import_torchvision(file: Path, config: RunConfig, new_fc8: bool = False) -> 
 
     train/convert/torchvision_weights.py explains which conversions are exact. Raises UserError if `file` is not a
     state_dict of torchvision's AlexNet. Also raises UserError if `new_fc8` is False and the classes of `file` and store
-    differ, if the recipe or the architecture does not fit, if a batch is larger than the training split, or if the run
-    folder already holds a run.
+    differ, or if the recipe or the architecture does not fit. Also raises UserError if a batch is larger than the
+    training split, or if the run folder already holds a run.
     """
     run = Run.open(config)
     store, recipe = run.store, config.recipe

@@ -80,7 +80,8 @@ def top_k_misses(scores: Tensor, labels: Tensor) -> Tensor:
     """Return the numbers of top-1 and top-5 misses, int64 (2,), for scores (N, classes) and labels (N,).
 
     Among classes with equal scores, the class with the lower index ranks higher, as in argmax. torch.topk leaves the
-    order of equal scores undefined, so it is not used.) If the score of an image's label is NaN, the image is a miss.
+    order of equal scores undefined, so torch.topk is not used.) If the score of an image's label is NaN, the image is a
+    miss.
     """
     of_label, classes = scores.gather(1, labels[:, None]), torch.arange(scores.shape[1], device=scores.device)
     not_above = (scores < of_label) | ((scores == of_label) & (classes >= labels[:, None]))  # (N, classes)

@@ -206,8 +206,8 @@ def is_correct(kernels: NativeKernels) -> bool:
     """Return True if the kernels give the same results as float64 PyTorch operators on small tensors.
 
     The two calls of _is_correct_for test every function. The tests cover windows that are clipped at the first and last
-    map, numbers of maps that are not a multiple of the vector length, ReLU before normalization, and ReLU after
-    pooling.
+    map, and numbers of maps that are not a multiple of the vector length. The tests also cover ReLU before
+    normalization and ReLU after pooling.
     """
     return _is_correct_for(kernels, 44, 5, (6, 7), True, False) and _is_correct_for(kernels, 9, 7, (5, 8), False, True)
 
