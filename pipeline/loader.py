@@ -45,8 +45,8 @@ class TrainLoader(Loader):
 
     One `for` loop serves the rest of the current epoch. After a `break`, the next loop continues with the batch after
     the last batch that was served. `set_epoch(n)` begins epoch n instead. An epoch has records // (batch_size ·
-    world_size) full batches. The remaining records are left out (see `left_out`). Each epoch leaves out different
-    records.
+    world_size) full batches. The remaining records of an epoch are left out (see `left_out`). Each epoch leaves out
+    different records.
 
     `epoch` and `step` are the position of the next batch. Epochs, and the steps of an epoch, are counted from 0.
     """

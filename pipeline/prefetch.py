@@ -2,9 +2,9 @@
 
 A batch passes through three queues. The first queue holds records that are being read from disk (READ_AHEAD). The
 second queue holds batches in the engine (ENGINE_AHEAD, or DALI_AHEAD or DALI_GPU_AHEAD if the engine uses DALI). The
-third holds finished batches (FINISHED_AHEAD). An engine that uses DALI gets its images from a DALI pipeline. An engine
-without DALI is started directly. A separate thread, the finisher, takes the images and calls Engine.finish while the
-engine works on the next batch.
+third queue holds finished batches (FINISHED_AHEAD). An engine that uses DALI gets its images from a DALI pipeline. An
+engine without DALI is started directly. A separate thread, the finisher, takes the images and calls Engine.finish while
+the engine works on the next batch.
 
 On a GPU, the finisher queues the last part of the work on the engine's stream, not on the consumer's stream. The
 consumer's thread takes a batch and an event. All work that this thread queues afterwards waits for the event on the

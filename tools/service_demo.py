@@ -135,8 +135,8 @@ def train_with_service(store: Path, folder: Path, steps: int, seed: int, clock: 
 def choose_kill(seed: int, steps: int, nodes: Sequence[str], coordinator_node: str) -> tuple[str, int]:
     """Choose the node to kill, and a step in the middle third of the training at which it is killed.
 
-    The node of the coordinator is not chosen. The service survives the loss of the coordinator's node, too. But the new
-    coordinator counts images and retries from zero.
+    The node of the coordinator is not chosen. The service survives the loss of the coordinator's node, too. The new
+    coordinator, however, counts images and retries from zero.
     """
     chance = random.Random(seed)
     return (

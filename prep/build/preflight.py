@@ -146,7 +146,10 @@ def space_error(folder: Path, text: str) -> DiskFull:
 
 
 def fits_surely(count: int, settings: Settings, folder: Path) -> bool:
-    """Return whether even `count` records of the largest expected size fit on the disk. Then no sample is measured."""
+    """Return whether even `count` records of the largest expected size fit on the disk.
+
+    If the records fit, no sample is measured.
+    """
     return count * _max_record_bytes(settings) < free_bytes(folder)
 
 

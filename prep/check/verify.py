@@ -199,7 +199,7 @@ def _readable_source(value: bytes) -> str:
 
 
 def _check_manifest(store: Store, name: str) -> Iterator[Fault]:
-    """Find faults of the manifest, and of the files that lie next to the shards. No record is read."""
+    """Find faults of the manifest, and of the files that lie next to the shards. This function reads no record."""
     split = store.split(name)
     where = "manifest.json"
 

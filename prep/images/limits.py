@@ -25,8 +25,8 @@ def too_slow_text(seconds: float) -> str:
 class _TimeIsUp(BaseException):
     """The exception that stops a slow decoder.
 
-    It is no subclass of Exception. A handler `except Exception` around the call of a library therefore does not catch
-    it.
+    This class is no subclass of Exception. A handler `except Exception` around the call of a library therefore does not
+    catch this exception.
     """
 
 

@@ -240,9 +240,9 @@ def wanted_classes(
 ) -> tuple[tuple[str, ...], str]:
     """Return the classes in the order of the labels, and a text that says where these classes come from.
 
-    Both are empty if no order is given. The store gives the order if it has classes, and otherwise the `--classes`
-    file. `found` are the classes of the images. Raises UserError if the file has other classes than the store, or has
-    them in another order.
+    Classes and text are empty if no order is given. The store gives the order if the store has classes, and otherwise
+    the `--classes` file. `found` are the classes of the images. Raises UserError if the file has other classes than the
+    store, or has them in another order.
     """
     if file is None:
         return tuple(store_classes), "the store"

@@ -39,7 +39,7 @@ class CopyTask:
     """Everything that is needed to write one shard of the new store. A task is pickled and sent to a worker process."""
 
     number: int
-    first_index: int  # number that is the key of the first record
+    first_index: int  # the key of the first record
     # For each record: index of its shard in `shards`, and index of the record in that shard.
     records: tuple[tuple[int, int], ...]
     shards: tuple[SourceShard, ...]

@@ -274,7 +274,7 @@ def print_steps(paths: Sequence[Path], work_dir: Path, rounds: int, as_json: boo
     show_default=True,
     metavar="N",
     help="Number of images that each contestant processes in a turn. If the folder has fewer than N photographs, some"
-    " are repeated. If it has more, N photographs are used. Choose N so large that a turn "
+    " are repeated. If the folder has more photographs, N photographs are used. Choose N so large that a turn "
     "takes ten seconds or more.",
 )
 @click.option(

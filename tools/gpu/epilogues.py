@@ -150,10 +150,10 @@ def split_columns(case: LayerCase, tensors: Sequence[Tensor]) -> list[Tensor]:
 def epilogue_errors(
     case: LayerCase, images: int, dtype: torch.dtype, device: torch.device, apply: Apply
 ) -> tuple[list[float], float]:
-    """Errors ‖found − wanted‖ / ‖wanted‖ of the result, of the gradient of x and of the gradient of the bias.
+    """Return the errors ‖found − wanted‖ / ‖wanted‖ of the result and of the gradients of x and of the bias.
 
-    Also the share of windows that are left out. Raises AssertionError if a result or a gradient has a wrong dtype or
-    shape.
+    Also returns the share of windows that are left out. Raises AssertionError if a result or a gradient has a wrong
+    dtype or shape.
     """
     x, bias = make_inputs(case, images, dtype, device)
     upstream = make_upstream(case, images, dtype, device)

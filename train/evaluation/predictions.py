@@ -1,4 +1,4 @@
-"""Class probabilities of all images of a split, saved as .npz. Also the log of evaluations.
+"""Class probabilities of all images of a split, saved as .npz, and the log of evaluations.
 
 A saved file is a NumPy .npz file without pickles. The arrays have one row for each image, in the order of the store:
 `probabilities` float32 (N, classes), `labels` int64 (N,), and `keys` (N,) of 8 digits. `about` is a JSON text with the

@@ -225,7 +225,7 @@ def _differences(errors: Sequence[float | None], base: Sequence[float | None]) -
 
 
 def _statistics(shares: Sequence[float | None]) -> dict[str, float | None]:
-    """Return the mean and the spread in percent. Both are None if a run diverged."""
+    """Return the mean and the spread in percent. Mean and spread are None if a run diverged."""
     percents = [100 * share for share in shares if share is not None]
     if len(percents) < len(shares):
         return {"mean": None, "spread": None}

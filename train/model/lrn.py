@@ -7,14 +7,15 @@ Across maps, for map i of one column:
 As in the paper, α is not divided by n. The authors' code (layer.py: scale / size) and torch.nn.LocalResponseNorm divide
 α by n. For the same result, the `alpha` of torch.nn.LocalResponseNorm must be n times the α of this module.
 
-There are three implementations. Each implementation can apply a ReLU first, and saves only x for the backward pass:
+The module has three implementations. Each implementation can apply a ReLU first, and saves only x for the backward
+pass:
 
     kernels.c       for float32 on a CPU with β = ¾ (two square roots give s^−¾); errors of at most 6 ulp
     gpu/            Triton kernels for a GPU, if Triton is installed and works (see gpu/fault.py)
     _LrnOperators   PyTorch operators, for all other cases; the tests compare the other implementations with this class
 
-torch.export cannot trace C kernels. It also converts in-place additions to scatter operations. Exported networks
-therefore use `_traceable`.
+torch.export cannot trace C kernels. torch.export also converts in-place additions to scatter operations. Exported
+networks therefore use `_traceable`.
 """
 
 from __future__ import annotations

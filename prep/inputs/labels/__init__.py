@@ -1,6 +1,6 @@
 """Label files, which give the labels of images without class folders, in many text formats.
 
-Also the class numbers of ILSVRC's devkit.
+This package also reads the class numbers of ILSVRC's devkit.
 """
 
 from prep.inputs.labels.numbers import LABEL_ORDERS

@@ -92,7 +92,7 @@ def test_classes_are_joined_by_name_and_no_image_changes(
 ) -> None:
     """The second store has a class of the first store under another label.
 
-    It also has a class that comes before all classes of the first store.
+    The second store also has a class that comes before all classes of the first store.
     """
     other = tmp_path / "other"
     shutil.copytree(photos / "two" / "n3", other / "n3")

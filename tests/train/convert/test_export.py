@@ -86,7 +86,7 @@ def test_onnx_gives_the_same_outputs_for_any_batch(
     """Export three networks.
 
     The first network has two columns, with LRN within maps before ReLU. The second network has one column with the
-    paper's LRN. The third has one column without LRN.
+    paper's LRN. The third network has one column without LRN.
     """
     run_dir, network = make_run(SMALL[name], recipe)
     out = tmp_path / "net.onnx"

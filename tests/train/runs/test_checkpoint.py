@@ -78,7 +78,10 @@ def test_every_flipped_bit_and_every_cut_is_detected(uninterrupted_run: Path, tm
 
 
 def test_loading_a_checkpoint_executes_no_code(tmp_path: Path) -> None:
-    """torch.load with weights_only refuses a pickle that would create a folder. Such a file counts as unreadable."""
+    """torch.load with weights_only refuses a pickle that would create a folder.
+
+    A file with a pickle counts as unreadable.
+    """
 
     class MakesFolder:
         def __reduce__(self):

@@ -117,7 +117,7 @@ def test_a_run_whose_messages_cannot_be_written_stops_with_a_checkpoint(
 ) -> None:
     """In one case, Ctrl-C ends tee first in `alextrain run 2>&1 | tee log`.
 
-    In the other case, the log is on a full disk.
+    In a second case, the log is on a full disk.
     """
     log_line, (read_fd, write_fd) = MetricsLog.train, os.pipe()
     os.close(read_fd)

@@ -2,9 +2,9 @@
 
     python -m tools.bench.peers.NAME FOLDER OUT JOBS ...
 
-A program imports its libraries, lists the images of FOLDER/CLASS/ and starts its pool. Then it prints the versions of
-its libraries, and waits for a line on standard input. After this line, the program processes the images, writes to OUT,
-prints the number of images, and ends.
+A program imports its libraries, lists the images of FOLDER/CLASS/ and starts its pool. The program then prints the
+versions of its libraries, and waits for a line on standard input. After this line, the program processes the images,
+writes to OUT, prints the number of images, and ends.
 """
 
 from __future__ import annotations

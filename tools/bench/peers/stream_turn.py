@@ -2,10 +2,10 @@
 
     python -m tools.bench.peers.NAME FOLDER OUT THREADS RED,GREEN,BLUE ...
 
-A program lists the records in FOLDER/LABEL/, writes the files that its library reads to OUT, and starts its stream.
-Then it checks two batches, and prints the versions of its libraries. For each line `go SECONDS` on standard input, the
-program first takes some batches that are not counted. Then it counts batches for SECONDS seconds, and prints images/s.
-The program ends when standard input ends. RED,GREEN,BLUE is the mean to subtract, in grey levels.
+A program lists the records in FOLDER/LABEL/, writes the files that its library reads to OUT, and starts its stream. The
+program then checks two batches, and prints the versions of its libraries. For each line `go SECONDS` on standard input,
+the program first takes some batches that are not counted. The program then counts batches for SECONDS seconds, and
+prints images/s. The program ends when standard input ends. RED,GREEN,BLUE is the mean to subtract, in grey levels.
 """
 
 from __future__ import annotations
