@@ -16,12 +16,14 @@ from prep.files import output_file
 from prep.store.manifest import Store
 from train.cli.options import (
     checkpoint_option,
-    gpus_option,
     precision_option,
     run_store_option,
     service_options,
+    threads_option,
+    training_gpus_option,
     views_option,
 )
+from train.cli.replicas import replica_group, replica_timeout_option, set_threads
 from train.runs.ensemble_dir import with_members
 
 if TYPE_CHECKING:
@@ -46,7 +48,9 @@ if TYPE_CHECKING:
     metavar="FILE.npz",
     help="File for the probabilities, labels and keys of all images.  [default: none]",
 )
-@gpus_option
+@training_gpus_option
+@threads_option
+@replica_timeout_option
 @precision_option
 @service_options
 @json_option
@@ -59,6 +63,8 @@ def evaluate(
     weights: str | None,
     out: Path | None,
     gpus: str | None,
+    threads: int | None,
+    replica_timeout: float,
     precision: str,
     service: str | None,
     service_fallback: str | None,
@@ -81,9 +87,7 @@ def evaluate(
       alextrain evaluate run --service imagenet
       torchrun --nproc-per-node 4 -m train evaluate run --views 10
     """
-    from train.replicas.group import group_from_environment, joined
-
-    with joined(group_from_environment()) as group:
+    with replica_group(replica_timeout) as group:
         with group.together():
             if store is not None and not all(path.suffix.lower() == ".npz" for path in runs):
                 Store.open(store).split(split)  # a missing store is reported before torch is imported
@@ -106,6 +110,7 @@ def evaluate(
             "checkpoint": checkpoint,
             "split": split,
             "gpus": gpus,
+            "threads": set_threads(group, threads),
             "precision": precision,
             "service": service,
             "service_fallback": service_fallback,
@@ -163,6 +168,7 @@ def _evaluate_run(
     checkpoint: str,
     split: str,
     gpus: str | None,
+    threads: int | None,
     precision: str,
     service: str | None,
     service_fallback: str | None,
@@ -171,15 +177,15 @@ def _evaluate_run(
 
     Each rank of `group` evaluates a part of the split. On all ranks but rank 0, the Predictions hold no images.
     """
-    from train.config.devices import parse_devices
     from train.evaluation.predictions import DENSE, predict_split, record_evaluation
     from train.model.precision import set_precision
+    from train.replicas.devices import devices_of_replica
     from train.runs.loading import load_trained, run_and_checkpoint
     from train.runs.preprocessing import find_store, missing_store_text, saved_store_path
     from train.runs.run_dir import DESCRIPTION, read_description
 
     with group.together():
-        devices = parse_devices(gpus)
+        devices = devices_of_replica(gpus, 2, group)
         set_precision(precision, devices)  # an unsupported precision is refused before the network is loaded
         run_dir, which = run_and_checkpoint(path, checkpoint)
         network, loaded = load_trained(run_dir, devices, which)
@@ -188,8 +194,7 @@ def _evaluate_run(
             raise UserError(missing_store_text(run_dir, saved_store_path(read_description(run_dir))))
         fingerprint = store.split(split).fingerprint
         if "train" not in store.splits or loaded.identity["store_fingerprint"] != store.split("train").fingerprint:
-            if group.is_first:
-                say(f"The mean of {store.root} is subtracted, not the mean of the training store.")
+            say(f"The mean of {store.root} is subtracted, not the mean of the training store.")
     with group.together():
         check_same_inputs(group, {"checkpoint": loaded.digest, f"split {split}": fingerprint})
     count = views if views == DENSE else int(views)
@@ -201,6 +206,7 @@ def _evaluate_run(
         count,
         precision,
         str(path),
+        threads=threads,
         service=service,
         service_fallback=service_fallback,
         group=group,

@@ -17,7 +17,7 @@ from train.cli.results import figures, report
 from train.cli.run import run
 from train.cli.runs import compare, status
 from train.replicas.errors import OtherReplicaFailed, is_stop
-from train.replicas.torchrun import torchrun_rank, wait_for_message, write_error_file
+from train.replicas.torchrun import prints_errors, torchrun_rank, wait_for_message, write_error_file
 
 FOR_REPLICAS = ("run", "ablate", "evaluate")  # commands that the processes of torchrun run together
 
@@ -28,11 +28,8 @@ class TorchrunGroup(Group):
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
         """Find a command. With several processes of torchrun, only `--help` and FOR_REPLICAS are allowed."""
         name, command, rest = super().resolve_command(ctx, args)
-        rank, size = torchrun_rank()
+        _, size = torchrun_rank()
         if size > 1 and name not in FOR_REPLICAS and not {"-h", "--help"} & set(rest):
-            if rank > 0:
-                wait_for_message()
-                ctx.exit(WrongArgument.exit_code)
             together = f"{', '.join(FOR_REPLICAS[:-1])} and {FOR_REPLICAS[-1]}"
             raise WrongArgument(
                 f"alextrain {name} runs in one process, but torchrun has started {size}. Start it without torchrun: "
@@ -45,13 +42,10 @@ class TorchrunGroup(Group):
         try:
             return super().invoke(ctx)
         except click.ClickException as error:
-            # All ranks have the same command line, so rank 0 prints an error in it for all ranks.
-            is_own = torchrun_rank()[0] == 0 or not isinstance(error, click.UsageError)
-            write_error_file(f"Error: {error.format_message()}", is_own)
-            if is_own:
-                raise
-            wait_for_message()
-            ctx.exit(error.exit_code)
+            write_error_file(f"Error: {error.format_message()}", prints_errors())
+            if not prints_errors() and wait_for_message():
+                ctx.exit(error.exit_code)
+            raise
         except OtherReplicaFailed as error:
             if is_stop(error.kind):
                 self.say_interrupted(ctx)

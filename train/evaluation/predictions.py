@@ -92,6 +92,7 @@ def predict_split(
     views: int | str,
     precision: str = "fp32",
     run: str = "",
+    threads: int | None = None,
     service: str | None = None,
     service_fallback: str | None = None,
     group: ReplicaGroup = ALONE,
@@ -100,6 +101,7 @@ def predict_split(
 
     views             1, 10 or DENSE
     run               name of the run, saved in `about`
+    threads           number of threads that prepare images; None: the usable cores
     service           the service that decodes the images, as for eval_loader; None: this process decodes the images
     service_fallback  what happens if the service is lost, as for eval_loader
     group             replicas, of which each evaluates its part of the split. On all ranks but rank 0, the returned
@@ -117,6 +119,7 @@ def predict_split(
         views=SQUARE if views == DENSE else views,
         split=split,
         augmentation=network.recipe.augmentation,
+        threads=threads,
         shard=group.rank,
         world_size=group.size,
         service=service,

@@ -20,12 +20,12 @@ from prep.console import UserError, progress, say
 from prep.files import write_atomic
 from train.config.ablations import ABLATIONS, BASELINE, Ablation
 from train.config.architecture import ARCHITECTURES, Architecture
-from train.config.devices import Devices, parse_devices
+from train.config.devices import Devices
 from train.config.identity import check_identity
 from train.config.overrides import apply_overrides, recipe_with_overrides
-from train.config.replica_devices import parse_replica_devices
 from train.config.run_config import RunConfig
 from train.evaluation.evaluate import evaluate
+from train.replicas.devices import devices_of_replica
 from train.replicas.errors import OtherReplicaFailed
 from train.replicas.group import ALONE, ReplicaGroup
 from train.runs.loading import load_trained
@@ -79,7 +79,7 @@ def plan_runs(
 
     An ablation that changes neither recipe nor model is left out.
 
-    Raises the errors of recipe_with_overrides, parse_devices and parse_replica_devices.
+    Raises the errors of recipe_with_overrides and devices_of_replica.
     """
     base = recipe_with_overrides(recipe, settings, epochs)
     runs = []
@@ -113,11 +113,9 @@ def plan_runs(
 
 def _devices(gpus: str | None, columns: int, group: ReplicaGroup) -> Devices:
     """Return the devices of a network. If two GPUs are given, a network of one column takes only the first."""
-    if group.launched:
-        return parse_replica_devices(
-            "1" if gpus == "2" and columns == 1 else gpus, columns, group.local_rank, group.local_size
-        )
-    return parse_devices(gpus.split(",")[0] if gpus and columns == 1 else gpus, columns)
+    if gpus is not None and columns == 1:
+        gpus = gpus.split(",")[0] if not group.launched else "1" if gpus == "2" else gpus
+    return devices_of_replica(gpus, columns, group)
 
 
 def ablate(runs: Sequence[AblationRun], group: ReplicaGroup = ALONE) -> list[Outcome]:

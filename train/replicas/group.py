@@ -28,7 +28,7 @@ from prep.console import Terminated, UserError, WrongArgument
 from train.config.choices import REPLICA_TIMEOUT_S
 from train.replicas.errors import OtherReplicaFailed, ReplicaLost, is_stop
 from train.replicas.link import Link, connect
-from train.replicas.torchrun import wait_for_message
+from train.replicas.torchrun import note_joined, wait_for_message
 
 Value = TypeVar("Value")
 
@@ -208,6 +208,7 @@ def joined(group: ReplicaGroup, timeout_s: float = REPLICA_TIMEOUT_S) -> Iterato
         yield group
         return
     link = connect(group.rank, group.size, timeout_s)
+    note_joined()
     try:
         yield replace(group, link=link)
         link.barrier()

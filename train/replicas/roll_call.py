@@ -15,7 +15,7 @@ from contextlib import suppress
 from typing import Any
 
 from train.replicas.errors import OtherReplicaFailed, ReplicaLost, is_stop
-from train.replicas.session import ranks_text
+from train.replicas.session import has_ended, ranks_text
 
 _POLL_S = 0.5
 _ANSWER_S = 5.0  # time within which a living process answers
@@ -79,12 +79,13 @@ class RollCall:
         with self._lock:
             self._store.set("roll call", b"1")
         self._answer()
-        ranks = range(len(self._places))
+        ranks = set(range(len(self._places)))
         deadline = time.monotonic() + _ANSWER_S
         while True:
             begun = {rank: self._read(f"begun/{rank}") for rank in ranks if self._exists(f"begun/{rank}")}
             left = {rank: self._read(f"left/{rank}") for rank in ranks if self._exists(f"left/{rank}")}
-            if len(begun.keys() | left.keys()) == len(ranks) or time.monotonic() > deadline:
+            silent = ranks - begun.keys() - left.keys()
+            if all(has_ended(self._places[rank]) for rank in silent) or time.monotonic() > deadline:
                 return begun, left
             time.sleep(0.05)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import secrets
 import time
 from dataclasses import dataclass
@@ -73,6 +74,20 @@ def _wait_for_list(store: Any, rank: int, own: dict[str, str], deadline: float, 
                 "a larger --replica-timeout."
             )
         time.sleep(_POLL_S)
+
+
+def has_ended(place: str) -> bool:
+    """Return True if the process of a Session's place runs on this machine, and has ended. A zombie has ended."""
+    process = re.fullmatch(rf"host {re.escape(platform.node())}, process (\d+)", place)
+    if process is None:
+        return False
+    try:
+        with open(f"/proc/{process[1]}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return os.path.exists("/proc/self/stat")
+    except OSError:
+        return False
 
 
 def ranks_text(ranks: list[int]) -> str:

@@ -8,32 +8,55 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Mapping
 from contextlib import suppress
 
 from prep.console import Terminated
 
-_STOPPED_END_S = 1.0  # the same time after a stop, for rank 0's message that the command was interrupted
+# True after this process has joined its group: from then on, the ranks agree which of them prints an error.
+_has_joined = False
 _QUIET_END_S = 10.0  # longest time for which a rank that prints nothing waits for the rank that prints the error
+_STOPPED_END_S = 1.0  # the same after a stop, for the message of rank 0 that the command was interrupted
 
 
-def torchrun_rank(environ: Mapping[str, str] | None = None) -> tuple[int, int]:
+def is_of_torchrun() -> bool:
+    """Whether torchrun started this process."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def torchrun_rank() -> tuple[int, int]:
     """Return (rank, number of ranks) of this process; (0, 1) if torchrun did not start it."""
-    environ = os.environ if environ is None else environ
-    rank, size = environ.get("RANK", ""), environ.get("WORLD_SIZE", "")
-    if "TORCHELASTIC_RUN_ID" in environ and rank.isdecimal() and size.isdecimal():
+    rank, size = os.environ.get("RANK", ""), os.environ.get("WORLD_SIZE", "")
+    if is_of_torchrun() and rank.isdecimal() and size.isdecimal():
         return int(rank), int(size)
     return 0, 1
 
 
-def wait_for_message(is_stop: bool = False) -> None:
+def note_joined() -> None:
+    """Note that this process has joined its group."""
+    global _has_joined
+    _has_joined = True
+
+
+def prints_errors() -> bool:
+    """Whether this process prints its errors: on rank 0, and on all ranks after they have joined their group.
+
+    Before, all ranks have the same errors, for example in the command line.
+    """
+    return _has_joined or torchrun_rank()[0] == 0
+
+
+def wait_for_message(is_stop: bool = False) -> bool:
     """Wait until another rank has printed its error, before this rank ends without a message.
 
     As soon as one rank has ended with an error, torchrun terminates all ranks of the machine. A rank that ended at once
     could therefore prevent the message. When torchrun terminates the ranks, this wait also ends.
+    Returns True if torchrun has terminated this process in the time.
     """
-    with suppress(KeyboardInterrupt, Terminated):
+    try:
         time.sleep(_STOPPED_END_S if is_stop else _QUIET_END_S)
+    except (KeyboardInterrupt, Terminated):
+        return True
+    return False
 
 
 def write_error_file(text: str, is_own: bool) -> None:

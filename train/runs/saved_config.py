@@ -13,13 +13,14 @@ from typing import Any
 
 from prep.console import UserError, say
 from train.config.architecture import ARCHITECTURES, architecture_from_json
-from train.config.devices import Devices, parse_devices
+from train.config.devices import Devices
 from train.config.identity import Difference, differences
 from train.config.overrides import override, recipe_with_overrides
 from train.config.recipe import recipe_from_json
-from train.config.replica_devices import count_of, parse_replica_devices
+from train.config.replica_devices import count_of
 from train.config.run_config import RunConfig
 from train.model.precision import default_precision, set_precision
+from train.replicas.devices import devices_of_replica
 from train.replicas.group import ALONE, ReplicaGroup
 from train.runs.preprocessing import missing_store_text, saved_store_path, training_store
 from train.runs.run import Run
@@ -125,18 +126,14 @@ def _base_name(recipe_name: str) -> str:
 
 
 def _devices(gpus: str | None, columns: int, saved: RunConfig | None, group: ReplicaGroup) -> Devices:
-    def parse(gpus: str | None) -> Devices:
-        if group.launched:
-            return parse_replica_devices(gpus, columns, group.local_rank, group.local_size)
-        return parse_devices(gpus, columns)
-
     if gpus is not None or saved is None:
-        return parse(gpus)
+        return devices_of_replica(gpus, columns, group)
     names = dict.fromkeys(device.removeprefix("cuda:") for device in saved.devices[:columns])
     try:
-        return parse(count_of(saved.devices[:columns]) if group.launched else ",".join(names))
+        saved_gpus = count_of(saved.devices[:columns]) if group.launched else ",".join(names)
+        return devices_of_replica(saved_gpus, columns, group)
     except UserError as error:
-        devices = parse(None)
+        devices = devices_of_replica(None, columns, group)
         say(f"{saved.run_dir} was trained on {' and '.join(names)} ({error}) It goes on with {' and '.join(devices)}.")
         return devices
 

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from threading import Thread
 from types import FrameType
 
 from prep.console import Terminated, say
+from train.replicas.torchrun import is_of_torchrun
+
+REPEATED_BY_TORCHRUN_S = 5.0  # time within which torchrun passes on a signal
 
 
 class StopRequests:
     """The signal handler of a training. `requested` is the exception to raise after the current step, or None."""
 
-    def __init__(self) -> None:
+    def __init__(self, repeats_within_s: float = 0.0) -> None:
+        """A further signal within `repeats_within_s` after the first counts as a repetition, and is ignored."""
         self.requested: BaseException | None = None
+        self._repeats_within_s, self._requested_at = repeats_within_s, 0.0
         self.on_request: Callable[[], None] = lambda: None  # called in another thread when a stop is requested
         self._deferred = True
         self._message: Thread | None = None
@@ -40,9 +46,12 @@ class StopRequests:
         The first signal requests a stop, and the second raises its exception. In `raised_at_once`, every signal raises.
         """
         stop = KeyboardInterrupt() if signum == signal.SIGINT else Terminated(signum)
+        now = time.monotonic()
+        if self.requested is not None and now - self._requested_at < self._repeats_within_s:
+            return
         if self.requested is not None or not self._deferred:
             raise stop
-        self.requested = stop
+        self.requested, self._requested_at = stop, now
         # This function is called in a thread, because the signal may have interrupted a print to the same stream. This
         # print must end first.
         self._message = Thread(target=self._announce)
@@ -62,9 +71,11 @@ class StopRequests:
 def stop_requests() -> Iterator[StopRequests]:
     """Return a context in which StopRequests handles SIGINT, SIGTERM and SIGHUP.
 
-    An ignored SIGHUP, as under nohup, stays ignored.
+    An ignored SIGHUP, as under nohup, stays ignored. A process that torchrun started can get one signal twice: from a
+    batch system such as SLURM, which signals all processes of a job, and from torchrun, which passes on its own signal.
     """
-    stop, signals = StopRequests(), [signal.SIGINT, signal.SIGTERM]
+    stop = StopRequests(REPEATED_BY_TORCHRUN_S if is_of_torchrun() else 0.0)
+    signals = [signal.SIGINT, signal.SIGTERM]
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
         signals.append(signal.SIGHUP)
     before = {signum: signal.signal(signum, stop) for signum in signals}

@@ -1,7 +1,9 @@
 """Run commands under torchrun: real processes, gloo and torchrun's own launcher, started in a fraction of a second.
 
-job = torchrun("--nproc-per-node", 2, "-m", "train", "run", "--gpus", "cpu", …)  # torchrun is a fixture
-assert job.wait() == 0, job.stderr
+    job = torchrun("--nproc-per-node", 2, "-m", "train", "run", "--gpus", "cpu", …)
+    assert job.wait() == 0, job.stderr
+
+`torchrun` is a fixture of tests/train/conftest.py.
 """
 
 from __future__ import annotations
@@ -47,6 +49,15 @@ class Job:
         """Exit code of torchrun; None while it runs."""
         path = self.folder / "exit_code"
         return int(path.read_text()) if path.exists() else None
+
+    @property
+    def rank_exit_codes(self) -> dict[int, list[int]]:
+        """The exit codes of each rank that has ended, one for each attempt; −9 after SIGKILL."""
+        codes: dict[int, list[int]] = {}
+        for line in (self.folder / "rank_ends").read_text().splitlines():
+            rank, code = map(int, line.split())
+            codes.setdefault(rank, []).append(code)
+        return codes
 
     def wait(self, timeout_s: float = 60) -> int:
         """Wait until torchrun ends, and return its exit code.
@@ -113,7 +124,7 @@ class TorchrunServer:
         folder = self._folder / str(self._jobs)
         self._jobs += 1
         folder.mkdir()
-        names = {name: str(folder / name) for name in ("stdout", "stderr", "exit_code")}
+        names = {name: str(folder / name) for name in ("stdout", "stderr", "exit_code", "rank_ends")}
         request = {"arguments": [str(word) for word in arguments], "env": env or {}, **names}
         assert self._process.stdin is not None and self._process.stdout is not None
         self._process.stdin.write(json.dumps(request) + "\n")

@@ -9,8 +9,9 @@ Processes: this program forks a starter for each request. The starter forks torc
 asks for them. torchrun has threads, so it cannot fork the ranks itself.
 
 A request is a line of JSON on standard input with the keys `arguments` (of torchrun), `env` (added to the environment),
-`stdout`, `stderr` (files) and `exit_code` (a file, written at the end). The answer is the process ID of torchrun, on a
-line of standard output. Needs OMP_NUM_THREADS=1, because threads do not survive a fork.
+`stdout`, `stderr` (files), `exit_code` (a file, written at the end) and `rank_ends` (a file with a line `RANK CODE` for
+each rank that has ended). The answer is the process ID of torchrun, on a line of standard output. In the ranks, the
+variable TORCHRUN_PID is the process ID of torchrun. Needs OMP_NUM_THREADS=1, because threads do not survive a fork.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ import train.trainer.loop  # noqa: F401
 
 _PR_SET_PDEATHSIG = 1
 starter: Any = None  # in torchrun: a file for requests to the starter
+rank_ends = ""  # in torchrun: name of the file for the exit codes of the ranks
 
 
 class Rank:
@@ -48,11 +50,15 @@ class Rank:
 
     def __init__(self, command: tuple[str, ...], env: Mapping[str, str]) -> None:
         self.returncode: int | None = None
-        self.pid = ask_starter({"command": command[1:], "env": dict(env)})
+        self.rank = env["RANK"]
+        self.pid = ask_starter({"command": command[1:], "env": {**env, "TORCHRUN_PID": str(os.getpid())}})
 
     def poll(self) -> int | None:
         if self.returncode is None:
             self.returncode = ask_starter({"poll": self.pid})
+            if self.returncode is not None:
+                with open(rank_ends, "a") as file:
+                    file.write(f"{self.rank} {self.returncode}\n")
         return self.returncode
 
     def wait(self, timeout_s: float) -> int:
@@ -118,14 +124,14 @@ def exit_with(function: Callable[[], object]) -> NoReturn:
     os._exit(code if isinstance(code, int) else code is not None)
 
 
-def run_torchrun(arguments: list[str], connection: socket.socket) -> NoReturn:
+def run_torchrun(request: dict[str, Any], connection: socket.socket) -> NoReturn:
     """Run torchrun in this process, and end the process."""
-    global starter
+    global starter, rank_ends
     end_with_parent()
     os.setsid()
-    starter = connection.makefile("rw")
+    starter, rank_ends = connection.makefile("rw"), request["rank_ends"]
     SubprocessHandler._popen = Rank  # type: ignore[assignment, method-assign]
-    exit_with(lambda: torchrun.main(arguments))
+    exit_with(lambda: torchrun.main(request["arguments"]))
 
 
 def start(request: dict[str, Any]) -> int:
@@ -143,7 +149,7 @@ def start(request: dict[str, Any]) -> int:
         if pid == 0:
             own.close()
             os.close(write_fd)
-            run_torchrun(request["arguments"], others)
+            run_torchrun(request, others)
         others.close()
         os.write(write_fd, str(pid).encode())
         os.close(write_fd)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import shutil
@@ -10,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from prep.console import Terminated
 from tests.helpers.alextrain import alextrain, json_lines
 from tests.helpers.damaged_stores import read_records, replace_records
 from tests.helpers.torchrun.job import TorchrunServer
@@ -87,20 +89,25 @@ def test_processes_with_different_checkpoints_or_splits_are_refused(monkeypatch:
     assert all(isinstance(other, OtherReplicaFailed) for other in others)
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_other_commands_refuse_to_start_in_several_processes(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("train.replicas.torchrun._QUIET_END_S", 0.0)
-    for name, value in {"TORCHELASTIC_RUN_ID": "none", "RANK": str(rank), "WORLD_SIZE": "4"}.items():
-        monkeypatch.setenv(name, value)
+def test_other_commands_refuse_to_start_in_several_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    def terminated_by_torchrun(seconds: float) -> None:
+        raise Terminated
+
+    monkeypatch.setattr("train.replicas.torchrun._has_joined", False)
+    monkeypatch.setattr("train.replicas.torchrun.time.sleep", terminated_by_torchrun)
     refused = set(main.commands) - set(FOR_REPLICAS)
     assert {"predict", "features", "search", "export", "report", "status", "import"} <= refused
-    for command in refused:
+    for rank, command in itertools.product(range(2), refused):
+        for name, value in {"TORCHELASTIC_RUN_ID": "none", "RANK": str(rank), "WORLD_SIZE": "4"}.items():
+            monkeypatch.setenv(name, value)
         result = alextrain(command, "x", "--unknown")
         assert result.exit_code == 2 and result.stdout == "", result.output
         expected = f"Error: alextrain {command} runs in one process, but torchrun has started 4. Start it without"
         assert result.stderr.startswith(expected) if rank == 0 else result.stderr == ""
         assert result.stderr.count("\n") == (rank == 0)
         assert alextrain(command, "--help").exit_code == 0
+    monkeypatch.setattr("train.replicas.torchrun.time.sleep", lambda seconds: None)
+    assert "runs in one process" in alextrain("status", "x").stderr  # rank 0 has not failed: rank 1 prints its error
     monkeypatch.setenv("WORLD_SIZE", "1")
     monkeypatch.setenv("RANK", "0")
     assert "no such run" in alextrain("status", "/nowhere").stderr

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import platform
 import subprocess
 import sys
 import time
@@ -14,6 +16,7 @@ from prep.console import Terminated, UserError, WrongArgument
 from tests.train.replicas.ranks import run_ranks
 from train.replicas.errors import OtherReplicaFailed, ReplicaLost
 from train.replicas.group import ReplicaGroup, group_from_environment, joined
+from train.replicas.session import has_ended
 
 TORCHRUN = {
     "TORCHELASTIC_RUN_ID": "none",
@@ -131,6 +134,17 @@ def test_the_rank_that_hangs_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     _, printed, quiet = run_ranks(monkeypatch, 3, work, timeout_s=1)
     assert isinstance(printed, ReplicaLost) and isinstance(quiet, OtherReplicaFailed)
     assert "rank 0 of 3 (host " in str(printed) and "did not come within 1 s" in str(printed)
+
+
+def test_a_process_of_this_machine_that_has_ended_is_recognized() -> None:
+    host = f"host {platform.node()}"
+    with subprocess.Popen(["sleep", "60"]) as process:
+        assert not has_ended(f"{host}, process {process.pid}")
+        process.kill()
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        assert has_ended(f"{host}, process {process.pid}")  # a zombie
+    assert has_ended(f"{host}, process {process.pid}") and not has_ended(f"{host}, process {os.getpid()}")
+    assert not has_ended(f"{host}-2, process {process.pid}")
 
 
 def test_a_rank_that_never_starts_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

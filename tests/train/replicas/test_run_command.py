@@ -14,6 +14,7 @@ import torch
 from prep.files import hold_lock
 from tests.helpers.small_training import assert_same_result
 from tests.helpers.torchrun.job import Job, TorchrunServer
+from tests.train.replicas.small_runs import SMALL_ALEXTRAIN
 from train.runs import checkpoint
 from train.runs.run_dir import newest_checkpoint
 
@@ -26,8 +27,7 @@ def start(torchrun: TorchrunServer, stores: dict[str, Path]) -> Start:
 
     def run(replicas: int, run_dir: Path, *options: object) -> Job:
         words = ["run", "--gpus", "cpu", "--store", stores["ppm"], "--run-dir", run_dir, "--recipe", "short"]
-        program = Path(__file__).with_name("small_alextrain.py")
-        return torchrun("--nproc-per-node", replicas, program, *words, "--batch", 8, "--log-every", 1, *options)
+        return torchrun("--nproc-per-node", replicas, SMALL_ALEXTRAIN, *words, "--batch", 8, "--log-every", 1, *options)
 
     return run
 

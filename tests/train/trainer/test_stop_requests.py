@@ -77,6 +77,19 @@ def test_a_signal_just_before_a_validation_stops_before_it_begins() -> None:
             pytest.fail("the validation began")
 
 
+def test_under_torchrun_a_repeated_signal_counts_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SLURM sends SIGTERM to torchrun and to the ranks, and torchrun sends it to the ranks again."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setattr("train.trainer.stop_requests.REPEATED_BY_TORCHRUN_S", 0.3)
+    with stop_requests() as stop:
+        for _ in range(3):
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert isinstance(stop.requested, Terminated)
+        time.sleep(0.4)
+        with pytest.raises(Terminated):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
 def test_a_second_signal_stops_at_once_and_the_handlers_are_restored_at_the_end() -> None:
     before = [signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)]
     with stop_requests() as stop:
