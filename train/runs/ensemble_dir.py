@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from prep.console import UserError, disk_error, shell_quoted
-from prep.files import write_atomic
+from prep.files import hold_lock, write_atomic
 from train.runs.run_dir import DESCRIPTION
 
 ENSEMBLE = "ensemble.json"
@@ -72,7 +72,10 @@ def make_ensemble_dir(folder: Path, ensemble: Ensemble) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         if not path.exists() and any(not entry.name.startswith(".") for entry in folder.iterdir()):
             raise UserError(f"{folder}: the folder holds files but no ensemble. Name another --run-dir.")
-        write_atomic(path, json.dumps(asdict(ensemble)).encode())
+        with hold_lock(folder, "training"):
+            for leftover in folder.glob(f".{ENSEMBLE}.*.tmp"):  # of a killed process
+                leftover.unlink()
+            write_atomic(path, json.dumps(asdict(ensemble)).encode())
     except OSError as error:
         raise disk_error(error, f"--run-dir {folder}: {error.strerror or error}. Name another.") from None
 

@@ -106,6 +106,8 @@ def test_members_that_were_killed_at_different_steps_go_on_to_the_same_bits(
         with pytest.raises(KeyboardInterrupt):
             train_ensemble(members_of(stores["ppm"], tmp_path / "ensemble", 2))
     assert saves[-1] == ("member-1", 3)
+    leftover = tmp_path / "ensemble" / ".ensemble.json.1-ab.tmp"
+    leftover.touch()  # as after a kill just before the file is renamed
     trained, train = [], Training.train
 
     def train_and_note(training: Training, *batch: torch.Tensor) -> None:
@@ -117,6 +119,7 @@ def test_members_that_were_killed_at_different_steps_go_on_to_the_same_bits(
         folder = train_ensemble(members_of(stores["ppm"], tmp_path / "ensemble", 3))
     assert [step for step, name in trained if name == "member-1"] == [4, 5, 6]
     assert [step for step, name in trained if name == "member-2"] == [3, 4, 5, 6]
+    assert not leftover.exists()
     assert trained == sorted(trained)  # each batch is used once, by all members that need it
     assert_members_equal(folder, alone)
 
