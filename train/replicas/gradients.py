@@ -39,13 +39,16 @@ class Exchange(Protocol):
 class GradientSum:
     """Replaces the gradients of parameters by their sums over the ranks."""
 
-    def __init__(self, parameters: Iterable[nn.Parameter], link: Link) -> None:
-        """Connect the devices of the parameters. All ranks call this method at the same time, with equal parameters."""
+    def __init__(self, parameters: Iterable[nn.Parameter], link: Link, over_tcp: bool = False) -> None:
+        """Connect the devices of the parameters. All ranks call this method at the same time, with equal parameters.
+
+        over_tcp  True: CPU replicas exchange over TCP, also on one machine
+        """
         by_device: dict[torch.device, list[nn.Parameter]] = {}
         for parameter in parameters:
             by_device.setdefault(parameter.device, []).append(parameter)
         self._exchanges = [
-            _FlatGradients(own, _exchange(device, sum(p.numel() for p in own), link, f"gradients/{index}"))
+            _FlatGradients(own, _exchange(device, sum(p.numel() for p in own), link, f"gradients/{index}", over_tcp))
             for index, (device, own) in enumerate(by_device.items())
         ]
 
@@ -86,9 +89,11 @@ def _views(parameters: list[nn.Parameter], flat: Tensor) -> list[Tensor]:
     ]
 
 
-def _exchange(device: torch.device, size: int, link: Link, name: str) -> Exchange:
+def _exchange(device: torch.device, size: int, link: Link, name: str, over_tcp: bool) -> Exchange:
     if device.type == "cuda":
         return Nccl(device, size, link, name)
+    if over_tcp:
+        return Gloo(size, link)
     try:
         return SharedMemory(size, link)
     except NoSharedMemory as error:
