@@ -107,7 +107,7 @@ def test_all_obviously_bad_inputs_are_named_before_the_build(with_bad: Path, tmp
 
     The error does not count the truncated file, which only decoding shows to be bad.
     """
-    (with_bad / "n2" / "folder").mkdir()
+    (with_bad / "n2" / "folder.JPEG").mkdir()
     (with_bad / "n2" / "link").symlink_to("/etc/hostname")
     store = tmp_path / "store"
     with pytest.raises(
@@ -117,7 +117,7 @@ def test_all_obviously_bad_inputs_are_named_before_the_build(with_bad: Path, tmp
     assert not list((store / "train").glob("0*"))
     lines = lines_of(store / "train" / ".build" / "bad.jsonl")
     assert str(store / "train" / ".build" / "bad.jsonl") in str(raised.value)
-    assert {line["source"] for line in lines} == {*OBVIOUS, "n2/folder", "n2/link"}
+    assert {line["source"] for line in lines} == {*OBVIOUS, "n2/folder.JPEG", "n2/link"}
     assert all(line["fate"] == "bad" and line["why"] for line in lines)
     assert f"first: {lines[0]['source']}: {lines[0]['why']}" in str(raised.value)
 
@@ -159,12 +159,12 @@ def test_skipped_files_are_counted_and_named(with_bad: Path, tmp_path: Path, rec
 
 
 def test_entries_that_are_not_files_are_counted(with_bad: Path, tmp_path: Path) -> None:
-    (with_bad / "n2" / "folder").mkdir()
+    (with_bad / "n2" / "folder.JPEG").mkdir()
     (with_bad / "n2" / "link").symlink_to("/etc/hostname")
     account = build(with_bad, tmp_path / "store", policy=SKIP).split("train").account
     assert account["inputs"] == 206 == account["kept"] + sum(account["bad"].values())
     lines = lines_of(tmp_path / "store" / "train" / "inputs.jsonl")
-    assert {line["source"] for line in lines} == {*BAD, "n2/folder", "n2/link"}
+    assert {line["source"] for line in lines} == {*BAD, "n2/folder.JPEG", "n2/link"}
 
 
 def test_the_manifest_has_at_most_twenty_reasons_by_name(photos: Path, tmp_path: Path) -> None:
@@ -255,7 +255,7 @@ def test_max_bad_counts_finished_shards(with_bad: Path, tmp_path: Path) -> None:
 
 def test_entries_that_are_not_files_count_for_max_bad_before_the_build(photos: Path, tmp_path: Path) -> None:
     for name in "abc":
-        (photos / "n1" / name).mkdir()
+        (photos / "n1" / f"{name}.jpg").mkdir()
     with pytest.raises(UserError, match="more than --max-bad 2 allows"):
         build(photos, tmp_path / "store", policy=BuildPolicy(True, 2), runner=UnusedRunner())
     assert build(photos, tmp_path / "store", policy=BuildPolicy(True, 3)).split("train").account["inputs"] == 203
