@@ -25,7 +25,7 @@ from train.model import kernels
 from train.model.alexnet import AlexNet
 from train.optim import fused_sgd
 from train.optim.lars import LocalRates
-from train.optim.rate_tensor_update import RateTensorUpdate, Trio
+from train.optim.rate_tensor_update import RateTensorUpdate, Trio, update_with_rate
 
 
 class PaperSGD(torch.optim.Optimizer):
@@ -111,13 +111,15 @@ class PaperSGD(torch.optim.Optimizer):
             self._rate_tensor_update.run(rates)
             return
         for parameter, group in group_of.items():
-            rate, lr, decay = rates[parameter], group["lr"], group["weight_decay"]
-            if parameter.device.type == "cpu" and kernels.native is not None:
+            rate, lr = rates[parameter], group["lr"]
+            if parameter.device.type == "cpu":
                 scaled = {**group, "lr": lr * rate.item()}  # on a CPU, item() waits for no device
-                if self._update_by_kernel(parameter, scaled):
-                    continue
-            velocity = self.velocity(parameter).mul_(group["momentum"])
-            parameter.add_(velocity.sub_(lr * rate * (parameter.grad + decay * parameter)))
+                if not self._update_by_kernel(parameter, scaled):
+                    self._update([parameter], scaled)
+                continue
+            update_with_rate(
+                parameter, self.velocity(parameter), parameter.grad, group["momentum"], lr * rate, group["weight_decay"]
+            )
 
     def _update(self, parameters: list[nn.Parameter], group: dict[str, Any]) -> None:
         gradients = [p.grad for p in parameters if p.grad is not None]

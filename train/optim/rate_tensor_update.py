@@ -28,6 +28,13 @@ class Trio(NamedTuple):
     decay: float
 
 
+@torch.no_grad()
+def update_with_rate(w: Tensor, v: Tensor, gradient: Tensor, momentum: float, rate: Tensor, decay: float) -> None:
+    """Make the update of RateTensorUpdate for one parameter, by PyTorch operators. `rate` has the shape ()."""
+    v.mul_(momentum).sub_(rate * (gradient + decay * w if decay else gradient))
+    w.add_(v)
+
+
 class RateTensorUpdate:
     """Updates parameters in place: v ← momentum · v − rate · decay · w − rate · g, then w ← w + v.
 
@@ -77,9 +84,7 @@ class RateTensorUpdate:
         """Make the same update as `run` by PyTorch operators, on any device."""
         for (w, v, group, decay), scale in zip(self._trios, self._scales, strict=True):
             if w.grad is not None:
-                rate = self._rates[group] * scale
-                v.mul_(self._momentum).sub_(rate * (w.grad + decay * w if decay else w.grad))
-                w.add_(v)
+                update_with_rate(w, v, w.grad, self._momentum, self._rates[group] * scale, decay)
 
     def write_addresses(self) -> None:
         """Write the addresses of all parameters that have a gradient. The other parameters get the size 0."""
@@ -90,6 +95,8 @@ class RateTensorUpdate:
                 continue
             if not same_dense_layout(w, v, w.grad):
                 raise ValueError("a gradient has another memory layout than its parameter")
+            if any(t.data_ptr() % 16 for t in (w, v, w.grad)):  # as for a view into a larger tensor
+                raise ValueError("a tensor's address is not a multiple of 16 bytes, which the kernel assumes")
             rows.append((w.data_ptr(), v.data_ptr(), w.grad.data_ptr(), w.numel(), group))
         self._table.copy_(torch.tensor(rows, dtype=torch.int64))
 

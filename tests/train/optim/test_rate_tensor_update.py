@@ -61,6 +61,14 @@ def test_a_gradient_of_another_layout_is_refused() -> None:
         RateTensorUpdate(trios, 2, MOMENTUM).write_addresses()
 
 
+def test_a_gradient_at_an_odd_address_is_refused() -> None:
+    trios = make_trios()
+    w = trios[1].parameter
+    w.grad = torch.zeros(w.numel() + 1)[1:]
+    with pytest.raises(ValueError, match="16 bytes"):
+        RateTensorUpdate(trios, 2, MOMENTUM).write_addresses()
+
+
 def test_parameters_of_two_types_are_refused() -> None:
     half = nn.Parameter(torch.zeros(2, dtype=torch.float16))
     with pytest.raises(ValueError, match="float32"):
