@@ -153,7 +153,7 @@ def evaluate(
             say(f"Saved: {out}")
         if as_json:
             each = [_result_json(member, result) for member, result in zip(members, results, strict=True)]
-            of_average = {"members": each, "weights": member_weights} if len(each) > 1 else {}
+            of_average: dict[str, Any] = {"members": each, "weights": member_weights} if len(each) > 1 else {}
             if row is not None:
                 of_average["paper"] = row.as_json()
             print_json({**_result_json(combined, combined_result), **of_average})

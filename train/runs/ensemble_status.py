@@ -35,7 +35,8 @@ def ensemble_status(folder: Path, ensemble: Ensemble) -> dict[str, Any]:
     for run_dir in member_dirs(folder, ensemble.members):
         members.append(status_of(run_dir) if run_dir.is_dir() else {"run_dir": str(run_dir), "state": "new"})
     states = {member["state"] for member in members}
-    left = [member.get("seconds_left") for member in members]
+    left: list[float | None] = [member.get("seconds_left") for member in members]
+    known = [seconds for seconds in left if seconds is not None]
     return {
         "run_dir": str(folder),
         "state": next(state for state in _PRECEDENCE if state in states),
@@ -43,7 +44,7 @@ def ensemble_status(folder: Path, ensemble: Ensemble) -> dict[str, Any]:
         "finished": states == {"finished"},
         "seed": ensemble.seed,
         "stream_seed": ensemble.stream_seed,
-        "seconds_left": None if None in left else max(left),
+        "seconds_left": max(known) if len(known) == len(left) else None,
         "members": members,
     }
 
@@ -69,7 +70,8 @@ def ensemble_status_lines(status: Mapping[str, Any]) -> list[str]:
 
 
 def _state_text(member: Mapping[str, Any]) -> str:
-    return _STATE_TEXT.get(member["state"], member["state"])
+    state: str = member["state"]
+    return _STATE_TEXT.get(state, state)
 
 
 def _member_line(member: Mapping[str, Any]) -> str:
