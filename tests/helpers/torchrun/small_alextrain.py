@@ -6,10 +6,11 @@ FAULT is one of
 
 `kill SEED`
     In each of the first ten attempts of torchrun, one rank kills itself with SIGKILL just before an operation, and
-    appends a line to the file RUN_DIR.kills. Operations are: opening a file for writing, computing a digest, fsync,
-    rename, link, removal of a file, an exchange between ranks, and the end of a training step. Attempt k (0 to 9) is
-    killed 0 to 7 operations after the run has made k steps. SEED and k determine the rank and the number of operations.
-    All ten attempts are killed, because a finished run that is started again also performs these operations.
+    appends a line to the file RUN_DIR.kills. SEED and the number k of the attempt (0 to 9) determine the rank and the
+    operation. The operation is an operation on files of rank 0 (opening a file for writing, computing a digest, fsync,
+    rename, link, removal of a file), an exchange between ranks, or the end of a training step. Operations are counted
+    after the run has made k steps. All ten attempts are killed, because a finished run that is started again also
+    performs operations on files and exchanges.
 `ACTION RANK STEP`
     After step STEP of the run, rank RANK performs an action, once. RANK `any` is every rank with this variable. ACTION
     is one of: SIGSTOP, SIGTERM (send this signal to the rank itself), stop-all (send SIGTERM to torchrun, and wait half
@@ -45,37 +46,36 @@ run_dir = Path(sys.argv[sys.argv.index("--run-dir") + 1]) if "--run-dir" in sys.
 torchrun_pid = int(os.environ["TORCHRUN_PID"])
 fault, *numbers = os.environ.get("FAULT", "none").split()
 steps_done = 0  # steps that the run has made
-operations_left: int | None = None  # operations before the kill; None: this process is not killed
+kind = ""  # the kind of operation before which this process is killed: file, exchange or step; "": it is not killed
+operations_left = 0  # operations of this kind before the kill
 
 
-def before_operation(operation: str) -> None:
+def before_operation(kind_of_operation: str, name: str) -> None:
     """Count an operation. Kills this process before the chosen operation."""
-    global operations_left
-    if operations_left is None or steps_done < attempt:
+    global kind, operations_left
+    if kind != kind_of_operation or steps_done < attempt:
         return
     if operations_left == 0:
-        line = f"attempt {attempt}, rank {rank}: {operation}\n"
-        operations_left = None
+        kind = ""  # writing the line is no operation
         with open(f"{run_dir}.kills", "a") as file:
-            file.write(line)
+            file.write(f"{attempt} {rank} {name}\n")
         os.kill(os.getpid(), signal.SIGKILL)
-    else:
-        operations_left -= 1
+    operations_left -= 1
 
 
 def audit(event: str, args: tuple[Any, ...]) -> None:
     """An audit hook (sys.addaudithook) that counts operations on files."""
     if event == "open" and isinstance(args[1], str) and args[1].strip("bt") in ("w", "a", "w+"):
-        before_operation(f"open {args[1]}")
+        before_operation("file", "open")
     elif event in ("os.rename", "os.remove", "os.link"):
-        before_operation(event)
+        before_operation("file", event)
 
 
-def counted(operation: str, real: Any) -> Any:
-    """Return a function that calls `real` and counts each call as an operation."""
+def counted(name: str, real: Any) -> Any:
+    """Return a function that calls `real` and counts each call as an operation on files."""
 
     def call(*args: Any, **options: Any) -> Any:
-        before_operation(operation)
+        before_operation("file", name)
         return real(*args, **options)
 
     return call
@@ -84,7 +84,7 @@ def counted(operation: str, real: Any) -> Any:
 @contextmanager
 def counted_exchange(self: Link, real: Any = Link.exchange) -> Iterator[None]:
     """Replaces Link.exchange, and counts it as an operation."""
-    before_operation("exchange")
+    before_operation("exchange", "exchange")
     with real(self):
         yield
 
@@ -94,7 +94,7 @@ def step_with_fault(self: TrainingStep, *batch: torch.Tensor, real: Any = Traini
     global steps_done
     result = real(self, *batch)
     steps_done += 1
-    before_operation("step")
+    before_operation("step", "step")
     if numbers[1:] == [str(steps_done)] and numbers[0] in ("any", str(rank)):
         with suppress(FileExistsError):
             open(f"{run_dir}.{fault}", "x").close()
@@ -126,12 +126,14 @@ def act(step: TrainingStep) -> None:
 
 def prepare_kill() -> None:
     """Choose the operation before which this attempt is killed, if it is this process that is killed."""
-    global operations_left
+    global kind, operations_left
     generator = random.Random(f"{numbers[0]} {attempt}")
-    victim, operations = generator.randrange(int(os.environ["WORLD_SIZE"])), generator.randrange(8)
+    victim = generator.randrange(int(os.environ["WORLD_SIZE"]))
+    kinds = ["exchange"] + ["file"] * (victim == 0) + ["step"] * (attempt < 8)  # the run has 9 steps
+    chosen, operations = generator.choice(kinds), {"file": 8, "exchange": 20, "step": 1}
     if victim != rank or attempt >= 10:
         return
-    operations_left = operations
+    kind, operations_left = chosen, generator.randrange(operations[chosen])
     os.fsync, checkpoint._append_digest = counted("fsync", os.fsync), counted("digest", checkpoint._append_digest)
     Link.exchange = counted_exchange  # type: ignore[method-assign]
     sys.addaudithook(audit)
