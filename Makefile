@@ -30,6 +30,7 @@ bench: .venv/ready  ## Measure build, stream and training step, and other progra
 	$(BIN)/python -m tools.bench.build --rounds 3
 	$(BIN)/python -m tools.bench.stream
 	$(BIN)/python -m tools.bench.train
+	$(BIN)/python -m tools.bench.replicas
 
 clean:  ## Remove .venv, demo and site
 	rm -rf .venv demo site
