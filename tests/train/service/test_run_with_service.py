@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from prep.console import Terminated
 from tests.helpers.alextrain import alextrain, json_lines, refusal
 from tests.helpers.project import ROOT
 from tests.helpers.small_training import SMALL_ALEXNET, assert_same_result, metrics_without_clock, small_config
+from tests.helpers.torchrun.job import TorchrunServer
 from tests.train.service.conftest import Service, config_with_two_streams
 from train.config.architecture import ARCHITECTURES
 from train.experiments.ensemble import member_configs, train_members
@@ -80,6 +82,20 @@ def test_the_members_of_an_ensemble_train_on_one_stream_of_a_service(
     train_members(tmp_path / "pair", Ensemble(2, 2, 3), runs, QuietView)
     assert_same_result(tmp_path / "pair/member-1", local_run)
     assert checkpoint.load(tmp_path / "pair/member-2").stream == checkpoint.load(local_run).stream
+
+
+def test_two_processes_evaluate_the_images_of_a_service(
+    stores: dict[str, Path], lasting_service: Service, local_run: Path, torchrun: TorchrunServer, tmp_path: Path
+) -> None:
+    """Each image is decoded once. The last batch of each process is smaller than the others."""
+    run_dir, made = shutil.copytree(local_run, tmp_path / "run"), lasting_service.images_made()
+    words = ("evaluate", run_dir, "--store", stores["jpeg"], "--gpus", "cpu", "--views", "10")
+    (expected,) = json_lines(*words)
+    job = torchrun("--nproc-per-node", 2, "-m", "train", *words, "--service", lasting_service.option, "--json")
+    assert job.wait(120) == 0, job.stderr
+    (result,) = [json.loads(line) for line in job.stdout.splitlines()]
+    assert result.pop("loss") == pytest.approx(expected.pop("loss"), rel=1e-6)
+    assert result == expected and lasting_service.images_made() == made + result["images"]
 
 
 @pytest.mark.parametrize("when", ["in the first epoch", "in the last epoch"])
