@@ -1,6 +1,6 @@
 """Tests of a training of several processes of which one fails, hangs or is stopped, with real processes of torchrun.
 
-tests/train/replicas/test_kills.py kills processes.
+test_kills.py kills processes.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def resume(torchrun: TorchrunServer, store: Path, run_dir: Path, undisturbed_pai
 def test_sigterm_to_torchrun_ends_all_ranks_after_one_step_with_one_checkpoint(
     torchrun: TorchrunServer, stores: dict[str, Path], undisturbed_pair: Path, tmp_path: Path
 ) -> None:
-    """test_run_command.py sends SIGTERM to one rank."""
+    """tests/train/replicas/test_run_command.py sends SIGTERM to one rank."""
     run_dir = tmp_path / "run"
     job = start_training(torchrun, 2, stores["ppm"], run_dir, "--checkpoint-every", 100, fault="stop-all 0 5")
     assert job.wait() == 1  # torchrun's own
@@ -59,7 +59,7 @@ def test_torchrun_restarts_a_run_after_a_signal_to_one_rank(
 def test_rank_0_that_hangs_is_named_after_the_time_out(
     torchrun: TorchrunServer, stores: dict[str, Path], undisturbed_pair: Path, tmp_path: Path
 ) -> None:
-    """test_run_command.py stops rank 1."""
+    """tests/train/replicas/test_run_command.py stops rank 1."""
     job = start_training(torchrun, 2, stores["ppm"], tmp_path / "run", "--replica-timeout", 3, fault="SIGSTOP 0 5")
     job.wait_until(lambda: "Error: " in job.stderr)
     job.wait_until(lambda: len(job.ranks()) == 1)

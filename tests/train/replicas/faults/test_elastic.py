@@ -1,6 +1,6 @@
 """Test of a run whose number of machines changes while torchrun runs (--nnodes 1:2).
 
-test_run_command.py changes the number of processes between two commands.
+tests/train/replicas/test_run_command.py changes the number of processes between two commands.
 """
 
 from __future__ import annotations
