@@ -1,4 +1,4 @@
-"""Benchmark of the service: rate in images/s of a loader with and without a service, in batches of 128.
+"""Benchmark of the service: images/s of a loader with and without a service, in batches of 128.
 
 stream             pipeline.train_loader without a service, with --threads threads
 service            the same loader with a service whose workers run on the loader's node: --threads workers with one
@@ -9,9 +9,10 @@ bounds             threads that only decode the JPEG records (libjpeg-turbo), or
 
 All contestants give float32 NCHW batches, decode on --threads threads, and run on the same --threads cores. The loader
 with a service shares these cores with Ray's processes and the workers. Both nodes are raylets (Ray's process of a node)
-of one Ray cluster on this machine. All loaders stay open between their turns. The time to start the cluster is printed,
-but is not part of the rates. Before the measurement, the benchmark compares the first batches of each loader with those
-of the loader without a service, bit for bit.
+of one Ray cluster on this machine. Only one service runs at a time: for each service, the benchmark starts a cluster,
+and then runs the loader with the service, the loader without a service and the bound in turn. Each node has an object
+store of the size that `alexstream serve --cluster local` chooses. Before the measurement, the benchmark compares the
+first batches of the loader with those of the loader without a service, bit for bit.
 """
 
 from __future__ import annotations
@@ -20,8 +21,13 @@ import os
 import secrets
 import tempfile
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from functools import partial
+from itertools import product
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import click
@@ -29,13 +35,15 @@ import numpy as np
 import torch
 
 from pipeline import train_loader
-from pipeline.service.control import make_config, start_service, stop_service
+from pipeline.service.control import make_config, object_store_bytes, start_service, stop_service
+from pipeline.service.protocol import ServiceConfig
 from prep.cluster import connected, ray_module
 from prep.console import UserError, say
 from prep.store.manifest import Store
 from tools.bench.harness import (
     BenchmarkCommand,
     Contestant,
+    Row,
     common_options,
     import_simplejpeg,
     print_results,
@@ -46,10 +54,6 @@ from tools.bench.peers.stream_turn import BATCH, images_per_s
 from tools.bench.stream import StreamBenchmark
 
 _CHECKED_BATCHES = 3
-_JPEG_BOUND, _PPM_BOUND = "bound, JPEG: decode alone", "bound, PPM: copy alone"
-# Size in bytes of the object store of a node. All four services keep their batches between their turns, 0.4 GB for each
-# service.
-_OBJECT_STORE_BYTES = 2_000_000_000
 
 
 def endless(store: Store, threads: int, service: str | None) -> Batches:
@@ -60,50 +64,68 @@ def endless(store: Store, threads: int, service: str | None) -> Batches:
                 yield images
 
 
-def add_stream(benchmark: StreamBenchmark, name: str, store: Store, bound: str, ours: str, service: str | None) -> None:
-    """Add a stream to the benchmark.
+def checked_stream(store: Store, threads: int, service: str) -> Batches:
+    """Return the endless stream of a service. Its first batches are compared with those of a loader without a service.
 
-    Raises UserError if the first batches differ from the batches of the stream without a service.
+    Raises UserError if a batch differs.
     """
-    batches = endless(store, benchmark.threads, service)
-    benchmark.cleanup.callback(batches.close)
+    batches = endless(store, threads, service)
     with train_loader(store.root, BATCH) as local:
         for number, (expected, _) in zip(range(_CHECKED_BATCHES), local, strict=False):
             if not torch.equal(next(batches), expected):
-                raise UserError(f"{name}: batch {number} differs from the stream without a service.")
-    rate = lambda: images_per_s(batches, benchmark.seconds, benchmark.threads)  # noqa: E731
-    benchmark.contestants.append(Contestant(name, rate, bound, ours=ours))
+                raise UserError(f"service {service}: batch {number} differs from the stream without a service.")
+    return batches
 
 
-def start_nodes(benchmark: StreamBenchmark) -> None:
-    """Start a cluster of two nodes, and add the streams of a service on each node."""
-    # Give all processes of the cluster one authentication token, which is made for this run. Without these variables,
-    # Ray looks for a token only after the first node has started. Ray then refuses the second node.
-    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+@contextmanager
+def cluster_of(nodes: int, cores: int, store_bytes: int) -> Iterator[tuple[ModuleType, str]]:
+    """Start a Ray cluster on this machine for a `with` block, which gets the module ray and the cluster's address.
+
+    nodes        1, or 2: the head node then has no cores, so that the workers start on the second node
+    cores        number of cores that Ray may give to workers
+    store_bytes  size of the object store of each node, in bytes
+    """
     ray_module()
     from ray.cluster_utils import Cluster
 
-    threads, jpeg, ppm = benchmark.threads, benchmark.jpeg, benchmark.ppm
-    node: dict[str, Any] = {"object_store_memory": _OBJECT_STORE_BYTES, "include_dashboard": False}
-    started = time.monotonic()
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2 * threads, **node})
-    benchmark.cleanup.callback(cluster.shutdown)
-    ray = benchmark.cleanup.enter_context(connected(cluster.address))
-    say(f"the first node started in {time.monotonic() - started:.1f} s")
+    settings: dict[str, Any] = {"object_store_memory": store_bytes, "include_dashboard": False}
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": cores if nodes == 1 else 0, **settings})
+    try:
+        if nodes == 2:
+            cluster.add_node(num_cpus=cores, **settings)
+        with connected(cluster.address) as ray:
+            yield ray, cluster.address
+    finally:
+        cluster.shutdown()  # type: ignore[no-untyped-call]  # ray has no type hints here
 
-    def serve(name: str, store: Store) -> str:
-        begun = time.monotonic()
-        start_service(ray, make_config(store.root, name, threads, threads, 1))
-        benchmark.cleanup.callback(stop_service, ray, name, cluster.address)
-        say(f"service {name} started in {time.monotonic() - begun:.1f} s")
-        return name
 
-    add_stream(benchmark, "service, JPEG", jpeg, _JPEG_BOUND, "stream, JPEG", serve("jpeg", jpeg))
-    add_stream(benchmark, "service, PPM", ppm, _PPM_BOUND, "stream, PPM", serve("ppm", ppm))
-    # The workers above use all cores of the first node. The workers below therefore start on the second node.
-    cluster.add_node(num_cpus=2 * threads, **node)
-    add_stream(benchmark, "service, JPEG, two nodes", jpeg, _JPEG_BOUND, "service, JPEG", serve("jpeg2", jpeg))
-    add_stream(benchmark, "service, PPM, two nodes", ppm, _PPM_BOUND, "service, PPM", serve("ppm2", ppm))
+def race_service(benchmark: StreamBenchmark, kind: str, nodes: int, store_bytes: int, rounds: int) -> list[Row]:
+    """Return the rates of one service, of the loader without a service, and of the bound.
+
+    kind  "JPEG" or "PPM": the records of the stores `benchmark.jpeg` and `benchmark.ppm`
+    """
+    store = {"JPEG": benchmark.jpeg, "PPM": benchmark.ppm}[kind]
+    threads, bound = benchmark.threads, f"bound, {kind}"
+    local = f"stream, {kind}" + (", second race" if nodes == 2 else "")
+    ours = f"service, {kind}" + (", two nodes" if nodes == 2 else "")
+    with cluster_of(nodes, threads, store_bytes) as (ray, address), ExitStack() as cleanup:
+        started = time.monotonic()
+        start_service(ray, make_config(store.root, kind, threads, threads, 1))
+        cleanup.callback(stop_service, ray, kind, address)
+        say(f"{ours}: started in {time.monotonic() - started:.1f} s")
+
+        def contestant(name: str, batches: Batches) -> Contestant:
+            cleanup.callback(batches.close)
+            rate = partial(images_per_s, batches, benchmark.seconds, threads)
+            return Contestant(name, rate, bound, ours=local)
+
+        contestants = [
+            contestant(local, endless(store, threads, None)),
+            contestant(ours, checked_stream(store, threads, kind)),
+            *(replace(other, ours=local) for other in benchmark.contestants if other.name == bound),
+        ]
+        os.sync()
+        return race(contestants, rounds)
 
 
 @click.command(cls=BenchmarkCommand)
@@ -126,35 +148,67 @@ def start_nodes(benchmark: StreamBenchmark) -> None:
     show_default=True,
     help="Duration of each turn of a contestant, in seconds.",
 )
+@click.option(
+    "--store-mb",
+    type=click.IntRange(80),
+    metavar="MB",
+    help="Size of the object store of each Ray node, in units of 10⁶ bytes.  [default: the size that `alexstream serve "
+    "--cluster local` chooses]",
+)
+@click.option(
+    "--only",
+    type=click.Choice(["JPEG", "PPM"]),
+    help="Kind of records to measure.  [default: both]",
+)
 @common_options
-def main(store: Path | None, threads: int, seconds: float, rounds: int, as_json: bool) -> None:
-    """Compare the speed of a loader with a service to that of a loader without a service.
+def main(
+    store: Path | None,
+    threads: int,
+    seconds: float,
+    store_mb: int | None,
+    only: str | None,
+    rounds: int,
+    as_json: bool,
+) -> None:
+    """Compare the speed of a loader with a service, on one node and across two nodes, with a loader without one.
 
-    The service is on one node, or on another node. Both nodes are processes on this machine.
+    Both nodes are processes on this machine.
 
     \b
     Example:
       python -m tools.bench.service --rounds 5
-      python -m tools.bench.service --store store --seconds 10
+      python -m tools.bench.service --store store --seconds 10 --only JPEG
     """
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
     torch.set_num_threads(threads)
+    # Give all processes of a cluster one authentication token, which is made for this run. Without these variables,
+    # Ray looks for a token only after the first node has started, and then refuses the second node.
+    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    store_bytes = store_mb * 10**6 if store_mb else object_store_bytes(ServiceConfig.ahead)
     with tempfile.TemporaryDirectory() as temporary, ExitStack() as cleanup:
         work_dir = Path(temporary)
         jpeg = jpeg_store(store, work_dir, threads)
         benchmark = StreamBenchmark(jpeg, work_dir, threads, seconds)
         cleanup.callback(benchmark.cleanup.close)
-        for name, opened, bound in (("JPEG", jpeg, _JPEG_BOUND), ("PPM", benchmark.ppm, _PPM_BOUND)):
-            add_stream(benchmark, f"stream, {name}", opened, bound, f"stream, {name}", None)
-        start_nodes(benchmark)
-        benchmark.add_bound(_JPEG_BOUND, import_simplejpeg().decode_jpeg, jpeg, "stream, JPEG")
+        benchmark.add_bound("bound, JPEG", import_simplejpeg().decode_jpeg, jpeg, "stream, JPEG")
         benchmark.add_bound(
-            _PPM_BOUND, lambda record: np.frombuffer(record, np.uint8).copy(), benchmark.ppm, "stream, PPM"
+            "bound, PPM", lambda record: np.frombuffer(record, np.uint8).copy(), benchmark.ppm, "stream, PPM"
         )
-        os.sync()
-        rows = race(benchmark.contestants, rounds)
+        kinds = [only] if only else ["JPEG", "PPM"]
+        rows = [
+            row
+            for kind, nodes in product(kinds, (1, 2))
+            for row in race_service(benchmark, kind, nodes, store_bytes, rounds)
+        ]
     records = jpeg.split("train").records
-    details = {"records": records, "batch": BATCH, "seconds": seconds, "threads": threads, "rounds": rounds}
+    details = {
+        "records": records,
+        "batch": BATCH,
+        "seconds": seconds,
+        "threads": threads,
+        "rounds": rounds,
+        "object_store_bytes": store_bytes,
+    }
     print_results(rows, as_json, details)
 
 
