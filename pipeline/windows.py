@@ -11,7 +11,7 @@ store.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -26,6 +26,7 @@ from prep.images.central_square import central_offset
 from prep.images.jpeg import decode_jpeg
 from prep.store.manifest import Store, StoreError
 
+NewArray = Callable[[tuple[int, ...]], npt.NDArray[np.uint8]]
 LABEL_BYTES = 8  # size of the label that is sent with each window
 
 
@@ -87,8 +88,10 @@ class WindowMaker:
         self._records: dict[str, Records] = {}
         self._pool = ThreadPoolExecutor(threads, "alexstream-decode")
 
-    def make(self, request: WindowRequest) -> Windows:
+    def make(self, request: WindowRequest, new_array: NewArray | None = None) -> Windows:
         """Decode and crop the windows of a batch.
+
+        `new_array(shape)` returns the uint8 array for the pixels; None: a new array of NumPy.
 
         Raises the same StoreError for a damaged record as a loader without a service.
         """
@@ -97,7 +100,8 @@ class WindowMaker:
             source = self._records.setdefault(request.split, Records(self._store, request.split))
         records = source.batch(request.numbers)
         corner = central_offset(records.sizes, self._store.settings.side_px) + request.offset
-        out = np.empty((len(request.numbers), request.window_px, request.window_px, 3), np.uint8)
+        shape = (len(request.numbers), request.window_px, request.window_px, 3)
+        out = np.empty(shape, np.uint8) if new_array is None else new_array(shape)
         failed = self._cut(records, corner, out)
         if failed < len(request.numbers):
             number = int(request.numbers[failed])

@@ -20,6 +20,7 @@ from PIL import Image
 from pipeline.engines import kernels
 from pipeline.service import source
 from pipeline.service.protocol import StreamKey, block_steps
+from pipeline.service.worker import BlockMemory
 from pipeline.windows import WindowMaker, WindowRequest, Windows
 from prep.store.manifest import Store, StoreError
 from tests.pipeline.test_damaged_store import DAMAGE, change
@@ -204,3 +205,20 @@ def test_only_the_batches_with_the_damaged_record_of_a_block_fail(
 )
 def test_size_of_a_block(batch_size: int, ahead: int, max_workers: int, steps: int) -> None:
     assert block_steps(batch_size, ahead, max_workers) == steps
+
+
+def test_the_memory_of_a_block_is_used_again_only_after_the_block_was_deleted() -> None:
+    memory = BlockMemory()
+    first, second = memory.array((4, 32, 32, 3)), memory.array((4, 32, 32, 3))
+    first[:], second[:] = 1, 2
+    assert (first == 1).all() and not np.shares_memory(first, second)
+    address = first.ctypes.data
+    del first
+    third = memory.array((3, 32, 32, 3))
+    assert third.ctypes.data == address
+    third[:] = 3
+    assert (second == 2).all()
+    del third
+    larger = memory.array((5, 32, 32, 3))
+    larger[:] = 4
+    assert larger.shape == (5, 32, 32, 3) and larger.dtype == np.uint8 and (second == 2).all()
