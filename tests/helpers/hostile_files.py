@@ -29,7 +29,8 @@ class Expected:
     bad: str = ""  # regular expression that matches the reason for a bad file; empty for a file that is kept
     converted: tuple[str, ...] = ()
     orientation: int = 1
-    is_warned: bool = False  # whether the file is kept with a warning of the decoder
+    # Whether the file is kept with a warning of the decoder; None: on some machines with, on others without a warning.
+    is_warned: bool | None = False
     bad_if_whole: str = ""  # the same expression for a file that is bad only with --keep-aspect
 
 
@@ -154,7 +155,8 @@ def jpegs() -> Iterator[tuple[str, bytes, Expected]]:
     yield "mpo", file_of(PHOTO, "MPO", save_all=True, append_images=[noise(20, 20)]), KEPT
     yield "icc of noise", file_of(PHOTO, "JPEG", icc_profile=RNG.bytes(300)), KEPT
     yield "icc of 3 MB", file_of(PHOTO, "JPEG", icc_profile=RNG.bytes(3_000_000)), KEPT
-    yield "icc that says 255 parts", with_segment(JPEG, 0xE2, b"ICC_PROFILE\0\x01\xff" + bytes(100)), KEPT
+    first_of_255 = with_segment(JPEG, 0xE2, b"ICC_PROFILE\0\x01\xff" + bytes(100))
+    yield "icc that says 255 parts", first_of_255, Expected(is_warned=None)
     yield "adobe marker of noise", with_segment(JPEG, 0xEE, b"Adobe" + RNG.bytes(3)), KEPT
     yield "photoshop marker of noise", with_segment(JPEG, 0xED, b"Photoshop 3.0\0" + RNG.bytes(300)), KEPT
     yield "a thousand comments", JPEG[:2] + segment(0xFE, bytes(60_000)) * 1000 + JPEG[2:], KEPT
