@@ -80,7 +80,7 @@ def grey_levels(normalize: ChannelStats, augmentation: Augmentation) -> tuple[li
     if augmentation.mean != "channel" or augmentation.divisor != 1 or augmentation.divisor_in_evaluation != 1:
         raise WrongArgument(
             f"normalize with augmentation.mean {augmentation.mean} and divisor {augmentation.divisor:g}: normalize "
-            'replaces both. Leave them at "channel" and 1.'
+            'replaces both. Leave both settings at "channel" and 1.'
         )
     return [255 / max_value * level for level in mean], [255 / max_value * level for level in std]
 

@@ -109,7 +109,7 @@ def dali() -> ModuleType:
         if not (error.name or "").startswith("nvidia"):
             raise
         raise UserError(
-            f"NVIDIA DALI is not installed. Install it with: {pip_command('cuda13')} (for CUDA 12: "
+            f"NVIDIA DALI is not installed. Install DALI with: {pip_command('cuda13')} (for CUDA 12: "
             f"{pip_command('cuda12')}; both run on the CPU too). The package nvidia-dali is only a placeholder: "
             "installing it fails."
         ) from None

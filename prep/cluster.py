@@ -48,7 +48,7 @@ def ray_module() -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name != "ray":
             raise
-        raise UserError(f"Ray is not installed. Install it with: {pip_command('cluster')}") from None
+        raise UserError(f"Ray is not installed. Install Ray with: {pip_command('cluster')}") from None
     module: ModuleType = ray
     return module
 

@@ -53,7 +53,7 @@ def check_nodes(ray: ModuleType, folder: Path | None, source: Path, versions: Ca
                 _compare(name, answer, expected, folder, source)
         if waiting:
             name = _name(nodes[waiting[0]])
-            raise UserError(f"{name} did not answer within {_CHECK_S:.0f} s. Check it with: ray status")
+            raise UserError(f"{name} did not answer within {_CHECK_S:.0f} s. Check the node with: ray status")
     finally:
         if probe is not None:
             probe.unlink(missing_ok=True)

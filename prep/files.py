@@ -76,7 +76,7 @@ def check_output_file(path: Path, option: str = "") -> None:
     if path.is_dir():
         raise WrongArgument(f"{name}: this is a folder. Name a file in it.")
     if not path.parent.is_dir():
-        raise WrongArgument(f"{name}: there is no folder {path.parent}. Make it, or name another folder.")
+        raise WrongArgument(f"{name}: there is no folder {path.parent}. Make this folder, or name another folder.")
 
 
 def check_output_folder(path: Path, option: str = "") -> None:
@@ -144,7 +144,7 @@ def hold_lock(
                 if time.monotonic() > deadline:
                     raise LockHeld(
                         f"{folder}: another {activity} is at work in this folder. "
-                        "Wait until it ends, or name another folder."
+                        "Wait until the other command ends, or name another folder."
                     ) from None
                 time.sleep(_LOCK_RETRY_S)
             except OSError as error:

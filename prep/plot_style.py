@@ -49,7 +49,7 @@ def render_figure(
         from matplotlib import rc_context
         from matplotlib.figure import Figure
     except ModuleNotFoundError:
-        raise UserError(f"Figures need matplotlib. Install it with: {pip_command('figures')}") from None
+        raise UserError(f"Figures need matplotlib. Install matplotlib with: {pip_command('figures')}") from None
     sizes: dict[Any, Any] = {"font.size": font_size_pt, "axes.titlesize": font_size_pt}
     with rc_context({**_STYLE, **sizes}), warnings.catch_warnings():
         # A missing glyph is drawn as a box, without a warning.

@@ -89,7 +89,7 @@ MISTAKES = [
     (["alextrain", "evaluate", "empty", "--store", "STORE"], "empty: has no checkpoint"),
     (["alextrain", "evaluate", "empty", "--store", "STORE", "--split", "test"], "Name another --split."),
     (["alextrain", "figures", "nowhere"], "nowhere: no such run"),
-    (["alextrain", "status", "no where"], "no such run. Train one with: alextrain run --run-dir 'no where'"),
+    (["alextrain", "status", "no where"], "no such run. Train a run with: alextrain run --run-dir 'no where'"),
     (["alextrain", "report", "empty"], "empty: has no checkpoint"),
     (["alextrain", "predict", "nowhere", "a-file"], "nowhere: no such run"),
     (["alextrain", "features", "empty", "--store", "nowhere", "--out", "f.npy"], "nowhere: no such store"),

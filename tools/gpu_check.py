@@ -102,7 +102,9 @@ def parse_settings(
     if ppm_store is not None:
         format = Store.open(ppm_store).settings.format
         if format != "ppm":
-            raise UserError(f"--ppm-store {ppm_store} holds {format} records, not ppm. Build it with --format ppm.")
+            raise UserError(
+                f"--ppm-store {ppm_store} holds {format} records, not ppm. Build the store with --format ppm."
+            )
     return GpuCheckSettings(store, ppm_store, devices, min(batch, records), quick)
 
 

@@ -58,7 +58,7 @@ def _print_ready(state: dict[str, Any], address: str, as_json: bool) -> None:
     print_state(state)
     say(
         f"Service {name} is ready for training runs on this machine: alextrain run --service {name} (if several Ray "
-        f"clusters run here: --service {name}@{address}). Press Ctrl-C to stop it."
+        f"clusters run here: --service {name}@{address}). Press Ctrl-C to stop the service."
     )
 
 

@@ -49,7 +49,7 @@ _running_cluster_option = _cluster_option(
 
 @click.command("serve")
 @store_option
-@_name_option("default", "Name of the service. Training runs use it as: alextrain run --service NAME.")
+@_name_option("default", "Name of the service. Training runs use the name as: alextrain run --service NAME.")
 @_cluster_option(
     "local",
     "local|auto|HOST:PORT",
@@ -138,7 +138,7 @@ def serve(
         print_json(state)
     else:
         print_state(state)
-        say(ready_line(state, f"Stop it with: alexstream stop --name {name} --cluster {cluster}"))
+        say(ready_line(state, f"Stop the service with: alexstream stop --name {name} --cluster {cluster}"))
 
 
 @click.command("status")
@@ -160,7 +160,7 @@ def status(name: str | None, cluster: str, as_json: bool) -> None:
     with connected(cluster) as ray:
         names = service_names(ray) if name is None else [name]
         if not names:
-            say(f"Cluster {cluster} has no services. Start one with: alexstream serve --cluster {cluster}")
+            say(f"Cluster {cluster} has no services. Start a service with: alexstream serve --cluster {cluster}")
         for each in names:
             state = service_status(ray, each, cluster)
             if as_json:

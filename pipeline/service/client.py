@@ -251,14 +251,14 @@ class ServiceClient:
                 reference = None
                 time.sleep(_POLL_S)
             except exceptions.ActorDiedError:
-                self._lost = "it was stopped, or its node was removed"
+                self._lost = "the service was stopped, or its node was removed"
             except exceptions.RayTaskError as error:
                 raise ServiceError(f"service {self.name}: {last_line(error)}") from None
             except (exceptions.RayError, ConnectionError, RuntimeError, OSError) as error:
                 self._lost = self._lost or last_line(error)
             silent_s = time.monotonic() - self._heard_s
             if silent_s > LOST_S:
-                self._lost = f"it has not answered for {silent_s:.0f} s (limit: {LOST_S:.0f} s)"
+                self._lost = f"the service has not answered for {silent_s:.0f} s (limit: {LOST_S:.0f} s)"
         if self._closed.is_set():
             raise ServiceError(f"service {self.name}: the loader is closed.")
         raise ServiceLost(

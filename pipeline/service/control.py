@@ -55,8 +55,8 @@ def start_service(ray: ModuleType, config: ServiceConfig) -> Any:
         coordinator = ray.remote(Coordinator).options(**options).remote(config)
     except ValueError:
         raise ServiceError(
-            f"service {config.name}: the cluster already has a service of this name. Stop it with: alexstream stop "
-            f"--name {config.name}, or choose another --name."
+            f"service {config.name}: the cluster already has a service of this name. Stop the service with: "
+            f"alexstream stop --name {config.name}, or choose another --name."
         ) from None
     try:
         call(ray, config.name, coordinator.begin, BEGIN_S)

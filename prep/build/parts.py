@@ -137,7 +137,7 @@ def _begin_or_check(plan: BuildPlan, store: Path) -> None:
         raise UserError(
             f"{store}: {count_noun(len(changed), 'input')} changed since the first part began (first: "
             f"{name_text(next(iter(changed)))}). When no part is running, run the same command once without --part: "
-            "it accepts the change, and keeps the finished shards."
+            "this build accepts the change, and keeps the finished shards."
         )
 
 

@@ -259,7 +259,7 @@ def _build_tasks(
                 continue
             if result.index == NOT_STARTED:
                 raise UserError(
-                    f"A worker process {result.describe()} before it read an input. Run the same command again."
+                    f"A worker process {result.describe()} before reading an input. Run the same command again."
                 )
             name = name_text(task.inputs[result.index].path)
             crashes[name] += 1

@@ -326,7 +326,7 @@ def _run_tasks(
 def _record_dead_worker(plan: BuildPlan, task: ShardTask, died: WorkerDied, policy: BuildPolicy) -> None:
     """Note the input at which a worker process ended. Raises UserError unless the shard can be built again."""
     if died.index == NOT_STARTED:
-        raise UserError(f"A worker process {died.describe()} before it read an input. Run the same command again.")
+        raise UserError(f"A worker process {died.describe()} before reading an input. Run the same command again.")
     name, limit_s = name_text(task.inputs[died.index].path), task.limits.time_limit_s
     if died.is_too_slow:
         plan.record_slow_input(name, limit_s)

@@ -142,7 +142,9 @@ def compare_splits(sources: Sequence[Source]) -> None:
             )
     digests = {source.split: source.inputs.digest() for source in sources if len(sources) > 1}
     if len(set(digests.values())) < len(digests):
-        say(f"{' and '.join(digests)} have the same files with the same labels. Is one a link to the other?")
+        say(
+            f"{' and '.join(digests)} have the same files with the same labels. Is one split a link to the other split?"
+        )
 
 
 def refuse_estimates(
@@ -153,7 +155,10 @@ def refuse_estimates(
     Returns normally if a build would not fail.
     """
     if lock_is_held(store):
-        raise LockHeld(f"{store}: another build is at work in this folder. Wait until it ends, or name another folder.")
+        raise LockHeld(
+            f"{store}: another build is at work in this folder. Wait until the other command ends, or name "
+            "another folder."
+        )
     for source, estimate in zip(sources, estimates, strict=True):
         if not estimate.is_built:
             check_classes(source, jobs, policy)

@@ -99,7 +99,7 @@ def verify_split(store: Store, split: str, runner: Runner, progress: Progress, d
         if isinstance(result, WorkerDied):
             what = (
                 f"the process that read this shard {result.describe()} at record {result.index}: "
-                "the file is damaged or cut short"
+                "the file is damaged or truncated"
             )
             faults.append(Fault(task.shard.path, "", "", what))
         else:
@@ -133,7 +133,7 @@ def check_shard(task: _ShardCheck, task_progress: TaskProgress) -> _ShardFinding
             number = int(key) if len(key) == 8 and key.isdigit() else -1
             try:
                 if number <= last_key:
-                    raise DatumError("its key is not a number of eight digits greater than the previous key")
+                    raise DatumError("the key is not a number of eight digits greater than the previous key")
                 last_key = number
                 found.keys = (number if found.keys[0] < 0 else found.keys[0], number)
                 label, pixels = _check_record(task, value)
@@ -234,7 +234,7 @@ def _check_manifest(store: Store, name: str) -> Iterator[Fault]:
                 f"{name}/colour.json",
                 "",
                 "",
-                "differs from the statistics of the manifest's moments; alexprep pca-stats writes it again",
+                "differs from the statistics of the manifest's moments; alexprep pca-stats writes the file again",
             )
     except (UserError, KeyError, TypeError, ValueError) as error:
         yield Fault(f"{name}/colour.json", "", "", str(error))

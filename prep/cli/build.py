@@ -54,9 +54,9 @@ if TYPE_CHECKING:  # run-time imports would load LMDB and Pillow, even for --hel
 @click.option(
     "--classes",
     type=click.Path(path_type=Path, dir_okay=False),
-    help="File with the names of the classes, one on each line in the order of the labels. If it names only some of "
-    "the classes of SOURCE, photographs of the others are left out.  [default: the order of the store, else sorted by "
-    "name; names that are numbers are sorted as numbers]",
+    help="File with the names of the classes, one on each line in the order of the labels. If the file names only some "
+    "of the classes of SOURCE, photographs of the other classes are left out.  [default: the order of the store, else "
+    "sorted by name; names that are numbers are sorted as numbers]",
 )
 @allow_empty_option
 @click.option(

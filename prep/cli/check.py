@@ -233,7 +233,9 @@ def pca_stats(
     from prep.images.color_stats import recompute_color_stats
 
     if cluster is not None and not recompute:
-        raise WrongArgument(f"--cluster {cluster} is for --recompute: without it, no image is decoded. Leave it out.")
+        raise WrongArgument(
+            f"--cluster {cluster} is for --recompute: without --recompute, no image is decoded. Leave --cluster out."
+        )
     opened = Store.open(path_for(cluster, store))
     if not recompute:
         try:

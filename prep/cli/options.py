@@ -117,7 +117,7 @@ _RECORD_OPTIONS = (
         type=click.Choice(["keep", "bad"]),
         default="keep",
         show_default=True,
-        help="What to do with an input that is decoded, but with warnings (such as a JPEG that was cut short): keep it "
+        help="What to do with an input that is decoded, but with warnings (such as a truncated JPEG): keep it "
         "and list it, or treat it as a bad input.",
     ),
     click.option(

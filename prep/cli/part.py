@@ -24,7 +24,7 @@ def parse_part(part: str | None, cluster: str | None, dry_run: bool, restart: bo
     if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
         raise WrongArgument(f"--part {part}: expected I/N with I from 1 to N, for example 3/16.")
     if cluster is not None:
-        raise WrongArgument("--part is for builds without a cluster. Leave it out: --cluster divides the shards.")
+        raise WrongArgument("--part is for builds without a cluster. Leave --part out: --cluster divides the shards.")
     if dry_run:
         raise WrongArgument("--dry-run estimates the whole build. Leave out --part.")
     if restart:

@@ -204,7 +204,7 @@ def _with_pillow(content: bytes, options: DecodeOptions, use: Callable[[Image.Im
             # Formats with a short signature, which files of other formats may have, too.
             if not said and len(formats) > 1:
                 raise BadImage(unknown_format()) from None
-            raise BadImage(f"cannot be decoded: {'; '.join(said) or 'damaged or cut short'}") from None
+            raise BadImage(f"cannot be decoded: {'; '.join(said) or 'damaged or truncated'}") from None
         except Image.DecompressionBombError as error:
             (pixels,) = re.findall(r"\d+", str(error))[:1] or ("0",)
             raise BadImage(_too_many_pixels(options), limit="max_pixels", pixels=int(pixels)) from None

@@ -90,7 +90,7 @@ def prepare_photographs(
         for task, result in done:
             if isinstance(result, WorkerDied):
                 if result.index == NOT_STARTED:
-                    raise UserError(f"A worker process {result.describe()} before it read a file. Try again.")
+                    raise UserError(f"A worker process {result.describe()} before reading a file. Try again.")
                 crashed = f"the decoding process {result.describe()}"
                 result = BadImage(too_slow_text(TIME_LIMIT_S) if result.is_too_slow else crashed)
             yield task.path, result

@@ -65,7 +65,7 @@ def list_archive(path: Path, flat: bool, classes_are_given: bool = False) -> Fou
 
     If no image is in a folder, the list has no classes. The list also has no classes if `flat` is true and all images
     are in a single folder. A member is refused if it is neither a plain file nor a folder. A member is also refused if
-    its name leads out of the archive. An image is refused if a later member has the same name. For `classes_are_given`,
+    the name leads out of the archive. An image is refused if a later member has the same name. For `classes_are_given`,
     see list_folder. System folders and files, hidden files, and files beside class folders are ignored. Raises
     UserError for a file that is not a tar, is compressed, is damaged or is truncated.
     """
@@ -102,7 +102,7 @@ def checked_name(name: bytes, is_folder: bool, hidden: set[bytes] | None = None)
     if is_folder and not parts:
         return b"", ""
     if name.startswith(b"/") or b".." in parts or b"" in parts:
-        return name, "its name leads out of the archive"
+        return name, "the name leads out of the archive"
     if len(parts) > MAX_DEPTH:
         return name, f"in more than {MAX_DEPTH} folders"
     first_hidden = next((k for k, part in enumerate(parts) if part.startswith(b".")), None)

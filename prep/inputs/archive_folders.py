@@ -97,8 +97,8 @@ def refuse_folders_in_class_tars(where: str, tars: Sequence[ClassTar]) -> None:
             name = name_text(tar.inner[own[0]] if own else next(iter(tar.inner.values())))
             raise UserError(
                 f"{where}: {name_text(tar.class_name)}.tar has its images in folders ({name}), so it is unclear "
-                "whether the tars or the folders are the classes. Unpack the tars into one folder and name it as "
-                "SOURCE, or make a tar for each class without folders."
+                "whether the tars or the folders are the classes. Unpack the tars into one folder and name this folder "
+                "as SOURCE, or make a tar for each class without folders."
             )
 
 

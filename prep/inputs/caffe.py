@@ -124,7 +124,7 @@ def list_caffe_lmdbs(
         for _, result in runner.map(_list_lmdb, [str(folder)], on_progress):
             if isinstance(result, WorkerDied):
                 raise UserError(
-                    f"{folder}: the process that read this LMDB {result.describe()}: the LMDB is damaged or cut short."
+                    f"{folder}: the process that read this LMDB {result.describe()}: the LMDB is damaged or truncated."
                 )
             keys, labels, sizes = result
             for key, label, size in zip(keys, labels, sizes, strict=True):
@@ -191,7 +191,7 @@ def _list_lmdb(folder: str, task_progress: TaskProgress) -> tuple[list[bytes], l
     The label is None if the record is not a Datum with a label.
     """
     keys, labels, sizes = [], [], []
-    for key, value in lmdb_shard.read(Path(folder), "Check that it is a complete LMDB from Caffe."):
+    for key, value in lmdb_shard.read(Path(folder), "Check that the folder is a complete LMDB from Caffe."):
         try:
             label = parse_fields(value, len(value)).get(LABEL)
         except DatumError:

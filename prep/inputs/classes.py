@@ -230,7 +230,7 @@ def with_classes(
             rows.append(f"Only in {owner}: {examples(missing)}.")
         advice = "All splits of a store must have the same classes."
         if not new:
-            advice += " To build a split that lacks some of them, pass --allow-empty-classes."
+            advice += " To build a split that lacks some of these classes, pass --allow-empty-classes."
         raise UserError(counts + " ".join(rows) + " " + advice)
     return listing.relabelled([position[composed(name)] for name in found])
 

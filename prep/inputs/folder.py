@@ -283,7 +283,7 @@ class _Walk:
         if packed:
             raise UserError(
                 f"{name_text(self.folder)}: {len(packed):,} class tars that are not unpacked ({examples(packed)}) "
-                f"beside {count_noun(len(classes), 'class folder')}. Unpack the rest, each into a folder of its own."
+                f"beside {count_noun(len(classes), 'class folder')}. Unpack the other tars, each into its own folder."
             )
 
     def _refuse_links(self, parent: bytes, links: Sequence[_Entry]) -> None:
@@ -329,7 +329,7 @@ def _entries(folder: bytes, base: bytes, follow_links: bool) -> Iterator[_Entry]
                 if entry.is_symlink() and not follow_links:
                     target = os.path.realpath(entry.path, strict=True)
                     if not target.startswith(base):
-                        reason = f"a symbolic link out of the source, to {name_text(target)}; --follow-links follows it"
+                        reason = f"a symbolic link out of the source, to {name_text(target)}; see --follow-links"
                         is_folder = os.path.isdir(target)
                         yield _Entry(entry.name, 0, 0, 0, reason, is_folder, not is_folder)
                         continue

@@ -76,7 +76,7 @@ def iterate_members(
     file.seek(start)
     file.allow_header()
     if file.read(6).startswith(_COMPRESSED):
-        raise UserError(f"{path} is compressed, so nothing in it can be read in place. Decompress it first.")
+        raise UserError(f"{path} is compressed, so its members cannot be read directly. Decompress it first.")
     file.seek(start)
     try:
         tar = tarfile.TarFile(fileobj=file, mode="r", encoding="utf-8", errors="surrogateescape", **_NO_MEMBER_LIST)
@@ -90,7 +90,7 @@ def iterate_members(
             member_end = member.offset_data + (member.size if member.isreg() else 0)
             if member_end > end:
                 raise UserError(
-                    f"{path} is cut short: {_text(member)} ends at byte {member_end:,} of {end:,}. Download it again."
+                    f"{path} is truncated: {_text(member)} ends at byte {member_end:,} of {end:,}. Download it again."
                 )
             if progress is not None:
                 progress.update(min(member.offset_data, progress.total))
@@ -107,7 +107,7 @@ def iterate_members(
         raise UserError(f"{damaged} {tar.offset + zeros:,}. Download it again.")
     if not tarfile.BLOCKSIZE <= zeros <= _MAX_PADDING_BYTES:
         raise UserError(
-            f"{path} is cut short: {zeros:,} zero bytes follow byte {tar.offset:,}; a complete archive ends with "
+            f"{path} is truncated: {zeros:,} zero bytes follow byte {tar.offset:,}; a complete archive ends with "
             f"{2 * tarfile.BLOCKSIZE:,} to {_MAX_PADDING_BYTES:,} zero bytes. Download it again."
         )
 

@@ -98,7 +98,7 @@ def _open_stores(sources: Sequence[Path], target: Path) -> list[Store]:
             if other != store.root:
                 raise UserError(
                     f"{other} and {store.root}: the split {name} has the same fingerprint in both "
-                    f"({split.fingerprint[:16]}), so its photographs would be there twice. Leave one of them out."
+                    f"({split.fingerprint[:16]}), so its photographs would be merged twice. Leave one store out."
                 )
     return stores
 
@@ -121,8 +121,8 @@ def _common_settings(stores: Sequence[Store]) -> Settings:
             if value != getattr(common, name) and name not in free:
                 raise UserError(
                     f"{store.root}: {name} {value}, another of the stores has {getattr(common, name)}. Stores can be "
-                    "merged only if their records have the same form: build one of them again with the settings of the "
-                    "other."
+                    "merged only if their records have the same form: build one of the stores again with the "
+                    "settings of the other store."
                 )
         if store.settings.seed != common.seed:
             say(f"{store.root}: order seed {store.settings.seed}; the new store has {common.seed}, as the first store.")
@@ -184,7 +184,7 @@ def _begin_or_resume(plan: BuildPlan, target: Path, restart: bool) -> None:
         if json.loads(path.read_bytes()).get("digest") != plan.digest:
             raise UserError(
                 f"{target} holds an unfinished merge of other records. Name the same stores in the same order, pass "
-                "--restart to discard it, or choose another --store."
+                "--restart to discard the unfinished merge, or choose another --store."
             )
         return
     if plan.work_dir.exists() and any(plan.work_dir.iterdir()):
@@ -247,7 +247,7 @@ def _copy_shards(plan: BuildPlan, shards: tuple[SourceShard, ...], runner: Runne
             if isinstance(result, WorkerDied):
                 raise UserError(
                     f"{task.folder}: a worker process {result.describe()}. Run the same command again: finished shards "
-                    f"are kept. If it happens again: {ADVICE}"
+                    f"are kept. If this error occurs again: {ADVICE}"
                 )
 
 

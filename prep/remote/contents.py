@@ -54,7 +54,7 @@ def read_manifest(folder: Folder) -> tuple[Store, bytes]:
             Store.open(folder.name)  # raises a StoreError that says what the folder contains
         unfinished = folder.states([SOURCE])
         hint = "a copy was not finished: run the same alexprep copy again" if unfinished else "not a store"
-        raise StoreError(f"{folder.name}: no {MANIFEST} in it ({hint}).") from None
+        raise StoreError(f"{folder.name}: the folder has no {MANIFEST} ({hint}).") from None
     store = Store.parse(Path(folder.name), content, folder.name)
     written = json.loads(content)
     checksum = written.pop("checksum", None)

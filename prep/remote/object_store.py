@@ -55,7 +55,7 @@ def _obstore(scheme: str) -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] != "obstore":
             raise
-        hint = f"Install it with: {pip_command('remote')}"
+        hint = f"Install obstore with: {pip_command('remote')}"
         raise UserError(f"{scheme}:// needs obstore, which is not installed. {hint}") from None
     module: ModuleType = obstore
     return module
@@ -189,7 +189,7 @@ class ObjectFolder:
         exceptions = self._obstore.exceptions
         if "NoSuchBucket" in text or (isinstance(error, FileNotFoundError) and not path):
             raise UserError(
-                f"{self.name}: there is no bucket {self._bucket}. Create it, or correct the name."
+                f"{self.name}: there is no bucket {self._bucket}. Create the bucket, or correct its name."
             ) from None
         if isinstance(error, FileNotFoundError):
             raise FileNotFoundError(2, "no such object", where) from None

@@ -198,10 +198,10 @@ class Store:
         if not root.exists():
             if root.parts and root.parts[0] in ("s3:", "gs:", "file:"):
                 raise StoreError(
-                    f"{root}: a store is read from a local folder. Copy it first with: alexprep copy URL FOLDER"
+                    f"{root}: a store is read from a local folder. First copy the store with: alexprep copy URL FOLDER"
                 )
             raise StoreError(
-                f"{root}: no such store. Build one with: alexprep build-lmdb SOURCE --store {shell_quoted(root)}"
+                f"{root}: no such store. Build a store with: alexprep build-lmdb SOURCE --store {shell_quoted(root)}"
             )
         try:
             content = path.read_bytes()
@@ -213,7 +213,7 @@ class Store:
                 hint = "a merge was not finished: run the same alexprep merge again"
             elif root.is_dir() and any((root / s).is_dir() for s in SPLITS):
                 hint = "a build was not finished: run the same alexprep build-lmdb again"
-            raise StoreError(f"{root}: no manifest.json in it ({hint}).") from None
+            raise StoreError(f"{root}: the folder has no manifest.json ({hint}).") from None
         except OSError as error:
             raise StoreError(f"{path}: cannot be read ({error}). Build the store again.") from None
         return Store.parse(root, content)
@@ -236,7 +236,7 @@ class Store:
         if data.get("schema") != SCHEMA:
             raise StoreError(
                 f"{name} was built with store version {data.get('schema')}; this program reads version {SCHEMA}. "
-                "Build the store again, or install the alexnet release that wrote it."
+                "Build the store again, or install the alexnet release that wrote the store."
             )
         try:
             splits = {}
@@ -291,7 +291,7 @@ class Store:
         except (OSError, ValueError) as error:
             if isinstance(error, StoreError):
                 raise
-            hint = f"Write it with: alexprep pca-stats --store {self.root} --split {split}"
+            hint = f"Write the file with: alexprep pca-stats --store {self.root} --split {split}"
             raise StoreError(f"{path}: cannot be read ({error}). {hint}") from None
 
     def mean_image(self, split: str = "train") -> npt.NDArray[np.float32]:

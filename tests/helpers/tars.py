@@ -64,22 +64,22 @@ def pax_with_size(size: str, member: int = 0) -> bytes:
 # Ways to damage an archive with the members THREE, each with a part of the expected error message.
 DAMAGED: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "cut in a header": (lambda tar: tar[: MEMBER_BYTES + 200], "byte"),
-    "cut after a header": (lambda tar: tar[: MEMBER_BYTES + BLOCK], "cut short"),
-    "cut in the data": (lambda tar: tar[: MEMBER_BYTES + BLOCK + 300], "cut short"),
+    "cut after a header": (lambda tar: tar[: MEMBER_BYTES + BLOCK], "truncated"),
+    "cut in the data": (lambda tar: tar[: MEMBER_BYTES + BLOCK + 300], "truncated"),
     "cut in the padding": (lambda tar: tar[: 2 * MEMBER_BYTES - 100], "byte"),
-    "cut between members": (lambda tar: tar[: 2 * MEMBER_BYTES], "cut short"),
-    "cut after the last member": (lambda tar: tar[: 3 * MEMBER_BYTES], "cut short"),
+    "cut between members": (lambda tar: tar[: 2 * MEMBER_BYTES], "truncated"),
+    "cut after the last member": (lambda tar: tar[: 3 * MEMBER_BYTES], "truncated"),
     "one bit of a header": (lambda tar: overwritten(tar, MEMBER_BYTES + 10, b"\x07"), "damaged"),
     "a checksum": (lambda tar: overwritten(tar, MEMBER_BYTES + 148, b"777777"), "damaged"),
     "a header of zeros": (lambda tar: overwritten(tar, MEMBER_BYTES, bytes(BLOCK)), "damaged"),
     "two blocks of zeros": (lambda tar: overwritten(tar, MEMBER_BYTES, bytes(2 * BLOCK)), "damaged"),
     "a member of zeros": (lambda tar: overwritten(tar, MEMBER_BYTES, bytes(MEMBER_BYTES)), "damaged"),
     "a header of noise": (lambda tar: overwritten(tar, MEMBER_BYTES, bytes(range(256)) * 2), "damaged"),
-    "zeros to a far end": (lambda tar: tar[: 2 * MEMBER_BYTES] + bytes(20 << 20), "cut short"),  # preallocated file
+    "zeros to a far end": (lambda tar: tar[: 2 * MEMBER_BYTES] + bytes(20 << 20), "truncated"),  # preallocated file
     "another archive behind": (lambda tar: tar + tar_of([("n3/d.JPEG", A)]), "damaged"),
     "text behind": (lambda tar: tar + b"the end", "damaged"),
-    "size beyond the end": (lambda tar: with_second_member(tar, header(b"n1/x.JPEG", b"77777777777\0")), "cut short"),
-    "size of 2^88": (lambda tar: with_second_member(tar, header(b"n1/x.JPEG", b"\x80" + b"\x7f" * 11)), "cut short"),
+    "size beyond the end": (lambda tar: with_second_member(tar, header(b"n1/x.JPEG", b"77777777777\0")), "truncated"),
+    "size of 2^88": (lambda tar: with_second_member(tar, header(b"n1/x.JPEG", b"\x80" + b"\x7f" * 11)), "truncated"),
     "size below zero": (lambda tar: with_second_member(tar, header(b"n1/x", negative_size(-BLOCK))), "damaged"),
     "size far below zero": (
         lambda tar: with_second_member(tar, header(b"n1/x", negative_size(-MEMBER_BYTES - BLOCK))),
@@ -93,6 +93,6 @@ DAMAGED: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "a name's size beyond the end": (lambda tar: with_second_member(tar, header(b"L", b"77777777777\0", b"L")), "."),
     "pax size below zero": (lambda tar: pax_with_size("-1024"), "damaged"),
     "pax size below zero of the last member": (lambda tar: pax_with_size("-1024", -1), "damaged"),
-    "pax size of 20 digits": (lambda tar: pax_with_size("9" * 20), "cut short"),
+    "pax size of 20 digits": (lambda tar: pax_with_size("9" * 20), "truncated"),
     "pax size of words": (lambda tar: pax_with_size("many"), "damaged"),
 }

@@ -134,7 +134,7 @@ class BuildBenchmark:
         """Return the command line of `alexprep build-lmdb`. Raises UserError if alexprep is not installed."""
         alexprep = Path(sysconfig.get_path("scripts")) / "alexprep"
         if not alexprep.exists():
-            raise UserError("alexprep is not installed beside this Python. Install it with: pip install -e .")
+            raise UserError("alexprep is not installed beside this Python. Install alexprep with: pip install -e .")
         options = ("--store", str(self.out), "--jobs", str(self.jobs), "--json")
         return (str(alexprep), "build-lmdb", str(self.pictures), *options)
 

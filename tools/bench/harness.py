@@ -158,7 +158,7 @@ def import_simplejpeg() -> ModuleType:
     try:
         import simplejpeg
     except ModuleNotFoundError:
-        raise UserError("simplejpeg is not installed. Install it with: pip install simplejpeg") from None
+        raise UserError("simplejpeg is not installed. Install simplejpeg with: pip install simplejpeg") from None
     module: ModuleType = simplejpeg
     return module
 

@@ -83,7 +83,7 @@ def dali_batches(store: Store, threads: int) -> Batches:
     try:
         dali: Any = import_module("nvidia.dali")
     except ModuleNotFoundError:
-        raise UserError(f"it is not installed. Install it with: {pip_command('cuda13')}") from None
+        raise UserError(f"NVIDIA DALI is not installed. Install DALI with: {pip_command('cuda13')}") from None
     fn, types = dali.fn, dali.types
     pipe = dali.Pipeline(batch_size=BATCH, num_threads=threads, device_id=None)
     with pipe:

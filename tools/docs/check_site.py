@@ -66,7 +66,7 @@ def main(site: Path) -> None:
     for path, address in remote:
         click.echo(f"{path}: loads {address}", err=True)
     if remote:
-        raise click.ClickException(f"{site}: {len(remote)} remote resources. Put them into docs/assets.")
+        raise click.ClickException(f"{site}: {len(remote)} remote resources. Put these files into docs/assets.")
     pages = len(list(site.rglob("*.html")))
     if not pages:
         raise click.ClickException(f"{site}: no page. Build the site first: make docs")

@@ -123,7 +123,7 @@ def main(capability: str, as_json: bool) -> None:
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise UserError("TRITON_INTERPRET is 1: Triton's interpreter compiles nothing. Unset the variable.")
     if importlib.util.find_spec("triton") is None:
-        raise UserError("Triton is not installed. Install it with: pip install triton")
+        raise UserError("Triton is not installed. Install Triton with: pip install triton")
     with progress("compiling", 4 * len(_LAYERS), "kernels") as counter:
         rows = report(int(capability), done=counter.advance)
     if as_json:

@@ -32,8 +32,8 @@ class TorchrunGroup(Group):
         if size > 1 and name not in FOR_REPLICAS and not {"-h", "--help"} & set(rest):
             together = f"{', '.join(FOR_REPLICAS[:-1])} and {FOR_REPLICAS[-1]}"
             raise WrongArgument(
-                f"alextrain {name} runs in one process, but torchrun has started {size}. Start it without torchrun: "
-                f"alextrain {name} … (Only {together} run in several processes.)"
+                f"alextrain {name} runs in one process, but torchrun has started {size}. Start this command without "
+                f"torchrun: alextrain {name} … (Only {together} run in several processes.)"
             )
         return name, command, rest
 

@@ -153,7 +153,9 @@ def known_errors(run: Run) -> tuple[float | None, float | None] | None:
 def _errors(config: RunConfig, group: ReplicaGroup) -> tuple[float | None, float | None]:
     run = Run.open(config)
     if "val" not in run.store.splits:
-        raise UserError(f"{config.store} has no split val, on which ablations are compared. Build it with --split val.")
+        raise UserError(
+            f"{config.store} has no split val, on which ablations are compared. Build this split with --split val."
+        )
     known = group.on_first(lambda: known_errors(run))
     if known is not None:
         say(f"{config.run_dir}: trained and measured before.")

@@ -46,8 +46,8 @@ class EventFile:
             from tensorboard.summary.writer.record_writer import RecordWriter
         except ImportError:
             raise NoTensorBoard(
-                "TensorBoard event files are not written: tensorboard is not installed. Install it with: "
-                + pip_command("tensorboard")
+                "TensorBoard event files are not written: tensorboard is not installed. Install "
+                "tensorboard with: " + pip_command("tensorboard")
             ) from None
         self._event, self._summary, self._writer = Event, Summary, RecordWriter
         self._left_out = {"top1_error", "top5_error"} - {key for _, key in shown_errors(classes)}

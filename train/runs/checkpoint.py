@@ -262,7 +262,7 @@ def load_latest(run_dir: Path) -> Checkpoint | None:
             continue
         expected = path_of(run_dir, state.step)
         if path != expected:
-            raise UserError(f"{path}: holds step {state.step:,}. Rename it to {expected.name}, or move it away.")
+            raise UserError(f"{path}: holds step {state.step:,}. Rename the file to {expected.name}, or move it away.")
         return state
     if paths:
         raise UserError(f"{run_dir}: none of its {len(paths)} checkpoints can be read. Name a new --run-dir.")
@@ -279,7 +279,7 @@ def load(run_dir: Path, which: str = "last") -> Checkpoint:
         state = load_latest(run_dir)
         if state is None:
             raise UserError(
-                f"{run_dir}: has no checkpoint. Train it with: alextrain run --run-dir {shell_quoted(run_dir)}"
+                f"{run_dir}: has no checkpoint. Train the run with: alextrain run --run-dir {shell_quoted(run_dir)}"
             )
         return state
     path = run_dir / BEST if which == "best" else Path(which)

@@ -106,6 +106,6 @@ def check_single_run(path: Path) -> None:
     ensemble = read_ensemble(path)
     if ensemble is not None:
         raise UserError(
-            f"{path}: an ensemble of {ensemble.members} networks, not a single run. Name one of its members, such as "
-            f"{member_dir(path, 1)}."
+            f"{path}: an ensemble of {ensemble.members} networks, not a single run. Name one of its members, "
+            f"such as {member_dir(path, 1)}."
         )

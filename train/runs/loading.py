@@ -46,7 +46,7 @@ def load_trained(run_dir: Path, devices: Devices, which: str = "last") -> Traine
     if devices[0] == "cpu":
         keep_freed_memory()
     if not run_dir.exists():
-        raise UserError(f"{run_dir}: no such run. Train one with: alextrain run --run-dir {shell_quoted(run_dir)}")
+        raise UserError(f"{run_dir}: no such run. Train a run with: alextrain run --run-dir {shell_quoted(run_dir)}")
     check_single_run(run_dir)
     state = checkpoint.load(run_dir, which) if run_dir.is_dir() else checkpoint.read(run_dir)
     architecture, recipe = architecture_from_json(state.model), recipe_from_json(state.recipe)

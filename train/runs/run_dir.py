@@ -60,7 +60,7 @@ def read_description(run_dir: Path) -> dict[str, Any]:
     Raises UserError if the file is missing, cannot be read, or lacks a required part.
     """
     if not run_dir.is_dir():
-        raise UserError(f"{run_dir}: no such run. Train one with: alextrain run --run-dir {shell_quoted(run_dir)}")
+        raise UserError(f"{run_dir}: no such run. Train a run with: alextrain run --run-dir {shell_quoted(run_dir)}")
     path = run_dir / DESCRIPTION
     try:
         description = json.loads(path.read_bytes())

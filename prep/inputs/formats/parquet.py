@@ -88,7 +88,7 @@ class ParquetReader:
             mtime_ns = path.stat().st_mtime_ns
         if mtime_ns != item.mtime_ns:
             raise UserError(
-                f"{path} was changed after it was listed. Run the same command again when no program writes to it."
+                f"{path} was changed after it was listed. Run the command again when no program writes to the file."
             )
 
     def head(self, item: Input, size: int) -> bytes:
@@ -158,7 +158,7 @@ def _pyarrow_parquet() -> ModuleType:
         import pyarrow.parquet
     except ImportError:
         raise UserError(
-            "Parquet files need pyarrow. Install it with: pip install pyarrow (the extra `parquet`)."
+            "Parquet files need pyarrow. Install pyarrow with: pip install pyarrow (the extra `parquet`)."
         ) from None
     module: ModuleType = pyarrow.parquet
     return module

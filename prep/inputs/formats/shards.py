@@ -143,8 +143,8 @@ def refuse_unreadable(paths: Sequence[Path], suffix: str) -> None:
     packed = [path.name for path in paths if _COMPRESSED_TAR.fullmatch(path.name) and path.is_file()]
     if packed:
         raise UserError(
-            f"{paths[0].parent}: {examples(packed)}: compressed, so nothing in it can be read in place. Decompress it, "
-            "or move it away if it is not a part of the data set."
+            f"{paths[0].parent}: {examples(packed)}: compressed, so its members cannot be read directly. Decompress "
+            "it, or move it away if it is not a part of the data set."
         )
 
 

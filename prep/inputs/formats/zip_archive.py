@@ -93,7 +93,7 @@ class ZipReader:
             while not decompressor.eof and len(content) < max_bytes:
                 block = file.read_at(position, _CHUNK_BYTES)
                 if not block:
-                    raise BadImage("cut short in the zip archive")
+                    raise BadImage("truncated in the zip archive")
                 position += len(block)
                 content += decompressor.decompress(block, max_bytes - len(content))
                 while not decompressor.eof and len(content) < max_bytes and _has_more(decompressor):
@@ -174,7 +174,9 @@ def zip_layout(path: Path) -> ZipLayout:
         return ZipLayout({}, is_tiny, labels)
     if double:
         first, second = (name_text(folder) for folder in double[1:])
-        raise UserError(f"{path}: {first} and {second} are both the split {double[0]}. Unpack one of them on its own.")
+        raise UserError(
+            f"{path}: {first} and {second} are both the split {double[0]}. Unpack one of these folders separately."
+        )
     test = found.pop("test", None)
     if test and found:
         say(f"{path}: the folder {name_text(test)} is left out.")

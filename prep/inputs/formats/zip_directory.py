@@ -55,7 +55,7 @@ def count_entries(path: Path) -> int:
 
 def iterate_entries(path: Path) -> Iterator[ZipEntry]:
     """Yield the entries of the central directory. Raises UserError if the archive is damaged or truncated."""
-    damaged = f"{path} is not a zip archive, or is damaged or cut short"
+    damaged = f"{path} is not a zip archive, or is damaged or truncated"
     try:
         with open(path, "rb") as file:
             start, size, count, shift = _find_directory(file)
@@ -114,7 +114,7 @@ def _entries(file: BinaryIO, size: int, start: int, shift: int) -> Iterator[ZipE
         if len(block) - at < _ENTRY.size + 3 * _MAX_COMMENT and left:
             more = file.read(min(left, _READ_BYTES))
             if not more:
-                raise ValueError("the directory is cut short")
+                raise ValueError("the directory is truncated")
             left -= len(more)
             block, at = block[at:] + more, 0
         fields = _ENTRY.unpack_from(block, at)
@@ -127,7 +127,7 @@ def _entries(file: BinaryIO, size: int, start: int, shift: int) -> Iterator[ZipE
         extra = block[at + name_bytes : at + name_bytes + extra_bytes]
         at += name_bytes + extra_bytes + comment_bytes
         if at > len(block):
-            raise ValueError("the directory is cut short")
+            raise ValueError("the directory is truncated")
         plain_size, _, offset = _with_zip64(extra, fields[11], fields[10], fields[18])
         if system == _DOS:
             name = name.replace(b"\\", b"/")

@@ -230,8 +230,8 @@ def _refuse_unknown_header(file: Path, rows: Sequence[Row], images: ImageNames) 
     if others and all(images.find(row.name) is not None for row in others):
         raise UserError(
             f"--labels {file}, line {first.line}: no image is called {first.name[:60]}, and no other line has the "
-            f"label {first.label[:60]}. If this line has the names of the columns, call them filename and label; "
-            "otherwise remove it."
+            f"label {first.label[:60]}. If this line has the names of the columns, call the columns filename and "
+            "label; otherwise remove the line."
         )
 
 

@@ -293,6 +293,6 @@ def _file_beside(root: Path, parent: Path, split: str) -> Path | None:
     if len(candidates) > 1:
         raise UserError(
             f"{root}: the images have no class folders, and {len(candidates)} files look like label files: "
-            f"{examples([str(path) for path in sorted(candidates)])}. Name one of them with --labels FILE."
+            f"{examples([str(path) for path in sorted(candidates)])}. Name one of these files with --labels FILE."
         )
     return next(iter(candidates), None)

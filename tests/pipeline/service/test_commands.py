@@ -85,7 +85,7 @@ def test_a_service_is_started_used_shown_and_stopped(alexstream: Commands) -> No
 
 def test_status_without_a_name_shows_all_services_of_the_cluster(alexstream: Commands) -> None:
     nothing = alexstream.run("status")
-    assert nothing.exit_code == 0 and "has no services. Start one with: alexstream serve" in nothing.output
+    assert nothing.exit_code == 0 and "has no services. Start a service with: alexstream serve" in nothing.output
     for name in ("second", "first"):
         assert alexstream.serve(name, "--workers", "0:1").exit_code == 0
     assert alexstream.names() == ["first", "second"]
@@ -101,7 +101,9 @@ def test_a_name_that_is_taken_is_refused_and_its_service_goes_on(alexstream: Com
     assert alexstream.serve("taken").exit_code == 0
     before = alexstream.run("status", "--name", "taken", "--json").stdout
     error = alexstream.fails("serve", "--store", str(alexstream.store), "--name", "taken")
-    assert "service taken: the cluster already has a service of this name. Stop it with: alexstream stop" in error
+    assert (
+        "service taken: the cluster already has a service of this name. Stop the service with: alexstream stop" in error
+    )
     after = alexstream.run("status", "--name", "taken", "--json").stdout
     assert json.loads(after)["workers"] == json.loads(before)["workers"]
 
@@ -159,7 +161,9 @@ def test_without_ray_the_commands_say_how_to_install_it(
     monkeypatch.setenv("ALEXNET_STORE", str(store))
     result = CliRunner().invoke(main, [command])
     assert result.exit_code == 1
-    assert result.output.endswith("Error: Ray is not installed. Install it with: pip install 'ray[default]>=2.60,<3'\n")
+    assert result.output.endswith(
+        "Error: Ray is not installed. Install Ray with: pip install 'ray[default]>=2.60,<3'\n"
+    )
 
 
 def example_state(**changes: Any) -> dict[str, Any]:

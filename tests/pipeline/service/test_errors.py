@@ -65,7 +65,9 @@ def test_a_service_that_does_not_exist(store: Path, service: Service) -> None:
 
 
 def test_a_name_that_is_taken(store: Path, service: Service) -> None:
-    with pytest.raises(ServiceError, match=f"already has a service of this name. Stop it with: .* {service.name}"):
+    with pytest.raises(
+        ServiceError, match=f"already has a service of this name. Stop the service with: .* {service.name}"
+    ):
         start_service(service.cluster.ray, make_config(store, service.name, 1, 1, 1))
     assert service.status()["name"] == service.name  # the existing service is still running
 
@@ -154,5 +156,5 @@ def test_without_ray(store: Path) -> None:
     assert (ended.returncode, ended.stderr) == (0, "")
     assert ended.stdout.splitlines() == [
         "3",
-        "Ray is not installed. Install it with: pip install 'ray[default]>=2.60,<3'",
+        "Ray is not installed. Install Ray with: pip install 'ray[default]>=2.60,<3'",
     ]

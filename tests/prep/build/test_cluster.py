@@ -344,5 +344,5 @@ def test_without_ray_the_error_has_the_command_that_installs_it(tmp_path: Path) 
     script = "import sys; sys.modules['ray'] = None; from prep.cli import main; main()"
     words = ["build-lmdb", str(tmp_path), "--cluster", "local"]
     ended = subprocess.run([sys.executable, "-c", script, *words], capture_output=True, text=True, check=False)
-    expected = "Error: Ray is not installed. Install it with: pip install 'ray[default]>=2.60,<3'\n"
+    expected = "Error: Ray is not installed. Install Ray with: pip install 'ray[default]>=2.60,<3'\n"
     assert (ended.returncode, ended.stderr) == (1, expected)

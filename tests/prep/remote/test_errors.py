@@ -37,15 +37,15 @@ def failing(proxy: Proxy, prefix: str, path: str, method: str, status: int, code
 
 def test_a_missing_bucket_is_named(small_store: Path, copy: Copy, proxy: Proxy, tmp_path: Path) -> None:
     for source, target in ((small_store, "s3://no-such/store"), ("s3://no-such/store", tmp_path / "copy")):
-        with pytest.raises(UserError, match=r"^s3://no-such/store: there is no bucket no-such\. Create it, or"):
+        with pytest.raises(UserError, match=r"^s3://no-such/store: there is no bucket no-such\. Create the bucket, or"):
             copy(source, target)
     assert not (tmp_path / "copy").exists()
 
 
 def test_a_missing_store_is_named(small_store: Path, copy: Copy, proxy: Proxy, url: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=rf"^{url}: no manifest\.json in it \(not a store\)"):
+    with pytest.raises(UserError, match=rf"^{url}: the folder has no manifest\.json \(not a store\)"):
         copy(url, tmp_path / "copy")
-    with pytest.raises(UserError, match=r"nowhere: no such store\. Build one with"):
+    with pytest.raises(UserError, match=r"nowhere: no such store\. Build a store with"):
         copy(tmp_path / "nowhere", url)
 
 
@@ -53,7 +53,7 @@ def test_a_missing_store_is_named(small_store: Path, copy: Copy, proxy: Proxy, u
 def test_a_url_as_store_of_another_command_names_copy(url: str) -> None:
     result = CliRunner().invoke(main, ["verify", "--store", url])
     assert result.exit_code == 1
-    assert "a store is read from a local folder. Copy it first with: alexprep copy URL FOLDER" in result.stderr
+    assert "a store is read from a local folder. First copy the store with: alexprep copy URL FOLDER" in result.stderr
 
 
 @pytest.mark.parametrize("code", ["AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch"])
@@ -113,7 +113,7 @@ def test_without_obstore_the_error_names_the_extra(small_store: Path, monkeypatc
     open_folder.cache_clear()
     result = CliRunner().invoke(main, ["copy", str(small_store), "s3://bucket/store"])
     assert result.exit_code == 1
-    expected = "s3:// needs obstore, which is not installed. Install it with: pip install 'obstore>=0.12,<0.13'"
+    expected = "s3:// needs obstore, which is not installed. Install obstore with: pip install 'obstore>=0.12,<0.13'"
     assert result.stderr == f"Error: {expected}\n"
 
 

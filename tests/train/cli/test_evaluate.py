@@ -36,4 +36,4 @@ def test_a_missing_folder_for_out_is_refused_before_the_work(small_run: Path, tm
     }
     for command, (file, *others) in commands.items():
         error = refusal(command, small_run, *others, "--out", file, code=2)
-        assert error == f"Error: --out {file}: there is no folder {out}. Make it, or name another folder.\n"
+        assert error == f"Error: --out {file}: there is no folder {out}. Make this folder, or name another folder.\n"

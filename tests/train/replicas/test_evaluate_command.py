@@ -102,7 +102,9 @@ def test_other_commands_refuse_to_start_in_several_processes(monkeypatch: pytest
             monkeypatch.setenv(name, value)
         result = alextrain(command, "x", "--unknown")
         assert result.exit_code == 2 and result.stdout == "", result.output
-        expected = f"Error: alextrain {command} runs in one process, but torchrun has started 4. Start it without"
+        expected = (
+            f"Error: alextrain {command} runs in one process, but torchrun has started 4. Start this command without"
+        )
         assert result.stderr.startswith(expected) if rank == 0 else result.stderr == ""
         assert result.stderr.count("\n") == (rank == 0)
         assert alextrain(command, "--help").exit_code == 0

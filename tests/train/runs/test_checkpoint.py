@@ -191,7 +191,7 @@ def test_a_checkpoint_whose_step_differs_from_its_file_name_is_refused_and_other
     assert checkpoint.load(tmp_path).step == 4
     shutil.copy(paths[0], tmp_path / "checkpoint-00000009.pt")
     with pytest.raises(
-        UserError, match=r"00000009\.pt: holds step 3\. Rename it to checkpoint-00000003\.pt, or move it away"
+        UserError, match=r"00000009\.pt: holds step 3\. Rename the file to checkpoint-00000003\.pt, or move it away"
     ):
         checkpoint.load(tmp_path)
     assert len(list(tmp_path.iterdir())) == 6

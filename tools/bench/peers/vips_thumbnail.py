@@ -39,5 +39,7 @@ def make_jpeg(path: str) -> bytes:
 if __name__ == "__main__":
     os.environ["VIPS_CONCURRENCY"] = "1"
     if find_spec("pyvips") is None:
-        raise SystemExit("pyvips is not installed in this environment. Install it with: pip install 'pyvips[binary]'")
+        raise SystemExit(
+            "pyvips is not installed in this environment. Install pyvips with: pip install 'pyvips[binary]'"
+        )
     take_lmdb_turn(f"pyvips {version('pyvips')}", make_jpeg, load_vips)

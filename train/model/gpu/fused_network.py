@@ -109,7 +109,10 @@ class FusedNetwork:
             return joined
         if not self._said:
             self._said = True
-            say("Layer 2: normalization within a map has no fused kernel. PyTorch operators compute it, more slowly.")
+            say(
+                "Layer 2: normalization within a map has no fused kernel. PyTorch operators compute this "
+                "normalization, which is slower."
+            )
         (joined,) = apply_epilogue(split, biases, replace(epilogue, pool_px=0), joined=True)
         normalized = within_map_norm(joined, **vars(self.recipe.within_map))
         no_bias = normalized.new_zeros(normalized.shape[1], dtype=torch.float32)

@@ -161,7 +161,7 @@ def test_a_lost_service_is_left_when_no_thread_waits_in_ray(monkeypatch: pytest.
     monkeypatch.setattr(client, "LOST_S", 0.3)
     consumer = ServiceClient("s", StreamKey(1, "train", "fingerprint", 0, 1, 0, 1, "random", 0), lambda: 0.0)
     request = WindowRequest("train", np.zeros(1, np.int64), np.zeros((1, 2), np.int32), 224)
-    with pytest.raises(ServiceLost, match="service s is lost: it has not answered for"):
+    with pytest.raises(ServiceLost, match="service s is lost: the service has not answered for"):
         consumer.fetch(0, [request])
     consumer.close()
     assert waiting_at_exit == [0]

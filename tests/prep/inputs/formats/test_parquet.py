@@ -190,7 +190,7 @@ def test_missing_columns_and_damaged_files_are_errors(tmp_path: Path, monkeypatc
             list_source(path, "train")
         assert "\n" not in str(error.value)
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
-    with pytest.raises(UserError, match=r"Install it with: pip install pyarrow"):
+    with pytest.raises(UserError, match=r"Install pyarrow with: pip install pyarrow"):
         list_source(path, "train")
 
 

@@ -99,7 +99,7 @@ def test_a_compressed_or_damaged_shard_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"x\.tar is not a tar archive, or is damaged"):
         list_source(find_splits(path, None, "webdataset")["train"], "train")
     path.write_bytes(gzip.compress(content))
-    with pytest.raises(UserError, match=r"is compressed, so nothing in it can be read in place"):
+    with pytest.raises(UserError, match=r"is compressed, so its members cannot be read directly"):
         list_source(path, "train")
 
 

@@ -48,7 +48,7 @@ def test_unsafe_members_are_refused_by_name_and_nothing_is_written(tmp_path: Pat
     source = list_source(path, "train")
     assert [item.path for item in source.inputs] == [b"n1/a.jpg"]
     reasons = dict(source.refused)
-    assert {name: reasons[name] for name in outside} == dict.fromkeys(outside, "its name leads out of the archive")
+    assert {name: reasons[name] for name in outside} == dict.fromkeys(outside, "the name leads out of the archive")
     assert reasons["n1/link.jpg"] == "a link, not a file"
     assert reasons["n1/pipe.jpg"] == "neither a plain file nor a folder"
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["x.zip"]
@@ -114,7 +114,7 @@ def test_a_damaged_archive_is_an_error_of_one_line(tmp_path: Path) -> None:
                     errors += 1
     assert errors > 20
     path.write_bytes(broken[3])
-    with pytest.raises(UserError, match=r"x\.zip is not a zip archive, or is damaged or cut short"):
+    with pytest.raises(UserError, match=r"x\.zip is not a zip archive, or is damaged or truncated"):
         list_source(path, "train")
 
 
