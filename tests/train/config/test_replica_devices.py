@@ -49,7 +49,8 @@ def test_gpu_numbers_are_refused_with_the_command_to_type(
         (
             "2",
             6,
-            "--gpus 2: 4 replicas on this machine need 8 GPUs, but the machine has 6. Pass --nproc-per-node 3 or --gpus 1 or",
+            "--gpus 2: 4 replicas on this machine need 8 GPUs, but the machine has 6. Pass --nproc-per-node 3 or "
+            "--gpus 1 or",
         ),
         ("1", 2, "need 4 GPUs, but the machine has 2. Pass --nproc-per-node 2 or --gpus cpu."),
         ("1", 0, "need 4 GPUs, but the machine has 0. Pass --gpus cpu."),
