@@ -21,7 +21,7 @@ from train.runs import checkpoint
 
 PAGE = (ROOT / "docs/guides/many-gpus.md").read_text()
 COMMANDS = [shlex.split(line) for line in re.findall(r"^    ((?:alextrain|torchrun) .*)$", PAGE, re.MULTILINE)]
-SMALL = str(Path(__file__).with_name("small_alextrain.py"))  # alextrain with a small network
+SMALL = str(ROOT / "tests/helpers/torchrun/small_alextrain.py")  # alextrain with a small network
 
 
 def with_full_paths(words: list[str], folder: Path) -> list[str]:
