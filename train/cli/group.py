@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import click
@@ -53,8 +54,15 @@ class TorchrunGroup(Group):
             raise
 
     def say_interrupted(self, ctx: click.Context) -> None:
-        """Print, on rank 0, that the command was interrupted."""
-        if torchrun_rank()[0] == 0:
+        """Print, on rank 0, that the command was interrupted.
+
+        Nothing is printed if torchrun has terminated this rank because of another rank's error, while this rank was
+        ending because of the same error.
+        """
+        error = sys.exception()
+        while error is not None and (not isinstance(error, OtherReplicaFailed) or is_stop(error.kind)):
+            error = error.__context__
+        if error is None and torchrun_rank()[0] == 0:
             super().say_interrupted(ctx)
 
 

@@ -152,7 +152,8 @@ def _run(group: ReplicaGroup, options: dict[str, Any], given: set[str]) -> None:
     with group.together():
         training = _open_run(group, options, given)
     check_same_run(group, training)
-    _say_description(training, fork or run_dir, quiet and not dry_run)
+    if group.is_first:  # the other ranks would print nothing
+        _say_description(training, fork or run_dir, quiet and not dry_run)
     if dry_run:
         from train.trainer.fork import preview_fork
 

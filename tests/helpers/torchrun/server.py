@@ -37,8 +37,11 @@ import pipeline.placement
 import train.cli
 import train.evaluation.predictions
 import train.experiments.ablate
+import train.model.summary
 import train.trainer.fork
-import train.trainer.loop  # noqa: F401
+import train.trainer.loop
+from tests.helpers.small_training import SMALL_ALEXNET
+from train.config.recipes import SHORT
 
 _PR_SET_PDEATHSIG = 1
 starter: Any = None  # in torchrun: a file for requests to the starter
@@ -169,6 +172,7 @@ def start(request: dict[str, Any]) -> int:
 
 def main() -> None:
     pipeline.placement.dali()
+    train.model.summary.summarize(3, SMALL_ALEXNET, SHORT)  # makes torch import its modules for tensors without values
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the starters leave no zombie processes
     for line in sys.stdin:
         pid = start(json.loads(line))

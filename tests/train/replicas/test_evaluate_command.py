@@ -8,6 +8,7 @@ import re
 import shutil
 from pathlib import Path
 
+import click
 import numpy as np
 import pytest
 
@@ -113,6 +114,22 @@ def test_other_commands_refuse_to_start_in_several_processes(monkeypatch: pytest
     monkeypatch.setenv("WORLD_SIZE", "1")
     monkeypatch.setenv("RANK", "0")
     assert "no such run" in alextrain("status", "/nowhere").stderr
+
+
+def test_a_rank_that_ends_because_of_another_rank_does_not_say_that_it_was_interrupted(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """SIGTERM of torchrun can come while rank 0 leaves the group after the error of another rank."""
+    context = click.Context(main, info_name="alextrain")
+    for kind, expected in (("StoreError", ""), ("Terminated", "Interrupted.")):
+        try:
+            try:
+                raise OtherReplicaFailed("the record is damaged", 1, kind)
+            finally:
+                raise Terminated
+        except Terminated:
+            main.say_interrupted(context)
+        assert capsys.readouterr().err.startswith(expected) and bool(expected) == (kind == "Terminated")
 
 
 def test_a_refused_command_prints_one_line(torchrun: TorchrunServer, trained_run: Path) -> None:
