@@ -71,5 +71,7 @@ def write_error_file(text: str, is_own: bool) -> None:
     if not path:
         return
     extra = {"py_callstack": text, "timestamp": str(int(time.time()) + (-1 if is_own else 1))}
-    with suppress(OSError), open(path, "w") as file:
-        json.dump({"message": {"message": text, "extraInfo": extra}}, file)
+    with suppress(OSError):
+        with open(f"{path}.partial", "w") as file:
+            json.dump({"message": {"message": text, "extraInfo": extra}}, file)
+        os.replace(f"{path}.partial", path)  # torchrun ends with a traceback if a kill leaves an incomplete file
