@@ -4,9 +4,9 @@
 
 Run the command from the root of a checkout, or with the checkout on PYTHONPATH. The project need not be installed.
 Triton needs a C compiler. Without a compiler, the network uses PyTorch's operators. The printed line `triton` then
-gives the reason. The plan is that all parts together take under five minutes on an H200 with 16 CPU cores. --help lists
-the parts with their planned times, and --only chooses parts. At the end, the program names the parts that took longer
-than planned.
+gives the reason for not using Triton. The plan is that all parts together take under five minutes on an H200 with 16
+CPU cores. --help lists the parts with their planned times, and --only chooses parts. At the end, the program names the
+parts that took longer than planned.
 
 --make-stores makes photographs and a store of 24,000 records of each format, unless the folder has them. With --store
 and --ppm-store, other stores are used. A store of 3,200 records is enough for every part except `runs`, because the

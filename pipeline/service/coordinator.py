@@ -130,7 +130,7 @@ class Coordinator:
         return Answer((block.pixels,), block.labels)
 
     async def alive(self, call: Call) -> Health:
-        """Note that a consumer is still running. Each consumer calls this method every few seconds."""
+        """Record that a consumer is still running. Each consumer calls this method every few seconds."""
         await self._hear(call)
         self._metrics.waited(call.waited_s)
         assert self._group is not None

@@ -41,8 +41,8 @@ def plot_colors(store: Store, split: str, stats: ColorStats, out: Path) -> None:
     """Draw `stats` and a sample of the split's pixels into a .png or .svg file.
 
     Equal data give equal bytes of the file. Reads at most MAX_RECORDS records. Raises UserError if matplotlib is
-    missing, if the extension is unknown or if the file cannot be written. An existing file is then kept. Raises
-    StoreError if a record is damaged; the error names the shard and the key of the record.
+    missing, if the extension is unknown or if the file cannot be written. If UserError is raised, an existing file is
+    kept. Raises StoreError if a record is damaged; the error names the shard and the key of the record.
     """
     format = figure_format(out, "--plot")
 

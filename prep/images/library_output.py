@@ -19,7 +19,7 @@ _before: list[int] = []  # a copy of the descriptor of standard error, while sta
 
 
 def _reset_in_child() -> None:
-    """In a forked child, undo what another thread of the parent was doing.
+    """In a forked child, undo a redirection of standard error by another thread of the parent.
 
     The other thread does not exist in the child.
     """

@@ -9,7 +9,7 @@ Python's tarfile parses the headers. This module works around these problems of 
 -   tarfile keeps a list of all members in memory, which takes a gigabyte for ImageNet. Since Python 3.13, tarfile keeps
     no list if `stream` is true. In versions of Python before 3.13, this module empties the list after each member.
 -   tarfile treats a damaged header as the end of the archive. This module therefore checks that all bytes after the
-  apparent end are zero. In a complete archive they are zero.
+  apparent end are zero. In a complete archive, these bytes are zero.
 -   If a PAX header has a negative size, newer versions of Python set `offset` to a wrong position. tarfile then either
     treats this position as the end of the archive, or returns the second member in place of the first. This module
     therefore compares `offset` with the end of the previous member.
@@ -40,7 +40,8 @@ _NO_MEMBER_LIST: dict[str, Any] = {"stream": True} if sys.version_info >= (3, 13
 class BoundedFile(io.BufferedReader):
     """A file that limits reads.
 
-    The limits are MAX_HEADER_BYTES at once, and 2·MAX_HEADER_BYTES between two calls of `allow_header`.
+    The limits are MAX_HEADER_BYTES for one read, and 2·MAX_HEADER_BYTES for all reads between two calls of
+    `allow_header`.
     """
 
     def __init__(self, path: Path) -> None:

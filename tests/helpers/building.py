@@ -41,7 +41,10 @@ class Stopped(Exception):
 
 
 class InlineRunner:
-    """The runner of most tests. Like a worker process, it runs tasks with one BLAS thread, but in this process."""
+    """Runs the tasks of a build in the process of the test.
+
+    Most tests use this runner. As in a worker process, tasks run with one BLAS thread.
+    """
 
     jobs = 1
 

@@ -31,7 +31,7 @@ class Expected:
     orientation: int = 1
     # Whether the file is kept with a warning of the decoder; None: on some machines with, on others without a warning.
     is_warned: bool | None = False
-    bad_if_whole: str = ""  # the same expression for a file that is bad only with --keep-aspect
+    bad_if_whole: str = ""  # regular expression that matches the reason for a file that is bad only with --keep-aspect
 
 
 KEPT = Expected()

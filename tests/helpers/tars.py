@@ -1,6 +1,6 @@
 """Tar archives for tests.
 
-tarfile writes them, or this module writes their headers if no library would write such an archive.
+tarfile writes most archives; this module writes the headers of archives that no library would write.
 """
 
 from __future__ import annotations

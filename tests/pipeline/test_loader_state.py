@@ -259,7 +259,7 @@ def test_dtype_and_device_are_names_or_objects_of_torch(numbered_store: Path) ->
 
 
 def test_channel_stats_are_mean_and_std_of_the_training_pixels(stores: dict[str, Path]) -> None:
-    """The squares of a ppm store are the pixels that the build summed."""
+    """A ppm store holds exactly the pixels that the build summed."""
     with train_loader(stores["ppm"], 5, threads=1) as loader:
         levels, unit = loader.channel_stats(), loader.channel_stats(max_value=1)
     squares = stored_squares(Store.open(stores["ppm"]), "train")

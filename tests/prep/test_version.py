@@ -1,8 +1,8 @@
 """prep.version, and the three commands run from a checkout that is not installed.
 
 `not_installed` holds the environment variables for commands in a checkout that is not installed. PYTHONPATH has two
-folders. One has the packages and pyproject.toml, and the other has links to all installed packages except alexnet.
-`python -S` ignores site-packages.
+folders. One folder has the packages and pyproject.toml. The other folder has links to all installed packages except
+alexnet. `python -S` ignores site-packages.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ def test_version_of_a_checkout(content: bytes | None, expected: str, tmp_path: P
 
 
 def test_hints_name_the_packages_of_the_extras_and_no_extra_of_this_project() -> None:
-    """pip can install `alexnet[figures]` only from a checkout, but each package of this extra from its index."""
+    """`alexnet[figures]` is installed from a checkout, and the packages of this extra from the package index."""
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     assert {name: list(packages) for name, packages in PACKAGES.items()} == {name: extras[name] for name in PACKAGES}
     assert shlex.split(pip_command("cluster")) == ["pip", "install", "ray[default]>=2.60,<3"]

@@ -115,7 +115,8 @@ def our_batches(store: Store, threads: int, mean: str = "channel") -> Batches:
 
 
 def jpeg_store(store: Path | None, work_dir: Path, threads: int) -> Store:
-    """Return the store of a benchmark, which has JPEG records. None: a new store of the pictures of tools.photo_digits.
+    """Return the store of a benchmark, which has JPEG records. If `store` is None, makes a new store of the pictures of
+    tools.photo_digits.
 
     Raises UserError for a store of PPM records.
     """

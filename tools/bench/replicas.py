@@ -5,9 +5,10 @@ replicas           two processes (--replicas), each with an equal part of the ba
 replicas over TCP  the same, with the gradients exchanged by gloo over TCP, as between machines.
 one process        one process with all threads and the whole batch, as `alextrain run --gpus cpu` does.
 
-A step consists of forward pass, cross-entropy, backward pass, exchange and update of the network of the paper with the
-recipe `released`, in float32, on random images that are in memory. All processes exist during the whole measurement;
-only those of the contestant whose turn it is compute. The stream and the metrics of the training loop are not measured.
+A step consists of forward pass, cross-entropy, backward pass, exchange of gradients, and update. Each step trains the
+network of the paper with the recipe `released`, in float32, on random images that are in memory. All processes exist
+during the whole measurement, but only the processes of one contestant compute at a time. The stream and the metrics of
+the training loop are not measured.
 """
 
 from __future__ import annotations

@@ -107,7 +107,7 @@ def _markdown(rows: Sequence[Sequence[str]]) -> str:
 
 
 def page(text: str) -> str:
-    """Return the text of the page with the tables of today."""
+    """Return the text of the page with newly computed tables."""
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)
     return f"{before}{BEGIN}\n\n{tables()}\n{END}{after}"

@@ -51,7 +51,7 @@ def set_threads(group: ReplicaGroup, threads: int | None) -> int | None:
     """Set the number of CPU threads of torch, and return the number for the stream.
 
     threads  value of --threads; None: the usable cores, divided by the replicas on this machine that share them.
-             Without torchrun, None is returned, and torch keeps its own number
+             Without torchrun, None is returned, and torch keeps its own number of threads
     """
     if threads is None and group.launched:
         own = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))

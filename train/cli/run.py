@@ -147,7 +147,10 @@ def run(
 
 
 def _run(group: ReplicaGroup, options: dict[str, Any], given: set[str]) -> None:
-    """Train on one replica of a group. `options` has the parameters of `run`, `given` the names of the typed ones."""
+    """Train on one replica of a group.
+
+    `options` has the parameters of `run`, and `given` the names of the options that the user typed.
+    """
     run_dir, fork, quiet, dry_run = (options[name] for name in ("run_dir", "fork", "quiet", "dry_run"))
     with group.together():
         training = _open_run(group, options, given)
@@ -218,7 +221,10 @@ def _check_one_replica(ensemble: Ensemble, run_dir: Path) -> None:
 
 
 def _run_members(ensemble: Ensemble, options: dict[str, Any], given: set[str]) -> None:
-    """Train the members of an ensemble. `options` has the parameters of `run`, `given` the names of the typed ones."""
+    """Train the members of an ensemble.
+
+    `options` has the parameters of `run`, and `given` the names of the options that the user typed.
+    """
     run_dir, fork, dry_run, quiet = (options[name] for name in ("run_dir", "fork", "dry_run", "quiet"))
     runs = open_members(ensemble, options, given)
     runs[0].check_batch()

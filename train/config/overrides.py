@@ -96,7 +96,8 @@ def _apply(recipe: Recipe, path: str, value: str) -> Recipe:
         if after == before:
             return recipe
         if path == "augmentation.divisor" and after.divisor != 1:
-            after = replace(after, eval_divisor=None)  # evaluation is also divided by the number that the user gives
+            # Images in evaluation are also divided by the number that the user gives.
+            after = replace(after, eval_divisor=None)
         source = OVERRIDE_SOURCE
         if parts:
             source = f"{'.'.join(parts)} {OVERRIDE_SOURCE}; else: {recipe.sources[field]}"

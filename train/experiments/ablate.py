@@ -61,7 +61,7 @@ def plan_runs(
     recipe: str,
     settings: Sequence[str] = (),
     *,
-    only: Sequence[str] = (),  # names of the ablations to train; empty: all ablations The baseline is always trained
+    only: Sequence[str] = (),  # names of the ablations to train, besides the baseline; empty: all ablations
     seed: int = 0,
     stream_seed: int | None = None,
     seeds: int = 1,

@@ -16,7 +16,7 @@ _AVERAGED = ("loss", "top1_error", "top5_error")
 class EnsembleView:
     """Collects the log lines of the members, and shows them in another view.
 
-    Members can be at different steps. A line of a step is shown as soon as no member in training has yet to log this
+    Members can be at different steps. The line of a step is shown as soon as all members in training have logged this
     step. The shown line has the mean of the losses and errors, and the loss or error of each member.
     """
 
@@ -25,7 +25,7 @@ class EnsembleView:
         self.view, self._names = view, list(names)
         self._members = {name: _MemberView(self, name) for name in names}
         self._lengths: list[RunLength] = []
-        self._waiting: dict[tuple[int, str], dict[str, Line]] = {}  # by (step, kind), then by member
+        self._waiting: dict[tuple[int, str], dict[str, Line]] = {}  # log lines by (step, kind), then by member
         self._is_shown = False
 
     def member(self, name: str) -> ConsoleView:

@@ -19,13 +19,15 @@ src/caffe/solvers/sgd_solver.cpp of borisgin/nvcaffe, a fork of NVIDIA's Caffe):
 - λ is 1 if ‖w‖ or ‖g‖ is 0. With λ = 0, biases that start at 0 could not change.
 - λ is not limited. A later version of the authors' code, `larc_policy: "clip"`, limits γ · λ to γ.
 
-The authors' code differs from the paper, and from this module, in two points. In λ it uses one β for all parameters,
-even for parameters without weight decay. For such parameters this module uses 0. On a CPU, the authors' code computes
-‖g + β · w‖ instead of ‖g‖. Later versions of the authors' code leave β · ‖w‖ out of λ.
+The authors' code differs from the paper, and from this module, in two points. In λ, the authors' code uses one β for
+all parameters, even for parameters without weight decay. For parameters without weight decay, this module uses β = 0.
+On a CPU, the authors' code computes ‖g + β · w‖ instead of ‖g‖. Later versions of the authors' code leave β · ‖w‖ out
+of λ.
 
-A layer of a network with two columns is divided between the columns, which may be on two GPUs. The norms are those of
-the joined layer. The columns therefore have the same λ, and the network trains like a network with one column. Two GPUs
-exchange 2 · 16 sums of squares in each step. Norms and local rates stay on the device, so the host does not wait.
+A layer of a network with two columns is divided between the columns, which may be on two GPUs. The norms of a divided
+layer are those of the joined layer. The columns therefore have the same λ, and the network trains like a network with
+one column. Two GPUs exchange 2 · 16 sums of squares in each step. Norms and local rates stay on the device, so the host
+does not wait.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ class Agreement:
         self._group, self._uses_service = group, uses_service
 
     def stop(self, requested: BaseException | None) -> BaseException | None:
-        """Return the request to stop of any rank, as the same kind of exception on all ranks.
+        """Return the stop request of any rank, as the same kind of exception on all ranks.
 
         None means that training continues.
 

@@ -10,7 +10,7 @@ from train.replicas.group import ReplicaGroup
 def devices_of_replica(gpus: str | None, columns: int, group: ReplicaGroup) -> Devices:
     """Return the devices that a value of `--gpus` gives to this process for a network of `columns` columns.
 
-    Under torchrun, `gpus` is a number of GPUs of each process. Raises the errors of parse_devices and
+    Under torchrun, `gpus` is the number of GPUs of each process. Raises the errors of parse_devices and
     parse_replica_devices.
     """
     if group.launched:

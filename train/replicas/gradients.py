@@ -57,7 +57,7 @@ class GradientSum:
         """Sum the gradients.
 
         Parameters without a gradient still have no gradient after the exchange. The host waits only for CPU replicas.
-        From now on, the gradients are views of memory that all replicas of a machine may share. Do not change the
+        After this call, the gradients are views of memory that all replicas of a machine may share. Do not change the
         gradients.
         """
         for exchange in self._exchanges:
@@ -127,7 +127,7 @@ class Nccl:
         self.own = self.total = torch.zeros(size, device=device)
         options = ProcessGroupNCCL.Options()
         # The exchanges of host values detect a rank whose host hangs. NCCL's own time-out would end a process without a
-        # message, so it is longer.
+        # message, so NCCL's time-out is set to a longer time.
         options._timeout = 2 * link.timeout
         self._group: Any = ProcessGroupNCCL(PrefixStore(name, link.store), link.rank, link.size, options)
         link.at_end(self._group.abort)

@@ -108,7 +108,7 @@ class ReplicaGroup:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """A block at whose end all ranks wait for each other. If it fails on one rank, it fails on all ranks.
+        """A block at whose end all ranks wait for each other. If the block fails on one rank, it fails on all ranks.
 
         If several ranks have a UserError or a request to stop, the lowest of these ranks raises it. All other ranks
         raise OtherReplicaFailed.

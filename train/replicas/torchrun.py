@@ -15,7 +15,7 @@ from prep.console import Terminated
 # True after this process has joined its group: from then on, the ranks agree which of them prints an error.
 _has_joined = False
 _QUIET_END_S = 10.0  # longest time for which a rank that prints nothing waits for the rank that prints the error
-_STOPPED_END_S = 1.0  # the same after a stop, for the message of rank 0 that the command was interrupted
+_STOPPED_END_S = 1.0  # longest wait after a stop, for the message of rank 0 that the command was interrupted
 
 
 def is_of_torchrun() -> bool:
@@ -32,7 +32,7 @@ def torchrun_rank() -> tuple[int, int]:
 
 
 def note_joined() -> None:
-    """Note that this process has joined its group."""
+    """Record that this process has joined its group."""
     global _has_joined
     _has_joined = True
 
@@ -40,7 +40,7 @@ def note_joined() -> None:
 def prints_errors() -> bool:
     """Whether this process prints its errors: on rank 0, and on all ranks after they have joined their group.
 
-    Before, all ranks have the same errors, for example in the command line.
+    Before they have joined, all ranks have the same errors, for example in the command line.
     """
     return _has_joined or torchrun_rank()[0] == 0
 
@@ -49,8 +49,8 @@ def wait_for_message(is_stop: bool = False) -> bool:
     """Wait until another rank has printed its error, before this rank ends without a message.
 
     As soon as one rank has ended with an error, torchrun terminates all ranks of the machine. A rank that ended at once
-    could therefore prevent the message. When torchrun terminates the ranks, this wait also ends.
-    Returns True if torchrun has terminated this process in the time.
+    could therefore prevent the message. When torchrun terminates the ranks, this wait also ends. Returns True if
+    torchrun has terminated this process during the wait.
     """
     try:
         time.sleep(_STOPPED_END_S if is_stop else _QUIET_END_S)

@@ -55,7 +55,7 @@ def fit_together(runs: Sequence[Run], views: Sequence[ConsoleView], group: Repli
     trained on this batch. The result of each run has the same bits as if `fit` had trained the run alone.
 
     If one of several runs diverges, the other runs continue, and Diverged is raised at the end. The other errors are
-    the errors of `fit`. These errors end the training of all runs.
+    the errors of `fit`. All errors except Diverged end the training of all runs.
     """
     with ExitStack() as resources:
         with group.together():
@@ -232,7 +232,7 @@ def training_stream(run: Run, schedule: Schedule, epochs_done: int, group: Repli
     config, augmentation = run.config, run.config.recipe.augmentation
     colour = schedule.colour(epochs_done)
     if colour != augmentation.colour:
-        if colour == "off":  # without the noise, training divides as evaluation does
+        if colour == "off":  # without colour noise, the divisor is that of evaluation
             augmentation = replace(augmentation, divisor=augmentation.divisor_in_evaluation)
         augmentation = replace(augmentation, colour=colour)
     loader = train_loader(
@@ -252,7 +252,7 @@ def training_stream(run: Run, schedule: Schedule, epochs_done: int, group: Repli
 
 
 def validation_stream(run: Run, group: ReplicaGroup = ALONE) -> EvalLoader | None:
-    """Return the loader for the centre views of the split val. If there is no split val, print this and return None.
+    """If there is no split val, print a message and return None. If there is no split val, print this and return None.
 
     The loader of a replica serves its part of the split.
     """

@@ -52,8 +52,8 @@ class StopRequests:
         if self.requested is not None or not self._deferred:
             raise stop
         self.requested, self._requested_at = stop, now
-        # This function is called in a thread, because the signal may have interrupted a print to the same stream. This
-        # print must end first.
+        # This function is called in a thread, because the signal may have interrupted a print to the same stream. The
+        # interrupted print must end first.
         self._message = Thread(target=self._announce)
         self._message.start()
 
@@ -71,8 +71,8 @@ class StopRequests:
 def stop_requests() -> Iterator[StopRequests]:
     """Return a context in which StopRequests handles SIGINT, SIGTERM and SIGHUP.
 
-    An ignored SIGHUP, as under nohup, stays ignored. A process that torchrun started can get one signal twice: from a
-    batch system such as SLURM, which signals all processes of a job, and from torchrun, which passes on its own signal.
+    An ignored SIGHUP, as under nohup, stays ignored. A process that torchrun started can get one signal twice. For
+    example, SLURM signals all processes of a job, and torchrun passes on the signal that it gets.
     """
     stop = StopRequests(REPEATED_BY_TORCHRUN_S if is_of_torchrun() else 0.0)
     signals = [signal.SIGINT, signal.SIGTERM]

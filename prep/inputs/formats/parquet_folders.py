@@ -84,7 +84,10 @@ def _folders(folder: Path) -> list[Path]:
 
 
 def _parquet_files(folder: Path) -> list[Path]:
-    """Return the Parquet files in a folder, sorted. []: the Parquet files describe images in the folder."""
+    """Return the Parquet files in a folder, sorted.
+
+    An empty list means that the Parquet files only describe images in the folder.
+    """
     with os.scandir(folder) as entries:
         first = list(islice(entries, _MAX_ENTRIES))
         if not any(entry.name.lower().endswith(".parquet") for entry in first):

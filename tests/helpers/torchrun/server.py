@@ -1,9 +1,10 @@
 """Program that starts torchrun quickly; tests/helpers/torchrun/job.py starts it and sends it requests.
 
-The import of torch, DALI and alextrain takes a process several seconds. This program imports them once. For each
-request, it forks a process that calls torchrun's `main`. Arguments, environment, rendezvous, monitoring, signals,
-restarts and reports are torchrun's. The only difference from the command torchrun is the start of a rank: instead of
-executing `python -m MODULE ARGUMENTS` or `python FILE ARGUMENTS`, a fork of this program runs the module or the file.
+The import of torch, DALI and alextrain takes a process several seconds. This program imports these three packages only
+once. For each request, this program forks a process that calls torchrun's `main`. Arguments, environment, rendezvous,
+monitoring, signals, restarts and reports work as in the command torchrun. Only the start of a rank differs from the
+command torchrun. Instead of executing `python -m MODULE ARGUMENTS` or `python FILE ARGUMENTS`, a fork of this program
+runs the module or the file.
 
 Processes: this program forks a starter for each request. The starter forks torchrun, and later the ranks when torchrun
 asks for them. torchrun has threads, so it cannot fork the ranks itself.

@@ -56,7 +56,7 @@ def before_operation(kind_of_operation: str, name: str) -> None:
     if kind != kind_of_operation or steps_done < attempt:
         return
     if operations_left == 0:
-        kind = ""  # writing the line is no operation
+        kind = ""  # writing the line does not count as an operation
         with open(f"{run_dir}.kills", "a") as file:
             file.write(f"{attempt} {rank} {name}\n")
         os.kill(os.getpid(), signal.SIGKILL)
@@ -125,7 +125,7 @@ def act(step: TrainingStep) -> None:
 
 
 def prepare_kill() -> None:
-    """Choose the operation before which this attempt is killed, if it is this process that is killed."""
+    """If this attempt kills this process, choose the operation before which the process is killed."""
     global kind, operations_left
     generator = random.Random(f"{numbers[0]} {attempt}")
     victim = generator.randrange(int(os.environ["WORLD_SIZE"]))

@@ -65,7 +65,7 @@ COLOR_JPEGS = color_jpegs()
 
 @pytest.mark.parametrize("name", list(COLOR_JPEGS))
 def test_libjpeg_turbo_decodes_colour_jpegs_to_pillows_pixels(name: str) -> None:
-    """For these files, decode_image does not use Pillow instead of libjpeg-turbo."""
+    """decode_image decodes these files with libjpeg-turbo, and does not fall back to Pillow."""
     content = COLOR_JPEGS[name]
     expected = np.asarray(pillow(content))
     image = decode_image(content)

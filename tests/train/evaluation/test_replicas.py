@@ -26,7 +26,10 @@ from train.replicas.group import ALONE, ReplicaGroup
 
 
 def evaluate_part(store: Path, group: ReplicaGroup, batch_size: int, views: int) -> tuple[EvalResult, np.ndarray]:
-    """Evaluate the part of a rank in the split val with a small random network. Returns the result and stacked rows."""
+    """Evaluate the part of a rank in the split val with a small random network.
+
+    Returns the result, and on rank 0 the probabilities of all ranks.
+    """
     classes, generator = len(Store.open(store).classes), torch.Generator().manual_seed(4)
     network = AlexNet(classes, replace(SHORT, init="he"), ("cpu", "cpu"), SMALL_ALEXNET)
     with torch.no_grad():

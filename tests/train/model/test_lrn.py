@@ -28,7 +28,7 @@ def lrn_reference(a: Numbers, n: int, alpha: float, beta: float, k: float) -> Nu
 def gradient_reference(a: Numbers, grad: Numbers, n: int, alpha: float, beta: float, k: float) -> Numbers:
     """Return the gradient of the input.
 
-    For each input map, it is a sum over the output maps whose window contains this map.
+    For each input map, the gradient is a sum over the output maps whose window contains this map.
     """
     maps = a.shape[1]
     gradient = np.zeros_like(a)

@@ -17,7 +17,10 @@ Outcome = Any  # the result of a rank, or the exception that it raised
 def run_ranks(
     monkeypatch: Any, size: int, work: Callable[[ReplicaGroup], Any], timeout_s: float = 20.0
 ) -> list[Outcome]:
-    """Call `work` with each rank's joined group, in a thread each; returns results or exceptions in rank order."""
+    """Call `work` with the joined group of each rank, in one thread per rank.
+
+    Return results or exceptions in rank order.
+    """
     server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     monkeypatch.setattr(
         "train.replicas.group.connect",

@@ -29,7 +29,7 @@ def parameters_of(rank: int) -> list[nn.Parameter]:
 def test_gradients_are_summed_and_keep_the_layout_of_the_parameters(
     monkeypatch: pytest.MonkeyPatch, over_tcp: bool
 ) -> None:
-    """Sums twice, because the second sum must not change the gradients of a slower rank's first sum."""
+    """Sum the gradients twice: the second sum must not change the gradients of a slower rank's first sum."""
 
     def work(group: ReplicaGroup) -> list[list[torch.Tensor | None]]:
         parameters = parameters_of(group.rank)

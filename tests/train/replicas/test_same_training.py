@@ -45,7 +45,8 @@ def assert_same_training(store: Path, actual: Path, settings: dict[str, Any], al
     for name, tensor in expected.parameters.items():
         update_norm = (tensor - start[name]).norm()
         error_norm = (tensor - state.parameters[name]).norm()
-        tolerance = 1e-4 * update_norm + 2**-24 * tensor.norm()  # float32 rounds each parameter by up to 2⁻²⁴ of it
+        # Float32 rounds each parameter by up to 2⁻²⁴ of its value.
+        tolerance = 1e-4 * update_norm + 2**-24 * tensor.norm()
         assert error_norm <= tolerance, (name, float(error_norm / update_norm))
         assert update_norm > 0 or name == "conv2.bias"  # with weights of 0.01, some units of the small network are 0
     assert torch.equal(state.random, expected.random) and state.identity == expected.identity

@@ -64,7 +64,7 @@ def test_rank_0_that_hangs_is_named_after_the_time_out(
     job.wait_until(lambda: "Error: " in job.stderr)
     job.wait_until(lambda: len(job.ranks()) == 1)
     (pid,) = job.ranks()
-    os.kill(pid, signal.SIGKILL)  # torchrun would do so 30 s later
+    os.kill(pid, signal.SIGKILL)  # torchrun would kill the rank only 30 s later
     assert job.wait() == 1
     (error,) = [line for line in job.messages if line.startswith("Error: ")]
     assert re.search(rf"rank 0 of 2 \(host .*, process {pid}\) did not come within 3 s", error)
@@ -104,7 +104,8 @@ def test_a_damaged_record_in_the_part_of_one_rank_stops_all_with_the_error_of_th
 ) -> None:
     damaged = Path(shutil.copytree(stores["ppm"], tmp_path / "store"))
     (shard,) = (damaged / "train").glob("[0-9]*")
-    number = int(epoch_permutation(30, 3, 0)[2 * 8 + 5])  # in the third step of epoch 0; rank 1 of 2 has images 4 to 7
+    # An image of the third step of epoch 0; in this step, rank 1 of 2 has images 4 to 7.
+    number = int(epoch_permutation(30, 3, 0)[2 * 8 + 5])
     records = read_records(shard)
     records[number] = records[number][0], records[number][1][:300]
     replace_records(shard, records)

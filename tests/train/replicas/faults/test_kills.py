@@ -79,7 +79,10 @@ def test_runs_killed_fifty_times_at_operations_have_the_same_result(
 def test_runs_killed_fifty_times_at_any_time_have_the_same_result(
     torchrun: TorchrunServer, stores: dict[str, Path], undisturbed_pair: Path, tmp_path: Path, seed: int
 ) -> None:
-    """The run is trained again and again, each time with a restart after each kill, until it was killed ten times."""
+    """The training is repeated until it has been killed ten times in all.
+
+    After each kill, torchrun restarts the processes.
+    """
     generator, kills, attempts = random.Random(seed), 0, 0
     started = time.monotonic()
     assert start_training(torchrun, 2, stores["ppm"], tmp_path / "first").wait() == 0
