@@ -139,7 +139,8 @@ class TrainLoader(Loader):
         Without set_epoch, each iterator continues where the last iterator stopped. Raises WrongArgument if `epoch` is
         negative or not a whole number.
         """
-        if (epoch, 0) != (self.epoch, self.step):  # otherwise, the batches in the queue are already the right ones
+        # If the position stays the same, the queue already holds the right batches.
+        if (epoch, 0) != (self.epoch, self.step):
             self.seek(epoch)
 
     def seek(self, epoch: int, step: int = 0) -> None:

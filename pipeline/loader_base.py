@@ -156,9 +156,9 @@ class Loader:
     def channel_stats(self, max_value: float = 255) -> ChannelStats:
         """Return `mean` and `std` of R, G and B over the training split, for pixels in 0..`max_value`.
 
-        With `max_value` 255 the numbers are grey levels, the unit of the images of this loader. With 1 the numbers are
-        for pixels in [0, 1]. The loader divides by the standard deviation only if the argument `normalize` is a
-        ChannelStats.
+        With `max_value` 255 the numbers are grey levels, the unit of the images of this loader. With `max_value` 1 the
+        numbers are for pixels in [0, 1]. The loader divides by the standard deviation only if the argument `normalize`
+        is a ChannelStats.
         """
         return self.store.color_stats().channel_stats(max_value)
 

@@ -44,8 +44,8 @@ def read_photographs(
 ) -> Iterator[tuple[Path, Photograph | UserError]]:
     """Prepare image files like read_photograph, but in a separate process.
 
-    Yields (path, photograph) for each file, or (path, error) for a bad file. No file ends the loop, not even a file at
-    which the decoder crashes or hangs.
+    Yields (path, photograph) for each file, or (path, error) for a bad file. A bad file does not end the loop, even if
+    the decoder crashes or hangs at this file.
     """
     for path, photograph in prepare_photographs(paths, settings, max_pixels):
         yield path, bad_photograph(path, photograph) if isinstance(photograph, BadImage) else photograph

@@ -4,8 +4,8 @@ Every worker is a fresh interpreter with one BLAS thread, because an LMDB enviro
 Workers ignore Ctrl-C, which the parent handles. Workers exit when the parent ends, even if SIGKILL ends the parent. An
 exception in a task is raised again in the parent. If a worker crashes, the other workers continue. The result of the
 crashed task is a WorkerDied with the index of the input that the worker was processing. The caller decides whether the
-task is tried again. In a build, prep/build/split.py and plan.py decide this. A worker that uses more CPU time for an
-input than the task allows is killed. The result of its task is also a WorkerDied.
+task is tried again. In a build, prep/build/split.py and plan.py decide whether a task is tried again. A worker that
+uses more CPU time for an input than the task allows is killed. The result of its task is also a WorkerDied.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class TaskProgress:
         self._first = first
 
     def begin(self, index: int, cpu_limit_s: float = 0) -> None:
-        """Note that the worker begins input `index` of the task. The parent reports `index` if the worker crashes.
+        """Record that the worker begins input `index` of the task. The parent reports `index` if the worker crashes.
 
         If the worker then uses `cpu_limit_s` and two more seconds of CPU time before it counts the input, the parent
         ends the worker. 0 means no limit.

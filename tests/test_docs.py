@@ -131,7 +131,10 @@ def test_python_of_the_guide_to_the_stream_runs(store: Path, capsys: pytest.Capt
 
 
 def _executed(page: Path, store: Path, batch: int) -> dict[str, Any]:
-    """Run the Python blocks of a page in order, on `store` with a small batch. Returns the names that they define."""
+    """Run the Python blocks of a page in order, on `store` with a small batch.
+
+    Returns the names that the blocks define.
+    """
     torch.manual_seed(0)
     names: dict[str, Any] = {"__name__": page.stem}
     blocks = re.findall(r"```python\n(.*?)```", page.read_text("utf-8"), re.S)

@@ -13,20 +13,22 @@ and --ppm-store, other stores are used. A store of 3,200 records is enough for e
 stream starts a new epoch when an epoch ends. In `runs` each epoch ends with a checkpoint, so an epoch should have at
 least 20 steps.
 
-Each check prints ok or FAILED, the measured value and the limit. The checks compare:
+Each check prints ok or FAILED, the measured value and the limit. The checks:
 
--   batches of the stream on the GPU with batches on the CPU, from the same records and random parameters, in NCHW and
-    NHWC, with each kind of mean (channel, image, aligned). A larger difference is allowed for JPEG records, because
-    nvJPEG and libjpeg-turbo upsample chroma differently. For PPM records, only the rounding of float32 is allowed;
--   batches of the stream on the GPU and the same batches of a resumed stream, which must be equal to the bit;
--   logits and gradients of the network in each precision on one GPU, and on two if there are two, with logits and
-    gradients in float64 on the CPU;
--   local response normalization, in the implementation chosen for this device, with torch's layer in float64;
--   the kernels between the convolutions, for 512 images in float32 and bfloat16, with operators in float64
-    (tools/gpu/epilogues.py);
--   two runs of three steps with the same seed;
--   the checkpoints of two runs of `alextrain run --deterministic`, which must be equal to the bit. One run is killed
-  with SIGKILL and resumed, and the other is not interrupted;
+-   Batches of the stream on the GPU are compared with batches on the CPU, from the same records and random parameters.
+    The batches are in NCHW and NHWC, with each kind of mean (channel, image, aligned). A larger difference is allowed
+    for JPEG records, because nvJPEG and libjpeg-turbo upsample chroma differently. For PPM records, only differences
+    by the rounding of float32 are allowed.
+-   Batches of the stream on the GPU must be equal to the bit to the same batches of a resumed stream.
+-   Logits and gradients of the network in each precision are compared with logits and gradients in float64 on the CPU.
+    The network runs on one GPU, and on two GPUs if there are two.
+-   Local response normalization, in the implementation chosen for this device, is compared with torch's layer in
+    float64.
+-   The kernels between the convolutions, for 512 images in float32 and bfloat16, are compared with operators in float64
+    (tools/gpu/epilogues.py).
+-   Two runs of three steps with the same seed are compared.
+-   The checkpoints of two runs of `alextrain run --deterministic` must be equal to the bit. One run is killed with
+    SIGKILL and resumed, and the other is not interrupted.
 
 A further check is that a training step never makes the host wait for the GPU.
 

@@ -168,7 +168,7 @@ def train_alone(store: Path, folder: Path, steps: int) -> None:
 
 
 def compare_runs(folder: Path) -> list[dict[str, Any]]:
-    """Return a row for each file of each run: its digests with and without the service, whether they are equal."""
+    """Return a row for each file of each run: digests with and without the service, and whether the two are equal."""
     rows = []
     for seed in SEEDS:
         service, alone = (run_hashes(folder / f"{name}-{seed}") for name in RUNS)

@@ -1,7 +1,7 @@
 """Benchmark of the stream: images/s of each stage, and an upper bound.
 
-In JPEG stores, the upper bound is the speed of decoding with libjpeg-turbo alone. In PPM stores, it is the speed of
-copying alone.
+In JPEG stores, the upper bound is the speed of decoding with libjpeg-turbo alone. In PPM stores, the upper bound is the
+speed of copying alone.
 """
 
 from __future__ import annotations

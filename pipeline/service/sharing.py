@@ -47,7 +47,7 @@ class Sharing:
         self._begun: dict[StreamKey, float | None] = {}
 
     def touch(self, call: Call, now_s: float) -> bool:
-        """Note a call of a consumer.
+        """Record a call of a consumer.
 
         Returns True if the consumer has moved in the stream, so that batches may be unneeded.
         """

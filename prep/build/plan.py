@@ -123,7 +123,7 @@ class BuildPlan:
         write_atomic(self.work_dir / "deaths.json", json.dumps(counts).encode())
 
     def record_slow_input(self, path: str, seconds: float) -> None:
-        """Note that a worker process was ended because it used more than `seconds` of CPU time for an input."""
+        """Record that a worker process was ended because it used more than `seconds` of CPU time for an input."""
         slow = self._read_json("slow.json")
         write_atomic(self.work_dir / "slow.json", json.dumps({**slow, path: seconds}).encode())
 

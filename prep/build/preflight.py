@@ -69,7 +69,7 @@ def probe(
 def _obvious_fault(reader: InputReader, item: Input) -> str:
     """Return the reason why an input is no image, according to its size and first bytes.
 
-    Returns an empty text if neither shows a fault.
+    Returns an empty text if neither the size nor the first bytes show a fault.
     """
     if not item.size:
         return "empty file"

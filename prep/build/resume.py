@@ -187,8 +187,8 @@ def background_of(store: Path, restart: bool) -> str | None:
     """Return Settings.background of the store.
 
     If there is no store, return the setting of an unfinished build, or else None. An unfinished build that `restart`
-    will discard does not count. A store of an older version has no such setting. The result is then DROPPED, because
-    older versions dropped the alpha channel.
+    will discard does not count. A store of an older version has no setting for the background. The result is then
+    DROPPED, because older versions dropped the alpha channel.
     """
     if (store / "manifest.json").exists():
         return Store.open(store).settings.background

@@ -67,7 +67,7 @@ class BuildEstimate:
     classes: int
     # (name, reason) of inputs that the listing refused, that `probe` found, or that could not be decoded in the sample
     bad: tuple[tuple[str, str], ...]
-    outcomes: tuple[Mapping[str, Any], ...]  # of the decoded inputs and of the inputs in finished shards
+    outcomes: tuple[Mapping[str, Any], ...]  # outcomes of the decoded inputs and of the inputs in finished shards
     done: int  # inputs in finished shards
     decoded: int  # inputs that were decoded for the estimate
     is_built: bool  # whether the store already has the split, built from the same inputs and settings
@@ -324,7 +324,7 @@ def _run_tasks(
 
 
 def _record_dead_worker(plan: BuildPlan, task: ShardTask, died: WorkerDied, policy: BuildPolicy) -> None:
-    """Note the input at which a worker process ended. Raises UserError unless the shard can be built again."""
+    """Record the input at which a worker process ended. Raises UserError unless the shard can be built again."""
     if died.index == NOT_STARTED:
         raise UserError(f"A worker process {died.describe()} before reading an input. Run the same command again.")
     name, limit_s = name_text(task.inputs[died.index].path), task.limits.time_limit_s

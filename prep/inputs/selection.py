@@ -89,7 +89,7 @@ class ExclusionList:
     def report_unused(self) -> None:
         """Print how many lines fit no file of the splits that were listed so far.
 
-        Raises UserError if not one line fits a file.
+        Raises UserError if no line fits a file.
         """
         unused = [line for line in self.lines if line not in self._split_of]
         if not unused:

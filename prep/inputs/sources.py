@@ -54,9 +54,9 @@ def list_source(
 
     The labels come from class folders or from the format itself. Images with neither class folders nor labels in the
     format need a label file (prep/inputs/labels). `store_classes` are the classes of the store, or of the split that
-    was listed before, in the order of the labels. If there are no such classes, `store_classes` is empty. These classes
-    keep their labels. Raises UserError if no image is found, if the labels do not fit the images, if a class has no
-    image, or if the classes differ from those of the store.
+    was listed before, in the order of the labels. If there are no such classes, `store_classes` is empty. The classes
+    of the store keep their labels. Raises UserError if no image is found, if the labels do not fit the images, if a
+    class has no image, or if the classes differ from those of the store.
     """
     where = split_source(where) if isinstance(where, Path) else where
     reader, found = _find_inputs(where, split, options, store_classes)

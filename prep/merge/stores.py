@@ -3,7 +3,8 @@
 Classes with the same name become one class. The classes of the first store keep their labels. The new classes of the
 other stores follow in the order of these stores. A record whose label stays the same is copied whole. In other records,
 only the label and the checksum change. The new store has the records in the order of a build of all inputs together. If
-the stores have the same classes and no input was left out, the fingerprint is also that of such a build.
+the stores have the same classes and no input was left out, the new store also has the fingerprint of a build of all
+inputs together.
 
 The same call resumes a merge that was interrupted. store/SPLIT/.build/merge.json holds the digest of the merged
 records. As in a build (prep/build/split.py), one summary for each finished shard lies beside this file.

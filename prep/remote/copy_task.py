@@ -61,7 +61,7 @@ class ByteCounter:
         self._progress, self._counted = task_progress, 0
 
     def __call__(self, position: int) -> None:
-        """Note that the first `position` bytes of the file have been transferred."""
+        """Record that the first `position` bytes of the file have been transferred."""
         if position > self._counted:
             self._progress.count(position - self._counted)
             self._counted = position

@@ -2,7 +2,8 @@
 
 LMDB sorts keys by their bytes. Keys are 8 decimal digits, so that this order is the numeric order. The main database
 holds only Datums, because DALI takes the value of every key for a record. The digest of a shard is SHA-256 over its
-records in order. For each record, it covers the key, the length of the value (8 bytes, little-endian) and the value.
+records in order. For each record, the digest covers the key, the length of the value (8 bytes, little-endian) and the
+value.
 """
 
 from __future__ import annotations

@@ -276,7 +276,7 @@ print(signal.pthread_sigmask(signal.SIG_BLOCK, []))
 
 
 def test_the_first_worker_of_a_process_leaves_ctrl_c_to_the_parent() -> None:
-    """The pool blocks SIGINT in its workers. This must still be so after the start of the first worker.
+    """The pool blocks SIGINT in its workers. The pool must still block SIGINT after the start of the first worker.
 
     With the first worker, multiprocessing also starts its resource tracker. The resource tracker unblocks SIGINT in the
     parent when it starts.

@@ -8,7 +8,10 @@ from tools.docs import scaling_table
 
 
 def test_the_exchange_sends_twice_the_gradients_less_one_share() -> None:
-    """60,965,224 parameters of 4 bytes. Two GPUs send 1 times, eight GPUs 1.75 times the gradients."""
+    """60,965,224 parameters of 4 bytes.
+
+    Each of two GPUs sends 1 time the gradients, and each of eight GPUs 1.75 times the gradients.
+    """
     assert scaling_table.gradient_bytes() == 243_860_896
     assert scaling_table.exchange_s(1000, 2, 500.0) == 2.0
     assert scaling_table.exchange_s(243_860_896, 8, 12.5e9) == pytest.approx(0.034141, rel=1e-4)

@@ -26,7 +26,7 @@ class ReadableDocstrings(griffe.Extension):
     """Rewrites docstrings while griffe collects them."""
 
     def on_instance(self, *, obj: griffe.Object, **_: Any) -> None:
-        """Replace lists of names and meanings by tables."""
+        """If there is no such comment, return the comment lines above line `first`."""
         if obj.docstring:
             obj.docstring.value = with_tables(obj.docstring.value)
 

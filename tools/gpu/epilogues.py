@@ -5,9 +5,9 @@ same inputs. The compared values are the result, the gradient of the convolution
 bias. The float64 results are computed for some images at a time, so that they fit into memory.
 
 If the two largest values of a pooling window are almost equal, rounding decides which of the two values is the maximum.
-The gradient of the window then goes to another position. Such windows get an upstream gradient of 0, so that these
-differences cannot hide other errors. The number of these windows is part of the check. A check fails if more than a
-tenth of the windows are left out.
+The gradient of the window then goes to another position. Windows with two almost equal maxima get an upstream gradient
+of 0, so that rounding cannot hide other errors. The number of windows that are left out is part of the check. A check
+fails if more than a tenth of the windows are left out.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def layer_cases(widths: Widths, sides_px: tuple[int, int, int] = (55, 27, 13)) -
 
 
 def chosen_apply(device: torch.device) -> Apply:
-    """Return the function to check: the kernels or, on a CPU, PyTorch operators, which are faster there."""
+    """Return the function to check: on a GPU the kernels, and on a CPU PyTorch operators, which are faster on a CPU."""
     return apply_epilogue if device.type == "cuda" else operators
 
 
@@ -254,8 +254,8 @@ def operators(
 def tied_windows(x: Tensor, bias: Tensor, epilogue: Epilogue, part: float) -> Tensor:
     """Return True for each window whose maximum m is above 0 and whose second largest value is above (1 − part) · m.
 
-    Windows with a maximum of 0 or less are never left out. These windows have no gradient, because in the paper's
-    layers ReLU comes before or after pooling. Without pooling the result is False everywhere.
+    Windows with a maximum of 0 or less are never left out. Windows with a maximum of 0 or less have no gradient,
+    because in the paper's layers ReLU comes before or after pooling. Without pooling the result is False everywhere.
     """
     v = normalized(x, bias, epilogue)
     size = epilogue.pool_px

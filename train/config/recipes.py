@@ -261,7 +261,10 @@ RECIPES = {recipe.name: recipe for recipe in (PAPER, RELEASED, CAFFE, MODERN, SH
 
 
 def recipe_note(name: str) -> str | None:
-    """Return the note for users of a recipe. None: there is no note. The recipe's name may include overrides."""
+    """Return the note for users of a recipe.
+
+    Returns None if there is no note. The recipe's name may include overrides.
+    """
     return NOTES.get(name.partition(",")[0])
 
 

@@ -17,8 +17,8 @@ class RunConfig:
     """Settings of a run.
 
     The fields `store` to `accumulate` must be unchanged when the run continues from a checkpoint
-    (train/config/identity.py). The fields from `run_dir` on can change. These fields are the folder, the devices, the
-    length of the run, the intervals between log lines and between checkpoints, and others.
+    (train/config/identity.py). The fields from `run_dir` on can change. Among the fields that can change are the
+    folder, the devices, the length of the run, and the intervals between log lines and between checkpoints.
     """
 
     store: Path
@@ -77,6 +77,6 @@ def _divisors(number: int) -> list[int]:
 
 
 def _joined_by_or(numbers: list[int]) -> str:
-    """Return `1, 2, 4 or 8`."""
+    """Return the numbers as text, such as `1, 2, 4 or 8`."""
     texts = [str(number) for number in numbers]
     return " or ".join([", ".join(texts[:-1])] * (len(texts) > 1) + texts[-1:])

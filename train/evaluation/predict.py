@@ -63,9 +63,9 @@ def load_photographs(
 ) -> Iterator[tuple[Path, Pixels | UserError]]:
     """Yield (path, central square) of photographs that are preprocessed like the images of the training store.
 
-    If a file cannot be used, yields (path, error) for this file. No file ends the loop. Prints a message if a file has
-    an EXIF orientation other than 1, or if its decoder warns. alexprep does not apply the EXIF orientation to training
-    images either.
+    If a file cannot be used, yields (path, error) for this file. A file that cannot be used does not end the loop.
+    Prints a message if a file has an EXIF orientation other than 1, or if its decoder warns. alexprep does not apply
+    the EXIF orientation to training images either.
     """
     for path, photograph in read_photographs(paths, transform.settings, max_pixels):
         if isinstance(photograph, UserError):

@@ -70,7 +70,8 @@ def drop(x: Tensor, recipe: Recipe, training: bool, replicas: ReplicaGroup = ALO
     if p == 0:
         return x
     if training and replicas.size > 1:
-        layout = torch.contiguous_format if x.is_contiguous() else torch.channels_last  # draws are in memory order
+        # Random numbers are drawn in memory order.
+        layout = torch.contiguous_format if x.is_contiguous() else torch.channels_last
         ones = x.new_ones((len(x) * replicas.size, *x.shape[1:])).contiguous(memory_format=layout)
         return x * drop(ones, recipe, training)[len(x) * replicas.rank :][: len(x)]
     if recipe.dropout_scales_training:

@@ -3,9 +3,10 @@
     v ← momentum · v − decay · ε · w − ε · ∂L/∂w
     w ← w + v
 
-The velocity v contains the learning rate ε. After ε is reduced, v still contains the larger ε of earlier steps. This
-has an effect for about ten steps. In torch.optim.SGD, v does not contain ε: w ← w − ε · v. With torch.optim.SGD, a
-reduction of ε therefore has its full effect at once. If ε is constant, both rules give the same weights.
+The velocity v contains the learning rate ε. After ε is reduced, v still contains the larger ε of earlier steps. After a
+reduction of ε, the larger ε of earlier steps acts for about ten more steps. In torch.optim.SGD, v does not contain ε: w
+← w − ε · v. With torch.optim.SGD, a reduction of ε therefore has its full effect at once. If ε is constant, both rules
+give the same weights.
 
 The C kernel (train/model/kernels.c) updates float32 parameters on a CPU. fused_sgd.py updates all other parameters, and
 all parameters if the kernels are not compiled. If the learning rates are in a tensor, rate_tensor_update.py updates all
@@ -74,8 +75,8 @@ class PaperSGD(torch.optim.Optimizer):
     def use_rate_tensor(self) -> None:
         """Read the learning rates from a tensor.
 
-        Steps that are recorded as a CUDA graph need this (train/trainer/step_graph.py). From now on, `step` uses the
-        rates of the last call of `write_rates`. All parameters must be on one device.
+        Steps that are recorded as a CUDA graph need learning rates in a tensor (train/trainer/step_graph.py). After
+        this call, `step` uses the rates of the last call of `write_rates`. All parameters must be on one device.
         """
         trios = [
             Trio(p, self.velocity(p), index, group["weight_decay"])

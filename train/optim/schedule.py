@@ -57,7 +57,7 @@ class Schedule:
     def learning_rates(self, epochs_done: float) -> tuple[float, float, float]:
         """Return (lr of weights, lr of conv1's weights, lr of biases) after `epochs_done` epochs.
 
-        If the recipe sets `lr_batch`, all three are multiplied by batch_size / lr_batch.
+        If the recipe sets `lr_batch`, all three rates are multiplied by batch_size / lr_batch.
         """
         recipe = self.recipe
         lr, lr_conv1 = recipe.lr, None  # None: conv1 has the same learning rate as the other layers
@@ -96,7 +96,7 @@ class Schedule:
         return lr
 
     def record_validation(self, error: float) -> None:
-        """Note the validation top-1 error (0..1) of an epoch.
+        """Record the validation top-1 error (0..1) of an epoch.
 
         After `patience_epochs` epochs without a new lowest error, a plateau schedule reduces the learning rate, or sets
         `finished` if no reduction is left. Other schedules ignore this error.

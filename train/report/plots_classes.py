@@ -87,10 +87,10 @@ def _set_class_ticks(set_ticks: Any, classes: Sequence[int], names: Sequence[str
 def draw_confusion_matrix(figure: Any, confusion: Confusion, names: Sequence[str]) -> None:
     """Draw the confusion matrix of the worst classes.
 
-    Each row is one of the worst classes, and each column is a predicted class. The shade of a cell (scale at the right)
-    is a share of the images of the row's class: those for which the column's class is predicted. The number in a cell
-    is the number of images with the row's class and the column's predicted class. The columns are the worst classes,
-    and the classes that are most often wrongly predicted for images of the worst classes.
+    Each row is one of the worst classes, and each column is a predicted class. The shade of a cell is the share of the
+    images of the row's class for which the column's class is predicted. The scale of the shades is at the right. The
+    number in a cell is the number of images with the row's class and the column's predicted class. The columns are the
+    worst classes, and the classes that are most often wrongly predicted for images of the worst classes.
     """
     from matplotlib.patches import Rectangle
 

@@ -61,7 +61,7 @@ class Checkpoint:
     parameters: Mapping[str, Tensor]  # joined parameters by their names (AlexNet.joined_tensors)
     velocity: Mapping[str, Tensor]  # velocity of the optimizer by parameter name, joined like the parameters
     schedule: Mapping[str, Any]  # Schedule.state_dict
-    # devices of the columns The random generators are seeded anew if the run resumes on other devices, or if `devices`
+    # Devices of the columns. The random generators are seeded anew if the run resumes on other devices, or if `devices`
     # is empty.
     devices: Sequence[str]
     random: Tensor  # state of torch's generator on the CPU

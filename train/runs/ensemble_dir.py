@@ -42,7 +42,7 @@ def member_dirs(folder: Path, members: int) -> list[Path]:
 
 
 def read_ensemble(folder: Path) -> Ensemble | None:
-    """Return the ensemble in `folder`. None: the folder is not the folder of an ensemble.
+    """Return the ensemble in `folder`. Returns None if `folder` is not the folder of an ensemble.
 
     Raises UserError if ensemble.json cannot be read.
     """
@@ -73,7 +73,7 @@ def make_ensemble_dir(folder: Path, ensemble: Ensemble) -> None:
         if not path.exists() and any(not entry.name.startswith(".") for entry in folder.iterdir()):
             raise UserError(f"{folder}: the folder holds files but no ensemble. Name another --run-dir.")
         with hold_lock(folder, "training"):
-            for leftover in folder.glob(f".{ENSEMBLE}.*.tmp"):  # of a killed process
+            for leftover in folder.glob(f".{ENSEMBLE}.*.tmp"):  # temporary files of a killed process
                 leftover.unlink()
             write_atomic(path, json.dumps(asdict(ensemble)).encode())
     except OSError as error:

@@ -46,8 +46,8 @@ def store_facts(store: Store) -> dict[str, Any]:
 def save_mean_image(run_dir: Path, store: Store, recipe: Recipe) -> None:
     """Write the mean image of the training split to mean_image.npy, if the recipe subtracts a mean image.
 
-    An existing file with other content is replaced. Such a file is from an earlier run in this folder, which used
-    another store and ended before its first checkpoint.
+    An existing file with other content is replaced. A file with other content is from an earlier run in this folder,
+    which used another store and ended before its first checkpoint.
     """
     if recipe.augmentation.mean not in _NEED_MEAN_IMAGE:
         return
@@ -87,8 +87,9 @@ def training_store(run_dir: Path, description: Mapping[str, Any]) -> Store | Non
     """Return the training store of a run, found by the paths in run.json.
 
     Returns None if the store was moved, removed or rebuilt. The first path is the path as given to --store, relative to
-    the working directory. The second path is the absolute path at that time. The third is the path as given, relative
-    to the folder to which --run-dir was relative. The third path finds a store that was moved together with its runs.
+    the working directory. The second path is the absolute path at that time. The third path is the path as given,
+    relative to the folder to which --run-dir was relative. The third path finds a store that was moved together with
+    its runs.
     """
     settings = description["settings"]
     given, saved_dir, folder = Path(settings["store"]), Path(settings.get("run_dir", run_dir)), run_dir.resolve()

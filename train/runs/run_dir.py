@@ -1,6 +1,6 @@
 """Names of the files in a run folder, and functions that read these files.
 
-These functions also work while another process trains in the folder.
+The functions also work while another process trains in the folder.
 
 run/
   run.json                  settings, recipe, architecture, length, store and environment (train/runs/run.py)

@@ -35,8 +35,8 @@ _SHOWN = ("epochs", "steps", "devices", "deterministic", "log_every", "checkpoin
 def saved_config(run_dir: Path, group: ReplicaGroup = ALONE) -> RunConfig | None:
     """Return the configuration in run.json, without its service; None if `run_dir` has no run.json that can be read.
 
-    Only rank 0 of `group` reads run.json. The store is the training store, wherever it is found (training_store). If it
-    is not found, the store is its absolute path in run.json.
+    Only rank 0 of `group` reads run.json. The store is the training store, wherever it is found (training_store). If
+    the training store is not found, the store is its absolute path in run.json.
     """
     try:
         description = group.on_first(lambda: _description(run_dir))

@@ -105,8 +105,8 @@ def status_of(run_dir: Path) -> dict[str, Any]:
 def _seems_alive(written: Mapping[str, Any]) -> bool:
     """Return whether the process that wrote a status is still training.
 
-    This function is for a file system on which locks do not show this. If the process is on another machine, it counts
-    as alive until it writes that it has ended.
+    This function is for a file system whose locks do not show whether a process is training. If the process is on
+    another machine, it counts as alive until it writes that it has ended.
     """
     if written.get("state") != "training":
         return False

@@ -103,7 +103,7 @@ def list_csv(
 def _rows(path: Path, tell: bool = False) -> Iterator[tuple[int, bytes, str, str]]:
     """Yield line number, path, label and split of each row. The split is empty if the file has no column of splits.
 
-    With `tell`, a header is printed.
+    With `tell`, a message says that a header was recognized.
     """
     try:
         with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
@@ -152,8 +152,8 @@ def _is_comment(cell: str) -> bool:
 def _columns(path: Path, cells: Sequence[str]) -> tuple[tuple[int, int, int], bool]:
     """Return two values.
 
-    The first value is (column of the paths, column of the labels, column of the splits or −1). The second value says
-    whether `cells` is a header.
+    The first returned value is (column of the paths, column of the labels, column of the splits or −1). The second
+    returned value says whether `cells` is a header.
     """
     names = [cell.strip("# ").lower() for cell in cells]
 

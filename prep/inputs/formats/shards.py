@@ -128,7 +128,7 @@ def files_by_split(paths: Iterable[Path]) -> dict[str, list[Path]]:
 
 
 def split_of_folder(name: str) -> str | None:
-    """Return the split that the name of a folder means. None: the name means no split."""
+    """Return the split that the name of a folder means. Returns None if the name means no split."""
     return SPLIT_OF_FOLDER.get(name.lower())
 
 

@@ -277,10 +277,10 @@ def _file_beside(root: Path, parent: Path, split: str) -> Path | None:
 
     Raises UserError if there are several label files.
 
-    The file may be named `*ground_truth*.txt` (also in a devkit beside `root`). The label file may have the name of
-    `root` with the extension .txt, .csv or .tsv. The label file may also be LOC_val_solution.csv of Kaggle, which may
-    lie beside the folder ILSVRC. If `root` is a folder, the file may also be labels.txt, labels.csv or labels.tsv in
-    this folder.
+    The label file may be named `*ground_truth*.txt` (also in a devkit beside `root`). The label file may have the name
+    of `root` with the extension .txt, .csv or .tsv. The label file may also be LOC_val_solution.csv of Kaggle, which
+    may lie beside the folder ILSVRC. If `root` is a folder, the label file may also be labels.txt, labels.csv or
+    labels.tsv in this folder.
     """
     stem = root.resolve().name if root.is_dir() else root.resolve().stem
     kaggle = [parent] + ([parent.parents[2]] if parent.parts[-3:] == ("ILSVRC", "Data", "CLS-LOC") else [])

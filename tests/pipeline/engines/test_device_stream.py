@@ -102,7 +102,7 @@ def test_the_finisher_is_at_most_one_batch_ahead_of_the_gpu(
 ) -> None:
     """Four batches are finished.
 
-    The consumer takes only the first batch. The finisher waits for the second and third.
+    The consumer takes only the first batch. The finisher waits for the second and the third batch.
     """
     monkeypatch.setattr(prefetch, "FINISHED_AHEAD", 4)
     streams.append(DeferredStream())

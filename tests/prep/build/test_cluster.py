@@ -160,7 +160,7 @@ def test_the_store_equals_that_of_a_build_without_a_cluster(
     build_split(source_with(SlowReader(photos)), tmp_path / "store", PPM, runner, progress)
     assert_same(tmp_path / "store", whole)
     steps = [done for done in progress.all_done if 0 < done < IMAGES]
-    # A shard has 56 inputs. Other numbers show that the inputs of running shards are counted, too.
+    # A shard has 56 inputs. A count that is no multiple of 56 includes inputs of shards in progress.
     assert len(set(steps)) > 4 and any(done % 56 for done in steps)
     words = ("--store", tmp_path / "store", "--cluster", nodes[0].address)
     verified = alexprep("verify", *words)

@@ -125,7 +125,7 @@ def test_a_dry_run_of_bad_inputs_alone_ends_like_the_build(odd_pictures: Path, t
 def test_the_option_decode_says_what_a_dry_run_decodes(
     odd_pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By default, all photographs are decoded unless there are many photographs."""
+    """By default, --dry-run decodes all photographs of a small source, and a sample of a large source."""
     for name in ("text.jpg", "empty.jpg", "cut.jpg", "fifo.jpg", "wide.png"):
         next(odd_pictures.glob(f"*/{name}")).unlink()
     for name in ("crash.jpg", "slow.jpg"):

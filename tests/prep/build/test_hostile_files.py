@@ -1,7 +1,8 @@
 """Damaged, misleading and oversized files (tests/helpers/hostile_files.py), read by an alexprep process.
 
 Each file must have its expected outcome: kept, converted or bad. The command must end by itself with exit code 0,
-within limits of time and memory. Its counts must be consistent, and it must not start any other program.
+within limits of time and memory. The counts of the command must be consistent, and the command must not start any other
+program.
 """
 
 from __future__ import annotations

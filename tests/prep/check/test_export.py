@@ -184,7 +184,10 @@ def test_files_with_other_content_are_not_overwritten(store: Path, tmp_path: Pat
 
 
 def test_a_folder_with_other_files_is_refused(stores: dict[str, Path], tmp_path: Path) -> None:
-    """The folder may be empty, or may hold an export of the same split. This export may have been interrupted."""
+    """The folder may be empty, or may hold an export of the same split.
+
+    The export in the folder may have been interrupted.
+    """
     out, store = tmp_path / "out", stores["jpeg"]
 
     def run(split: str, kind: str = "jpeg") -> Result:

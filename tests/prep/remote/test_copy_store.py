@@ -240,7 +240,7 @@ def test_a_file_that_another_program_overwrites_during_the_copy_is_noticed(
         copy(small_store, url)
     assert "manifest.json" not in server.objects(prefix)
     proxy.decide = lambda request: None
-    assert copy(small_store, url).copied_files == 2  # these files are the shard and the manifest
+    assert copy(small_store, url).copied_files == 2  # the files that are copied again are the shard and the manifest
     assert server.objects(prefix)[path] == (small_store / path).read_bytes()
 
 

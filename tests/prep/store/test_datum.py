@@ -1,8 +1,8 @@
 """prep.store.datum: records compared with protobuf and DALI's Caffe reader, checksums with zlib, and damaged records.
 
 protobuf reads Caffe's message with the descriptor that conftest.py builds. Damage means every single-bit flip, every
-truncation, and seeded random bytes. Each must raise DatumError and no other exception. `locate_image` is compared with
-Datum.decode and with the Datum that was encoded.
+truncation, and seeded random bytes. Every damaged record must raise DatumError and no other exception. `locate_image`
+is compared with Datum.decode and with the Datum that was encoded.
 """
 
 from __future__ import annotations

@@ -29,7 +29,10 @@ def make_trios() -> list[Trio]:
 
 @pytest.mark.parametrize("kind", ["kernel", "operators"])
 def test_update_equals_the_formula(kind: str) -> None:
-    """There are two updates. The learning rate of one group changes between them, and one parameter has no gradient."""
+    """There are two updates.
+
+    Between the two updates, the learning rate of one group changes. One parameter has no gradient.
+    """
     trios = make_trios()
     trios[3].parameter.grad = None
     update = RateTensorUpdate(trios, groups=2, momentum=MOMENTUM)

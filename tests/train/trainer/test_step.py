@@ -24,10 +24,7 @@ READS_VALUES = {"_local_scalar_dense", "item", "nonzero", "is_nonzero", "equal",
 
 
 class RefuseWaiting(TorchDispatchMode):
-    """Raises an exception for operations that make the host wait for a GPU.
-
-    These operations are reading a value and copying to the CPU.
-    """
+    """Raises an exception for operations that make the host wait for a GPU: reading a value, and copying to the CPU."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

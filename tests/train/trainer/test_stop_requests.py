@@ -78,7 +78,7 @@ def test_a_signal_just_before_a_validation_stops_before_it_begins() -> None:
 
 
 def test_under_torchrun_a_repeated_signal_counts_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """SLURM sends SIGTERM to torchrun and to the ranks, and torchrun sends it to the ranks again."""
+    """SLURM sends SIGTERM to torchrun and to the ranks, and torchrun sends SIGTERM to the ranks again."""
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     monkeypatch.setattr("train.trainer.stop_requests.REPEATED_BY_TORCHRUN_S", 0.3)
     with stop_requests() as stop:

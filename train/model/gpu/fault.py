@@ -43,7 +43,7 @@ def triton_fault(device: torch.device) -> str | None:
 
     Once for each process, two kernels are compiled, run and compared with PyTorch operators. To launch a kernel, Triton
     compiles C code, for which it needs a C compiler, Python's headers and a writable folder. A container image without
-    development tools may lack one of these three things. The network then uses PyTorch operators.
+    development tools may lack the compiler, the headers or the folder. The network then uses PyTorch operators.
     """
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"

@@ -1,10 +1,10 @@
 """Arithmetic of the Triton kernels in epilogue_triton.py: nonlinearities, and normalization across the maps of a tile.
 
 For the window sums of the normalization, tensor cores compute a product with a band matrix of zeros and ones. The
-factors of this product are bfloat16. TERMS is the number of bfloat16 values that represent one factor. With 1, a factor
-has 8 bits of precision, enough for tensors of 16 bits. With 3, it has 24 bits, as many as float32. The product also
-multiplies every value by zeros. 0 · ∞ and 0 · NaN are NaN. One infinite or NaN value therefore makes all maps of the
-column NaN at its position.
+factors of this product are bfloat16. TERMS is the number of bfloat16 values that represent one factor. With TERMS = 1,
+a factor has 8 bits of precision, enough for tensors of 16 bits. With TERMS = 3, a factor has 24 bits, as many as
+float32. The product also multiplies every value by zeros. 0 · ∞ and 0 · NaN are NaN. One infinite or NaN value
+therefore makes all maps of the column NaN at its position.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -55,7 +55,7 @@ def through_activation(g, y, KIND: tl.constexpr):
 
 @triton.jit  # type: ignore[untyped-decorator,unused-ignore]
 def negative_power(s, beta, THREE_QUARTERS: tl.constexpr):
-    """Return s^−β. For β = ¾ it is computed with two square roots."""
+    """Return s^−β. For β = ¾ the power is computed with two square roots."""
     if THREE_QUARTERS:
         root = tl.rsqrt(s)
         power = root * tl.sqrt(root)

@@ -1,6 +1,6 @@
 """The same photographs in every layout.
 
-The library of a layout writes the files, or the module writes them like this library.
+The library that defines a layout writes the files; for other layouts, this module writes the files in the same form.
 """
 
 from __future__ import annotations

@@ -73,7 +73,7 @@ def test_a_damaged_member_is_a_bad_input(method: int, tmp_path: Path) -> None:
     first, second = list_source(path, "train").inputs
     assert ZipReader(path).read(first) == CONTENT and ZipReader(path).read(second) == CONTENT[::-1]
     content = bytearray(path.read_bytes())
-    content[second.location - 60] ^= 0x10  # in the compressed bytes of the first member
+    content[second.location - 60] ^= 0x10  # changes compressed bytes of the first member
     path.write_bytes(content)
     with pytest.raises(BadImage, match=r"CRC-32|damaged in the zip archive|bytes in the zip archive"):
         ZipReader(path).read(first)
@@ -96,7 +96,8 @@ def test_a_damaged_archive_is_an_error_of_one_line(tmp_path: Path) -> None:
     directory = content.index(b"PK\1\2")
     broken = [content[:size] for size in (0, 3, 30, directory, directory + 60, len(content) - 1)]
     broken += [content[:directory] + b"xx" + content[directory + 2 :], content[directory:], content[:-22] + bytes(22)]
-    for size in range(directory, len(content), 7):  # every part of the directory and of the end record
+    # The archive is truncated in every part of the directory and of the end record.
+    for size in range(directory, len(content), 7):
         broken.append(content[:size] + b"\xff" + content[size + 1 :])
     errors = 0
     for wrong in broken:

@@ -77,7 +77,7 @@ def test_numbers_after_a_header_stay_numbers(separator: str, header: str, tmp_pa
 
 
 def test_a_first_line_for_a_missing_image_is_no_header(flat: Path, tmp_path: Path) -> None:
-    """The class of a line without an image is a class all the same: `gone.jpg eel` is not a header."""
+    """A line whose image does not exist still names a class: `gone.jpg eel` is not a header."""
     with pytest.raises(UserError, match="eel"):
         list_labelled(flat, label_file(tmp_path, "gone.jpg\teel\n" + FORMATS["tabs"]), None, CLASSES)
 

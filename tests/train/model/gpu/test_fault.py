@@ -96,7 +96,7 @@ def test_operators_replace_a_triton_kernel_that_fails(
 def test_many_normalized_maps_need_much_shared_memory(
     maps: int, shared_kib: int, fits: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """`--model joined` has 256 maps in layer 2. A GPU with 99 KiB of shared memory uses operators for them."""
+    """`--model joined` has 256 maps in layer 2. For 256 maps, a GPU with 99 KiB of shared memory uses operators."""
     monkeypatch.setattr(fault, "triton_fault", lambda device: None)
     monkeypatch.setattr(epilogue, "shared_bytes_of", lambda device: shared_kib << 10)
     assert (fault.normalization_fault(torch.device("cuda:0"), maps) is None) == fits
