@@ -232,7 +232,7 @@ def _run_members(ensemble: Ensemble, options: dict[str, Any], given: set[str]) -
     if dry_run:
         from train.experiments.ensemble import preview_members
 
-        for line in preview_members(runs, fork):
+        for line in preview_members(ensemble, runs, fork):
             say(line)
     else:
         from train.experiments.ensemble import fork_members, train_members

@@ -12,12 +12,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from prep.console import UserError
 from prep.files import hold_lock
+from train.config.identity import check_identity
 from train.config.run_config import RunConfig
 from train.monitor.console_view import ConsoleView
 from train.monitor.ensemble_view import EnsembleView
-from train.runs.ensemble_dir import Ensemble, make_ensemble_dir, member_dir
+from train.runs.ensemble_dir import Ensemble, check_ensemble_dir, make_ensemble_dir, member_dir
 from train.runs.run import Run
+from train.runs.run_dir import newest_checkpoint, read_description
 from train.trainer.fork import fork, preview_fork
 from train.trainer.loop import fit, fit_together, raise_diverged
 from train.trainer.watchdog import Diverged
@@ -57,6 +60,7 @@ def train_members(
 
     Raises the errors of fit_together. Raises UserError if the folder holds other files or another ensemble.
     """
+    check_members(folder, ensemble, runs)
     make_ensemble_dir(folder, ensemble)
     with hold_lock(folder, "training"):
         if not one_at_a_time:
@@ -75,15 +79,35 @@ def train_members(
         raise_diverged(diverged)
 
 
+def check_members(folder: Path, ensemble: Ensemble, runs: Sequence[Run]) -> None:
+    """Raise UserError if the folder holds other files or another ensemble, or if a member was trained as another run.
+
+    The check precedes the first write, so that a command with wrong options does not change the folder.
+    """
+    check_ensemble_dir(folder, ensemble)
+    for run in runs:
+        try:
+            identity = read_description(run.run_dir)["identity"]
+        except UserError:  # not begun, or run.json is written again
+            continue
+        if newest_checkpoint(run.run_dir) is not None:
+            check_identity(identity, run.identity, run.run_dir)
+
+
 def fork_members(new_dir: Path, ensemble: Ensemble, runs: Sequence[Run]) -> list[Run]:
     """Start an ensemble in `new_dir` whose members are forks of `runs`, and return the forks.
 
-    Raises the errors of `fork` and make_ensemble_dir.
+    ensemble.json is written last (train_members). After a kill, a folder that lacks forks is therefore no ensemble, and
+    the same command forks the other members. Raises the errors of `fork` and check_ensemble_dir.
     """
-    make_ensemble_dir(new_dir, ensemble)
+    check_ensemble_dir(new_dir, ensemble)
     return [fork(run, new_dir / run.run_dir.name) for run in runs]
 
 
-def preview_members(runs: Sequence[Run], new_dir: Path | None) -> list[str]:
-    """Return the messages of `alextrain run --dry-run` for each member (see preview_fork)."""
+def preview_members(ensemble: Ensemble, runs: Sequence[Run], new_dir: Path | None) -> list[str]:
+    """Return the messages of `alextrain run --dry-run` for each member (see preview_fork, also for the errors)."""
+    if new_dir is None:
+        check_members(runs[0].run_dir.parent, ensemble, runs)
+    else:
+        check_ensemble_dir(new_dir, ensemble)
     return [line for run in runs for line in preview_fork(run, new_dir and new_dir / run.run_dir.name)]

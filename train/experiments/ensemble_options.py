@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from prep.console import UserError, WrongArgument
 from prep.store.manifest import Store
-from train.runs.ensemble_dir import Ensemble, member_dir, read_ensemble
+from train.runs.ensemble_dir import Ensemble, member_dirs, read_ensemble
 from train.runs.run_dir import DESCRIPTION, newest_checkpoint
 
 if TYPE_CHECKING:
@@ -30,7 +30,12 @@ def requested_ensemble(options: Mapping[str, Any], given: Collection[str]) -> En
     the content of --run-dir.
     """
     run_dir, members, fork = options["run_dir"], options["members"], options["fork"]
-    held = read_ensemble(run_dir)
+    try:
+        held = read_ensemble(run_dir)
+    except UserError:
+        if members is None or fork:
+            raise
+        held = None  # ensemble.json is written again (make_ensemble_dir)
     if held is None and members is None:
         if options["one_at_a_time"]:
             raise WrongArgument("--one-at-a-time: a single network is trained. Pass --members N to train an ensemble.")
@@ -72,20 +77,21 @@ def _check_new(run_dir: Path, members: int, fork: Path | None) -> None:
 def open_members(ensemble: Ensemble, options: Mapping[str, Any], given: Collection[str]) -> list[Run]:
     """Return the members of an ensemble, with the settings that the options give.
 
-    Settings that no option gives have the values in run.json of the first member, or their defaults. Raises the errors
-    of requested_config and Run.open.
+    Settings that no option gives have the values in the run.json of a member, or their defaults. Raises the errors of
+    requested_config and Run.open.
     """
     run_dir = options["run_dir"]
-    first_dir, store = member_dir(run_dir, 1), None
+    described = [path for path in member_dirs(run_dir, ensemble.members) if (path / DESCRIPTION).exists()]
+    store = None
     # A missing store is reported before torch is imported.
-    if "store" in given or not (first_dir / DESCRIPTION).exists():
+    if "store" in given or not described:
         store = Store.open(options["store"])
         store.split("train")
     from train.experiments.ensemble import member_configs
     from train.runs.run import Run
     from train.runs.saved_config import requested_config, saved_config
 
-    saved = saved_config(first_dir)
+    saved = next((config for path in described if (config := saved_config(path))), None)
     seeds = {"seed": ensemble.seed, "stream_seed": ensemble.stream_seed}
     config = requested_config({**options, **seeds}, {*given, *seeds}, saved)
     configs = member_configs(replace(config, run_dir=run_dir), ensemble.members)

@@ -11,13 +11,14 @@ This module does not import torch, so that `alextrain status` starts quickly.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from prep.console import UserError, disk_error, shell_quoted
-from prep.files import hold_lock, write_atomic
-from train.runs.run_dir import DESCRIPTION
+from prep.files import check_output_folder, hold_lock, write_atomic
+from train.runs.run_dir import DESCRIPTION, read_description
 
 ENSEMBLE = "ensemble.json"
 
@@ -29,6 +30,9 @@ class Ensemble:
     members: int  # number of members, which are numbered from 1
     seed: int  # member k has the seed `seed` + k
     stream_seed: int  # seed of the stream, which is the same for all members
+
+    def __str__(self) -> str:
+        return f"{self.members} networks, seed {self.seed}, stream seed {self.stream_seed}"
 
 
 def member_dir(folder: Path, number: int) -> Path:
@@ -44,34 +48,73 @@ def member_dirs(folder: Path, members: int) -> list[Path]:
 def read_ensemble(folder: Path) -> Ensemble | None:
     """Return the ensemble in `folder`. Returns None if `folder` is not the folder of an ensemble.
 
-    Raises UserError if ensemble.json cannot be read.
+    Raises UserError if ensemble.json cannot be read, or if it is missing in a folder with members.
     """
     path = folder / ENSEMBLE
     try:
         content = json.loads(path.read_bytes())
+        if not isinstance(content, dict) or set(content) != {field.name for field in fields(Ensemble)}:
+            raise ValueError("expected members, seed and stream_seed")
         ensemble = Ensemble(**content)
-        if not all(isinstance(value, int) for value in content.values()) or ensemble.members < 1:
-            raise ValueError("expected whole numbers, and at least one member")
-    except (FileNotFoundError, NotADirectoryError):
+        if not all(type(value) is int and value >= 0 for value in content.values()) or not ensemble.members:
+            raise ValueError("expected whole numbers of at least 0, and at least one member")
+    except NotADirectoryError:
         return None
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError) as error:
+        if isinstance(error, FileNotFoundError) and not _member_numbers(folder):
+            return None
+        reason = error.strerror if isinstance(error, OSError) else error
         raise UserError(
-            f"{path}: cannot be read ({error}). Repeat the alextrain run command with all its options to rewrite it."
+            f"{path}: cannot be read ({reason}). To write it again, repeat the alextrain run command with --members, "
+            "and with --seed and --stream-seed if they were given."
         ) from None
     return ensemble
 
 
-def make_ensemble_dir(folder: Path, ensemble: Ensemble) -> None:
-    """Create the folder of an ensemble and write ensemble.json, or accept a folder that already holds an ensemble.
+def _member_numbers(folder: Path) -> list[int]:
+    """Return the numbers of the members that have a folder."""
+    names = (re.fullmatch(r"member-([1-9]\d*)", path.name) for path in folder.glob("member-*/"))
+    return sorted(int(name[1]) for name in names if name)
 
-    Raises UserError if the folder cannot be created, or if it holds other files. Raises DiskFull if there is no disk
-    space.
+
+def check_ensemble_dir(folder: Path, ensemble: Ensemble) -> None:
+    """Raise UserError if `ensemble` cannot be trained in `folder`, because the folder holds something else.
+
+    The folder may be missing or empty. It may hold the same ensemble, with as many members or fewer. If ensemble.json
+    is missing or damaged, the folder may hold only folders of members.
+    """
+    check_output_folder(folder)
+    if not folder.exists():
+        return
+    try:
+        held = read_ensemble(folder)
+    except UserError:
+        held = None
+        numbers = _member_numbers(folder)
+        if numbers and numbers[-1] > ensemble.members:
+            raise UserError(
+                f"--members {ensemble.members}: {folder} holds {member_dir(folder, numbers[-1]).name}. Pass --members "
+                f"{numbers[-1]}, or move this folder away."
+            ) from None
+    if held is not None:
+        if (held.seed, held.stream_seed) != (ensemble.seed, ensemble.stream_seed) or held.members > ensemble.members:
+            raise UserError(f"{folder} holds another ensemble ({held}; here {ensemble}). Name another folder.")
+        return
+    known = {ENSEMBLE, *(member_dir(folder, number).name for number in _member_numbers(folder))}
+    if any(path.name not in known and not path.name.startswith(".") for path in folder.iterdir()):
+        raise UserError(f"{folder}: the folder holds files but no ensemble. Name another folder.")
+
+
+def make_ensemble_dir(folder: Path, ensemble: Ensemble) -> None:
+    """Create the folder of an ensemble and write ensemble.json, or accept a folder that already holds the ensemble.
+
+    Raises the errors of check_ensemble_dir. Raises UserError if the folder cannot be created, and DiskFull if there is
+    no disk space.
     """
     path = folder / ENSEMBLE
     try:
+        check_ensemble_dir(folder, ensemble)
         folder.mkdir(parents=True, exist_ok=True)
-        if not path.exists() and any(not entry.name.startswith(".") for entry in folder.iterdir()):
-            raise UserError(f"{folder}: the folder holds files but no ensemble. Name another --run-dir.")
         with hold_lock(folder, "training"):
             for leftover in folder.glob(f".{ENSEMBLE}.*.tmp"):  # temporary files of a killed process
                 leftover.unlink()
@@ -83,7 +126,7 @@ def make_ensemble_dir(folder: Path, ensemble: Ensemble) -> None:
 def with_members(paths: Iterable[Path]) -> list[Path]:
     """Return `paths`, with the folder of each ensemble replaced by the run folders of its members.
 
-    Raises UserError if the training of a member has not begun.
+    Raises UserError if the training of a member has not begun, or if the folder of a member holds another run.
     """
     expanded: list[Path] = []
     for path in paths:
@@ -91,11 +134,19 @@ def with_members(paths: Iterable[Path]) -> list[Path]:
         if ensemble is None:
             expanded.append(path)
             continue
-        for run_dir in member_dirs(path, ensemble.members):
+        for number, run_dir in enumerate(member_dirs(path, ensemble.members), start=1):
             if not (run_dir / DESCRIPTION).exists():
                 raise UserError(
                     f"{run_dir}: the training of this member has not begun. Train the ensemble with: alextrain run "
                     f"--run-dir {shell_quoted(path)}. Or name the members that are trained."
+                )
+            identity = read_description(run_dir)["identity"]
+            seeds = identity.get("seed"), identity.get("stream_seed", identity.get("seed"))
+            if seeds != (ensemble.seed + number, ensemble.stream_seed):
+                raise UserError(
+                    f"{run_dir}: was trained with seed {seeds[0]} and stream seed {seeds[1]}, but member {number} has "
+                    f"seed {ensemble.seed + number} and stream seed {ensemble.stream_seed}. Move this folder away, and "
+                    f"train the member with: alextrain run --run-dir {shell_quoted(path)}"
                 )
             expanded.append(run_dir)
     return expanded

@@ -9,7 +9,7 @@ from typing import Any
 
 from prep.console import duration_text
 from train.runs.ensemble_dir import Ensemble, member_dirs
-from train.runs.run_dir import errors_text
+from train.runs.run_dir import DESCRIPTION, errors_text
 from train.runs.status import status_of
 
 # States of an ensemble in the order of their precedence. The state of an ensemble is the first state in this list that
@@ -27,13 +27,15 @@ def ensemble_status(folder: Path, ensemble: Ensemble) -> dict[str, Any]:
     alive, finished    alive: a process is training a member; finished: all members have finished
     seed, stream_seed  member k has the seed `seed` + k; seed of the stream
     seconds_left       predicted time until all members are trained; None before the first interval has ended
-    members            the status of each member (status_of); only {"run_dir", "state": "new"} without a run folder
+    members            the status of each member (status_of); only {"run_dir", "state": "new"} before its run.json
 
-    Raises UserError for a member whose folder cannot be read.
+    Raises UserError for a member whose run.json cannot be read.
     """
     members: list[dict[str, Any]] = []
     for run_dir in member_dirs(folder, ensemble.members):
-        members.append(status_of(run_dir) if run_dir.is_dir() else {"run_dir": str(run_dir), "state": "new"})
+        members.append(
+            status_of(run_dir) if (run_dir / DESCRIPTION).exists() else {"run_dir": str(run_dir), "state": "new"}
+        )
     states = {member["state"] for member in members}
     left: list[float | None] = [member.get("seconds_left") for member in members]
     known = [seconds for seconds in left if seconds is not None]

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+import train.experiments.ensemble
 from prep.console import UserError
 from tests.helpers.alextrain import alextrain, json_lines, refusal
 from tests.helpers.small_training import SMALL_ALEXNET, small_config
@@ -17,6 +19,7 @@ from train.config.architecture import ARCHITECTURES
 from train.evaluation.paper_table import paper_row
 from train.evaluation.predictions import load_predictions
 from train.runs import checkpoint
+from train.runs.run import Run
 from train.trainer.out_of_memory import out_of_memory
 
 
@@ -97,6 +100,87 @@ def test_an_ensemble_goes_on_from_its_folder_alone_and_can_be_forked(ensemble: P
     error = refusal("evaluate", folder)
     assert f"{folder / 'member-2'}: the training of this member has not begun" in error
     assert f"alextrain run --run-dir {folder}. " in error
+
+
+@pytest.mark.parametrize("text", [None, "", '{"members": 2', "[]", '{"members": true, "seed": 7, "stream_seed": 7}'])
+def test_a_missing_or_damaged_ensemble_json_is_written_again(
+    ensemble: Path, store: Path, tmp_path: Path, text: str | None
+) -> None:
+    folder = Path(shutil.copytree(ensemble, tmp_path / "pair"))
+    path, good = folder / "ensemble.json", (ensemble / "ensemble.json").read_text()
+    path.unlink() if text is None else path.write_text(text)
+    for command in ("status", "evaluate", "run"):
+        words = ("run", "--run-dir") if command == "run" else (command,)
+        error = refusal(*words, folder)
+        assert f"{path}: cannot be read (" in error and "repeat the alextrain run command with --members, and" in error
+    words = run_words(store, folder)
+    assert (
+        "member-1 was trained with another seed (8, here 1)"
+        in alextrain(*words, "--members", "2", "--seed", "0").stderr
+    )
+    (folder / "member-3").mkdir()
+    assert "holds member-3. Pass --members 3, or move" in refusal(*words, "--members", "2", "-q")
+    (folder / "member-3").rmdir()
+    assert alextrain(*words, "--members", "2", "-n").exit_code == 0
+    assert not path.exists() if text is None else path.read_text() == text
+    assert "0 steps trained, over 2 networks" in alextrain(*words, "--members", "2").stderr
+    assert path.read_text() == good
+
+
+def test_a_command_that_is_refused_does_not_change_ensemble_json(ensemble: Path, tmp_path: Path) -> None:
+    folder, other = tmp_path / "pair", tmp_path / "other"
+    for path in (folder, other):
+        shutil.copytree(ensemble, path)
+    seeds = json.dumps({"members": 3, "seed": 20, "stream_seed": 7})
+    (other / "ensemble.json").write_text(seeds)
+    words = ("run", "--run-dir", folder)
+    for more in ([], ["--dry-run"]):
+        assert "another batch size (10, here 5)" in alextrain(*words, "--members", "3", "--batch", "5", *more).stderr
+        expected = (
+            f"{other} holds another ensemble (3 networks, seed 20, stream seed 7; here 2 networks, seed 7, stream"
+        )
+        assert expected in alextrain(*words, "--fork", other, *more).stderr
+    assert (folder / "ensemble.json").read_text() == (ensemble / "ensemble.json").read_text()
+    assert (other / "ensemble.json").read_text() == seeds
+
+
+def test_an_ensemble_is_forked_although_a_kill_ended_the_command_between_two_members(
+    ensemble: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    new_dir = tmp_path / "fork"
+    words = ("run", "--run-dir", ensemble, "--fork", new_dir, "--set", "lr=0.001", "--steps", "3", "-q")
+    fork = train.experiments.ensemble.fork
+
+    def fork_first(run: Run, folder: Path) -> Run:
+        if folder.name == "member-2":
+            raise KeyboardInterrupt
+        return fork(run, folder)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("train.experiments.ensemble.fork", fork_first)
+        assert alextrain(*words).exit_code != 0
+    # To go on without --fork would begin member 2 at step 0.
+    assert "cannot be read" in refusal("run", "--run-dir", new_dir)
+    assert alextrain(*words).exit_code == 0
+    assert [checkpoint.load(new_dir / f"member-{k}").ancestry[0]["step"] for k in (1, 2)] == [2, 2]
+
+
+def test_member_folders_that_are_missing_or_copies_are_noticed(ensemble: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(ensemble, tmp_path / "pair"))
+    shutil.rmtree(folder / "member-2")
+    shutil.copytree(folder / "member-1", folder / "member-2")
+    for command in (["run", "--run-dir"], ["evaluate"]):
+        assert "member-2" in (error := alextrain(*command, folder).stderr) and "trained with" in error
+    shutil.rmtree(folder / "member-1")
+    shutil.rmtree(folder / "member-2")
+    shutil.copytree(ensemble / "member-2", folder / "member-2")
+    (folder / "member-1").mkdir()  # as after a kill before run.json is written
+    (status,) = json_lines("status", folder)
+    assert [member["state"] for member in status["members"]] == ["new", "finished"]
+    # Member 1 gets the settings of member 2.
+    assert "2 steps trained, over 2 networks" in alextrain("run", "--run-dir", folder).stderr
+    states = [checkpoint.load(path / "member-1") for path in (folder, ensemble)]
+    assert states[0].identity == states[1].identity and torch.equal(*(s.parameters["fc8.weight"] for s in states))
 
 
 def test_status_and_compare_list_the_members(ensemble: Path, tmp_path: Path) -> None:
