@@ -65,7 +65,7 @@ class Augmentation:
     """
 
     mean: str = "channel"  # mean to subtract, one of MEANS; the docstring of this module describes them
-    # how σ, in grey levels, is computed from the eigenvalues λ of the covariance matrix of the RGB values "stdev":
+    # How σ, in grey levels, is computed from the eigenvalues λ of the covariance matrix of the RGB values. "stdev":
     # strength·√λ, with λ of pixels in 0..255 (the authors' code). "eigenvalue": 255·strength·λ, with λ of pixels in [0,
     # 1]. "off": 0.
     colour: str = "stdev"

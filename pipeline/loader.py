@@ -108,7 +108,7 @@ class TrainLoader(Loader):
     def left_out(self) -> int:
         """Number of records that are not served in an epoch.
 
-        This number is always less than batch_size · world_size.
+        The number of records that are left out is always less than batch_size · world_size.
         """
         return self.records - len(self) * self.batch_size * self.world_size
 

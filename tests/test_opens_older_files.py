@@ -143,7 +143,8 @@ def test_a_checkpoint_loads_with_the_same_parameters_and_velocity(unpacked: Path
 def test_a_run_continues_with_the_parameters_and_metrics_of_the_older_version(older: Path) -> None:
     """Remove the last checkpoint and train steps 4 to 6 again. Revision 595f19d saved the expected results.
 
-    On the CPU that made the files, new and saved results are equal, bit for bit. On other CPUs, both are nearly equal.
+    On the CPU that made the files, new and saved results are equal, bit for bit. On other CPUs, new and saved results
+    are nearly equal.
     """
     then, lines = checkpoint.load(older / "run", "last"), read_lines(older / "run")
     checkpoint.path_of(older / "run", 6).unlink()

@@ -210,9 +210,9 @@ class Coordinator:
     def _dispatch(self) -> None:
         """Give blocks from the queue to free workers.
 
-        If a worker has died, one of the blocks that it was making may be the cause. Each of these blocks is then made
-        by a worker that makes no other block at the same time. A block that crashes its worker therefore stops no other
-        block.
+        If a worker has died, one of the blocks that it was making may be the cause. A block that may be the cause is
+        then made by a worker that makes no other block at the same time. A block that crashes its worker therefore
+        stops no other block.
         """
         assert self._group is not None
         while self._queue and (worker := self._group.free(alone=self._queue[0].tries > 0)) is not None:

@@ -197,7 +197,7 @@ class _Walk:
         """Add the class folders in the folder `parent` and below it.
 
         `parent` is a path below `folder`, or empty for `folder` itself. `around` has the device and inode numbers of
-        the folders that contain `parent`. These numbers reveal a link to one of the containing folders.
+        the folders that contain `parent`. The device and inode numbers reveal a link to one of the containing folders.
         """
         folders, _, links = _sorted_out(entries)
         if links:

@@ -1,4 +1,4 @@
 """Benchmarks of the build, the stream and the training step, with comparisons to other libraries.
 
-`make bench` runs them.
+`make bench` runs the benchmarks.
 """

@@ -16,9 +16,9 @@ files are read, so that they are in the page cache.
 
 The time of `ours` includes starting the command, importing libraries and listing the folder. The other contestants
 import libraries and list the folder before the timing starts. All other contestants except FFCV also start their
-workers before the timing starts. That imports and starts of workers are not timed favours the other contestants. Only
-`ours` and the scripts that write an LMDB (Pillow, libvips) sync their output to the disk. Deleting the output of the
-previous turn is not timed.
+workers before the timing starts. The other contestants have an advantage, because their imports and the start of their
+workers are not timed. Only `ours` and the scripts that write an LMDB (Pillow, libvips) sync their output to the disk.
+Deleting the output of the previous turn is not timed.
 
 --pictures N is the number of images in a turn. If the source has fewer than N photographs, the photographs are repeated
 by hard links. If hard links fail, the photographs are copied. Choose N so large that each contestant works for at least

@@ -26,7 +26,7 @@ class ReadableDocstrings(griffe.Extension):
     """Rewrites docstrings while griffe collects them."""
 
     def on_instance(self, *, obj: griffe.Object, **_: Any) -> None:
-        """If there is no such comment, return the comment lines above line `first`."""
+        """Replace lists of names and meanings by tables."""
         if obj.docstring:
             obj.docstring.value = with_tables(obj.docstring.value)
 
@@ -61,9 +61,9 @@ def _row(name: str, text: str) -> str:
 
 
 def comment_of(source: list[str], first: int, last: int) -> str:
-    """Return the comment at the end of line `last`. If there is none, return the comment lines above line `first`.
+    """Return the comment at the end of line `last`.
 
-    Lines are counted from 1.
+    If line `last` has no comment, return the comment lines above line `first`. Lines are counted from 1.
     """
     at_end = re.search(r"\s#\s(?P<text>.*)$", source[last - 1])
     if at_end:

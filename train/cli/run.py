@@ -118,8 +118,8 @@ def run(
     """Train AlexNet on a store, or continue the run in --run-dir.
 
     To continue after a stop or a kill, run the same command again. `alextrain run --run-dir RUN_DIR` also continues:
-    options that are not given have the values of the run. A fork also takes these values. --service is not kept, so
-    pass this option again.
+    options that are not given have the values of the run. A fork also has the values of the run for options that are
+    not given. --service is not kept, so pass this option again.
 
     \b
     Example:

@@ -34,8 +34,8 @@ def identity_of(config: RunConfig, store: Store) -> dict[str, Any]:
     """Return the identity of a run, as JSON values.
 
     The identity contains the names of the recipe and the architecture only for messages. `differences` compares the
-    settings of the recipe and the architecture, and ignores these names. The identity contains the seed of the stream
-    only if it differs from the seed of the run. Without --stream-seed, the identity is therefore the same as in
+    settings of the recipe and the architecture, and ignores the names of both. The identity contains the seed of the
+    stream only if it differs from the seed of the run. Without --stream-seed, the identity is therefore the same as in
     versions that did not have this option.
     """
     own_stream_seed = {} if config.seed_of_stream == config.seed else {"stream_seed": config.seed_of_stream}

@@ -2,8 +2,8 @@
 
 An index holds keys, labels and fc7 activations (of the centre crops) of the training images. The index for the
 checkpoint of step 232 is saved as `index-fc7-00000232.npz` in the run folder. A saved index is reused if it has the
-requested checkpoint, training split, number of records and precision. If one of these values differs, a new index
-replaces the saved index.
+requested checkpoint, training split, number of records and precision. If the checkpoint, the split, the number of
+records or the precision differs, a new index replaces the saved index.
 """
 
 from __future__ import annotations

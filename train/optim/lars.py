@@ -1,8 +1,8 @@
 """LARS: SGD that scales the learning rate of each layer, for batches of thousands of images.
 
-You, Gitman and Ginsburg 2017, Large Batch Training of Convolutional Networks (arXiv 1708.03888), algorithm 1. For the
-weights w of a layer, their gradient g, the learning rate γ of the schedule, the weight decay β, the momentum m and the
-trust coefficient η:
+You, Gitman and Ginsburg 2017, Large Batch Training of Convolutional Networks (arXiv 1708.03888), algorithm 1. Algorithm
+1 uses the weights w of a layer, their gradient g, the learning rate γ of the schedule, the weight decay β, the momentum
+m and the trust coefficient η:
 
     λ = η · ‖w‖ / (‖g‖ + β · ‖w‖)               the local rate of the layer
     v ← m · v − γ · λ · (g + β · w)

@@ -42,7 +42,8 @@ class Schedule:
     """Learning rates and colour noise of a recipe, at any epoch.
 
     The schedules `steps`, `cosine` and `polynomial` depend only on the epoch. A plateau schedule also depends on the
-    validation errors so far. The fields after `batch_size` summarize these errors and are saved in checkpoints.
+    validation errors so far. The fields after `batch_size` summarize the validation errors and are saved in
+    checkpoints.
     """
 
     recipe: Recipe

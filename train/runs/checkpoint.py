@@ -238,7 +238,7 @@ class CheckpointKeeper:
 
 
 def drop_after(run_dir: Path, step: int) -> None:
-    """Remove the checkpoints after `step`. These checkpoints are damaged, so `load_latest` skipped them."""
+    """Remove the checkpoints after `step`. The removed checkpoints are damaged, so `load_latest` skipped them."""
     for path in checkpoint_paths(run_dir):
         if path > path_of(run_dir, step):
             path.unlink()

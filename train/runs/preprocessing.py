@@ -87,9 +87,9 @@ def training_store(run_dir: Path, description: Mapping[str, Any]) -> Store | Non
     """Return the training store of a run, found by the paths in run.json.
 
     Returns None if the store was moved, removed or rebuilt. The first path is the path as given to --store, relative to
-    the working directory. The second path is the absolute path at that time. The third path is the path as given,
-    relative to the folder to which --run-dir was relative. The third path finds a store that was moved together with
-    its runs.
+    the working directory. The second path is the absolute path at the time when the run was created. The third path is
+    the path as given, relative to the folder to which --run-dir was relative. The third path finds a store that was
+    moved together with its runs.
     """
     settings = description["settings"]
     given, saved_dir, folder = Path(settings["store"]), Path(settings.get("run_dir", run_dir)), run_dir.resolve()

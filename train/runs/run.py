@@ -1,6 +1,6 @@
 """Opens a run: checks the configuration, opens the store, and computes the identity and the length of the run.
 
-`Run.open` does all these steps. The functions below the class Run create the run folder and write run.json.
+`Run.open` does all steps of opening a run. The functions below the class Run create the run folder and write run.json.
 """
 
 from __future__ import annotations

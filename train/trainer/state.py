@@ -86,8 +86,8 @@ class Generators:
     """Lets the training runs of one process use torch's random generators in turn, each as if it were alone.
 
     torch has one generator for the CPU and one for each GPU. The initial parameters and the dropout of a training run
-    are drawn from these generators. This object keeps the generator states of the training runs that do not have their
-    turn.
+    are drawn from torch's generators. This object keeps the generator states of the training runs that do not have
+    their turn.
     """
 
     def __init__(self, devices: Sequence[str]) -> None:

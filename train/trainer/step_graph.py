@@ -5,9 +5,9 @@ from step to step therefore lie in tensors that the graph reads: the images, the
 (PaperSGD.use_rate_tensor). The graph itself changes the counters (train/monitor/step_counters.py) and the position of
 the random generator. A graph is recorded again if the shape of a batch changes or a layer is frozen.
 
-A recording can contain neither an allocation by a library nor a compilation by Triton. Both happen when a kernel runs
-for the first time. The steps before a recording therefore run without a graph. These steps are ordinary training steps
-on the batches of the stream.
+A recording can contain neither an allocation by a library nor a compilation by Triton. Libraries allocate, and Triton
+compiles, when a kernel runs for the first time. The steps before a recording therefore run without a graph. The steps
+before a recording are ordinary training steps on the batches of the stream.
 """
 
 from __future__ import annotations

@@ -70,8 +70,8 @@ class LabelledRows:
         """Return all inputs with their classes.
 
         A number is the position of a class if `are_positions` is true and no class of the store has a number as its
-        name. In all other cases, a number can also be the name of a class, as in a label file. Such a number must have
-        a single meaning, unless `options.label_order` states the meaning.
+        name. In all other cases, a number can also be the name of a class, as in a label file. A number that can also
+        be a name must have a single meaning, unless `options.label_order` states the meaning.
 
         The name of class k is the k-th name in the first of these lists that exists: `names` (from the format itself),
         the file `options.class_file`, `store_classes`. Without any list, the name is k. With `in_class_folders`, an

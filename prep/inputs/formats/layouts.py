@@ -36,7 +36,7 @@ _ONLY_SPLIT = ""  # key of a split that has no name
 
 @dataclass(frozen=True)
 class SplitSource:
-    """Where the images of one split are."""
+    """Location of the images of one split."""
 
     path: Path  # a folder, an archive, or a list of files
     layout: str = "folders"  # one of LAYOUTS; never kaggle, because the splits of Kaggle's layout are folders

@@ -63,10 +63,7 @@ class ParquetReader:
         return replace(self, unpacked=folder)
 
     def read(self, item: Input) -> bytes:
-        """Return the image file in a row.
-
-        Raises BadImage if the row has no image, and UserError for a file that cannot be read.
-        """
+        """Return the image file in a row. Raises BadImage if there is none, and UserError for an unreadable file."""
         index, row = unpack_location(item.location)
         path = self.root / self.files[index]
         if self.unpacked is None:

@@ -142,7 +142,7 @@ def test_inputs_without_an_image_give_no_estimate(tmp_path: Path) -> None:
     assert estimate(tmp_path / "photos", tmp_path / "store").resources is None
     result = dry_run(tmp_path / "photos", tmp_path / "store")
     assert "no estimate" in result.stdout
-    # This error is the error with which the build would end.
+    # The build would end with this error.
     assert result.exit_code == 1 and "1 input of 1 is not an image" in result.stderr
 
 

@@ -4,7 +4,7 @@ On a GPU, conv1 over blocks is several times as fast as conv1 over pixels. conv1
 of 4 px, and three channels. Padded with zeros to 12 × 12 px, a window covers 3 × 3 blocks of 4 × 4 px. An image of
 blocks has 3 · 4 · 4 = 48 channels, as in torch.nn.functional.pixel_unshuffle. The number of a channel is 16 · (colour
 channel) + 4 · (row within the block) + (column within the block). Over blocks, conv1 is a 3 × 3 convolution of stride
-1. The weights stay a parameter of shape (maps, 3, 11, 11). `block_weights` rearranges them in each step.
+1. The weights stay a parameter of shape (maps, 3, 11, 11). `block_weights` rearranges the weights in each step.
 """
 
 from __future__ import annotations

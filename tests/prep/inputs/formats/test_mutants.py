@@ -27,7 +27,7 @@ SUFFIXES = (".zip", ".tar", ".parquet", ".csv", ".txt")
 def mutant(content: bytes, rng: random.Random) -> bytes:
     changed = bytearray(content)
     for _ in range(rng.choice((1, 1, 2, 5, 20))):
-        near_end = rng.random() < 0.5  # zip and Parquet files have their directories there
+        near_end = rng.random() < 0.5  # zip and Parquet files have their directories near the end
         at = max(0, len(changed) - 1 - rng.randrange(800)) if near_end else rng.randrange(max(1, len(changed)))
         match rng.randrange(5):
             case 0:

@@ -1,6 +1,7 @@
 """Meaning of a number in a label file: the name of a class or a position.
 
-If both are possible, the error asks for --label-order. The expected labels are written by hand for each reading.
+If a number can be a name and a position, the error asks for --label-order. The expected labels are written by hand for
+each reading.
 """
 
 from __future__ import annotations
