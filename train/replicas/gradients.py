@@ -48,8 +48,8 @@ class GradientSum:
         for parameter in parameters:
             by_device.setdefault(parameter.device, []).append(parameter)
         self._exchanges = [
-            _FlatGradients(own, _exchange(device, sum(p.numel() for p in own), link, f"gradients/{index}", over_tcp))
-            for index, (device, own) in enumerate(by_device.items())
+            _FlatGradients(own, _exchange(device, sum(p.numel() for p in own), link, over_tcp))
+            for device, own in by_device.items()
         ]
 
     @torch.no_grad()
@@ -89,9 +89,9 @@ def _views(parameters: list[nn.Parameter], flat: Tensor) -> list[Tensor]:
     ]
 
 
-def _exchange(device: torch.device, size: int, link: Link, name: str, over_tcp: bool) -> Exchange:
+def _exchange(device: torch.device, size: int, link: Link, over_tcp: bool) -> Exchange:
     if device.type == "cuda":
-        return Nccl(device, size, link, name)
+        return Nccl(device, size, link)
     if over_tcp:
         return Gloo(size, link)
     try:
@@ -118,7 +118,7 @@ class Gloo:
 class Nccl:
     """The exchange of GPUs. Each device of a rank has its own connection."""
 
-    def __init__(self, device: torch.device, size: int, link: Link, name: str) -> None:
+    def __init__(self, device: torch.device, size: int, link: Link) -> None:
         from torch.distributed import (  # type: ignore[attr-defined]  # torch does not list them in __all__
             PrefixStore,
             ProcessGroupNCCL,  # this class exists only in builds of torch with CUDA
@@ -129,7 +129,7 @@ class Nccl:
         # The exchanges of host values detect a rank whose host hangs. NCCL's own time-out would end a process without a
         # message, so NCCL's time-out is set to a longer time.
         options._timeout = 2 * link.timeout
-        self._group: Any = ProcessGroupNCCL(PrefixStore(name, link.store), link.rank, link.size, options)
+        self._group: Any = ProcessGroupNCCL(PrefixStore(link.new_name(), link.store), link.rank, link.size, options)
         link.at_end(self._group.abort)
         with link.exchange(), torch.cuda.device(device):  # this call connects, which a CUDA graph cannot contain
             self.sum()

@@ -40,6 +40,7 @@ class Link:
 
         self.rank, self.size, self.timeout_s = rank, size, timeout_s
         self._closes: list[Callable[[], object]] = []
+        self._names = 0  # number of names that new_name has returned
         self.timeout = timedelta(seconds=timeout_s)
         try:
             store = TCPStore(host, port, is_master=hosts_store, timeout=self.timeout, wait_for_workers=False)
@@ -126,6 +127,15 @@ class Link:
     def barrier(self) -> None:
         """Wait until all ranks have called this method."""
         self.gather_equal(np.zeros(1, dtype=np.int64))
+
+    def new_name(self) -> str:
+        """Return a prefix for entries of the store. Each call returns another prefix, the same on all ranks.
+
+        The trainings of `alextrain ablate` have one link. A connection of GPUs must not read the entries of an earlier
+        connection.
+        """
+        self._names += 1
+        return f"connection/{self._names}"
 
     def at_end(self, close: Callable[[], object]) -> None:
         """Call `close` when this rank leaves the group."""

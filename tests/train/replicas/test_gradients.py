@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from typing import Any
+from unittest.mock import MagicMock
+
 import pytest
 import torch
 from torch import nn
@@ -9,7 +13,7 @@ from torch import nn
 from tests.train.replicas.ranks import run_ranks
 from train.config.recipes import PAPER, RELEASED
 from train.model.layers import drop
-from train.replicas.gradients import GradientSum, SharedMemory
+from train.replicas.gradients import GradientSum, Nccl, SharedMemory
 from train.replicas.group import ReplicaGroup
 
 SHAPES = [(3, 5), (7,), (4, 3, 3, 3), (2000,), (1,)]
@@ -54,6 +58,30 @@ def test_gradients_are_summed_and_keep_the_layout_of_the_parameters(
             assert gradients[-1] is None
     first, *others = run_ranks(monkeypatch, 3, work)
     assert all(torch.equal(a, b) for other in others for a, b in zip(first[1][:-1], other[1][:-1], strict=True))
+
+
+def test_connections_of_gpus_for_later_trainings_read_no_entry_of_earlier_ones(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """`alextrain ablate` trains several networks over one link. This machine needs no GPU."""
+
+    class FakeNccl:
+        Options = allreduce = abort = MagicMock()
+
+        def __init__(self, store: Any, rank: int, *_: object) -> None:
+            assert not store.check([f"id/{rank}"]), "the entry of an earlier connection"
+            store.set(f"id/{rank}", "new")
+            store.wait([f"id/{1 - rank}"])  # the ranks use the same names
+
+    monkeypatch.setattr("torch.distributed.ProcessGroupNCCL", FakeNccl, raising=False)
+    monkeypatch.setattr("torch.cuda.device", lambda device: nullcontext())
+    monkeypatch.setattr("torch.cuda.synchronize", lambda device: None)
+
+    def work(group: ReplicaGroup) -> list[int]:
+        assert group.link is not None
+        return [len(Nccl(torch.device("cpu"), size, group.link).own) for size in (2, 3, 4)]
+
+    assert run_ranks(monkeypatch, 2, work) == [[2, 3, 4], [2, 3, 4]]
 
 
 def test_replicas_without_common_memory_exchange_over_tcp(
