@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from prep.console import UserError, progress, say
+from prep.console import UserError, say
 from prep.files import write_atomic
 from train.config.ablations import ABLATIONS, BASELINE, Ablation
 from train.config.architecture import ARCHITECTURES, Architecture
@@ -25,13 +25,15 @@ from train.config.identity import check_identity
 from train.config.overrides import apply_overrides, recipe_with_overrides
 from train.config.run_config import RunConfig
 from train.evaluation.evaluate import evaluate
+from train.evaluation.predictions import replica_progress
+from train.model.alexnet import AlexNet
 from train.replicas.devices import devices_of_replica
 from train.replicas.errors import OtherReplicaFailed
 from train.replicas.group import ALONE, ReplicaGroup
-from train.runs.loading import load_trained
 from train.runs.run import Run
 from train.runs.run_dir import shown_errors
 from train.trainer.loop import fit, validation_stream
+from train.trainer.state import load_on_all_ranks
 from train.trainer.watchdog import Diverged
 
 RESULT = "ablation.json"
@@ -164,8 +166,7 @@ def _errors(config: RunConfig, group: ReplicaGroup) -> tuple[float | None, float
     errors: tuple[float | None, float | None]
     try:
         fit(run, group=group)
-        top1_error, top5_error = group.on_first(lambda: _measured(run))
-        errors = top1_error, top5_error
+        errors = _measured(run, group)
     except (Diverged, OtherReplicaFailed) as error:
         if isinstance(error, OtherReplicaFailed) and error.kind != Diverged.__name__:
             raise
@@ -187,12 +188,16 @@ def _write_result(run: Run, errors: tuple[float | None, float | None]) -> None:
     write_atomic(run.run_dir / RESULT, json.dumps(result, indent=1).encode())
 
 
-def _measured(run: Run) -> tuple[float, float]:
-    network, _ = load_trained(run.run_dir, run.config.devices)
-    loader = validation_stream(run)
+def _measured(run: Run, group: ReplicaGroup) -> tuple[float, float]:
+    """Return the errors of the newest checkpoint. Each replica evaluates its part of the split val."""
+    config, state = run.config, load_on_all_ranks(run.run_dir, run.identity, group)
+    assert state is not None  # `fit` has written a checkpoint
+    network = AlexNet(len(run.store.classes), config.recipe, config.devices, config.model)
+    network.load_joined_tensors(state.parameters)
+    loader = validation_stream(run, group)
     assert loader is not None  # _errors has checked that the store has a split val
-    with loader, progress("validation", loader.records, "images") as counter:
-        result = evaluate(network, loader, counter)
+    with loader, replica_progress(group, "validation", loader.own_records) as counter:
+        result = evaluate(network, loader, counter, group=group)
     return result.top1_error, result.top5_error
 
 

@@ -13,13 +13,18 @@ from click.testing import CliRunner
 
 import train.cli
 import train.experiments.ablate
+from pipeline.loader import EvalLoader
 from prep.console import UserError
+from tests.train.replicas.ranks import run_ranks
 from train.config.ablations import ABLATIONS, BASELINE
 from train.config.architecture import ALEXNET, ARCHITECTURES, ONE_GPU, Widths
-from train.config.recipes import PAPER, RELEASED
-from train.experiments.ablate import AblationRun, Outcome, ablate, outcome_rows, plan_runs, table_lines
+from train.config.recipes import PAPER, RELEASED, SHORT
+from train.config.run_config import RunConfig
+from train.experiments.ablate import AblationRun, Outcome, _measured, ablate, outcome_rows, plan_runs, table_lines
 from train.replicas.group import ReplicaGroup
 from train.runs.run import Run
+from train.runs.run_dir import read_metrics
+from train.trainer.loop import validation_stream
 
 SMALL = {
     "alexnet": replace(ALEXNET, widths=Widths(8, 8, 8, 8, 8, 16, 16)),
@@ -117,6 +122,29 @@ def test_stopped_ablations_resume_and_finished_ones_are_not_trained_again(
         ablate(small_runs(store, tmp_path / "a", only=["one-gpu"], batch=4))
     with pytest.raises(UserError, match="another recipe"):
         ablate(small_runs(store, tmp_path / "a", only=["one-gpu"], steps=4, settings=["lr=0.01"]))
+
+
+def test_each_replica_measures_its_part_of_the_split(
+    small_run: Path, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other replicas would otherwise wait for rank 0 until the time-out."""
+    config = RunConfig(store, SHORT, 10, model=SMALL["alexnet"], run_dir=small_run, epochs=2, threads=1)
+    served: list[int] = []
+
+    def work(group: ReplicaGroup) -> tuple[float, float]:
+        return _measured(Run.open(replace(config, replicas=group.size)), group)
+
+    def counted(*args: Any, **options: Any) -> EvalLoader:
+        loader = validation_stream(*args, **options)
+        assert loader is not None
+        served.append(loader.own_records)
+        return loader
+
+    monkeypatch.setattr(train.experiments.ablate, "validation_stream", counted)
+    last = [line for line in read_metrics(small_run) if line["kind"] == "val"][-1]
+    expected = last["top1_error"], last["top5_error"]
+    assert [work(ReplicaGroup()), *run_ranks(monkeypatch, 5, work)] == [expected] * 6
+    assert served[0] == sum(served[1:]) == last["images"]
 
 
 def test_an_ablation_that_diverges_is_reported_and_does_not_stop_the_others(
