@@ -32,10 +32,11 @@ def out_of_memory(config: RunConfig, runs: int = 1) -> Iterator[None]:
 
 
 def _advice(config: RunConfig, runs: int, message: str) -> str:
-    batch, parts = config.batch_size, config.accumulate
-    more_parts = next((n for n in range(2 * parts, batch + 1) if batch % n == 0), None)
+    batch, parts, replicas = config.batch_size, config.accumulate, config.replicas
+    share = batch // replicas  # number of images of a step on each replica
+    more_parts = next((n for n in range(2 * parts, share + 1) if share % n == 0), None)
     options = [f"--accumulate {more_parts} (the same batch in {more_parts} parts)"] * (more_parts is not None)
-    options += [f"--batch {batch // 2}"] * (batch > 1)
+    options += [f"--batch {share // 2 * replicas}"] * (share > 1)
     advice = " or ".join(options) or "a smaller --model"
     if checkpoint.checkpoint_paths(config.run_dir):
         advice += ", with --fork NEW_DIR to continue from the newest checkpoint"

@@ -5,6 +5,7 @@ The message names options that need less memory.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ import torch
 
 from prep.console import UserError
 from tests.helpers.small_training import small_config
+from train.config.run_config import check_parts
 from train.runs.run import Run
 from train.trainer.loop import fit
+from train.trainer.out_of_memory import out_of_memory
 
 
 def raise_out_of_memory() -> None:
@@ -45,6 +48,15 @@ def test_an_out_of_memory_error_advises_more_parts_or_a_smaller_batch(
     assert "out of memory on cpu (" in message and "\n" not in message
     assert advice in message and "--batch 4" in message
     assert "--fork" not in message
+
+
+def test_the_advice_to_replicas_is_a_number_that_their_parts_allow(tmp_path: Path) -> None:
+    """Each of two replicas takes three of six images, which cannot be divided into two parts."""
+    config = small_config(tmp_path, tmp_path / "run", batch_size=6, replicas=2)
+    with pytest.raises(UserError, match=r"Pass --accumulate 3 .* or --batch 2\.$"), out_of_memory(config):
+        raise_out_of_memory()
+    for changes in ({"accumulate": 3}, {"batch_size": 2}):
+        check_parts(replace(config, **changes))
 
 
 def test_other_runtime_errors_pass_through(
