@@ -34,6 +34,13 @@ def test_the_group_is_the_one_of_torchruns_environment() -> None:
     assert group_from_environment({"PATH": "/bin", "RANK": "3"}) == ReplicaGroup()
 
 
+def test_the_variables_that_a_notebook_sets_for_one_process_start_no_group() -> None:
+    notebook = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+    assert group_from_environment(notebook) == ReplicaGroup()
+    with pytest.raises(WrongArgument, match="no LOCAL_RANK"):
+        group_from_environment({**notebook, "WORLD_SIZE": "2"})
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
