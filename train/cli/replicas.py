@@ -6,7 +6,7 @@ import os
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -65,10 +65,15 @@ def set_threads(group: ReplicaGroup, threads: int | None) -> int | None:
     return threads
 
 
-def check_same_run(group: ReplicaGroup, run: Run) -> None:
-    """Raise UserError, on all ranks, if a setting that all ranks must share differs from that of rank 0."""
+def check_same_run(group: ReplicaGroup, run: Run, **more: Any) -> None:
+    """Raise UserError, on all ranks, if a setting that all ranks must share differs from that of rank 0.
+
+    more  further settings that all ranks must share
+    """
     names = ("epochs", "steps", "log_every", "checkpoint_every", "replicas", "deterministic", "service")
-    settings = {**run.identity, **{name: getattr(run.config, name) for name in names}}
+    settings = {**run.identity, **{name: getattr(run.config, name) for name in names}, **more}
+    settings["stream_seed"] = run.config.seed_of_stream  # the identity has this name only if it differs from the seed
+    settings["split val"] = run.store.split("val").fingerprint if "val" in run.store.splits else None
     settings = as_json({**settings, "devices of a replica": count_of(run.config.devices)})
     theirs = group.broadcast_json(settings)
     with group.together():

@@ -154,7 +154,7 @@ def _run(group: ReplicaGroup, options: dict[str, Any], given: set[str]) -> None:
     run_dir, fork, quiet, dry_run = (options[name] for name in ("run_dir", "fork", "quiet", "dry_run"))
     with group.together():
         training = _open_run(group, options, given)
-    check_same_run(group, training)
+    check_same_run(group, training, fork=fork is not None, dry_run=dry_run)
     if group.is_first:  # the other ranks would print nothing
         _say_description(training, fork or run_dir, quiet and not dry_run)
     if dry_run:

@@ -39,8 +39,8 @@ def fork(run: Run, new_dir: Path, group: ReplicaGroup = ALONE) -> Run:
     nothing is written. Raises UserError if the folder of `run` has no checkpoint, if the shape of a parameter would
     change, or if `new_dir` holds another run or other files.
     """
-    forked = _moved_to(run, new_dir)
     with group.together():
+        forked = _moved_to(run, new_dir)
         if group.is_first:
             make_run_dir(new_dir)
             with hold_lock(new_dir, "training"):
