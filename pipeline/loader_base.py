@@ -90,8 +90,8 @@ class WaitTimes(NamedTuple):
 
     batches: int  # number of batches served
     consumer_wait_s: float  # time for which the consumer (the training loop) waited for batches
-    # Time between a served batch and the consumer's next request. On a GPU, this time includes the time for which the
-    # loader waits until the GPU is close enough to the consumer (Prefetcher.wait_for_consumer).
+    # Time between a served batch and the consumer's next request. On a GPU, the wait time of the loader includes the
+    # time until the GPU is close enough to the consumer (Prefetcher.wait_for_consumer).
     loader_wait_s: float
 
 

@@ -265,8 +265,8 @@ _pools: dict[str, WorkerPool] = {}  # preloaded module -> pool of this Ray worke
 def _pool(preload: str) -> Iterator[WorkerPool]:
     """Return the pool of this Ray worker. The pool has one worker process, which later tasks reuse.
 
-    multiprocessing makes a new process import the file of the module __main__. In a Ray worker, this file is Ray's own
-    program, which the worker process does not need. This function therefore hides `__main__.__file__`.
+    multiprocessing makes a new process import the file of the module __main__. In a Ray worker, the file of `__main__`
+    is Ray's own program, which the worker process does not need. This function therefore hides `__main__.__file__`.
     """
     main = sys.modules["__main__"]
     file = main.__dict__.pop("__file__", None)

@@ -207,7 +207,10 @@ def bytes_text(n: float) -> str:
 
 
 def usable_cores() -> int:
-    """Return the number of CPU cores that this process may use. Containers and taskset limit this number."""
+    """Return the number of CPU cores that this process may use.
+
+    Containers and taskset limit the number of usable cores.
+    """
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

@@ -83,8 +83,8 @@ class Call(NamedTuple):
 def block_steps(batch_size: int, ahead: int, max_workers: int) -> int:
     """Return the number of consecutive batches in a block. A loader requests one block at a time from the coordinator.
 
-    The blocks are small enough that `ahead` batches make at least two blocks for each worker. All workers then have
-    work.
+    The blocks are small enough that `ahead` batches make at least two blocks for each worker. With two blocks for each
+    worker, all workers have work.
     """
     return max(1, min(_BLOCK_IMAGES // batch_size, ahead // (2 * max_workers)))
 

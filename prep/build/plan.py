@@ -222,7 +222,10 @@ def not_images(count: int) -> str:
 
 
 def tool_versions() -> dict[str, str]:
-    """Return the versions of the software that determines the bytes of a record. The manifest holds these versions."""
+    """Return the versions of the software that determines the bytes of a record.
+
+    The manifest holds the versions of the software.
+    """
     return {
         "alexnet": package_version(),
         "pillow": version("pillow"),

@@ -105,9 +105,9 @@ def refuse_folders_in_class_tars(where: str, tars: Sequence[ClassTar]) -> None:
 def found_inputs(path: Path, contents: ArchiveContents, flat: bool, classes_are_given: bool = False) -> FoundInputs:
     """Find the class folders or the flat folder in the contents of the archive (or folder of archives) `path`.
 
-    The rules of prep.inputs.folder.list_folder hold. If several members have the same name, the last of these members
-    is kept. If `flat` is true and all images are in one folder, the result has no classes. Raises UserError if there is
-    no image, if a class folder is a link, or if the classes are ambiguous.
+    The rules are those of prep.inputs.folder.list_folder. If several members have the same name, the last of these
+    members is kept. If `flat` is true and all images are in one folder, the result has no classes. Raises UserError if
+    there is no image, if a class folder is a link, or if the classes are ambiguous.
     """
     refused = contents.refused
     if not len(contents.images):

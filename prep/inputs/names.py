@@ -13,7 +13,7 @@ def name_text(name: bytes) -> str:
 def composed(text: str) -> str:
     """Return a text in Unicode's composed form, in which a letter and its accent are one character.
 
-    Most systems write this form.
+    Most systems write names in the composed form.
     """
     return unicodedata.normalize("NFC", text)
 

@@ -7,7 +7,7 @@ the stores have the same classes and no input was left out, the new store also h
 inputs together.
 
 The same call resumes a merge that was interrupted. store/SPLIT/.build/merge.json holds the digest of the merged
-records. As in a build (prep/build/split.py), one summary for each finished shard lies beside this file.
+records. As in a build (prep/build/split.py), one summary for each finished shard lies beside merge.json.
 """
 
 from __future__ import annotations

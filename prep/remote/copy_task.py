@@ -1,4 +1,4 @@
-"""Copies one file of a store, and verifies the copy. Worker processes run these tasks.
+"""Copies one file of a store, and verifies the copy. Worker processes run the tasks of a copy.
 
 If the source is in object storage, or both folders are local, a file is first written under a temporary name. The
 content of the temporary file is compared with SHA256SUMS and with the manifest, which has a SHA-256 over all keys and

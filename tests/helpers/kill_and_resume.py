@@ -114,8 +114,8 @@ def train_to_end(store: Path, run_dir: Path) -> None:
 def attempt(store: Path, run_dir: Path, when: str, rng: random.Random, number: int | None, within_s: float) -> str:
     """Train in a forked process.
 
-    Returns the operation before which the process was killed. Returns "any time" if the parent killed it, and "" if it
-    was not killed.
+    Returns the operation before which the process was killed. Returns "any time" if the parent killed the process, and
+    "" if the process was not killed.
 
     number    number of the attempt, 0 to 9; None: the attempt is not killed
     within_s  longest time from the start to a kill by the parent, in seconds, if `when` is "time"

@@ -1,6 +1,7 @@
 """Epoch permutations and random augmentation parameters: distributions, independence, and exact bits.
 
-Digests fix the exact bits. If a new version of NumPy draws other numbers, the stream needs a new STREAM_VERSION.
+Expected digests fix the exact bits of the random numbers. If a new version of NumPy draws other numbers, the stream
+needs a new STREAM_VERSION.
 """
 
 from __future__ import annotations

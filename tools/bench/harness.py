@@ -81,7 +81,7 @@ class LineProcess:
     """A subprocess that reads commands from standard input and writes answers to standard output, one line for each.
 
     The subprocess's standard error goes to the file `errors`. If the subprocess fails, the UserError contains the last
-    line of this file.
+    line of the file `errors`.
     """
 
     def __init__(

@@ -78,7 +78,7 @@ class GpuCheckSettings:
     def compared_images(self) -> int:
         """Number of images in a batch of the stream checks and step checks.
 
-        The network checks use an eighth of this number, but at least 2 images.
+        The network checks use an eighth of the images, but at least 2 images.
         """
         return min(self.batch, 16 if self.quick else 64)
 

@@ -74,7 +74,7 @@ def evaluate(
 
     An argument can also be a file that --out saved, or the folder of an ensemble, which means all members. For several
     networks, the command prints the errors of each network, and the errors of the (weighted) average of all
-    probabilities. The paper averages five and seven networks in this way.
+    probabilities. The paper averages the probabilities of five and of seven networks.
 
     Under torchrun, each process evaluates a part of the images, and the first process prints the result.
 

@@ -52,7 +52,7 @@ class ReplicaGroup:
 
     @property
     def is_first(self) -> bool:
-        """True on rank 0. Only rank 0 writes into the run folder and prints."""
+        """Whether this process is rank 0. Only rank 0 writes into the run folder and prints."""
         return self.rank == 0
 
     def sum(self, values: npt.NDArray[Any]) -> npt.NDArray[Any]:

@@ -77,7 +77,7 @@ def _wait_for_list(store: Any, rank: int, own: dict[str, str], deadline: float, 
 
 
 def has_ended(place: str) -> bool:
-    """Return True if a Session's `place` names a process of this machine that has ended. A zombie has ended."""
+    """Return True if a Session's `place` names a process of this machine that has ended. A zombie counts as ended."""
     process = re.fullmatch(rf"host {re.escape(platform.node())}, process (\d+)", place)
     if process is None:
         return False

@@ -308,7 +308,7 @@ def test_a_file_that_kills_its_worker_twice_is_left_out_with_on_bad_skip(
 ) -> None:
     """After the first crash, the file is tried again, because too little memory may be the cause.
 
-    One build tests both cases.
+    One build tests the first and the second crash.
     """
     source = list_source(slow, "train")
     crashing = type(source)(CrashingReader(slow), "train", source.classes, source.inputs)

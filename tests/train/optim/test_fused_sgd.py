@@ -92,7 +92,7 @@ def renamed(*args: object, **kwargs: object) -> None:
 def without_lr(weights: list[Tensor], gradients: list[Tensor], velocities: list[Tensor], **kwargs: object) -> None:
     """Replaces torch's kernel by a kernel that ignores a negative learning rate.
 
-    A later version of torch might do this.
+    A later version of torch might ignore a negative learning rate.
     """
     for velocity in velocities:
         velocity.mul_(0.5)

@@ -187,9 +187,9 @@ def pooled_backward(
 
     Row `program` of `bias_sums` (programs, maps) is the sum of the gradient over the positions of this program.
 
-    A program computes rows_per_program rows of 2 · POSITIONS columns. In each row, it computes the even columns first,
-    then the odd columns. With windows of 3 px, an even row or column belongs to two windows, and an odd row or column
-    belongs to one window.
+    A program computes rows_per_program rows of 2 · POSITIONS columns. In each row, a program computes the even columns
+    first, then the odd columns. With windows of 3 px, an even row or column belongs to two windows, and an odd row or
+    column belongs to one window.
     """
     program = tl.program_id(0)
     image = (program // (bands * blocks)).to(tl.int64)

@@ -100,7 +100,7 @@ def source_with(reader: FolderReader) -> Source:
 class ActingProgress(Progress):
     """Progress that keeps every reported number of finished inputs.
 
-    When `is_time()` becomes true, it calls `act()` once.
+    When `is_time()` becomes true, the progress object calls `act()` once.
     """
 
     def __init__(self, is_time: Callable[[], bool] = lambda: False, act: Callable[[], object] = lambda: None) -> None:
