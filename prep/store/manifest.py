@@ -73,7 +73,7 @@ class Settings:
         return Settings(**{**_OLDER_SETTINGS, **data})
 
     def to_json(self) -> dict[str, Any]:
-        """Return a JSON object. A newer field is left out if its value describes what older versions did."""
+        """Return the settings as JSON. A newer field is left out if its value describes what older versions did."""
         return {name: value for name, value in asdict(self).items() if _OLDER_SETTINGS.get(name) != value}
 
 

@@ -79,8 +79,8 @@ def count_of(devices: Sequence[str]) -> str:
 def threads_per_replica(own: list[int], cores_of_all: list[list[int]]) -> int:
     """Return the number of CPU threads of a replica: its usable cores, divided by the replicas that share them.
 
-    own           numbers of the cores that this process may use numbers of the usable cores of each replica on this
-    machine, this replica included
+    own           numbers of the cores that this process may use
+    cores_of_all  numbers of the usable cores of each replica on this machine, this replica included
 
     If each replica has been bound to separate cores, each replica uses all its cores.
     """

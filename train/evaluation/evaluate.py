@@ -40,7 +40,7 @@ def wilson_interval(misses: int, images: int) -> tuple[float, float]:
     """Return the 95 % score interval (low, high), in 0..1, for an error rate of `misses` / `images` (Wilson 1927).
 
     The images are regarded as a sample of a larger population. The usual interval p ± 1.96·√(p(1 − p)/images), with p =
-    misses / images, is wrong for error rates near 0. Near 0, the score interval is valid, too.
+    misses / images, is wrong for error rates near 0. For error rates near 0, the score interval is valid, too.
     """
     p, zz = misses / images, Z_95**2
     middle = (p + zz / (2 * images)) / (1 + zz / images)

@@ -40,7 +40,7 @@ def note_joined() -> None:
 def prints_errors() -> bool:
     """Whether this process prints its errors: on rank 0, and on all ranks after they have joined their group.
 
-    Before they have joined, all ranks have the same errors, for example in the command line.
+    Before the ranks have joined, all have the same errors, for example in the command line.
     """
     return _has_joined or torchrun_rank()[0] == 0
 

@@ -80,8 +80,8 @@ def _member_numbers(folder: Path) -> list[int]:
 def check_ensemble_dir(folder: Path, ensemble: Ensemble) -> None:
     """Raise UserError if `ensemble` cannot be trained in `folder`, because the folder holds something else.
 
-    The folder may be missing or empty. It may hold the same ensemble, with as many members or fewer. If ensemble.json
-    is missing or damaged, the folder may hold only folders of members.
+    The folder may be missing or empty. The folder may hold the same ensemble, with as many members or fewer. If
+    ensemble.json is missing or damaged, the folder may hold only folders of members.
     """
     check_output_folder(folder)
     if not folder.exists():

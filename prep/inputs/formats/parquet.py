@@ -63,7 +63,7 @@ class ParquetReader:
         return replace(self, unpacked=folder)
 
     def read(self, item: Input) -> bytes:
-        """Return the image file in a row. Raises BadImage if there is none, and UserError for an unreadable file."""
+        """Return the image file in a row. Raises BadImage without an image, and UserError for an unreadable file."""
         index, row = unpack_location(item.location)
         path = self.root / self.files[index]
         if self.unpacked is None:

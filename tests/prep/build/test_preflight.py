@@ -142,7 +142,7 @@ def test_inputs_without_an_image_give_no_estimate(tmp_path: Path) -> None:
     assert estimate(tmp_path / "photos", tmp_path / "store").resources is None
     result = dry_run(tmp_path / "photos", tmp_path / "store")
     assert "no estimate" in result.stdout
-    # The build would end with this error.
+    # The build would end with the same error.
     assert result.exit_code == 1 and "1 input of 1 is not an image" in result.stderr
 
 

@@ -55,7 +55,7 @@ def through_activation(g, y, KIND: tl.constexpr):
 
 @triton.jit  # type: ignore[untyped-decorator,unused-ignore]
 def negative_power(s, beta, THREE_QUARTERS: tl.constexpr):
-    """Return s^−β. For β = ¾ the power is computed with two square roots."""
+    """Return s^−β. For β = ¾ the power s^−β is computed with two square roots."""
     if THREE_QUARTERS:
         root = tl.rsqrt(s)
         power = root * tl.sqrt(root)
