@@ -1,7 +1,7 @@
 """JPEG decoding and encoding with libjpeg-turbo (simplejpeg). No other module sets options of the decoder or encoder.
 
-Decoding uses the accurate ("slow") integer DCT, and smooth ("fancy") upsampling of the colour channels. Pillow and, on
-a CPU, DALI do the same.
+Decoding uses the accurate ("slow") integer DCT, and smooth ("fancy") upsampling of the colour channels. Pillow uses the
+same DCT and upsampling, and so does DALI on a CPU.
 """
 
 from __future__ import annotations

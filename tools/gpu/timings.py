@@ -254,7 +254,7 @@ def kernel_times_ms(settings: GpuCheckSettings, precision: str) -> dict[str, flo
 
 
 def kernel_kind(call_chain: list[str]) -> str:
-    """Return the kind of a kernel or operation, which is call_chain[0].
+    """Return the kind of a kernel or operation, whose name is call_chain[0].
 
     In the chain, the callers follow, from the innermost to the outermost.
     """

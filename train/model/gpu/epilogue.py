@@ -3,9 +3,9 @@
     y = after(pool(norm(before(x + bias))))
 
 x is the output of a convolution without bias. The columns of a layer are separate tensors, or one joined tensor in
-which the maps of column 0 come first. The input can be joined and the result separate, or the reverse. No copy is
-therefore needed between a convolution of both columns and a convolution of one column. Normalization is always within a
-column.
+which the maps of column 0 come first. The input can be joined and the result separate, or the input can be separate and
+the result joined. No copy is therefore needed between a convolution of both columns and a convolution of one column.
+Normalization is always within a column.
 
 For the backward pass the operation keeps:
 
