@@ -279,14 +279,10 @@ def _ending_text(training: Run, first_step: int) -> str:
 
 def _say_description(training: Run, run_dir: Path, quiet: bool, ensemble: Ensemble | None = None) -> None:
     """Print what is trained. If `quiet` is true, print only advice."""
-    from train.config.recipe import insensitive_at_init
+    from train.config.recipe_table import advice_lines
 
-    recipe = training.config.recipe
-    if insensitive_at_init(recipe):
-        say(
-            f"recipe {recipe.name}: with weights of standard deviation 0.01 and biases of 1, the output hardly depends "
-            "on the image at first, so learning starts late. --recipe released, as in the authors' code, learns sooner."
-        )
+    for line in advice_lines(training.config.recipe, training.config.epochs):
+        say(line)
     for line in _description_lines(training, run_dir, ensemble):
         if not quiet:
             say(line)

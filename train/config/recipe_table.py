@@ -8,7 +8,8 @@ from itertools import zip_longest
 from textwrap import wrap
 from typing import Any
 
-from train.config.recipe import Recipe, ScheduleChange, recipe_fields
+from prep.console import count_noun
+from train.config.recipe import Cosine, Polynomial, Recipe, ScheduleChange, insensitive_at_init, recipe_fields
 
 HEADINGS = {  # {first field of a group: heading of the group}
     "batch_size": "Data",
@@ -54,6 +55,23 @@ def rate_lines(recipe: Recipe, batch_size: int | None = None) -> list[str]:
     batches = _EXAMPLE_BATCHES if batch_size is None else (batch_size,)
     rates = ", ".join(f"{recipe.lr * recipe.rate_factor(images):g} at {images}" for images in batches)
     return [f"learning rate before the schedule, lr · batch / {recipe.lr_batch}: {rates}"]
+
+
+def advice_lines(recipe: Recipe, epochs: int) -> list[str]:
+    """Return a line of advice for each setting with which a run of `epochs` epochs learns late or slowly."""
+    lines = []
+    if insensitive_at_init(recipe):
+        lines.append(
+            f"recipe {recipe.name}: with weights of standard deviation 0.01 and biases of 1, the output hardly depends "
+            "on the image at first, so learning starts late. --recipe released, as in the authors' code, learns sooner."
+        )
+    if isinstance(recipe.schedule, Cosine | Polynomial) and recipe.schedule.warmup_epochs >= epochs:
+        lines.append(
+            f"recipe {recipe.name}: the warm-up takes {recipe.schedule.warmup_epochs:g} epochs, and the run ends after "
+            f"{count_noun(epochs, 'epoch')}, so the learning rate never reaches lr. Pass more --epochs, or a shorter "
+            "--set schedule.warmup_epochs=EPOCHS."
+        )
+    return lines
 
 
 def has_parts(rows: Sequence[tuple[str, str]]) -> bool:

@@ -36,5 +36,9 @@ def test_the_learning_rate_of_the_recipe_large_follows_the_batch(store: Path, tm
     scaled = alextrain(*args, "--recipe", "released", "--set", "lr_batch=128", "--json")
     assert json.loads(scaled.stdout)["lr"] == 0.01 / 8 and "unproven" not in scaled.stderr
     assert "learning rate before" not in alextrain(*args).stderr
+    for epochs, is_warned in (("5", True), ("6", False)):
+        short = alextrain(*args, "--recipe", "large", "--epochs", epochs)
+        expected = "the warm-up takes 5 epochs, and the run ends after 5 epochs, so the learning rate never reaches lr."
+        assert (expected in short.stderr) == is_warned
     refused = alextrain(*args[:-3], "--recipe", "large", "--dry-run")
     assert refused.exit_code == 2 and "--batch 8192: " in refused.stderr
