@@ -107,7 +107,10 @@ class RollCall:
                 "Look for what that process waits for, or pass a larger --replica-timeout."
             )
         elif silent or gone:
-            text = f"{self._named(silent or gone)} has ended, so the other replicas stop."
+            text = (
+                f"{self._named(silent or gone)} has ended, so the other replicas stop. If that process has printed no "
+                "error, it was killed, for example because memory ran out. Run the same command again."
+            )
         else:
             text = f"the replicas could not exchange values ({cause})."
         if min(set(waiting) - set(late)) != self._rank:

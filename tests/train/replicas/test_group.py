@@ -131,6 +131,18 @@ def test_an_error_of_one_rank_ends_the_others_without_a_second_message(monkeypat
             assert isinstance(outcome, OtherReplicaFailed) and str(outcome) == "the record is damaged."
 
 
+def test_the_rank_that_ends_without_an_error_is_named_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    def work(group: ReplicaGroup) -> None:
+        if group.rank == 1:
+            raise ReplicaLost("not written into the store")
+        group.barrier()
+
+    printed, _, quiet = run_ranks(monkeypatch, 3, work)
+    assert isinstance(printed, ReplicaLost) and isinstance(quiet, OtherReplicaFailed)
+    assert "rank 1 of 3 (host " in str(printed) and " has ended, so the other replicas stop. " in str(printed)
+    assert str(printed).endswith("Run the same command again.")
+
+
 def test_the_rank_that_hangs_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     def work(group: ReplicaGroup) -> None:
         group.barrier()
