@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 from collections.abc import Iterator
@@ -19,9 +20,20 @@ from train.replicas.group import ReplicaGroup, group_from_environment, joined
 if TYPE_CHECKING:
     from train.runs.run import Run
 
+LONGEST_TIMEOUT_S = 604_800  # a week; torch cannot wait for infinitely many seconds
+
+
+def _number(context: click.Context, parameter: click.Parameter, value: float) -> float:
+    """Raise click.BadParameter for NaN, which click's ranges contain."""
+    if math.isnan(value):
+        raise click.BadParameter("nan is not a number of seconds.")
+    return value
+
+
 replica_timeout_option = click.option(
     "--replica-timeout",
-    type=click.FloatRange(0, min_open=True),
+    type=click.FloatRange(0, LONGEST_TIMEOUT_S, min_open=True),
+    callback=_number,
     default=REPLICA_TIMEOUT_S,
     show_default=True,
     metavar="SECONDS",

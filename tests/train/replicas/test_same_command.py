@@ -7,15 +7,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
 from prep.console import UserError, WrongArgument
 from tests.helpers.small_training import small_config
 from tests.train.replicas.ranks import run_ranks
+from train.cli import main
 from train.cli.replicas import check_same_run
 from train.replicas.errors import OtherReplicaFailed
 from train.replicas.group import ReplicaGroup
 from train.runs.run import Run
 from train.trainer.fork import fork
+
+
+@pytest.mark.parametrize("seconds", ["inf", "nan", "1e300", "0"])
+def test_a_time_out_that_is_no_length_of_time_is_refused(seconds: str) -> None:
+    result = CliRunner().invoke(main, ["run", "--replica-timeout", seconds])
+    assert result.exit_code == 2 and "Invalid value for '--replica-timeout': " in result.stderr
 
 
 @pytest.mark.parametrize(
