@@ -90,8 +90,7 @@ def shuffled(seed: int, workers: int, coordinators: int, nodes: int) -> list[str
 def test_twenty_kills(store: Path, serve: Serve) -> None:
     service = serve(store, 3)
     assert stream_during_kills(service, store, shuffled(20, 16, 3, 1), 20) > 0
-    status = service.status()
-    assert not status["queue"] and status["min_workers"] == 3
+    assert service.wait_for("an empty queue", lambda status: not status["queue"])["min_workers"] == 3
 
 
 @pytest.mark.soak
