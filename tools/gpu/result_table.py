@@ -193,7 +193,7 @@ ROWS = (
         "16,000; 18,400; 21,000; 22,300; not measured",
         _step_rates,
     ),
-    TableRow("the same step in fp32; tf32, batch 128", "5,700; 14,500", _float32_rates),
+    TableRow("the same training step in fp32; tf32, batch 128", "5,700; 14,500", _float32_rates),
     TableRow("stream alone, JPEG; PPM", "29,200; 31,400 (batch 128)", _stream_rates),
     TableRow("step fed by the stream, JPEG (share of the step alone)", "11,050 (0.69; batch 128)", _fed("jpeg")),
     TableRow("step fed by the stream, PPM (share of the step alone)", "11,600 (0.72; batch 128)", _fed("ppm")),

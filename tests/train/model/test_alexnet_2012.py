@@ -178,8 +178,9 @@ STDS = {
     "paper": dict.fromkeys(LAYERS, 0.01),
     "released": {**dict.fromkeys(LAYERS, 0.01), "conv3": 0.03, "conv4": 0.03, "conv5": 0.03},
     "caffe": {**dict.fromkeys(LAYERS, 0.01), "fc6": 0.005, "fc7": 0.005},
+    "large": {**dict.fromkeys(LAYERS, 0.01), "fc6": 0.005, "fc7": 0.005},
 }
-BIASES = {"paper": 1.0, "released": 1.0, "caffe": 0.1, "modern": 0.0, "short": 0.0}
+BIASES = {"paper": 1.0, "released": 1.0, "caffe": 0.1, "large": 0.1, "modern": 0.0, "short": 0.0}
 
 
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
