@@ -118,7 +118,7 @@ stream_seed_option = click.option(
 )
 members_option = click.option(
     "--members",
-    type=click.IntRange(2),
+    type=click.IntRange(2, 1000),
     metavar="N",
     help="Train an ensemble of N networks on one stream. --run-dir gets a run folder for each network: member-1, "
     "member-2, and so on. Member k has the seed --seed + k. The stream has the seed --stream-seed, by default --seed. "

@@ -205,6 +205,7 @@ def test_what_does_not_fit_an_ensemble_is_refused_with_what_to_do(
     assert "has 2 networks. Pass --members 2, or omit" in refusal(*pair, *fork, code=2)
     assert "--seed 8: the ensemble in" in refusal(*pair, "--seed", "8")
     assert "--stream-seed 8: the ensemble in" in refusal(*pair, "--stream-seed", "8")
+    assert "is not in the range 2<=x<=1000" in alextrain(*pair, "--members", "99999999999", "-n").stderr
     assert "holds a single run" in refusal("run", "--run-dir", small_run, "--members", "2")
     assert "holds no ensemble to fork" in refusal("run", "--run-dir", small_run, *fork)
     assert "Pass --members N" in refusal("run", "--run-dir", tmp_path / "new", "--one-at-a-time", code=2)
