@@ -70,7 +70,8 @@ def _check_space(needed_bytes: int, count: int, store: Path) -> None:
 def check_classes(source: Source, jobs: int, policy: BuildPolicy) -> None:
     """Raise UserError if all inputs of a class are clearly no images, so that the class would lose all its inputs.
 
-    Only sizes and first bytes are read. If a bad input stops the build anyway, no input is read.
+    Of each input, only the size and the first bytes are read. The function reads nothing if the build stops at its first
+    bad input, because such a build cannot lose a whole class.
     """
     if policy.allow_empty_classes or not policy.skip_bad or not len(source.inputs):
         return

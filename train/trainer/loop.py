@@ -225,8 +225,9 @@ class _Stream:
 
 
 def training_stream(run: Run, schedule: Schedule, epochs_done: int, group: ReplicaGroup = ALONE) -> TrainLoader:
-    """Return the training stream of a replica after `epochs_done` epochs: a contiguous part of the images of each step.
+    """Return the training stream of a replica, which begins after `epochs_done` epochs.
 
+    In each step, the replica gets a contiguous part of the images of the batch.
     `schedule` determines the colour noise of the next epoch.
     """
     config, augmentation = run.config, run.config.recipe.augmentation

@@ -40,7 +40,7 @@ def test_comments_other_extensions_and_lines_of_another_split_are_understood(
 
 
 def test_letters_with_accents_are_found_in_another_unicode_form(tmp_path: Path) -> None:
-    """A Mac writes a letter with an accent in names as two characters; other systems write one character."""
+    """A Mac stores the ä of a file name as two characters, and other systems store the ä as one character."""
     root = touch(tmp_path / "photos", "Ka\u0308fer.jpg", "b.jpg")
     source = list_labelled(root, label_file(tmp_path, "K\u00e4fer.jpg cat\nb.jpg dog\n"))
     assert dict(paths_and_labels(source)) == {"Ka\u0308fer.jpg".encode(): 0, b"b.jpg": 1}
