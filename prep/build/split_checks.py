@@ -70,8 +70,8 @@ def _check_space(needed_bytes: int, count: int, store: Path) -> None:
 def check_classes(source: Source, jobs: int, policy: BuildPolicy) -> None:
     """Raise UserError if all inputs of a class are clearly no images, so that the class would lose all its inputs.
 
-    Of each input, only the size and the first bytes are read. The function reads nothing if the build stops at its first
-    bad input, because such a build cannot lose a whole class.
+    Of each input, only the size and the first bytes are read. If the build stops at its first bad input, the function
+    reads nothing, because such a build cannot lose a whole class.
     """
     if policy.allow_empty_classes or not policy.skip_bad or not len(source.inputs):
         return
