@@ -32,12 +32,15 @@ TRAIN_RECORDS, VAL_RECORDS = 37, 23  # numbers of records in the splits of `numb
 
 
 def pytest_configure() -> None:
-    """Set variables that torch and Triton read when they are imported.
+    """Set variables that torch, Triton and the C library read.
 
     Idle OpenMP threads of torch sleep, so that other tests can use the cores. Without an NVIDIA driver, Triton's
     interpreter runs the Triton kernels on the CPU.
+    For each connection, torch's store asks the name server for the name of 127.0.0.1. If there is no answer, the C
+    library waits for one second, not for five seconds.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    os.environ.setdefault("RES_OPTIONS", "timeout:1 attempts:1")
     if not Path("/dev/nvidiactl").exists():
         os.environ.setdefault("TRITON_INTERPRET", "1")
 
