@@ -31,6 +31,7 @@ def test_workers_grow_under_load_and_shrink_without_it(store: Path, serve: Serve
         assert batches_equal(take_batches(remote, 7), take_batches(local, 7))
 
 
+@pytest.mark.soak
 def test_the_least_number_of_workers_stays(store: Path, serve: Serve) -> None:
     service = serve(store, 1, 2, idle_s=0.5)
     with train_loader(store, 4, service=service.at, threads=1) as loader:

@@ -57,11 +57,15 @@ def kill_at_request(proxy: Proxy, command: CopyCommand, number: int, signum: int
 
 
 def recorded(files: dict[str, bytes]) -> set[str]:
-    """Return the paths of the files that the journal lists as verified."""
+    """Return the paths of the files that the journal lists as verified.
+
+    A kill can leave a temporary file in the journal.
+    """
     return {
         path.removeprefix(".copy/").removesuffix(".json")
         for path in files
         if path.startswith(".copy/") and path != ".copy/source.json" and not path.startswith(".copy/incoming")
+        if not path.endswith(".tmp")
     }
 
 

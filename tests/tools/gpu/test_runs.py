@@ -93,6 +93,7 @@ def test_a_run_that_does_not_end_is_killed(tmp_path: Path) -> None:
 # ---- kill and resume
 
 
+@pytest.mark.soak
 def test_a_killed_run_is_resumed_and_equals_the_other_run(
     settings: GpuCheckSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:

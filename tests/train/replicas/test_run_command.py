@@ -32,6 +32,7 @@ def start(torchrun: TorchrunServer, stores: dict[str, Path]) -> Start:
     return run
 
 
+@pytest.mark.soak
 def test_sigterm_to_one_rank_stops_all_after_one_step_with_a_checkpoint_that_resumes_to_the_same_bits(
     start: Start, tmp_path: Path
 ) -> None:
@@ -61,6 +62,7 @@ def test_a_second_group_in_the_same_folder_is_refused_by_one_message(start: Star
     assert sum("Error" in line for line in job.messages) == 1
 
 
+@pytest.mark.soak
 def test_a_process_that_hangs_is_named_after_the_time_out(start: Start, tmp_path: Path) -> None:
     job = start(2, tmp_path / "run", "--epochs", 400, "--replica-timeout", 2)
     job.wait_until(lambda: "step 3 " in job.stderr)

@@ -84,6 +84,7 @@ def test_the_members_of_an_ensemble_train_on_one_stream_of_a_service(
     assert checkpoint.load(tmp_path / "pair/member-2").stream == checkpoint.load(local_run).stream
 
 
+@pytest.mark.soak
 def test_two_processes_evaluate_the_images_of_a_service(
     stores: dict[str, Path], lasting_service: Service, local_run: Path, torchrun: TorchrunServer, tmp_path: Path
 ) -> None:

@@ -102,6 +102,7 @@ def ended(store: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, An
             node.switch_off()
 
 
+@pytest.mark.soak
 def test_with_a_fallback_the_stream_continues_with_equal_bits(store: Path, ended: dict[str, Any]) -> None:
     with train_loader(store, BATCH, seed=SEED, threads=1) as local:
         expected = digests(take_batches(local, 5 + AFTER))
@@ -110,6 +111,7 @@ def test_with_a_fallback_the_stream_continues_with_equal_bits(store: Path, ended
     assert ended["state"] == "local"
 
 
+@pytest.mark.soak
 def test_without_a_fallback_the_loader_tells_what_to_do(ended: dict[str, Any]) -> None:
     error = ended["error"]
     assert error.startswith("service s is lost: ") and "\n" not in error
@@ -117,6 +119,7 @@ def test_without_a_fallback_the_loader_tells_what_to_do(ended: dict[str, Any]) -
     assert ended["step"] >= 5
 
 
+@pytest.mark.soak
 def test_the_program_ends_cleanly(ended: dict[str, Any]) -> None:
     """The program prints one line to standard error: the message that it continues with the local store."""
     assert ended["code"] == 0

@@ -33,6 +33,7 @@ def assert_equal_up_to_rounding(run_dir: Path, expected_dir: Path) -> None:
         torch.testing.assert_close(tensor, reference.parameters[name], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.soak
 def test_a_machine_joins_and_another_is_lost_while_torchrun_runs(
     torchrun: TorchrunServer, stores: dict[str, Path], tmp_path: Path
 ) -> None:
