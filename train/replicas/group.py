@@ -165,9 +165,8 @@ def group_from_environment(environ: Mapping[str, str] | None = None) -> ReplicaG
     not whole numbers. Incomplete variables of a single process are no error, unless torchrun has set them.
     """
     environ = os.environ if environ is None else environ
-    if not all(name in environ for name in _NEEDED):
-        if "TORCHELASTIC_RUN_ID" not in environ:
-            return ReplicaGroup()
+    if "TORCHELASTIC_RUN_ID" not in environ and not all(name in environ for name in _NEEDED):
+        return ReplicaGroup()
     missing = [name for name in (*_NEEDED, *_ALSO_NEEDED) if name not in environ]
     if missing and "TORCHELASTIC_RUN_ID" not in environ and environ["WORLD_SIZE"] == "1":
         return ReplicaGroup()  # some job schedulers and notebooks set the other variables for every job

@@ -143,7 +143,7 @@ class Link:
 
     @contextmanager
     def exchange(self) -> Iterator[None]:
-        """A block that waits for other ranks, and that counts as one exchange. Counts as one exchange.
+        """A block that waits for other ranks. The block counts as one exchange.
 
         If torch's operation fails, raises ReplicaLost, or OtherReplicaFailed if another rank prints the error.
         """

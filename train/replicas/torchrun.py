@@ -19,7 +19,7 @@ _STOPPED_END_S = 1.0  # longest wait after a stop, for the message of rank 0 tha
 
 
 def is_of_torchrun() -> bool:
-    """Whether torchrun started this process."""
+    """Return True if torchrun started this process."""
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
@@ -38,7 +38,7 @@ def note_joined() -> None:
 
 
 def prints_errors() -> bool:
-    """Whether this process prints its errors: on rank 0, and on all ranks after they have joined their group.
+    """Return True if this process prints its errors: on rank 0, and on all ranks after they have joined their group.
 
     Before the ranks have joined, all have the same errors, for example in the command line.
     """
