@@ -13,6 +13,8 @@ from typing import Any, TypeVar
 
 import click
 
+from prep.console import print_line
+
 DISTRIBUTION = "alexnet"
 UNKNOWN = "unknown"
 
@@ -72,7 +74,7 @@ def version_option(command: Command) -> Command:
 
     def show(ctx: click.Context, parameter: click.Parameter, value: bool) -> None:
         if value and not ctx.resilient_parsing:
-            click.echo(f"{ctx.find_root().info_name}, version {package_version()}")
+            print_line(f"{ctx.find_root().info_name}, version {package_version()}")
             ctx.exit()
 
     option = click.option(

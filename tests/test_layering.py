@@ -35,7 +35,7 @@ ALLOWED = {
 # Rooms of each package from the lowest to the highest. A room may import itself and the rooms before it.
 ROOMS = {
     "prep": (
-        *("prep.version", "prep.compiled", "prep.console", "prep.files", "prep.plot_style"),
+        *("prep.console", "prep.version", "prep.compiled", "prep.files", "prep.plot_style"),
         *("prep.worker_start", "prep.workers"),
         *("prep.cluster", "prep.cluster_nodes", "prep.cluster_runner"),
         *(

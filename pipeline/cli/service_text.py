@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-import click
-
-from prep.console import bytes_text, count_noun, duration_text, one_line
+from prep.console import bytes_text, count_noun, duration_text, print_line
 
 
 def print_state(state: dict[str, Any]) -> None:
     """Print the state of a service, which Coordinator.status returns, to standard output."""
     for line in state_lines(state):
-        click.echo(one_line(line))
+        print_line(line)
 
 
 def state_lines(state: dict[str, Any]) -> list[str]:

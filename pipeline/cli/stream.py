@@ -13,6 +13,7 @@ from prep.console import (
     WrongArgument,
     json_option,
     print_json,
+    print_line,
     progress,
     say,
     store_option,
@@ -124,10 +125,10 @@ def inspect(
         )
     else:
         loaders = "" if world_size == 1 else f" × {world_size} loaders"
-        click.echo(f"{split}: {records:,} records of {len(opened.classes):,} classes")
-        click.echo(f"epoch: {steps:,} batches of {batch}{loaders}; {left_out:,} records left out")
-        click.echo(f"shuffle: blocks of {BLOCK_RECORDS} records, then records within windows of {WINDOW_RECORDS:,}")
-        click.echo(
+        print_line(f"{split}: {records:,} records of {len(opened.classes):,} classes")
+        print_line(f"epoch: {steps:,} batches of {batch}{loaders}; {left_out:,} records left out")
+        print_line(f"shuffle: blocks of {BLOCK_RECORDS} records, then records within windows of {WINDOW_RECORDS:,}")
+        print_line(
             f"distinct classes in a batch: {quality.distinct_classes:.1f} ({quality.share_of_ideal:.1%} of a perfect "
             f"shuffle's {quality.ideal_distinct_classes:.1f}), mean of {quality.batches:,} batches of epoch {epoch}"
         )
@@ -180,10 +181,10 @@ def bench(store: Path, batch: int, threads: int | None, device: str, seconds: fl
     if as_json:
         print_json(result_json(result))
         return
-    click.echo(f"{result.format} records, batch {result.batch}, {result.device}, {result.threads} threads")
+    print_line(f"{result.format} records, batch {result.batch}, {result.device}, {result.threads} threads")
     for name, images_per_s in result.stages.items():
         note = "reading records on one thread" if name == "read" else "this stage and all stages before it"
-        click.echo(f"{name:10}{images_per_s:10,.0f} images/s  {note}")
-    click.echo(f"{'stream':10}{result.images_per_s:10,.0f} images/s")
-    click.echo(f"{'bound':10}{result.bound_images_per_s:10,.0f} images/s  {result.bound}")
-    click.echo(f"{'share':10}{result.share_of_bound:10.2f}  of the bound")
+        print_line(f"{name:10}{images_per_s:10,.0f} images/s  {note}")
+    print_line(f"{'stream':10}{result.images_per_s:10,.0f} images/s")
+    print_line(f"{'bound':10}{result.bound_images_per_s:10,.0f} images/s  {result.bound}")
+    print_line(f"{'share':10}{result.share_of_bound:10.2f}  of the bound")

@@ -19,7 +19,7 @@ from pipeline.prefetch import BatchInput, Prefetcher
 from pipeline.records import Records
 from pipeline.sampling import draw_params
 from pipeline.still_image import Pixels, StoredImages
-from prep.console import UserError, WrongArgument, one_line
+from prep.console import UserError, WrongArgument, escaped
 from prep.store.manifest import Store
 
 AUGMENTED = 8  # number of columns with random augmentations
@@ -54,7 +54,7 @@ def save_preview(store: Store, out: Path, rows: int, seed: int, split: str = "tr
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=18)
     columns, names = _columns(store, rows, seed, split)
     for row, name in enumerate(names):
-        text = "\n".join(wrap(one_line(name), _CLASS_CHARS)[:_CLASS_LINES])
+        text = "\n".join(wrap(escaped(name), _CLASS_CHARS)[:_CLASS_LINES])
         position = _GAP_PX, _HEADER_PX + row * cell_px + CROP_PX // 2
         pen.multiline_text(position, text, fill="black", font=font, anchor="lm")
     for column, (title, images) in enumerate(zip(titles, columns, strict=True)):

@@ -26,7 +26,7 @@ from prep.build.limits import InputLimits
 from prep.build.plan import BuildPolicy
 from prep.build.resume import background_of
 from prep.build.split import build_split, disk_errors
-from prep.console import UserError, one_line, progress, usable_cores
+from prep.console import UserError, escaped, progress, usable_cores
 from prep.files import hold_lock
 from prep.images.codec import BadImage, check_rescaled_size
 from prep.images.limits import MAX_PIXELS, TIME_LIMIT_S
@@ -232,7 +232,7 @@ def _encode(image: object, settings: Settings, number: int) -> bytes:
             return _encode_pillow_image(image, settings)
         except Exception as error:  # Pillow decodes the file only at this point, and can raise any exception
             reason = str(error) if isinstance(error, BadImage) else f"cannot be decoded: {error or repr(error)}"
-            return _BAD + one_line(reason).encode()
+            return _BAD + escaped(reason).encode()
     pixels = np.asarray(image)
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or not pixels.size:
         kind = f"{pixels.dtype} of shape {pixels.shape}" if pixels.dtype != object else type(image).__name__

@@ -15,7 +15,7 @@ from typing import Any
 
 from prep.build.plan import CRASHED_TWICE, BuildPlan, BuildPolicy, bad_outcomes
 from prep.build.shard_task import ShardBuilder, ShardTask
-from prep.console import DiskFull, Progress, UserError, bytes_text, count_noun, one_line, say
+from prep.console import DiskFull, Progress, UserError, bytes_text, count_noun, escaped, say
 from prep.files import write_atomic
 from prep.images.codec import BadImage
 from prep.images.formats import HEAD_BYTES, unreadable_reason
@@ -80,7 +80,7 @@ def _obvious_fault(reader: InputReader, item: Input) -> str:
     except BadImage as reason:
         return str(reason)
     except Exception as error:  # the library that reads an archive can raise any exception for damaged bytes
-        return f"cannot be read: {one_line(str(error) or repr(error))}"
+        return f"cannot be read: {escaped(str(error) or repr(error))}"
 
 
 def check_inputs(plan: BuildPlan, policy: BuildPolicy, jobs: int, unfinished: Sequence[int]) -> None:

@@ -7,9 +7,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import click
-
-from prep.console import bytes_text, count_noun, duration_text, one_line, print_json, shell_quoted
+from prep.console import bytes_text, count_noun, duration_text, print_json, print_line, shell_quoted
 from prep.inputs.classes import examples, first_labels_text
 from prep.store.input_log import IGNORED, WARNED, read_outcomes, summarize_outcomes
 from prep.store.manifest import DROPPED, ColorStats, Store
@@ -44,27 +42,27 @@ def report_build(store: Store, name: str, done: int, seconds: float, as_json: bo
             }
         )
         return
-    click.echo(
+    print_line(
         f"{name}: {count_noun(split.records, 'record')} of {count_noun(len(store.classes), 'class', 'classes')}, "
         f"{bytes_text(split.bytes)} in {count_noun(len(split.shards), 'shard')}, fingerprint {split.fingerprint[:16]}"
     )
-    click.echo(one_line(f"  labels: {first_labels_text(store.classes)}"))
+    print_line(f"  labels: {first_labels_text(store.classes)}")
     log = store.root / name / "inputs.jsonl"
     ignored = split.account.get(IGNORED, {})
     if ignored:
         text = ", ".join(f"{reason} ({count:,})" for reason, count in ignored.items())
-        click.echo(f"  not part of the data set: {text}. The first:")
+        print_line(f"  not part of the data set: {text}. The first:")
         for outcome in islice((outcome for outcome in read_outcomes(log) if outcome["fate"] == IGNORED), 3):
-            click.echo(one_line(f"    {outcome['source']}"))
+            print_line(f"    {outcome['source']}")
     _print_kept(split.account, read_outcomes(log), store.settings.background, f", listed in {log}")
     if skipped:
-        click.echo(f"  left out: {count_noun(skipped, 'input')}, listed with reasons in {log}. The first:")
+        print_line(f"  left out: {count_noun(skipped, 'input')}, listed with reasons in {log}. The first:")
         for outcome in islice((outcome for outcome in read_outcomes(log) if outcome["fate"] == "bad"), 3):
-            click.echo(one_line(f"    {outcome['source']}: {outcome['why']}"))
+            print_line(f"    {outcome['source']}: {outcome['why']}")
     if done:
-        click.echo(f"  {duration_text(seconds)}, {done / max(seconds, 1e-9):,.0f} images/s")
+        print_line(f"  {duration_text(seconds)}, {done / max(seconds, 1e-9):,.0f} images/s")
     else:
-        click.echo(if_none or _ALREADY_BUILT)
+        print_line(if_none or _ALREADY_BUILT)
 
 
 def _print_kept(
@@ -75,12 +73,12 @@ def _print_kept(
     kinds = {kind: kind for kind in account["converted"]} | {"alpha": f"alpha ({alpha})"}
     converted = ", ".join(f"{count:,} {kinds[kind]}" for kind, count in sorted(account["converted"].items()))
     if converted:
-        click.echo(f"  converted: {converted}")
+        print_line(f"  converted: {converted}")
     warned = sum(account.get("warnings", {}).values())
     if warned:
-        click.echo(f"  kept, with warnings: {count_noun(warned, 'input')}{listed_in}. The first:")
+        print_line(f"  kept, with warnings: {count_noun(warned, 'input')}{listed_in}. The first:")
         for outcome in islice((outcome for outcome in outcomes if outcome["fate"] == WARNED), 3):
-            click.echo(one_line(f"    {outcome['source']}: {'; '.join(outcome['warnings'])}"))
+            print_line(f"    {outcome['source']}: {'; '.join(outcome['warnings'])}")
 
 
 def report_part(
@@ -98,15 +96,15 @@ def report_part(
         line = {"split": name, "part": str(part), "shards": result.shards, "missing_parts": missing}
         print_json({**line, "seconds": round(seconds, 3), "images_per_s": rate})
         return
-    click.echo(
+    print_line(
         f"{name}: part {part} is finished ({count_noun(result.shards, 'shard')}), {duration_text(seconds)}, "
         f"{done / max(seconds, 1e-9):,.0f} images/s"
     )
     if missing:
-        click.echo(f"  parts to be finished: {', '.join(missing[:8])}{', …' if len(missing) > 8 else ''}")
+        print_line(f"  parts to be finished: {', '.join(missing[:8])}{', …' if len(missing) > 8 else ''}")
     else:
-        click.echo("  all shards are finished, and another command is at work in the store")
-    click.echo(
+        print_line("  all shards are finished, and another command is at work in the store")
+    print_line(
         f"  the part that ends last completes the store; alexprep join --store {shell_quoted(store)} does so, too"
     )
 
@@ -137,34 +135,34 @@ def report_estimate(estimate: BuildEstimate, source: Source, background: str, as
             }
         )
         return
-    click.echo(f"{name}: {count_noun(estimate.inputs, 'input')} of {count_noun(estimate.classes, 'class', 'classes')}")
-    click.echo(one_line(f"  labels: {first_labels_text(source.classes)}"))
+    print_line(f"{name}: {count_noun(estimate.inputs, 'input')} of {count_noun(estimate.classes, 'class', 'classes')}")
+    print_line(f"  labels: {first_labels_text(source.classes)}")
     if source.ignored:
         names = examples([ignored for ignored, _ in source.ignored])
         count = count_noun(len(source.ignored), "entry", "entries")
-        click.echo(one_line(f"  not part of the data set: {count} ({names})"))
+        print_line(f"  not part of the data set: {count} ({names})")
     if estimate.bad:
         what = "is not an image" if len(estimate.bad) == 1 else "are not images"
-        click.echo(f"  {count_noun(len(estimate.bad), 'input')} {what}. The first:")
+        print_line(f"  {count_noun(len(estimate.bad), 'input')} {what}. The first:")
         for bad, reason in estimate.bad[:10]:
-            click.echo(one_line(f"    {bad}: {reason}"))
+            print_line(f"    {bad}: {reason}")
     if estimate.is_built:
-        click.echo(_ALREADY_BUILT)
+        print_line(_ALREADY_BUILT)
         return
     _print_kept(account, estimate.outcomes, background)
     if estimate.decoded < to_do:
-        click.echo(
+        print_line(
             f"  decoded: a sample of {estimate.decoded:,} of {count_noun(to_do, 'input')}. Pass --decode all to "
             "find all bad inputs that a build would find."
         )
     if estimate.done:
-        click.echo(f"  {count_noun(estimate.done, 'input')} in finished shards, {to_do:,} to do")
+        print_line(f"  {count_noun(estimate.done, 'input')} in finished shards, {to_do:,} to do")
     free = f"{bytes_text(estimate.free_bytes)} free"
     if resources is None:
-        click.echo(f"  no estimate: none of the {estimate.decoded:,} decoded inputs is an image; {free}")
+        print_line(f"  no estimate: none of the {estimate.decoded:,} decoded inputs is an image; {free}")
         return
     verdict = "fits" if resources.bytes <= estimate.free_bytes else "does NOT fit"
-    click.echo(
+    print_line(
         f"  about {bytes_text(resources.bytes)} and {duration_text(resources.seconds)} (measured on "
         f"{resources.sampled:,} inputs; a slow source takes longer); {free}: {verdict}"
     )
@@ -176,23 +174,23 @@ def print_stats(stats: ColorStats) -> None:
     def row(values: Iterable[float], width: int = 10, digits: int = 4) -> str:
         return "".join(f"{value:{width}.{digits}f}" for value in values)
 
-    click.echo(
+    print_line(
         f"{stats.records:,} records, {stats.pixels:,} pixels, RGB on the scale 0..{stats.pixel_scale} (grey levels)"
     )
-    click.echo(f"mean RGB                {row(stats.mean_rgb, digits=2)}   grey levels")
+    print_line(f"mean RGB                {row(stats.mean_rgb, digits=2)}   grey levels")
     levels, unit = stats.channel_stats(), stats.channel_stats(max_value=1)
-    click.echo(f"std RGB                 {row(levels.std, digits=2)}   grey levels")
-    click.echo(f"mean RGB, [0, 1]        {row(unit.mean)}   as torchvision.transforms.Normalize takes it")
-    click.echo(f"std RGB, [0, 1]         {row(unit.std)}   as torchvision.transforms.Normalize takes it")
+    print_line(f"std RGB                 {row(levels.std, digits=2)}   grey levels")
+    print_line(f"mean RGB, [0, 1]        {row(unit.mean)}   as torchvision.transforms.Normalize takes it")
+    print_line(f"std RGB, [0, 1]         {row(unit.std)}   as torchvision.transforms.Normalize takes it")
     for name, values in zip("RGB", stats.covariance, strict=True):
-        click.echo(f"covariance {name}            {row(values, digits=1)}   grey levels squared")
-    click.echo(f"                        {'PC 1':>10}{'PC 2':>10}{'PC 3':>10}")
-    click.echo(f"standard deviation      {row(stats.stdevs, digits=2)}   grey levels (color_pca of the authors' code)")
-    click.echo(f"eigenvalue              {row(stats.eigenvalues, digits=1)}   variance, grey levels squared")
+        print_line(f"covariance {name}            {row(values, digits=1)}   grey levels squared")
+    print_line(f"                        {'PC 1':>10}{'PC 2':>10}{'PC 3':>10}")
+    print_line(f"standard deviation      {row(stats.stdevs, digits=2)}   grey levels (color_pca of the authors' code)")
+    print_line(f"eigenvalue              {row(stats.eigenvalues, digits=1)}   variance, grey levels squared")
     unit_scale = [value / stats.pixel_scale**2 for value in stats.eigenvalues]
-    click.echo(
+    print_line(
         f"eigenvalue, [0, 1]      {row(unit_scale)}   variance of pixels in [0, 1] "
         "(fb.resnet.torch: 0.2175 0.0188 0.0045)"
     )
     for name, values in zip("RGB", stats.eigenvectors, strict=True):
-        click.echo(f"eigenvectors {name}          {row(values)}")
+        print_line(f"eigenvectors {name}          {row(values)}")

@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from prep.build.limits import DEFAULT_LIMITS, InputLimits
-from prep.console import DiskFull, UserError, disk_error, one_line
+from prep.console import DiskFull, UserError, disk_error, escaped
 from prep.files import save_array, sync_folder, unique_suffix, write_atomic
 from prep.images.codec import BadImage, DecodedImage, check_rescaled_size, check_size, decode_image, encode_image
 from prep.images.color_stats import PixelSums
@@ -200,7 +200,7 @@ def read_input(task: ShardTask, item: Input) -> DecodedImage:
     except (UserError, BadImage):
         raise
     except Exception as error:  # the library that reads an archive can raise any exception for damaged bytes
-        raise BadImage(f"cannot be read: {one_line(str(error) or repr(error))}") from None
+        raise BadImage(f"cannot be read: {escaped(str(error) or repr(error))}") from None
     options = task.limits.decode_options(task.settings)
     if isinstance(content, bytes):
         with cpu_time_limit(task.limits.time_limit_s, task.limits.too_slow()):

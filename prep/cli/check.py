@@ -18,8 +18,8 @@ from prep.console import (
     disk_error,
     duration_text,
     json_option,
-    one_line,
     print_json,
+    print_line,
     progress,
     say,
     store_option,
@@ -72,14 +72,14 @@ def verify(store: Path, split: str | None, quick: bool, jobs: int | None, cluste
         )
     else:
         for fault in faults:
-            click.echo(one_line(fault.text()))
+            print_line(fault.text())
     if faults:
         raise UserError(
             f"{store}: {count_noun(len(faults), 'fault')}. Move the store away and build it again with alexprep "
             "build-lmdb."
         )
     if not as_json:
-        click.echo(
+        print_line(
             f"{store}: {count_noun(records, 'record')} of {' and '.join(names)} agree with the manifest, "
             f"{duration_text(seconds)}, {records / max(seconds, 1e-9):,.0f} records/s"
         )
@@ -122,7 +122,7 @@ def inspect(store: Path, split: str, key: str | None, out: Path | None, as_json:
         print_json(describe_store(opened))
         return
     for line in summary_lines(opened):
-        click.echo(line)
+        print_line(line)
 
 
 def _inspect_record(store: Store, split: str, key: str, out: Path | None, as_json: bool) -> None:
@@ -153,7 +153,7 @@ def _inspect_record(store: Store, split: str, key: str, out: Path | None, as_jso
         return
     for name, value in facts.items():
         if value is not None:
-            click.echo(f"{name:10} {value}")
+            print_line(f"{name:10} {value}")
 
 
 @click.command("export-files")
@@ -186,7 +186,7 @@ def export_files(out: Path, store: Path, split: str, jobs: int | None, as_json: 
         print_json({"split": split, "files": records, "bytes": size_bytes, "seconds": round(seconds, 3)})
         return
     size = bytes_text(export_progress.size_bytes)
-    click.echo(f"{out}: {count_noun(records, 'file')}, {size}, {duration_text(seconds)}")
+    print_line(f"{out}: {count_noun(records, 'file')}, {size}, {duration_text(seconds)}")
 
 
 @click.command("pca-stats")
@@ -263,7 +263,7 @@ def pca_stats(
         return
     print_stats(stats)
     if difference is not None:
-        click.echo(
+        print_line(
             f"recomputed from the stored records; the standard deviations of the build differ by at most "
             f"{difference:.4f} grey levels"
             + ("" if opened.settings.format == "ppm" else " (the build measures pixels before JPEG)")

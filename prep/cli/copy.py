@@ -6,7 +6,16 @@ from dataclasses import asdict
 
 import click
 
-from prep.console import bytes_text, count_noun, duration_text, json_option, print_json, progress, usable_cores
+from prep.console import (
+    bytes_text,
+    count_noun,
+    duration_text,
+    json_option,
+    print_json,
+    print_line,
+    progress,
+    usable_cores,
+)
 from prep.files import no_lock_option
 
 # More parallel transfers would make each transfer slower, because together they already use the whole connection.
@@ -59,10 +68,10 @@ def copy(source: str, target: str, jobs: int | None, as_json: bool) -> None:
         print_json(facts)
         return
     if plan.is_complete:
-        click.echo(f"{plan.target.name}: already there; nothing to do. Fingerprint {result.fingerprint}")
+        print_line(f"{plan.target.name}: already there; nothing to do. Fingerprint {result.fingerprint}")
         return
     earlier = result.files - result.copied_files
-    click.echo(
+    print_line(
         f"{plan.target.name}: {count_noun(result.copied_files, 'file')}, {bytes_text(result.copied_bytes)}, "
         f"{duration_text(result.seconds)}, {bytes_text(result.copied_bytes / max(result.seconds, 1e-9))}/s"
         + (f"; {count_noun(earlier, 'file')} had arrived before" if earlier else "")

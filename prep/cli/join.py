@@ -8,7 +8,7 @@ import click
 
 from prep.build.report import report_build
 from prep.cli.options import allow_empty_option
-from prep.console import UserError, count_noun, json_option, one_line, print_json, store_option
+from prep.console import UserError, count_noun, json_option, print_json, print_line, store_option
 from prep.files import no_lock_option
 from prep.store.manifest import SPLITS, Store
 
@@ -60,7 +60,7 @@ def join(store: Path, split: str | None, max_bad: int | None, allow_empty_classe
             continue
         for part, shards in missing.items():
             text = f"{name}: part {part} lacks {count_noun(len(shards), 'shard')} ({shard_list(shards)}). Build with:"
-            click.echo(one_line(f"{text} {commands[part]}"))
+            print_line(f"{text} {commands[part]}")
     if unfinished:
         raise UserError(
             f"{store}: {' and '.join(unfinished)} cannot be completed, because shards are missing. Run the commands "

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from prep.console import UserError, one_line
+from prep.console import UserError, escaped
 from prep.images.central_square import central_square
 from prep.images.codec import BadImage, DecodeOptions, check_rescaled_size, decode_image, encode_image
 from prep.images.jpeg import decode_jpeg
@@ -103,6 +103,6 @@ def _prepare(task: _Task, task_progress: TaskProgress) -> Photograph | BadImage:
     except BadImage as error:
         return error
     except Exception as error:  # for example MemoryError, or ValueError for a name with a NUL byte
-        return BadImage(f"cannot be used: {one_line(str(error) or repr(error))}")
+        return BadImage(f"cannot be used: {escaped(str(error) or repr(error))}")
     finally:
         task_progress.count()

@@ -13,8 +13,17 @@ from contextlib import suppress
 import click
 import pytest
 
-from prep import console
-from prep.console import Progress, bytes_text, count_noun, duration_text, progress
+from prep.console import (
+    DiskFull,
+    Progress,
+    UserError,
+    bytes_text,
+    count_noun,
+    duration_text,
+    escaped,
+    progress,
+    progress_display,
+)
 
 
 @pytest.mark.parametrize("as_json", [True, False])
@@ -23,7 +32,7 @@ def test_progress_without_a_terminal_is_lines_of_text_or_of_json_with_the_option
 ) -> None:
     """100 of 300 images take 10 s on a clock that the test sets. The rate is then 10 images/s, and 20 s are left."""
     clock = [1000.0]
-    monkeypatch.setattr(console.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(progress_display.time, "monotonic", lambda: clock[0])
     context = click.Context(click.Command("build"))
     context.params["as_json"] = as_json
     with context, progress("train: é", 400, "pictures") as job_progress:
@@ -98,7 +107,7 @@ def test_progress_keeps_the_last_counts() -> None:
 
 def test_the_rate_excludes_the_work_of_an_earlier_run(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [0.0]
-    monkeypatch.setattr(console.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(progress_display.time, "monotonic", lambda: clock[0])
     job_progress = Progress(1000, "pictures")
     job_progress.skip(900)
     job_progress.advance(50)
@@ -148,3 +157,20 @@ def test_counts_with_nouns() -> None:
     assert count_noun(1797, "picture") == "1,797 pictures"
     assert count_noun(3, "class", "classes") == "3 classes"
     assert count_noun(0, "file") == "0 files"
+
+
+def test_characters_that_control_a_terminal_are_escaped() -> None:
+    r"""All characters of C0, C1 and DEL, line separators, bidi controls and surrogates; `\x1b` stands for ESC."""
+    controls = [*range(0x20), *range(0x7F, 0xA0), 0x2028, 0x2029, 0x200E, 0x200F, 0x061C]
+    controls += [*range(0x202A, 0x202F), *range(0x2066, 0x206A), *range(0xD800, 0xE000)]
+    for code in controls:
+        shown = escaped(f"a{chr(code)}b")
+        assert shown.startswith("a\\") and shown.endswith("b") and shown.isprintable(), hex(code)
+        assert escaped(shown) == shown
+    assert escaped("\x1b[2J\n\x9b\u202e\udcff") == r"\x1b[2J\n\x9b\u202e\udcff"
+    assert escaped("ein Größe× 写真 \\n ½ 😀") == "ein Größe× 写真 \\n ½ 😀"
+
+
+def test_every_error_is_one_line_also_outside_of_a_command() -> None:
+    assert str(UserError("a\nb\x1b[31m: no such file.")) == r"a\nb\x1b[31m: no such file."
+    assert str(DiskFull("a\u202eb")) == r"a\u202eb"

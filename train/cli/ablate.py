@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from prep.console import json_option, print_json, say, store_option
+from prep.console import json_option, print_json, print_line, say, store_option
 from prep.files import check_output_folder, no_lock_option
 from prep.store.manifest import Store
 from train.cli.options import (
@@ -115,4 +115,4 @@ def _ablate(
         print_json({"store": str(store), **settings, "ablations": rows})
         return
     for line in table_lines(rows, len(opened.classes)):
-        click.echo(line)
+        print_line(line)

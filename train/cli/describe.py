@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from prep.console import json_option, print_json
+from prep.console import json_option, print_json, print_line
 from train.cli.options import model_option, recipe_settings
 from train.config.architecture import ARCHITECTURES
 from train.config.recipes import RECIPES, recipe_note
@@ -45,7 +45,7 @@ def summary(model: str, classes: int, gpus: str, as_json: bool) -> None:
         print_json(summary_json(classes, devices, ARCHITECTURES[model]))
         return
     for line in summary_lines(classes, devices, ARCHITECTURES[model]):
-        click.echo(line)
+        print_line(line)
 
 
 @click.command()
@@ -71,4 +71,4 @@ def recipe(name: str, settings: list[str], as_json: bool) -> None:
         return
     note = recipe_note(name)
     for line in [*recipe_lines(chosen), *([""] if note else []), *rate_lines(chosen), *([note] if note else [])]:
-        click.echo(line)
+        print_line(line)

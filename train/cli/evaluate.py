@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from prep.console import UserError, count_noun, json_option, print_json, say
+from prep.console import UserError, count_noun, json_option, print_json, print_line, say
 from prep.files import output_file
 from prep.store.manifest import Store
 from train.cli.options import (
@@ -147,7 +147,7 @@ def evaluate(
                 title = f"average of {len(members)}" + (f", weights {weights}" if weights else "")
                 _print_result(f"{len(runs)} CNNs, {title}" if runs != given else title, about, combined_result)
                 if row is not None:
-                    click.echo(row.text())
+                    print_line(row.text())
         if out is not None:
             combined.save(out)
             say(f"Saved: {out}")
@@ -245,7 +245,7 @@ def _print_result(title: str, about: Mapping[str, Any], result: EvalResult) -> N
         for metric, misses, (low, high) in zip(metrics, result.misses, result.intervals, strict=False)
     ]
     step = f", step {about['step']:,}" if isinstance(about["step"], int) else ""
-    click.echo(
+    print_line(
         f"{title + ': ' if title else ''}{about['split']}, {views_text(about['views'])}: {', '.join(errors)}, "
         f"loss {result.loss:.4f}, {count_noun(result.images, 'image')}{step}"
     )

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from prep.console import UserError, WrongArgument, count_noun, json_option, one_line, print_json, say
+from prep.console import UserError, WrongArgument, count_noun, json_option, print_json, print_line, say
 from prep.files import output_file
 from prep.store.manifest import Store
 from train.cli.options import (
@@ -88,7 +88,7 @@ def predict(
             guesses = [{"class": name, "probability": p} for name, p in ranked]
             print_json({"image": str(path), "views": int(views), "step": trained.checkpoint.step, "guesses": guesses})
         else:
-            click.echo(one_line(f"{path}: " + ", ".join(f"{name} {p:.1%}" for name, p in ranked)))
+            print_line(f"{path}: " + ", ".join(f"{name} {p:.1%}" for name, p in ranked))
     refuse_bad_photographs(errors, len(images))
 
 
@@ -143,7 +143,7 @@ def features(
     if as_json:
         print_json({"out": str(out), "keys": str(keys_path(out)), "layer": layer, "split": split, "shape": list(shape)})
     else:
-        click.echo(f"{out}: {layer} of {count_noun(shape[0], 'image')}, {' × '.join(map(str, shape))}")
+        print_line(f"{out}: {layer} of {count_noun(shape[0], 'image')}, {' × '.join(map(str, shape))}")
 
 
 @click.command()
@@ -226,5 +226,5 @@ def search(
             print_json({"image": str(path), "step": trained.checkpoint.step, "nearest": result.nearest})
         else:
             texts = [f"{n['class']} {n['source'] or n['key']} ({n['distance']:.3g})" for n in result.nearest]
-            click.echo(one_line(f"{path}: {', '.join(texts)}"))
+            print_line(f"{path}: {', '.join(texts)}")
     refuse_bad_photographs(list(errors.values()), len(images))

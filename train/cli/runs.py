@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from prep.console import json_option, one_line, print_json, say
+from prep.console import json_option, print_json, print_line, say
 from prep.files import output_file
 from train.cli.options import run_argument
 from train.runs.ensemble_dir import read_ensemble, with_members
@@ -37,7 +37,7 @@ def status(run_dir: Path, as_json: bool) -> None:
         print_json(state)
         return
     for line in status_lines(state) if ensemble is None else ensemble_status_lines(state):
-        click.echo(one_line(line))
+        print_line(line)
 
 
 @click.command()
@@ -69,5 +69,5 @@ def compare(run_dirs: tuple[Path, ...], out: Path, as_json: bool) -> None:
         print_json({**comparison_json(runs), "out": str(out)})
         return
     for line in comparison_lines(runs):
-        click.echo(one_line(line))
+        print_line(line)
     say(f"Drawn: {out}")

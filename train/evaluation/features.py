@@ -19,7 +19,7 @@ from torch import Tensor
 
 from pipeline.loader import eval_loader
 from pipeline.records import Records
-from prep.console import WrongArgument, did_you_mean, disk_error, one_line, progress
+from prep.console import WrongArgument, did_you_mean, disk_error, escaped, progress
 from prep.files import atomic_file, check_extension, write_atomic
 from prep.store.manifest import Store
 from train.config.architecture import LAYERS
@@ -136,7 +136,7 @@ def write_features(
                     np.lib.format.write_array_header_1_0(file, header)
                 file.write(np.ascontiguousarray(batch, "<f4").tobytes())
         lines = [
-            "\t".join((stored.key(k), one_line(store.classes[stored[k].label]), one_line(stored.source(k))))
+            "\t".join((stored.key(k), escaped(store.classes[stored[k].label]), escaped(stored.source(k))))
             for k in range(records)
         ]
         write_atomic(keys_path(out), "".join(line + "\n" for line in lines).encode())

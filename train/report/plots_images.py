@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.still_image import Pixels
-from prep.console import one_line
+from prep.console import escaped
 from train.evaluation.predict import TopPredictions
 from train.report.style import BLUE, ORANGE, scale_to_unit_range, shorten, show_image, tile_images
 
@@ -82,7 +82,7 @@ def draw_neighbors(figure: Any, rows: Sequence[ImageAndNeighbors], names: Sequen
     for axes in grid.flat:
         axes.axis("off")
     for row, cells in zip(rows, grid, strict=True):
-        title = one_line(row.title)
+        title = escaped(row.title)
         show_image(cells[0], row.square, title if len(title) <= _QUERY_CHARS else "…" + title[1 - _QUERY_CHARS :])
         cells[0].title.set_fontsize(6.5)
         for axes, (square, label, distance) in zip(cells[2:], row.neighbors, strict=False):

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from prep.console import disk_error, one_line
+from prep.console import disk_error, escaped
 from prep.files import write_atomic
 from prep.plot_style import TEXT_GRAY, DrawFunction
 
@@ -36,7 +36,7 @@ def shorten(name: str, max_chars: int) -> str:
 
     A name that was cut ends with ….
     """
-    text = one_line(name)
+    text = escaped(name)
     return text if len(text) <= max_chars else text[: max_chars - 1] + "…"
 
 
@@ -55,7 +55,7 @@ def with_caption(draw: DrawFunction, size_inches: tuple[float, float], caption: 
 
     The caption is for a figure that is saved as a single file.
     """
-    lines = wrap(one_line(caption), round(15 * size_inches[0]))
+    lines = wrap(escaped(caption), round(15 * size_inches[0]))
 
     def draw_captioned(figure: Any) -> None:
         draw(figure)

@@ -1,0 +1,37 @@
+"""Command-line input and output: one-line errors, exit codes, interrupts, escaped lines, progress, `--json`.
+
+alexprep, alexstream and alextrain share this room.
+"""
+
+from prep.console.errors import DiskFull, Terminated, UserError, WrongArgument, disk_error
+from prep.console.group import CONTEXT_SETTINGS, Group, json_option, store_option
+from prep.console.machine import keep_freed_memory, usable_cores
+from prep.console.output import print_above, print_json, print_line, say
+from prep.console.progress_display import Progress, progress
+from prep.console.text import bytes_text, count_noun, did_you_mean, duration_text, escaped, shell_quoted
+
+__all__ = [
+    "CONTEXT_SETTINGS",
+    "DiskFull",
+    "Group",
+    "Progress",
+    "Terminated",
+    "UserError",
+    "WrongArgument",
+    "bytes_text",
+    "count_noun",
+    "did_you_mean",
+    "disk_error",
+    "duration_text",
+    "escaped",
+    "json_option",
+    "keep_freed_memory",
+    "print_above",
+    "print_json",
+    "print_line",
+    "progress",
+    "say",
+    "shell_quoted",
+    "store_option",
+    "usable_cores",
+]

@@ -1,0 +1,112 @@
+"""Command groups: errors in one line, exit codes, interrupts, and the options that several commands have."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import FrameType
+from typing import IO, Any, NoReturn
+
+import click
+
+from prep.console.errors import Terminated, UserError
+from prep.console.output import prepare_streams, say
+from prep.console.text import did_you_mean, escaped
+
+CONTEXT_SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
+
+
+# Options that several commands have.
+store_option = click.option(
+    "--store",
+    type=click.Path(path_type=Path),
+    default="store",
+    show_default=True,
+    envvar="ALEXNET_STORE",
+    show_envvar=True,
+    help="Folder of the store.",
+)
+
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON: one object a line.")
+
+
+def _on_sigterm(signum: int, frame: FrameType | None) -> NoReturn:
+    raise Terminated
+
+
+@contextmanager
+def _escaped_usage_errors() -> Iterator[None]:
+    """Escape control characters in click's own errors, which repeat arguments."""
+    try:
+        yield
+    except click.ClickException as error:
+        vars(error)["message"] = escaped(error.message)  # click declares the attribute as final
+        raise
+
+
+class _CommandFailed(click.ClickException):
+    """Makes click print one line to standard error and exit with `exit_code`."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(escaped(message))
+        self.exit_code = exit_code  # type: ignore[misc]  # click reads exit_code from the instance
+
+    def show(self, file: IO[Any] | None = None) -> None:
+        """Print the line.
+
+        If standard error cannot be written, for example on a full disk, only the exit code reports the error.
+        """
+        with suppress(OSError):
+            super().show(file)
+
+
+class Group(click.Group):
+    """A command group that prints a UserError as one line. The exit code after signal n is 128 + n (Ctrl-C: 130).
+
+    `resumable` has the names of the commands that continue interrupted work when they are run again. Other commands
+    start from the beginning.
+    """
+
+    def __init__(self, *args: Any, resumable: tuple[str, ...] = (), **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.resumable = resumable
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the command line after `prepare_streams`. Parameters and result are those of click.Group.main."""
+        prepare_streams()
+        return super().main(*args, **kwargs)
+
+    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
+        """Parse the options before the name of the command. Raises click.UsageError for a wrong option."""
+        with _escaped_usage_errors():
+            return super().make_context(*args, **kwargs)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command. Raises click.ClickException for UserError or OSError. Exits with 128 + n on signal n."""
+        signal.signal(signal.SIGTERM, _on_sigterm)
+        try:
+            with _escaped_usage_errors():
+                return super().invoke(ctx)
+        except click.BadParameter as error:
+            if error.param is not None and isinstance(error.param.type, click.Choice):
+                choices = [str(choice) for choice in error.param.type.choices]
+                hint = did_you_mean(error.message.partition("'")[2].partition("'")[0], choices)
+                raise click.BadParameter(error.message + hint, error.ctx, error.param, error.param_hint) from None
+            raise
+        except UserError as error:
+            raise _CommandFailed(str(error), error.exit_code) from error
+        except BrokenPipeError:
+            raise  # click itself handles a closed pipe
+        except OSError as error:  # the user most likely passed the path that failed
+            raise _CommandFailed(f"{error.filename or 'the system'}: {error.strerror or error}.", 1) from error
+        except (KeyboardInterrupt, Terminated) as stop:
+            self.say_interrupted(ctx)
+            ctx.exit(128 + (stop.signum if isinstance(stop, Terminated) else signal.SIGINT))
+
+    def say_interrupted(self, ctx: click.Context) -> None:
+        """Print that the command was interrupted, and what the same command does when it is run again."""
+        effect = "continue from here" if ctx.invoked_subcommand in self.resumable else "start over"
+        say(f"Interrupted. Run the same command again to {effect}.")

@@ -1,0 +1,85 @@
+"""Lines of output, in which control characters are escaped. Every command prints with the functions of this module.
+
+Results go to standard output. Messages, warnings and progress go to standard error, so `command --json | jq` always
+works. tests/test_terminal.py refuses other ways to print.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+import click
+
+from prep.console.errors import disk_error
+from prep.console.text import escaped
+
+_displays: list[Callable[[str], None]] = []  # the function that prints a line above the live display, if there is one
+
+
+def print_above(display: Callable[[str], None] | None) -> None:
+    """Let `say` print with `display`, which prints a line above a live display.
+
+    With None, `say` prints directly again.
+    """
+    _displays[:] = [] if display is None else [display]
+
+
+def prepare_streams() -> None:
+    """Make the standard streams usable for a command, however the command was started.
+
+    A closed standard stream (`command >&-`) is opened on /dev/null. Otherwise the next file that the command opens,
+    such as a shard, would get the number of the stream, and a C library's messages would be written into the file. A
+    character that the encoding of standard output lacks is printed as an escape.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the system assigns the lowest free number
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as Python does for standard error
+
+
+def print_line(text: str = "") -> None:
+    """Print one line to standard output. Control characters in `text` are escaped, also newlines.
+
+    Raises BrokenPipeError if the reader of a pipe has ended, DiskFull if the output is a file on a full disk, and
+    UserError if standard output cannot be written for another reason.
+    """
+    _print_result(escaped(text))
+
+
+def print_json(data: dict[str, Any]) -> None:
+    """Print one JSON object on one line of standard output.
+
+    JSON escapes all characters outside ASCII and all control characters. A program therefore reads names exactly as
+    they are in files. Raises the same exceptions as print_line.
+    """
+    _print_result(json.dumps(data))
+
+
+def _print_result(line: str) -> None:
+    try:
+        click.echo(line)
+    except BrokenPipeError:
+        raise  # click itself handles a closed pipe
+    except OSError as error:
+        raise disk_error(error, f"standard output cannot be written: {error.strerror or error}.") from None
+
+
+def say(text: str) -> None:
+    """Print one line to standard error. Control characters in `text` are escaped, also newlines.
+
+    A failure to print, such as a closed pipe or a full disk, is ignored.
+    """
+    with suppress(OSError):
+        if _displays:
+            _displays[0](escaped(text))
+        else:
+            click.echo(escaped(text), err=True)

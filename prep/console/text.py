@@ -1,0 +1,61 @@
+"""Values as text for people: counts, durations, sizes, quoted paths and similar words."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from shlex import quote
+
+
+def escaped(text: str) -> str:
+    r"""Return `text` as one line that a terminal shows as it is: each unprintable character is replaced by its escape.
+
+    Names of files and classes, texts of archives and manifests, and errors of other programs may contain characters
+    that control a terminal. Escaped are control characters (C0, DEL, C1), line separators, characters that change the
+    direction of text, lone surrogates (undecodable bytes of file names), and whatever else `str.isprintable` calls
+    unprintable: `\x1b`, `\n`, `\x9b`, `\u202e`, `\udcff`. Backslashes stay, so that escaping twice changes nothing.
+    """
+    return text if text.isprintable() else "".join(c if c.isprintable() else _escape(c) for c in text)
+
+
+def _escape(character: str) -> str:
+    return character.encode("unicode_escape").decode()
+
+
+def did_you_mean(value: object, allowed: Sequence[str]) -> str:
+    """Return ` Did you mean released?` with the values of `allowed` that are most similar to `value`.
+
+    Returns "" if no value is similar.
+    """
+    similar = get_close_matches(str(value), allowed, 2, 0.5)
+    return f" Did you mean {' or '.join(similar)}?" if similar else ""
+
+
+def count_noun(n: int, noun: str, plural: str = "") -> str:
+    """Return a count with its noun: `1 image`, `1,797 images`."""
+    return f"{n:,} {noun if n == 1 else plural or noun + 's'}"
+
+
+def shell_quoted(path: Path) -> str:
+    """Return a path quoted for a shell command that the user copies: `'my run'`."""
+    return quote(str(path))
+
+
+def duration_text(seconds: float) -> str:
+    """Return a duration as text: `48 s`, `3 min 20 s`, `1 h 05 min`."""
+    rounded_s = round(seconds)
+    if rounded_s < 60:
+        return f"{rounded_s} s"
+    if rounded_s < 3600:
+        return f"{rounded_s // 60} min {rounded_s % 60:02d} s"
+    return f"{rounded_s // 3600} h {rounded_s % 3600 // 60:02d} min"
+
+
+def bytes_text(n: float) -> str:
+    """Return a number of bytes as text, in powers of 1000: `812 B`, `27.4 KB`, `31.2 GB`."""
+    for unit in ("B", "KB", "MB", "GB"):
+        if abs(n) < (999.5 if unit == "B" else 999.95):
+            return f"{n:.0f} B" if unit == "B" else f"{n:.1f} {unit}"
+        n /= 1000
+    return f"{n:.1f} TB"
