@@ -22,12 +22,14 @@ ALLOWED = {
     "prep": ("prep",),
     # `pipeline` imports prep.images to decode and rescale single photographs exactly as builds do.
     "pipeline": (
-        *("pipeline", "prep.cluster", "prep.console", "prep.files", "prep.compiled", "prep.version"),
+        *("pipeline", "prep.cluster", "prep.console", "prep.schema", "prep.files", "prep.compiled"),
+        "prep.version",
         *("prep.store", "prep.images.central_square", "prep.images.codec", "prep.images.jpeg", "prep.images.limits"),
         "prep.images.photograph",
     ),
     "train": (
-        *("train", "pipeline", "prep.console", "prep.files", "prep.compiled", "prep.plot_style", "prep.version"),
+        *("train", "pipeline", "prep.console", "prep.schema", "prep.files", "prep.compiled", "prep.plot_style"),
+        "prep.version",
         *("prep.images.limits", "prep.store.manifest"),
     ),
 }
@@ -35,7 +37,7 @@ ALLOWED = {
 # Rooms of each package from the lowest to the highest. A room may import itself and the rooms before it.
 ROOMS = {
     "prep": (
-        *("prep.console", "prep.version", "prep.compiled", "prep.files", "prep.plot_style"),
+        *("prep.console", "prep.version", "prep.compiled", "prep.schema", "prep.files", "prep.plot_style"),
         *("prep.worker_start", "prep.workers"),
         *("prep.cluster", "prep.cluster_nodes", "prep.cluster_runner"),
         *(

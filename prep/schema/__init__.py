@@ -1,0 +1,34 @@
+"""The gate: every file that a disk, a copy or another program provides is opened, bounded and checked here, once.
+
+A reader opens a file with `read_regular` or `open_regular`, and turns the bytes into a typed model with `decode`,
+`read_npy` or `read_npz`. Python objects that another library has read, such as the metadata of a checkpoint, go through
+`convert`. All these functions raise an error of one line that names the file, the field, the value that was found, the
+value that was expected, and the next step.
+
+A model is a `msgspec.Struct` or a frozen dataclass. Bounds are part of the types of the fields. Rule for unknown
+fields: files of a store, whose format has a schema number, refuse unknown fields (`forbid_unknown_fields=True`). Files
+of a run folder and of other programs have no such number. Their models ignore unknown fields.
+"""
+
+from prep.schema.arrays import ArrayShape, decode_npy, read_npy, read_npz
+from prep.schema.check import convert, decode, parse_json
+from prep.schema.fields import Count, Digest, Finite, NonNegative, Text, text_of
+from prep.schema.regular_file import open_regular, read_regular
+
+__all__ = [
+    "ArrayShape",
+    "Count",
+    "Digest",
+    "Finite",
+    "NonNegative",
+    "Text",
+    "convert",
+    "decode",
+    "decode_npy",
+    "open_regular",
+    "parse_json",
+    "read_npy",
+    "read_npz",
+    "read_regular",
+    "text_of",
+]
