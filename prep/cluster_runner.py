@@ -2,7 +2,7 @@
 
     driver (this process)     Ray worker, one for each running task       worker process
     ClusterRunner.map   ───>  _run: a WorkerPool of one process     ───>  the work itself
-          ^                           │ counts, every 0.2 s or more
+          ^                           │ counts, every second or more rarely
           └──────── _Counters <───────┘ whether the driver wants the task to stop
 
 The worker process belongs to a WorkerPool (prep/workers.py), so a task behaves as in the local pool. There is one BLAS
@@ -35,7 +35,8 @@ from prep.workers import Counts, TaskProgress, WorkerDied, WorkerPool
 T = TypeVar("T")
 R = TypeVar("R")
 
-_POLL_S = 0.2
+_POLL_S = 0.2  # longest time for which the driver waits for the end of a task before it does other work
+_REPORT_S = 1.0  # interval between progress reports of a task; each report costs several milliseconds of CPU time
 _REPORTS_PER_S = 1000  # largest number of progress reports a second that all running tasks together send
 _LOST_LIMIT = 5  # if one task is lost this number of times, the run ends with an error
 _STOP_S = 5.0  # running tasks have this time to stop before Ray kills them
@@ -122,14 +123,17 @@ class ClusterRunner:
         reported: dict[str, Counts] = {}  # attempt -> counts of a running task
         reading, read_at = None, 0.0
         head = _HeadNode(ray.get_runtime_context().gcs_address, self.address)
+        ended: list[tuple[T, Any]] = []  # tasks with their results, which are yielded after new tasks are submitted
         while True:
             while len(running) < self.jobs and (new := _next_run(work, tasks, lost)):
-                interval_s = max(_POLL_S, self.jobs / _REPORTS_PER_S)
+                interval_s = max(_REPORT_S, self.jobs / _REPORTS_PER_S)
                 ref = self._run.remote(new.payload, new.attempt, self._counters, interval_s, self._preload)
                 running[ref] = new
+            yield from ended
+            ended.clear()
             if not running:
                 break
-            if reading is None and time.monotonic() > read_at + _POLL_S:
+            if reading is None and time.monotonic() > read_at + _REPORT_S:
                 reading, read_at = self._counters.read.remote(), time.monotonic()
             ready, _ = ray.wait([*running, *([reading] if reading else [])], num_returns=1, timeout=_POLL_S)
             head.check()
@@ -150,7 +154,7 @@ class ClusterRunner:
                 finished = _sum(finished, counts)
                 if error is not None:
                     raise pickle.loads(error)
-                yield done.task, pickle.loads(result)
+                ended.append((done.task, pickle.loads(result)))
             attempts = {run.attempt for run in running.values()}
             on_progress(_sum(finished, *(counts for name, counts in reported.items() if name in attempts)))
         on_progress(finished)
@@ -299,16 +303,16 @@ def _run(
     import ray
 
     last = Counts(0, 0, 0)
-    answers = [counters.report.remote(attempt, last)]
+    answers: list[Any] = []  # Ray's reference to the answer to the last report; empty before the first report
     sent_at = time.monotonic()
 
     def report(counts: Counts) -> None:
         nonlocal last, sent_at
         last = counts
-        if time.monotonic() < sent_at + interval_s or not ray.wait(answers, timeout=0)[0]:
+        if time.monotonic() < sent_at + interval_s or (answers and not ray.wait(answers, timeout=0)[0]):
             return
         with suppress(ray.exceptions.RayError):
-            if ray.get(answers.pop()):
+            if answers and ray.get(answers.pop()):
                 raise _Stopped
         answers[:] = [counters.report.remote(attempt, counts)]
         sent_at = time.monotonic()
@@ -322,7 +326,8 @@ def _run(
     except (UserError, RuntimeError) as error:
         return b"", last, pickle.dumps(error)
     finally:
-        counters.report.remote(attempt, None)
+        if answers:
+            counters.report.remote(attempt, None)
 
 
 def _run_pickled(payload: bytes, task_progress: TaskProgress) -> bytes:
