@@ -39,9 +39,11 @@ def _on_sigterm(signum: int, frame: FrameType | None) -> NoReturn:
 
 @contextmanager
 def _escaped_usage_errors() -> Iterator[None]:
-    """Escape control characters in click's own errors, which repeat arguments."""
+    """Make click's own errors one line, with control characters escaped. These errors repeat arguments."""
     try:
         yield
+    except click.MissingParameter as error:  # lists the choices of an option on lines of their own
+        raise click.UsageError(" ".join(error.format_message().split()), error.ctx) from None
     except click.ClickException as error:
         vars(error)["message"] = escaped(error.message)  # click declares the attribute as final
         raise

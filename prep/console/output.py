@@ -10,8 +10,10 @@ import io
 import json
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
+from types import TracebackType
 from typing import Any
 
 import click
@@ -30,13 +32,23 @@ def print_above(display: Callable[[str], None] | None) -> None:
     _displays[:] = [] if display is None else [display]
 
 
+_is_prepared = False  # whether prepare_streams has run in this process
+
+
 def prepare_streams() -> None:
     """Make the standard streams usable for a command, however the command was started.
 
     A closed standard stream (`command >&-`) is opened on /dev/null. Otherwise the next file that the command opens,
     such as a shard, would get the number of the stream, and a C library's messages would be written into the file. A
-    character that the encoding of standard output lacks is printed as an escape.
+    character that the encoding of standard output lacks is printed as an escape. Control characters are also escaped
+    in tracebacks and in Python's warnings, whose text may come from a file.
     """
+    global _is_prepared
+    if not _is_prepared:
+        _is_prepared = True
+        sys.excepthook = _print_traceback
+        format_warning = warnings.formatwarning
+        warnings.formatwarning = lambda *args, **kwargs: _escaped_lines(format_warning(*args, **kwargs))
     for number in range(3):
         try:
             os.fstat(number)
@@ -44,6 +56,17 @@ def prepare_streams() -> None:
             os.open(os.devnull, os.O_RDWR)  # the system assigns the lowest free number
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # as Python does for standard error
+
+
+def _print_traceback(kind: type[BaseException], error: BaseException, at: TracebackType | None) -> None:
+    import traceback
+
+    with suppress(OSError):
+        click.echo(_escaped_lines("".join(traceback.format_exception(kind, error, at))), err=True, nl=False)
+
+
+def _escaped_lines(text: str) -> str:
+    return "\n".join(map(escaped, text.split("\n")))
 
 
 def print_line(text: str = "") -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -38,8 +39,22 @@ def count_noun(n: int, noun: str, plural: str = "") -> str:
 
 
 def shell_quoted(path: Path) -> str:
-    """Return a path quoted for a shell command that the user copies: `'my run'`."""
-    return quote(str(path))
+    r"""Return a path quoted for a shell command that the user copies: `'my run'`.
+
+    A path with unprintable characters is quoted as bash and zsh read it: `$'my\x1brun'`.
+    """
+    text = str(path)
+    if text.isprintable():
+        return quote(text)
+    return "$'" + "".join(_shell_escape(c) for c in text) + "'"
+
+
+def _shell_escape(character: str) -> str:
+    if character in "\\'":
+        return "\\" + character
+    if character.isprintable():
+        return character
+    return "".join(f"\\x{byte:02x}" for byte in os.fsencode(character))
 
 
 def duration_text(seconds: float) -> str:

@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from contextlib import suppress
+from pathlib import Path
 
 import click
 import pytest
@@ -23,6 +24,7 @@ from prep.console import (
     escaped,
     progress,
     progress_display,
+    shell_quoted,
 )
 
 
@@ -174,3 +176,11 @@ def test_characters_that_control_a_terminal_are_escaped() -> None:
 def test_every_error_is_one_line_also_outside_of_a_command() -> None:
     assert str(UserError("a\nb\x1b[31m: no such file.")) == r"a\nb\x1b[31m: no such file."
     assert str(DiskFull("a\u202eb")) == r"a\u202eb"
+
+
+@pytest.mark.parametrize("name", ["a b", "it's", "x\x1b'\\7\nw\x7f\u202eé", "raw\udcff1", "plain"])
+def test_a_quoted_path_is_read_by_a_shell_as_the_same_path(name: str) -> None:
+    quoted = shell_quoted(Path(name))
+    assert quoted.isprintable()
+    output = subprocess.run(["bash", "-c", f"printf %s {quoted}"], capture_output=True, check=True).stdout
+    assert output == os.fsencode(name)
