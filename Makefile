@@ -26,7 +26,7 @@ docs: .venv/ready  ## Build the documentation site in site/; warnings are errors
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 	@$(BIN)/python -m tools.docs.check_site site
 
-bench: .venv/ready  ## Measure build, stream and training step, and other programs
+bench: .venv/ready  ## Measure the build, the stream, the training step and other programs
 	$(BIN)/python -m tools.bench.build --rounds 3
 	$(BIN)/python -m tools.bench.stream
 	$(BIN)/python -m tools.bench.train

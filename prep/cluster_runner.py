@@ -5,11 +5,11 @@
           ^                           │ counts, every second or more rarely
           └──────── _Counters <───────┘ whether the driver wants the task to stop
 
-The worker process belongs to a WorkerPool (prep/workers.py), so a task behaves as in the local pool. There is one BLAS
-thread, and the memory settings are the same. If the process crashes, a WorkerDied names the index of the input. A task
-is lost if its node dies, or if Ray kills its Ray worker because memory is low. A lost task is submitted again. No input
-is reported as the cause. The worker process ends with its Ray worker. The Ray worker ends with its node, or with the
-driver.
+The worker process belongs to a WorkerPool (prep/workers.py), so a task behaves as in the local pool. Both have one BLAS
+thread and the same memory settings. If the process crashes, the exception WorkerDied names the index of the input. A
+task is lost if its node dies, or if Ray kills its Ray worker because memory is low. A lost task is submitted again, and
+no input is reported as the cause of the loss. The worker process ends with its Ray worker. The Ray worker ends with its
+node, or with the driver.
 """
 
 from __future__ import annotations
@@ -186,7 +186,7 @@ def _next_run(work: Callable[..., Any], tasks: Iterator[Any], lost: deque[_Runni
 
 
 def _lost(run: _Running, failure: Exception) -> _Running:
-    """Return `run` for a new submission.
+    """Return `run`, which is to be submitted again.
 
     Raises UserError if the task of `run` was lost _LOST_LIMIT times.
     """

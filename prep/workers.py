@@ -52,9 +52,9 @@ class Counts(NamedTuple):
 class TaskProgress:
     """Current input and Counts of one worker.
 
-    The worker writes them into memory that the parent can read at any time. `counters` is an array that all workers
-    share. The SIZE elements of this worker begin at index `first`. Without `counters` a new list of SIZE elements is
-    used.
+    The worker writes the index and the counts into memory that the parent can read at any time. `counters` is an array
+    that all workers share. The SIZE elements of this worker begin at index `first`. Without `counters` a new list of
+    SIZE elements is used.
     """
 
     SIZE = 5

@@ -246,7 +246,7 @@ def _demo_folder(folder: Path | None) -> Iterator[Path]:
     try:
         folder.mkdir(parents=True)
     except FileExistsError:
-        raise UserError(f"--folder {folder}: exists. Name a new folder, or delete this one.") from None
+        raise UserError(f"--folder {folder}: exists. Name a new folder, or delete this folder.") from None
     yield folder.resolve()
 
 

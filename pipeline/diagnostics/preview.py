@@ -42,7 +42,7 @@ def save_preview(store: Store, out: Path, rows: int, seed: int, split: str = "tr
     Image.init()
     formats = {extension: format for extension, format in Image.EXTENSION.items() if format in Image.SAVE}
     if out.suffix.lower() not in formats:
-        raise WrongArgument(f"{out}: a contact sheet is an image file. Name it {out.with_suffix('.png').name}.")
+        raise WrongArgument(f"{out}: a contact sheet is an image file. Name the file {out.with_suffix('.png').name}.")
     rows = min(rows, store.split(split).records)
     titles = [
         "as stored",

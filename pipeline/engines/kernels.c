@@ -95,7 +95,7 @@ typedef struct {
     void (*error_exit)(void *decoder);
     void (*emit_message)(void *decoder, int level); /* level -1: the file is damaged, but decoding can continue */
     void *rest[32];
-    jmp_buf on_error; /* ours */
+    jmp_buf on_error; /* this field is not part of libjpeg */
 } jpeg_errors;
 
 typedef struct {

@@ -92,7 +92,8 @@ class BatchJob(ctypes.Structure):
         out            (N · V, 3, side, side) or (N · V, side, side, 3); None: the records are only decoded
         """
         arrays = [payload, payload_bytes, size, position, flip, shift, mean, out]
-        self.arrays = [None if array is None else np.ascontiguousarray(array) for array in arrays]  # kept alive
+        # This attribute keeps the arrays alive.
+        self.arrays = [None if array is None else np.ascontiguousarray(array) for array in arrays]
         pointers = [None if array is None else address(array) for array in self.arrays]
         count, views = flip.shape
         decoder = None if jpeg is None else ctypes.addressof(jpeg)

@@ -221,8 +221,8 @@ class ServiceClient:
     def _method(self, name: str) -> Callable[..., Any]:
         """Return a function that calls a method of the coordinator.
 
-        The function returns Ray's reference to the result of the call. Ray does not repeat a failed call; `_call` does.
-        If Ray repeats a call while this process leaves the cluster, Ray can end the process.
+        The function returns Ray's reference to the result of the call. Ray does not repeat a failed call: `_call`
+        repeats the call. If Ray repeats a call while this process leaves the cluster, Ray can end the process.
         """
         return cast(Callable[..., Any], getattr(self._coordinator, name).options(max_task_retries=0).remote)
 

@@ -62,8 +62,8 @@ if TYPE_CHECKING:  # run-time imports would load LMDB and Pillow, even for --hel
 @click.option(
     "--layout",
     type=click.Choice(LAYOUTS),
-    help="Layout of SOURCE; the page `Your own data` of the documentation describes each.  [default: recognized from "
-    "names and first bytes]",
+    help="Layout of SOURCE; the page `Your own data` of the documentation describes each layout.  "
+    "[default: recognized from names and first bytes]",
 )
 @click.option(
     "--exclude",
@@ -80,9 +80,9 @@ if TYPE_CHECKING:  # run-time imports would load LMDB and Pillow, even for --hel
 @click.option(
     "--decode",
     type=click.Choice(("all", "sample")),
-    help="Photographs that --dry-run decodes: all of them, which finds the bad inputs and warnings of the build and "
-    "takes nearly as long, or a sample of about 30 of each split.  [default: all if SOURCE has at most "
-    f"{MAX_DECODED:,}, else a sample]",
+    help="Photographs that --dry-run decodes: all (finds the same bad inputs and warnings as the build, and takes "
+    "nearly as long), or a sample of about 30 of each split.  [default: all if SOURCE has at most "
+    f"{MAX_DECODED:,} photographs, else a sample]",
 )
 @click.option(
     "--part",
@@ -134,7 +134,7 @@ def build_lmdb(
     """
     chosen_part = parse_part(part, cluster, dry_run, options["restart"])
     if decode is not None and not dry_run:
-        raise WrongArgument(f"--decode {decode} is for --dry-run: a build decodes all photographs. Leave it out.")
+        raise WrongArgument(f"--decode {decode} is for --dry-run: a build decodes all photographs. Leave out --decode.")
     source, store = path_for(cluster, source), path_for(cluster, store)
     with make_runner(cluster, jobs, preload="prep.build.shard_task") as workers:
         from prep.build.split_checks import check_splits, check_store_folder

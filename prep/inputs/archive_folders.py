@@ -226,7 +226,7 @@ class _Tree:
                 f"by side (first: {name_text(beside[0])}). Expected class folders alone, or images alone with --labels."
             )
         say(
-            f"{self.path}: {count_noun(len(beside), 'photograph')} beside the class folders left out (first: "
+            f"{self.path}: left out {count_noun(len(beside), 'photograph')} beside the class folders (first: "
             f"{name_text(beside[0])})."
         )
         return False

@@ -69,10 +69,10 @@ def _decode_datum(value: bytes) -> Content:
     try:
         fields = parse_fields(value, len(value))
     except DatumError as error:
-        raise BadImage(f"no Datum: {error}") from None
+        raise BadImage(f"not a Datum: {error}") from None
     data = fields.get(DATA, b"")
     if not isinstance(data, bytes):
-        raise BadImage("no Datum: its data is a number")
+        raise BadImage("not a Datum: the field `data` is a number")
     if not data:
         raise BadImage("a Datum without 8-bit data")
     if fields.get(ENCODED):
@@ -175,8 +175,8 @@ def _class_names(
                 other = f"this class has the label {position[name]}" if name in position else "there is no such class"
                 raise UserError(
                     f"{folder}: a key of label {label} has the folder {name}, but in {owner} {other}. The LMDB has "
-                    "other classes, or another order of them: give that order with --classes FILE, and build a store "
-                    "of its own."
+                    "other classes, or the same classes in another order: give the order of the LMDB with --classes "
+                    "FILE, and build a separate store."
                 )
         return names
     owners = {label: name_text(next(iter(found))) for label, found in key_folders.items() if len(found) == 1}

@@ -90,16 +90,18 @@ def class_names(folders: Sequence[bytes], where: str, are_given: bool = False) -
     of_split = next((path for path in inner if any(_text([part]).lower() in SPLIT_OF_FOLDER for part in path)), None)
     if of_split:
         raise UserError(
-            f"{where}: {_text(of_split)} is a folder of a split around or inside class folders. Expected a folder for "
-            "each split with the class folders in it: name that folder as SOURCE, or move the class folders into it."
+            f"{where}: {_text(of_split)} is a folder of a split around or inside class folders. Expected class "
+            "folders inside the folder of their split: name the folder of the split as SOURCE, or move the class "
+            "folders "
+            "into the folder of the split."
         )
     nested = None if are_given else _nested_folders(parts)
     if nested:
         outside, inside = map(_text, nested)
         raise UserError(
             f"{where}: photographs in {outside}, and in the folder {inside} inside it, so it is unclear whether "
-            f"{inside} is a class of its own. If it is, name all classes with --classes FILE, one on each line. "
-            f"Otherwise move its photographs into {outside}."
+            f"{inside} is a separate class. If {inside} is a class, name all classes with --classes FILE, one on each "
+            f"line. Otherwise move the photographs of {inside} into {outside}."
         )
     top = next((path for path in parts if len(path) == 1), None)
     if top and inner and not are_given:
@@ -159,7 +161,7 @@ def _compare_spellings(names: Collection[str], origin: str) -> None:
         if other != name:
             raise UserError(
                 f"{origin}: the classes {other!a} and {name!a} look the same. They differ in invisible "
-                "characters or in the form of accents. Give both the same name."
+                "characters or in the form of accents. Give both classes the same name."
             )
         other = by_letters.setdefault(visible(name).casefold(), name)
         if other != name:
@@ -271,7 +273,7 @@ def refuse_empty_classes(where: str, empty: Sequence[str], refused: Iterable[tup
     what = "class has" if len(empty) == 1 else "classes have"
     raise UserError(
         f"{where}: {len(empty):,} {what} no photograph: {examples(empty)}.{reason} Add photographs, remove these "
-        "classes, or pass --allow-empty-classes to give them labels all the same."
+        "classes, or pass --allow-empty-classes to give labels to empty classes, too."
     )
 
 
@@ -291,9 +293,9 @@ def read_class_file(file: Path, known: Collection[str] = ()) -> tuple[str, ...]:
     """Read the classes of `--classes FILE`, one on each line, in the order of the labels.
 
     A line consists of the name of a class, or begins with such a name: `n01440764 tench`, `/a/airfield 0`, `cat,0`.
-    Lines that begin with `#` and a header (`class`) are left out, unless they are classes. If `known` classes are
-    given, the longest known class with which the line begins is the name. Without `known` classes, the first word of
-    the line is the name. Raises UserError if the file cannot be read, if a class occurs twice, or if a line names
+    Lines that begin with `#` and a header (`class`) are left out, unless these lines are classes. If `known` classes
+    are given, the longest known class with which the line begins is the name. Without `known` classes, the first word
+    of the line is the name. Raises UserError if the file cannot be read, if a class occurs twice, or if a line names
     several classes. Also raises UserError if the lines have numbers after the names, and these numbers have another
     order than the lines.
     """

@@ -175,7 +175,7 @@ class _Walk:
                 "FILE, or move them away from the class folders."
             )
         say(
-            f"{folder}: {count_noun(len(images), 'photograph')} beside the class folders left out (first: "
+            f"{folder}: left out {count_noun(len(images), 'photograph')} beside the class folders (first: "
             f"{name_text(images[0].name)})."
         )
         return False
@@ -232,7 +232,8 @@ class _Walk:
             status = os.stat(os.path.join(self.folder, path))
             if (status.st_dev, status.st_ino) in around:
                 raise UserError(
-                    f"{name_text(os.path.join(self.folder, path))} is a link to a folder around it. Remove the link."
+                    f"{name_text(os.path.join(self.folder, path))} is a link to a folder that contains the link. "
+                    "Remove the link."
                 )
             self.add_level(path + b"/", entries, around)
             return
@@ -292,7 +293,7 @@ class _Walk:
         what = "class folder is a symbolic link" if len(links) == 1 else "class folders are symbolic links"
         raise UserError(
             f"{name_text(self.folder)}: {len(links):,} {what} that cannot be followed ({text}). {advice}, or remove "
-            "what is no class."
+            "all that are not classes."
         )
 
     def _scan(self, folder: bytes) -> list[_Entry]:

@@ -25,7 +25,7 @@ _NUMBER = re.compile(rb"(.*?)(\d+)(\.[^.]*)?", re.DOTALL)
 
 
 class ExclusionList:
-    """Return the lines of a file that names the files to leave out.
+    """The lines of a file that lists the inputs to leave out.
 
     Raises UserError if the file cannot be read or is empty.
     """
@@ -43,7 +43,7 @@ class ExclusionList:
         self._split_of: dict[bytes, str] = {}  # line -> name of the split in which a file fits the line
 
     def find(self, paths: Iterable[bytes], split: str) -> set[bytes]:
-        """Return the `paths` of a split that the lines of the file name.
+        """Return those `paths` of a split that fit a line of the file.
 
         Raises UserError if a line fits several files of the split, or fits files in two splits.
         """
@@ -69,7 +69,7 @@ class ExclusionList:
         for line, found in fitting.items():
             self._check(line, found, split)
         if fitting:
-            say(f"{split}: {count_noun(len(fitting), 'file')} left out by --exclude {self.file}.")
+            say(f"{split}: --exclude {self.file} leaves out {count_noun(len(fitting), 'file')}.")
         return {path for found in fitting.values() for path in found}
 
     def _check(self, line: bytes, found: list[bytes], split: str) -> None:
@@ -136,7 +136,8 @@ def selected_classes(
     others = [name for name in classes if name not in names]
     say(
         f"{where}: {class_file} names {count_noun(len(kept), 'class', 'classes')}; left out: "
-        f"{count_noun(len(listing) - len(selected), 'photograph')} of {len(others):,} others ({examples(others)})."
+        f"{count_noun(len(listing) - len(selected), 'photograph')} of "
+        f"{count_noun(len(others), 'other class', 'other classes')} ({examples(others)})."
     )
     return selected, kept, [(name, OTHER_CLASS) for name in others]
 

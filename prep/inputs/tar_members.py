@@ -77,7 +77,7 @@ def iterate_members(
     file.seek(start)
     file.allow_header()
     if file.read(6).startswith(_COMPRESSED):
-        raise UserError(f"{path} is compressed, so its members cannot be read directly. Decompress it first.")
+        raise UserError(f"{path} is compressed, so its members cannot be read directly. Decompress the archive first.")
     file.seek(start)
     try:
         tar = tarfile.TarFile(fileobj=file, mode="r", encoding="utf-8", errors="surrogateescape", **_NO_MEMBER_LIST)
@@ -91,7 +91,8 @@ def iterate_members(
             member_end = member.offset_data + (member.size if member.isreg() else 0)
             if member_end > end:
                 raise UserError(
-                    f"{path} is truncated: {_text(member)} ends at byte {member_end:,} of {end:,}. Download it again."
+                    f"{path} is truncated: {_text(member)} ends at byte {member_end:,} of {end:,}. Download the "
+                    "archive again."
                 )
             if progress is not None:
                 progress.update(min(member.offset_data, progress.total))
@@ -103,13 +104,13 @@ def iterate_members(
     except UserError:
         raise
     except (tarfile.TarError, ValueError, OverflowError, RecursionError) as error:
-        raise UserError(f"{damaged} {file.tell():,} ({error}). Download it again.") from None
+        raise UserError(f"{damaged} {file.tell():,} ({error}). Download the archive again.") from None
     if tar.offset + zeros < end and zeros <= _MAX_PADDING_BYTES:
-        raise UserError(f"{damaged} {tar.offset + zeros:,}. Download it again.")
+        raise UserError(f"{damaged} {tar.offset + zeros:,}. Download the archive again.")
     if not tarfile.BLOCKSIZE <= zeros <= _MAX_PADDING_BYTES:
         raise UserError(
             f"{path} is truncated: {zeros:,} zero bytes follow byte {tar.offset:,}; a complete archive ends with "
-            f"{2 * tarfile.BLOCKSIZE:,} to {_MAX_PADDING_BYTES:,} zero bytes. Download it again."
+            f"{2 * tarfile.BLOCKSIZE:,} to {_MAX_PADDING_BYTES:,} zero bytes. Download the archive again."
         )
 
 

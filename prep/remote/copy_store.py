@@ -215,7 +215,8 @@ def _finish(plan: CopyPlan, arrivals: dict[str, Arrival]) -> None:
     if began != plan.identity:
         other = began.name if began else "no store"
         raise UserError(
-            f"{target.name}: another command began a copy of {other} here. Name another destination for one of the two."
+            f"{target.name}: another command began a copy of {other} here. Name another destination for one of the two "
+            "copies."
         )
     if target.is_remote:
         digests = {path: arrival.sha256 for path, arrival in arrivals.items()}

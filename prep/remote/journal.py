@@ -49,7 +49,7 @@ class Arrival:
 
 
 def read_source(target: Folder) -> CopySource | None:
-    """Return the identity of the store of which `target` contains an unfinished copy; None if there is none."""
+    """Return the identity of the store that was being copied to `target`; None if `target` has no unfinished copy."""
     try:
         return CopySource(**json.loads(target.read(SOURCE)))
     except FileNotFoundError:

@@ -205,7 +205,9 @@ class ObjectFolder:
                 "write and list this bucket."
             ) from None
         if "PermanentRedirect" in text or "BareRedirect" in text or "IllegalLocationConstraint" in text:
-            raise UserError(f"{self.name}: the bucket is in another region. Set AWS_REGION to its region.") from None
+            raise UserError(
+                f"{self.name}: the bucket is in another region. Set AWS_REGION to the region of the bucket."
+            ) from None
         advice = "Run the same command again. Files that have arrived are kept."
         tries = f", {len(WAITS_S) + 1} tries in {sum(WAITS_S):.0f} s" if self._is_temporary(error) else ""
         raise UserError(f"{where}: {_reason(error)}{tries}. {advice}") from None

@@ -21,7 +21,7 @@ from typing import Any
 
 import click
 import torch
-from torch.distributed import TCPStore  # type: ignore[attr-defined]  # torch does not list it in __all__
+from torch.distributed import TCPStore  # type: ignore[attr-defined]  # torch does not list TCPStore in __all__
 
 from pipeline.augment import CROP_PX
 from prep.console import say, usable_cores

@@ -1,6 +1,7 @@
 """Griffe extension that adapts docstrings and comments of this project to the documentation site.
 
-mkdocs.yml names the extension. Only `make docs` uses it. The extension turns a list of names and meanings, like
+mkdocs.yml names the extension. Only `make docs` uses the extension. The extension turns a list of names and meanings,
+like
 
     store         folder that `alexprep build-lmdb` wrote
     batch_size    images in a batch of this loader

@@ -55,7 +55,7 @@ def exchange_s(size_bytes: int, gpus: int, bytes_per_s: float) -> float:
 def step_s(images: float) -> float:
     """Return the time in s of a step of one GPU.
 
-    Straight lines connect the measured times. Below the smallest measured batch, the first line goes on. Above the
+    Straight lines connect the measured times. Below the smallest measured batch, the first line is extended. Above the
     largest measured batch, the rate in images/s stays the same.
     """
     batches = np.array(list(MEASURED_RATES), dtype=float)
@@ -91,7 +91,7 @@ Computed, not measured: the time in which the {size_bytes / 1e6:.0f} MB of a ste
 
 {_markdown(exchange)}
 
-Computed, not measured: images per second, and the factor over one GPU with the same batch.
+Computed, not measured: images per second, and in brackets the ratio to the rate of one GPU with the same batch.
 
 {_markdown(speeds)}
 """

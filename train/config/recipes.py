@@ -47,8 +47,8 @@ PAPER = _recipe(
     augmentation=(
         Augmentation(mean="image", colour="eigenvalue", strength=0.1),
         "section 2: mean activity of each pixel, of the centre crop as in the authors' code; section 4.1: random "
-        "crop and flip for each image; eigenvalues times N(0, 0.1), taken for pixels in [0, 1], as on 0..255 the "
-        "shift would exceed a thousand grey levels",
+        "crop and flip for each image, and colour noise: eigenvalues times N(0, 0.1). The eigenvalues are those of "
+        "pixels in [0, 1], because with pixels in 0..255 the shift would exceed a thousand grey levels",
     ),
     activation=("relu", "section 3.1"),
     lrn=(Lrn(5, 1e-4, 0.75, 2.0), "section 3.3: k = 2, n = 5, α = 1e-4, β = 0.75"),
@@ -71,8 +71,8 @@ PAPER = _recipe(
     lr_bias_factor=(1.0, "section 5: the same"),
     momentum=(0.9, "section 5"),
     weight_decay=(0.0005, "section 5"),
-    decay_biases=(True, "section 5 makes no exception for them"),
-    lars_trust=(None, "ours: none, SGD without LARS, which is of 2017"),
+    decay_biases=(True, "section 5 makes no exception for biases"),
+    lars_trust=(None, "ours: none, because LARS was published in 2017"),
     schedule=(
         Plateau(factor=0.1, patience_epochs=5, drops=3),
         "section 5: divided by 10 when the validation error stopped improving, three times; ours: the patience",
@@ -116,7 +116,7 @@ RELEASED = _variant(
     lr_bias_factor=(1.0, "not used, as lr_bias is a number"),
     momentum=(0.9, "P145"),
     weight_decay=(0.0005, "P145: wc of all weights"),
-    decay_biases=(False, "layer.cu:565; the paper makes no exception for them"),
+    decay_biases=(False, "layer.cu:565; the paper makes no exception for biases"),
     schedule=(
         (
             ScheduleChange(25, lr=1e-3),
@@ -182,7 +182,7 @@ MODERN = _variant(
     input_divisor=(64.0, "ours: pixels of about unit variance, which initialization 'he' assumes"),
     augmentation=(
         Augmentation(mean="channel", colour="stdev", strength=0.1),
-        "ours: a mean for each channel; noise as the released code's, without its /1.1",
+        "ours: a mean for each channel; noise as in the released code, without the division by 1.1",
     ),
     dropout_scales_training=(True, "ours: no scaling in evaluation"),
     init=("he", "He et al. 2015 (arXiv 1502.01852), eq. 10: keeps the variance of the activations from layer to layer"),
@@ -190,15 +190,15 @@ MODERN = _variant(
     init_bias=({}, "He et al. 2015: none"),
     label_smoothing=(
         0.0,
-        "ours: the 0.1 of Szegedy et al. 2016 (arXiv 1512.00567), section 7, slowed learning in our measurements "
-        "(docs/measurements.md)",
+        "ours: none, because the value 0.1 (Szegedy et al. 2016, arXiv 1512.00567, section 7) slowed learning in our "
+        "measurements (docs/measurements.md)",
     ),
     lr=(
         0.04,
         "Goyal et al. 2017 (arXiv 1706.02677), section 2.1: proportional to the batch size, from the paper's 0.01 at "
-        "128; the authors' code did so at 256, with 0.02 (layer-params-170-256-double.cfg)",
+        "128; the authors' code also has twice the rate at 256: 0.02 (layer-params-170-256-double.cfg)",
     ),
-    decay_biases=(False, "ours, as the released code"),
+    decay_biases=(False, "ours: as in the released code"),
     schedule=(
         Cosine(warmup_epochs=5, start=0.1, end=0.001),
         "Goyal et al. 2017, section 2.2: warm-up over 5 epochs; Loshchilov and Hutter 2017 (arXiv 1608.03983), eq. 5: "
@@ -209,19 +209,19 @@ MODERN = _variant(
 SHORT = _variant(
     PAPER,
     "short",
-    batch_size=(16, "ours: in minutes, many small steps learn more than few large ones (docs/measurements.md)"),
+    batch_size=(16, "ours: in minutes, many small steps learn more than few large steps (docs/measurements.md)"),
     epochs=(3, "ours: about four minutes on two cores for 1,500 images"),
     input_divisor=(64.0, "ours: pixels of about unit variance, which initialization 'he' assumes"),
     augmentation=(
         Augmentation(mean="channel", colour="stdev", strength=0.1),
-        "ours: a mean for each channel; noise as the released code's, without its /1.1",
+        "ours: a mean for each channel; noise as in the released code, without the division by 1.1",
     ),
     init=("he", "He et al. 2015 (arXiv 1502.01852), eq. 10"),
     init_std=(PAPER.init_std, "not used by initialization 'he'"),
     init_bias=({}, "He et al. 2015: none"),
-    dropout=(0.0, "ours: none. Section 4.2: it 'roughly doubles the number of iterations required to converge'"),
+    dropout=(0.0, "ours: none. Section 4.2: dropout 'roughly doubles the number of iterations required to converge'"),
     lr=(0.004, "ours: the paper's 0.01 at batches of 128, reduced for small batches (docs/measurements.md)"),
-    decay_biases=(False, "ours, as the released code"),
+    decay_biases=(False, "ours: as in the released code"),
     schedule=((ScheduleChange(2, lr=0.001),), "ours: one drop, for the last third of the epochs"),
 )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from prep.console import WrongArgument
+from prep.console import WrongArgument, count_noun
 from train.config.architecture import ALEXNET, Architecture
 from train.config.choices import CHECKPOINTS_KEPT
 from train.config.devices import Devices
@@ -61,14 +61,15 @@ def check_parts(config: RunConfig) -> None:
         )
     if replicas > 1 and share % config.accumulate:
         raise WrongArgument(
-            f"--accumulate {config.accumulate}: the {share} images of a step that each of {replicas} replicas takes "
-            f"cannot be divided into that many equal parts. Pass {_joined_by_or(_divisors(share))}, or another --batch."
+            f"--accumulate {config.accumulate}: each of {replicas} replicas takes {count_noun(share, 'image')} of a "
+            f"step, which cannot be divided into {config.accumulate} equal parts. "
+            f"Pass {_joined_by_or(_divisors(share))}, or another --batch."
         )
     if config.batch_size % config.accumulate:
         divisors = _divisors(config.batch_size)
         raise WrongArgument(
-            f"--accumulate {config.accumulate}: a batch of {config.batch_size} cannot be divided into that many equal "
-            f"parts. Pass one of {', '.join(map(str, divisors))}, or another --batch."
+            f"--accumulate {config.accumulate}: a batch of {config.batch_size} cannot be divided into "
+            f"{config.accumulate} equal parts. Pass one of {', '.join(map(str, divisors))}, or another --batch."
         )
 
 

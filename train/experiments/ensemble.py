@@ -88,7 +88,7 @@ def check_members(folder: Path, ensemble: Ensemble, runs: Sequence[Run]) -> None
     for run in runs:
         try:
             identity = read_description(run.run_dir)["identity"]
-        except UserError:  # not begun, or run.json is written again
+        except UserError:  # the member has not begun, or its run.json will be rewritten
             continue
         if newest_checkpoint(run.run_dir) is not None:
             check_identity(identity, run.identity, run.run_dir)
@@ -97,8 +97,9 @@ def check_members(folder: Path, ensemble: Ensemble, runs: Sequence[Run]) -> None
 def fork_members(new_dir: Path, ensemble: Ensemble, runs: Sequence[Run]) -> list[Run]:
     """Start an ensemble in `new_dir` whose members are forks of `runs`, and return the forks.
 
-    ensemble.json is written last (train_members). After a kill, a folder that lacks forks is therefore no ensemble, and
-    the same command forks the other members. Raises the errors of `fork` and check_ensemble_dir.
+    ensemble.json is written last (train_members). If a kill leaves a folder with too few forks, the folder is therefore
+    not an ensemble yet, and the same command forks the missing members. Raises the errors of `fork` and
+    check_ensemble_dir.
     """
     check_ensemble_dir(new_dir, ensemble)
     return [fork(run, new_dir / run.run_dir.name) for run in runs]

@@ -35,7 +35,7 @@ def requested_ensemble(options: Mapping[str, Any], given: Collection[str]) -> En
     except UserError:
         if members is None or fork:
             raise
-        held = None  # ensemble.json is written again (make_ensemble_dir)
+        held = None  # make_ensemble_dir rewrites the damaged ensemble.json
     if held is None and members is None:
         if options["one_at_a_time"]:
             raise WrongArgument("--one-at-a-time: a single network is trained. Pass --members N to train an ensemble.")

@@ -70,7 +70,7 @@ class LocalRates:
         rates: dict[nn.Parameter, Tensor] = {}
         for column, own in zip(columns, by_column, strict=True):
             sums = torch.zeros_like(own)
-            for others in by_column:  # the vector is padded with zeros, or cut, to the layers of this column
+            for others in by_column:  # F.pad appends zeros, or cuts, to the length of `column`
                 sums += F.pad(others.to(own.device, non_blocking=True), (0, len(column) - others.shape[1]))
             weights, gradients = sums.sqrt().unbind()
             decays = self._decay_tensor(own.device, tuple(decay_of[parameter] for parameter in column))

@@ -19,7 +19,7 @@ from train.replicas.group import ReplicaGroup
 
 
 class Agreement:
-    """The exchange of stop requests, and of lost services."""
+    """Exchanges stop requests and losses of the service between the ranks."""
 
     def __init__(self, group: ReplicaGroup, uses_service: bool) -> None:
         """`uses_service`: True if a service decodes the images. The next batch of a rank may then be missing."""

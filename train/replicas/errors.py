@@ -21,7 +21,7 @@ class OtherReplicaFailed(SystemExit):
     """Ends this process without output, because another rank prints the error."""
 
     def __init__(self, text: str, code: int, kind: str) -> None:
-        """Has the message, the exit code and the class of exception of the other rank."""
+        """Store the message, the exit code and the exception class of the other rank."""
         super().__init__(code)
         self.text, self.kind = text, kind
 

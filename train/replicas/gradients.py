@@ -73,7 +73,7 @@ class _FlatGradients:
         for parameter, own in zip(self._parameters, self._own, strict=True):
             if parameter.grad is not None:
                 own.copy_(parameter.grad)
-                parameter.grad = own  # this releases the memory of the gradient before the exchange
+                parameter.grad = own  # releases the memory of the old gradient before the exchange
         self._exchange.sum()
         for parameter, total in zip(self._parameters, self._total, strict=True):
             if parameter.grad is not None:
@@ -119,7 +119,7 @@ class Nccl:
     """The exchange of GPUs. Each device of a rank has its own connection."""
 
     def __init__(self, device: torch.device, size: int, link: Link) -> None:
-        from torch.distributed import (  # type: ignore[attr-defined]  # torch does not list them in __all__
+        from torch.distributed import (  # type: ignore[attr-defined]  # torch does not list these names in __all__
             PrefixStore,
             ProcessGroupNCCL,  # this class exists only in builds of torch with CUDA
         )

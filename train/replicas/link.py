@@ -45,7 +45,7 @@ class Link:
         try:
             store = TCPStore(host, port, is_master=hosts_store, timeout=self.timeout, wait_for_workers=False)
             session = begin_session(PrefixStore("alextrain", store), rank, size, timeout_s)
-            # A store waits in get() and set() with a lock. The thread of the roll call therefore has its own
+            # get() and set() of a store hold a lock while they wait. The thread of the roll call therefore has its own
             # connection.
             second = TCPStore(host, store.port, is_master=False, timeout=self.timeout, wait_for_workers=False)
             self.store: Any = PrefixStore(f"alextrain/{session.name}", store)

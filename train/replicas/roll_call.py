@@ -95,7 +95,7 @@ class RollCall:
         printed = [error for error in left.values() if error is not None]
         if printed:
             return OtherReplicaFailed(**printed[0])
-        waiting = sorted(begun)  # this includes ranks that have left after a roll call
+        waiting = sorted(begun)  # includes ranks that have left after a roll call
         silent = [rank for rank in range(len(self._places)) if rank not in begun and rank not in left]
         furthest = max(begun[rank] for rank in waiting)
         late = [rank for rank in waiting if begun[rank] < furthest]

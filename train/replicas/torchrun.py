@@ -1,4 +1,4 @@
-"""What torchrun tells the processes that it starts, and what these processes tell torchrun about an error.
+"""The rank that torchrun passes to a process in the environment, and the error file that a process writes for torchrun.
 
 This module must load quickly, because every command of alextrain imports it.
 """
@@ -15,7 +15,7 @@ from prep.console import Terminated
 # True after this process has joined its group: from then on, the ranks agree which of them prints an error.
 _has_joined = False
 _QUIET_END_S = 10.0  # longest time for which a rank that prints nothing waits for the rank that prints the error
-_STOPPED_END_S = 1.0  # longest wait after a stop, for the message of rank 0 that the command was interrupted
+_STOPPED_END_S = 1.0  # after a stop: longest wait for rank 0, which prints that the command was interrupted
 
 
 def is_of_torchrun() -> bool:
@@ -64,7 +64,7 @@ def write_error_file(text: str, is_own: bool) -> None:
 
     Without torchrun, this function does nothing. torchrun gives each process the name of a file for its error. torchrun
     calls the error with the earliest time the root cause. An error of this process (`is_own`) gets a time one second
-    before now. Other processes that ended in the same second because of this error are then not the root cause. The
+    before now. torchrun then reports no other process that ended in the same second as the root cause. The
     format is the format of torch.distributed.elastic.multiprocessing.errors.ErrorHandler.
     """
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")

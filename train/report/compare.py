@@ -174,7 +174,8 @@ def _draw_curves(figure: Any, runs: Sequence[ComparedRun]) -> None:
     for axes, name in zip(panels, ("loss, nats", "top-1 error, %"), strict=True):
         axes.set(xlabel="epochs", ylabel=name)
         axes.set_ylim(bottom=0)
-    figure.legend(loc="outside lower left", alignment="left", title="training thin (one line: ×), validation with dots")
+    title = "thin: training (×: only one value); with dots: validation"
+    figure.legend(loc="outside lower left", alignment="left", title=title)
 
 
 def _shade(position: float) -> tuple[float, float, float]:

@@ -42,7 +42,7 @@ def draw_learning_curve(figure: Any, lines: Sequence[Mapping[str, Any]], classes
             style = {**style, "mfc": style["color"] if key == "top1_error" else "white"}
             plot_curve(error, epochs, [100 * line[key] for line in lines_of[kind]], ls=dashes, label=label, **style)
     drops = learning_rate_drops(lines_of["train"])
-    error_name = "error, %: top-1, and top-5 dotted (hollow)" if len(metrics) > 1 else "top-1 error, %"
+    error_name = "error, %: top-1; top-5 with hollow markers" if len(metrics) > 1 else "top-1 error, %"
     for axes, name in ((loss, "loss, nats"), (error, error_name)):
         for epoch, lr in drops:
             axes.axvline(epoch, color="0.85", lw=1, zorder=0)

@@ -126,9 +126,9 @@ class Watchdog:
         kept = checkpoint.checkpoint_paths(self.run.run_dir)
         try:
             write_offending_batch(folder, self.run, step, augmentation, diagnosis)
-            batch = f"Its batch is in {folder}."
+            batch = f"The batch of this step is in {folder}."
         except (OSError, UserError) as error:
-            batch = f"Its batch could not be written ({error})."
+            batch = f"The batch of this step could not be written ({error})."
         raise Diverged(
             f"step {step:,}: {what}: training has diverged. {batch} "
             + (f"{kept[-1].name} is kept. " if kept else "")

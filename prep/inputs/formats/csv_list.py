@@ -54,7 +54,7 @@ def csv_splits(path: Path) -> list[str]:
             "Correct the values, or give the column another name if it does not name splits."
         )
     if others:
-        say(f"{path}: {count_noun(sum(others.values()), 'row')} of other splits left out ({examples(list(others))}).")
+        say(f"{path}: left out {count_noun(sum(others.values()), 'row')} of other splits ({examples(list(others))}).")
     return [split for split in ("train", "val") if split in counts]
 
 
@@ -73,7 +73,7 @@ def list_csv(
         elif row_split not in SPLITS:
             others.append(row_split)
     if others:
-        say(f"{path}: {count_noun(len(others), 'row')} of no split left out (column split: {others[0]}).")
+        say(f"{path}: left out {count_noun(len(others), 'row')} of no split (column split: {others[0]}).")
     if images and all(has_image_name(os.fsencode(label)) for _, label in images):
         raise UserError(f"{path}: two paths in each row, such as {name_text(images[0][0])}, {images[0][1]}. {_NO_CSV}")
     folders = {os.path.dirname(os.path.normpath(os.path.join(os.fsencode(origin), name))) for name, _ in images}
@@ -103,7 +103,7 @@ def list_csv(
 def _rows(path: Path, tell: bool = False) -> Iterator[tuple[int, bytes, str, str]]:
     """Yield line number, path, label and split of each row. The split is empty if the file has no column of splits.
 
-    With `tell`, a message says that a header was recognized.
+    If `tell` is true, prints a message if a header is recognized.
     """
     try:
         with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:

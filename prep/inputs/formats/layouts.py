@@ -7,7 +7,7 @@ zip            a zip archive of class folders or of images, with or without fold
 tiny-imagenet  train/CLASS/images/…, val/images/… and val/val_annotations.txt
 kaggle         ILSVRC/Data/CLS-LOC, and LOC_val_solution.csv for the labels of val
 webdataset     tar files with samples KEY.jpg and KEY.cls or KEY.json
-parquet        Parquet files with columns image and label, also in folders of splits and of a configuration
+parquet        Parquet files with columns image and label, also in a folder for each split or configuration
 csv            a CSV file of paths and labels
 """
 
@@ -222,7 +222,7 @@ def _shards_by_split(folder: Path, layout: str | None) -> dict[str, SplitSource]
         if not found:
             return {_ONLY_SPLIT: SplitSource(folder, kind, files=tuple(files))}
         if left_out:
-            say(f"{folder}: {count_noun(len(left_out), 'file')} of no split left out (first: {left_out[0].name}).")
+            say(f"{folder}: left out {count_noun(len(left_out), 'file')} of no split (first: {left_out[0].name}).")
         break
     return found
 

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 _IMAGE_COLUMNS = ("image", "img", "picture", "jpg", "png")
 _LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "target", "cls")
-_NO_BYTES = "the row has no image, only a path: write the file again with the images in it"
+_NO_BYTES = "the row has only the path of an image: write the file again with the bytes of the images"
 _UNPACKED_ROWS = 64  # number of rows that are in memory while a file is unpacked
 _UNPACK_WAIT_S = 3600.0  # longest time that a worker waits while another worker unpacks the same file
 
@@ -115,7 +115,9 @@ def list_parquet(
             with _ErrorsOf(path), pq.ParquetFile(path) as file:
                 columns = _columns(path, file.schema_arrow)
                 if file.metadata.num_rows and columns != (first or columns):
-                    raise UserError(f"{files[0]} has {first}, but {path} has {columns}. Write both files alike.")
+                    raise UserError(
+                        f"{files[0]} has {first}, but {path} has {columns}. Write both files with the same columns."
+                    )
                 first = first or (columns if file.metadata.num_rows else None)
                 rows.labels_are_names = columns.has_texts and not columns.names
                 row = 0
@@ -177,7 +179,9 @@ class _ErrorsOf:
 
         if isinstance(error, pyarrow.ArrowException | OSError | ValueError) and not isinstance(error, UserError):
             text = " ".join(str(error).split())
-            raise UserError(f"{self.path} is no Parquet file, or is damaged ({text}). Download it again.") from None
+            raise UserError(
+                f"{self.path} is no Parquet file, or is damaged ({text}). Download the file again."
+            ) from None
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ def parquet_splits(source: Path) -> dict[str, list[Path]]:
         if len(configs) > 1:
             raise UserError(
                 f"{source}: Parquet files of {len(configs)} configurations ({examples([c.name for c in configs])}). "
-                f"Name one of them as SOURCE, such as {next(iter(configs))}."
+                f"Name one configuration as SOURCE, such as {next(iter(configs))}."
             )
         found = next(iter(configs.values()), {})
     _report_left_out(source, found)
@@ -52,7 +52,7 @@ def _report_left_out(source: Path, found: dict[str, list[Path]]) -> None:
     left_out = [path for name, files in found.items() if name not in SPLITS for path in files]
     if left_out and any(name in found for name in SPLITS):
         first = left_out[0].relative_to(source)
-        say(f"{source}: {count_noun(len(left_out), 'Parquet file')} of no split left out (first: {first}).")
+        say(f"{source}: left out {count_noun(len(left_out), 'Parquet file')} of no split (first: {first}).")
 
 
 def _splits_in(folder: Path) -> dict[str, list[Path]]:

@@ -114,7 +114,7 @@ def root_and_files(paths: Sequence[Path]) -> tuple[Path, tuple[str, ...]]:
 
 
 def files_by_split(paths: Iterable[Path]) -> dict[str, list[Path]]:
-    """Group files by the split that a word of their names names.
+    """Group files by split. The name of a file contains the split as a word.
 
     For example, `imagenet-train-0001.tar` belongs to train. The words `validation` and `valid` mean val. Files without
     such a word have the key "".

@@ -69,7 +69,7 @@ def iterate_entries(path: Path) -> Iterator[ZipEntry]:
     except (ValueError, struct.error) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"{damaged} ({error}). Download it again.") from None
+        raise UserError(f"{damaged} ({error}). Download the file again.") from None
 
 
 def _find_directory(file: BinaryIO) -> tuple[int, int, int, int]:
@@ -133,7 +133,7 @@ def _entries(file: BinaryIO, size: int, start: int, shift: int) -> Iterator[ZipE
             name = name.replace(b"\\", b"/")
         reason = _reason(flags, method, attributes >> 16 if system == _UNIX else 0)
         if offset + shift + 30 > start:
-            raise ValueError(f"an entry at byte {offset + shift:,}, behind the contents")
+            raise ValueError(f"an entry points to byte {offset + shift:,}, which is behind the contents")
         yield ZipEntry(name, plain_size, offset + shift, reason)
 
 

@@ -222,7 +222,8 @@ def _name_and_label(file: Path, lines: Sequence[tuple[int, str]], images: ImageN
 def _refuse_unknown_header(file: Path, rows: Sequence[Row], images: ImageNames) -> None:
     """Raise UserError if the first line may be a header in unknown words.
 
-    The first line is doubtful if it alone names no image, and if its label occurs in no other line.
+    The first line may be a header if all other lines name images, the first line names no image, and no other line has
+    its label.
     """
     first, others = rows[0], rows[1:]
     if "." in first.name or images.find(first.name) is not None or any(row.label == first.label for row in others):

@@ -75,7 +75,8 @@ def read_labels(
             _refuse_further_columns(where, rows.rows)
     elif not label_texts.are_numbers and not classes and not all(_SYNSET.fullmatch(text) for text in texts):
         raise UserError(
-            f"{where}: words alone, such as {examples(list(texts))}, and it is not known whether they are classes. "
+            f"{where}: each line has a label alone, such as {examples(list(texts))}, and no list says whether the "
+            "labels are classes. "
             "Expected `name label` on each line, or the classes in a file: --classes FILE."
         )
     label_of, classes, order = label_texts.resolve(options.label_order, not rows.has_names)
@@ -118,7 +119,7 @@ def _of_split(file: Path, rows: Sequence[Row], split: str, root: Path) -> list[R
             f"{root}. Name the label file of {split}, or pass --split with the right split."
         )
     if others:
-        say(f"{file}: {count_noun(len(others), 'line')} of another split left out (first: {others[0].name}).")
+        say(f"{file}: left out {count_noun(len(others), 'line')} of another split (first: {others[0].name}).")
     return kept
 
 
@@ -210,7 +211,7 @@ def _refuse_index(where: str, rows: Sequence[Row]) -> None:
     for first in (0, 1):
         if len(rows) >= _MIN_INDEX_LINES and all(row.label == str(k) for k, row in enumerate(rows, first)):
             raise UserError(
-                f"{where}: the numbers are those of the lines, {first} to {len(rows) - 1 + first:,}: an index of the "
+                f"{where}: the numbers are the line numbers {first} to {len(rows) - 1 + first:,}: an index of the "
                 "images, not labels. Name another label file."
             )
 

@@ -42,7 +42,12 @@ def test_preview_shows_stored_images_augmentations_and_stronger_noise(stores: di
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("no/out.png", "there is no folder"), ("a.xyz", "Name it a.png"), ("a", "Name it a.png"), (".", "is a directory")],
+    [
+        ("no/out.png", "there is no folder"),
+        ("a.xyz", "Name the file a.png"),
+        ("a", "Name the file a.png"),
+        (".", "is a directory"),
+    ],
 )
 def test_a_file_that_cannot_be_written_is_a_wrong_argument(
     store: Path, tmp_path: Path, name: str, message: str

@@ -153,7 +153,7 @@ Serve = Callable[..., Service]
 def serving(cluster: TestCluster) -> Iterator[Serve]:
     """Implement the fixtures `serve` and `module_serve`.
 
-    Yields a function that starts services, and stops these services at the end.
+    Yields a function that starts services. All started services are stopped at the end.
     """
     with ExitStack() as exit_stack:
 

@@ -1,4 +1,4 @@
-"""Tests of several consumers of one stream: equal batches, decoded once, and a limited time of waiting for others."""
+"""Tests of several consumers of one stream: equal batches that are decoded once, and waits of limited length."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tests of one-line errors of loaders and services: wrong names, stores, versions, arrays or settings; no Ray."""
+"""Tests of one-line errors of loaders and services: wrong names, stores, versions, arrays, settings; Ray is missing."""
 
 from __future__ import annotations
 

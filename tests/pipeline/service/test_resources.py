@@ -22,7 +22,7 @@ KEPT = AHEAD + 1  # number of batches that the service keeps for one consumer
 MOST = 2 * (KEPT + 2 * WORKERS) + PREFETCHED + 5
 
 
-SETTLED_S = 3.0  # after this time without a change, Ray has freed what it will free of other tests
+SETTLED_S = 3.0  # if the object stores do not change for this time, Ray has freed the objects of other tests
 
 
 def settled_bytes(cluster: TestCluster) -> int:
@@ -39,7 +39,7 @@ def settled_bytes(cluster: TestCluster) -> int:
 
 
 def wait_until_free(cluster: TestCluster, service: Service, before: int) -> None:
-    """Wait until the service keeps no batch, and the object stores hold no more than the `before` bytes."""
+    """Wait until the service keeps no batch, and the object stores hold at most `before` bytes."""
     begun_s = time.monotonic()
     while cluster.used_bytes() > before or service.status()["kept_bytes"] or service.status()["consumers"]:
         assert time.monotonic() - begun_s < DEADLINE_S, (before, cluster.used_bytes(), service.status())

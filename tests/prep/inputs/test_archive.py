@@ -289,7 +289,7 @@ def test_files_next_to_class_folders_are_left_out(tmp_path: Path, capsys: pytest
     found = list_tar(tar_of([*THREE, ("README", A), ("beside.JPEG", A)]), tmp_path / "x.tar")
     assert names_of(found) == ["n1/a.JPEG", "n1/b.JPEG", "n2/c.JPEG"] and found.refused == ()
     assert sorted(found.ignored) == [("README", STRAY_FILE), ("beside.JPEG", STRAY_FILE)]
-    assert "1 photograph beside the class folders left out (first: beside.JPEG)" in capsys.readouterr().err
+    assert "left out 1 photograph beside the class folders (first: beside.JPEG)" in capsys.readouterr().err
     many = [(f"{k}.JPEG", A) for k in range(11)]
     with pytest.raises(UserError, match=r"2 folders and 11 photographs side by side \(first: 0\.JPEG\).*--labels"):
         list_tar(tar_of([*THREE, *many]), tmp_path / "x.tar")

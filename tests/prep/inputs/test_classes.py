@@ -159,7 +159,7 @@ def test_files_beside_class_folders_are_left_out_and_named(tmp_path: Path, capsy
     assert "photograph" not in capsys.readouterr().err
     touch(root, "beside.jpg")
     assert ("beside.jpg", STRAY_FILE) in list_images(root).ignored
-    assert "1 photograph beside the class folders left out (first: beside.jpg)" in capsys.readouterr().err
+    assert "left out 1 photograph beside the class folders (first: beside.jpg)" in capsys.readouterr().err
 
 
 def test_a_label_file_of_val_does_not_make_train_flat(tmp_path: Path) -> None:

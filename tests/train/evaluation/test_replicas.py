@@ -52,7 +52,7 @@ def test_any_number_of_ranks_counts_every_image_once(
     numbered_store: Path, store: Path, monkeypatch: pytest.MonkeyPatch, ranks: int, views: int, is_numbered: bool
 ) -> None:
     opened = Store.open(numbered_store if is_numbered else store)
-    records, images = Records(opened, "val"), opened.split("val").records  # 23 or 12 images
+    records, images = Records(opened, "val"), opened.split("val").records  # 23 records (numbered_store), or 12 (store)
     alone, expected_rows = evaluate_part(opened.root, ALONE, 5, views)
     outcomes = run_ranks(monkeypatch, ranks, lambda group: evaluate_part(opened.root, group, 4, views))
     for rank, outcome in enumerate(outcomes):

@@ -127,7 +127,7 @@ def test_stopped_ablations_resume_and_finished_ones_are_not_trained_again(
 def test_each_replica_measures_its_part_of_the_split(
     small_run: Path, store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The other replicas would otherwise wait for rank 0 until the time-out."""
+    """If only rank 0 evaluated, the other replicas would wait for rank 0 until the time-out."""
     config = RunConfig(store, SHORT, 10, model=SMALL["alexnet"], run_dir=small_run, epochs=2, threads=1)
     served: list[int] = []
 

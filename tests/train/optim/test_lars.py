@@ -1,4 +1,4 @@
-"""Tests of LARS against the formula of arXiv 1708.03888, algorithm 1, in NumPy and float64; and of joined norms."""
+"""Tests of LARS against algorithm 1 of arXiv 1708.03888 in NumPy and float64, also for layers divided into columns."""
 
 from __future__ import annotations
 

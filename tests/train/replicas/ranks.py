@@ -6,7 +6,7 @@ from collections.abc import Callable
 from threading import Thread
 from typing import Any
 
-from torch.distributed import TCPStore  # type: ignore[attr-defined]  # torch does not list it in __all__
+from torch.distributed import TCPStore  # type: ignore[attr-defined]  # torch does not list TCPStore in __all__
 
 from train.replicas.group import ReplicaGroup, joined
 from train.replicas.link import Link

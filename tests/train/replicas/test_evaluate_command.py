@@ -55,7 +55,7 @@ def test_an_error_of_every_process_is_printed_once(torchrun: TorchrunServer, tra
         expected = alextrain(*words)
         assert expected.exit_code == code
         job = torchrun("--nproc-per-node", 2, "-m", "train", *words)
-        assert job.wait() == 1  # torchrun's own
+        assert job.wait() == 1  # exit code of torchrun
         assert job.messages == re.sub(r"\bmain evaluate", "alextrain evaluate", expected.stderr).splitlines()
         report = job.stderr.rpartition("Root Cause")[2]
         assert expected.stderr.splitlines()[-1] in report and f"exitcode  : {code}" in report
@@ -110,7 +110,7 @@ def test_other_commands_refuse_to_start_in_several_processes(monkeypatch: pytest
         assert result.stderr.count("\n") == (rank == 0)
         assert alextrain(command, "--help").exit_code == 0
     monkeypatch.setattr("train.replicas.torchrun.time.sleep", lambda seconds: None)
-    assert "runs in one process" in alextrain("status", "x").stderr  # rank 0 has not failed: rank 1 prints its error
+    assert "runs in one process" in alextrain("status", "x").stderr  # rank 1 prints its error if rank 0 has not failed
     monkeypatch.setenv("WORLD_SIZE", "1")
     monkeypatch.setenv("RANK", "0")
     assert "no such run" in alextrain("status", "/nowhere").stderr

@@ -63,7 +63,7 @@ def test_gradients_are_summed_and_keep_the_layout_of_the_parameters(
 def test_connections_of_gpus_for_later_trainings_read_no_entry_of_earlier_ones(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """`alextrain ablate` trains several networks over one link. This machine needs no GPU."""
+    """`alextrain ablate` trains several networks over one link. FakeNccl takes the place of GPUs."""
 
     class FakeNccl:
         Options = allreduce = abort = MagicMock()

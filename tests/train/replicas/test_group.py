@@ -147,7 +147,7 @@ def test_the_rank_that_hangs_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     def work(group: ReplicaGroup) -> None:
         group.barrier()
         if group.rank == 0:
-            time.sleep(6)  # six seconds are longer than the time-out
+            time.sleep(6)  # longer than the time-out of 3 s
         group.barrier()
 
     _, printed, quiet = run_ranks(monkeypatch, 3, work, timeout_s=3)
@@ -167,7 +167,7 @@ def test_a_process_of_this_machine_that_has_ended_is_recognized() -> None:
 
 
 def test_a_rank_that_never_starts_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    from torch.distributed import TCPStore  # type: ignore[attr-defined]  # torch does not list it in __all__
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]  # torch does not list TCPStore in __all__
 
     server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(server.port)}.items():

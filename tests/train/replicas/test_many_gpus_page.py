@@ -1,4 +1,4 @@
-"""docs/guides/many-gpus.md: the commands for a CPU run on a small network, and all other commands are parsed."""
+"""Tests of docs/guides/many-gpus.md: CPU commands are run with a small network, other commands are only parsed."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SMALL = str(ROOT / "tests/helpers/torchrun/small_alextrain.py")  # alextrain wit
 
 
 def with_full_paths(words: list[str], folder: Path) -> list[str]:
-    """Return the words of a command with the folders named in full: torchrun has another working directory."""
+    """Return the words of a command with absolute paths of folders, because torchrun has another working directory."""
     options = ("--store", "--run-dir", "evaluate")
     return [str(folder / word) if before in options else word for before, word in pairwise(["", *words])]
 

@@ -1,4 +1,4 @@
-"""Tests of `alextrain run` under torchrun: options, errors, stops, lost processes; real processes over gloo."""
+"""Tests of `alextrain run` in processes of torchrun: options, errors, stops and lost processes."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_options_that_do_not_fit_the_replicas_are_refused_once(start: Start, tmp
             ("--batch", 9),
             "--batch 9: a step of 9 images cannot be divided equally among 2 replicas. Pass --batch 8 or",
         ),
-        (("--accumulate", 3), "--accumulate 3: the 4 images of a step that each of 2 replicas takes cannot be divided"),
+        (("--accumulate", 3), "--accumulate 3: each of 2 replicas takes 4 images of a step, which cannot be divided"),
         (("--gpus", "0,1"), "--gpus 0,1: torchrun has started 2 processes on this machine"),
     ):
         job = start(2, tmp_path / "run", *options)

@@ -1,7 +1,7 @@
-"""Tests that a training on several replicas is the training of one process: real processes under torchrun, over gloo.
+"""Tests that a training on several replicas has the result of one process. torchrun starts the replicas; they use gloo.
 
 The weights differ only by rounding: sums over images are split between processes, so they are added in another order.
-After three steps, an update may differ by 1e-4 of its norm, as for a batch in parts, and by the rounding of weights.
+After three steps, an update may differ by 1e-4 of its norm plus the rounding of the weights.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def assert_same_training(store: Path, actual: Path, settings: dict[str, Any], al
         # Float32 rounds each parameter by up to 2⁻²⁴ of its value.
         tolerance = 1e-4 * update_norm + 2**-24 * tensor.norm()
         assert error_norm <= tolerance, (name, float(error_norm / update_norm))
-        assert update_norm > 0 or name == "conv2.bias"  # with weights of 0.01, some units of the small network are 0
+        assert update_norm > 0 or name == "conv2.bias"  # small weights make some units 0
     assert torch.equal(state.random, expected.random) and state.identity == expected.identity
     for line, expected_line in zip(metrics_without_clock(actual), metrics_without_clock(alone), strict=True):
         assert line.keys() == expected_line.keys() and line["lr" if line["kind"] == "train" else "images"]
@@ -93,7 +93,7 @@ def test_one_replica_under_torchrun_gives_the_bits_of_one_process(
     settings = {"recipe": "short", "steps": 2}
     train(torchrun, 1, stores["ppm"], tmp_path / "one", [("run", settings)])
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as in the processes of the fixture torchrun
+    torch.set_num_threads(1)  # as many threads as in the processes of torchrun
     fit(Run.open(run_config(stores["ppm"], tmp_path / "alone", settings)), QuietView())
     torch.set_num_threads(threads)
     assert_same_result(tmp_path / "one" / "run", tmp_path / "alone")

@@ -30,9 +30,7 @@ def test_a_run_is_as_long_as_the_shorter_of_epochs_and_steps(stores: dict[str, P
 
 def test_a_number_of_parts_that_does_not_divide_the_batch_is_refused(store: Path, tmp_path: Path) -> None:
     config = RunConfig(store, SHORT, 8, accumulate=3, run_dir=tmp_path / "run")
-    with pytest.raises(
-        UserError, match=r"a batch of 8 cannot be divided into that many equal parts\. Pass one of 1, 2, 4, 8"
-    ):
+    with pytest.raises(UserError, match=r"a batch of 8 cannot be divided into 3 equal parts\. Pass one of 1, 2, 4, 8"):
         fit(Run.open(config))
     assert not (tmp_path / "run").exists()
 

@@ -75,7 +75,7 @@ def test_a_run_with_a_service_reads_no_record_and_has_the_result_of_a_run_withou
 def test_the_members_of_an_ensemble_train_on_one_stream_of_a_service(
     store_without_records: Path, lasting_service: Service, local_run: Path, tmp_path: Path
 ) -> None:
-    """Member 1 has the seeds of a run without a service. The colour noise changes: a second stream is opened."""
+    """Member 1 has the seeds of a run without a service. The training opens a second stream when the noise changes."""
     changes = {"service": lasting_service.option, "seed": 2, "stream_seed": 3}
     config = config_with_two_streams(store_without_records, tmp_path / "pair", **changes)
     runs = [Run.open(member) for member in member_configs(config, 2)]

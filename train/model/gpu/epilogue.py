@@ -7,11 +7,11 @@ which the maps of column 0 come first. The input can be joined and the result se
 the result joined. No copy is therefore needed between a convolution of both columns and a convolution of one column.
 Normalization is always within a column.
 
-For the backward pass the operation keeps:
+The operation keeps these tensors for the backward pass:
 
-    x                          with a normalization, or with pooling after a nonlinearity
-    one byte per pooled value  with pooling
-    y                          without normalization and pooling, and also with tanh or sigmoid after pooling
+    x                          if there is a normalization, or pooling after a nonlinearity
+    one byte per pooled value  if there is pooling
+    y                          if there is neither normalization nor pooling, or if tanh or sigmoid follows pooling
 
 Sums of bias gradients are computed in a fixed order, so results repeat bit for bit.
 """
@@ -49,7 +49,7 @@ class Epilogue:
         if self.pool_px not in (0, 2, 3):
             raise ValueError(f"pool_px {self.pool_px}: expected 0, 2 or 3")
         if self.after != "none" and not self.pool_px:
-            raise ValueError(f"after {self.after!r} without pooling: expected it in `before`")
+            raise ValueError(f"after {self.after!r} without pooling: pass this nonlinearity as `before`")
         if self.norm is not None and (self.norm.size % 2 == 0 or self.norm.size < 1):
             raise ValueError(f"normalization across {self.norm.size} maps: expected an odd number")
 

@@ -118,7 +118,7 @@ def test_rows_of_other_splits_are_counted(tmp_path: Path, capsys: pytest.Capture
     rows = "cat/1.jpg,cat,train\ncat/2.jpg,cat,val\ndog/a.jpg,dog,test\ndog/b.jpg,dog,dev\n"
     folder = csv_file(tmp_path, f"file,label,split\n{rows}").parent
     assert list(find_splits(folder, None, "csv")) == ["train", "val"]
-    assert "2 rows of other splits left out (test, dev)" in capsys.readouterr().err
+    assert "left out 2 rows of other splits (test, dev)" in capsys.readouterr().err
 
 
 def test_a_label_that_is_not_utf_8_is_escaped(tmp_path: Path) -> None:

@@ -67,7 +67,7 @@ def test_files_are_found_under_the_names_that_huggingface_uses(
         }
         assert {len(source.inputs) for source in listed.values()} == {len(names)}
         messages = capsys.readouterr().err
-        assert f"{len(names)} Parquet file" in messages and "of no split left out (first: " in messages
+        assert f"left out {len(names)} Parquet file" in messages and " of no split (first: " in messages
         assert ("only a part of the split train" in messages) == ("partial" in names[0])
     file = tmp_path / names[0].format("validation")
     assert find_splits(file, None).keys() == ({"train"} if "partial" in names[0] else {"val"})
@@ -81,7 +81,7 @@ def test_several_configurations_are_refused(tmp_path: Path) -> None:
             folder = tmp_path / config / split
             folder.mkdir(parents=True)
             write(folder / "0000.parquet", {"image": images("a.jpg"), "label": ["cat"]})
-    with pytest.raises(UserError, match=r"2 configurations \(large, small\)\. Name one of them as SOURCE"):
+    with pytest.raises(UserError, match=r"2 configurations \(large, small\)\. Name one configuration as SOURCE"):
         find_splits(tmp_path, None)
     assert find_splits(tmp_path / "small", None).keys() == {"train"}
     write(tmp_path / "small" / "partial-train" / "0000.parquet", {"image": images("a.jpg"), "label": ["cat"]})
@@ -172,7 +172,7 @@ def test_a_row_without_bytes_is_bad(tmp_path: Path) -> None:
     reader = source.reader
     assert isinstance(reader, parquet.ParquetReader)
     for one in (reader, reader.unpacking_into(tmp_path / "unpacked", 10**9)):
-        with pytest.raises(BadImage, match="the row has no image, only a path"):
+        with pytest.raises(BadImage, match="the row has only the path of an image"):
             one.read(source.inputs[0])
         assert one.read(source.inputs[1]) == JPEG
 

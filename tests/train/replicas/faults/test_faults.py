@@ -1,6 +1,6 @@
-"""Tests of a training of several processes of which one fails, hangs or is stopped, with real processes of torchrun.
+"""Tests of a training in several processes of torchrun, one of which fails, hangs or is stopped.
 
-test_kills.py kills processes.
+test_kills.py tests processes that are killed.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ def resume(torchrun: TorchrunServer, store: Path, run_dir: Path, undisturbed_pai
 def test_sigterm_to_torchrun_ends_all_ranks_after_one_step_with_one_checkpoint(
     torchrun: TorchrunServer, stores: dict[str, Path], undisturbed_pair: Path, tmp_path: Path
 ) -> None:
-    """tests/train/replicas/test_run_command.py sends SIGTERM to one rank."""
+    """tests/train/replicas/test_run_command.py tests SIGTERM to one rank only."""
     run_dir = tmp_path / "run"
     job = start_training(torchrun, 2, stores["ppm"], run_dir, "--checkpoint-every", 100, fault="stop-all 0 5")
-    assert job.wait() == 1  # torchrun's own
+    assert job.wait() == 1  # exit code of torchrun
     assert job.rank_exit_codes == {0: [143], 1: [143]}, job.stderr
     assert read_metrics(run_dir)[-1]["step"] == 5 and checkpoint_steps(run_dir) == [3, 5]
     stops = [line for line in job.messages if not line.startswith(("epoch", "alexnet, ", "recipe "))]
@@ -59,7 +59,7 @@ def test_torchrun_restarts_a_run_after_a_signal_to_one_rank(
 def test_rank_0_that_hangs_is_named_after_the_time_out(
     torchrun: TorchrunServer, stores: dict[str, Path], undisturbed_pair: Path, tmp_path: Path
 ) -> None:
-    """tests/train/replicas/test_run_command.py stops rank 1."""
+    """tests/train/replicas/test_run_command.py tests rank 1 in the same way."""
     job = start_training(torchrun, 2, stores["ppm"], tmp_path / "run", "--replica-timeout", 3, fault="SIGSTOP 0 5")
     job.wait_until(lambda: "Error: " in job.stderr)
     job.wait_until(lambda: len(job.ranks()) == 1)
