@@ -34,7 +34,7 @@ def alexprep(*words: object) -> Result:
 
 
 class CrashingRunner(InlineRunner):
-    """Ends the worker at every input whose name has `crash`, and after a CPU time limit at names with `slow`."""
+    """Simulates a crash at an input with `crash` in its name, and the CPU time limit at an input with `slow`."""
 
     def map(self, work: Any, tasks: Iterable[Any], on_progress: Any) -> Iterator[tuple[Any, Any]]:
         for task in tasks:
@@ -49,7 +49,7 @@ class CrashingRunner(InlineRunner):
 
 @pytest.fixture
 def odd_pictures(tmp_path: Path) -> Path:
-    """Bad inputs, conversions and warnings of many kinds among 100 images, most of which only decoding shows."""
+    """100 good images, and bad inputs, conversions and warnings of many kinds. Most faults show only in decoding."""
     root = make_pictures(tmp_path / "odd", 100, (40, 60), distinct=2)
     jpeg = next((root / "n1").iterdir()).read_bytes()
     contents = {

@@ -78,7 +78,7 @@ def test_an_encoded_jpeg_decodes_to_nearly_the_same_pixels() -> None:
 
 
 def test_a_sampling_that_cannot_be_checked_for_damage_is_said() -> None:
-    """A truncated and closed JPEG whose first channel has the sampling 3×1. Pillow decodes it without a warning."""
+    """Pillow decodes a truncated and closed JPEG whose first channel has the sampling 3×1 without a warning."""
     marks, tables = {0xDB, 0xC4}, b""
     for marker, body in segments(encode_jpeg(np.zeros((8, 8, 3), np.uint8), 90)):
         if marker in marks:

@@ -36,7 +36,7 @@ def line(step: int, rate: float, unix_time_s: float, waiting: float = 0.0, kind:
 
 
 def test_the_rate_leaves_out_intervals_that_begin_a_run_or_an_epoch() -> None:
-    """Return lines of epochs with 40 steps of 100 images, one line for every 20 steps.
+    """The metrics have a line for every 20 steps of 100 images; an epoch has 40 steps.
 
     Between the epochs a checkpoint takes 3 s.
     """

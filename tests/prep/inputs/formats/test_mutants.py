@@ -44,7 +44,7 @@ def mutant(content: bytes, rng: random.Random) -> bytes:
 
 
 def read_all(source: Path, layout: str | None, contents: set[bytes]) -> bool:
-    """List and read all inputs. Returns whether they could be listed.
+    """List and read all inputs. Returns whether the inputs could be listed.
 
     Members of a zip have a checksum, so damage cannot change them without an error.
     """
