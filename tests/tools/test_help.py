@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 TOOLS = (
-    *("compare_bits", "demo", "gpu_check", "photo_digits", "service_demo"),
+    *("compare_bits", "demo", "edit_files", "gpu_check", "photo_digits", "service_demo"),
     *("bench.build", "bench.host_time", "bench.stream", "bench.train"),
     *("docs.check_site", "docs.cli_reference", "docs.draw_alexnet", "docs.recipe_reference"),
 )

@@ -1,0 +1,125 @@
+"""Rules that say which edits a command may accept, because no reader can know that the new content is wrong.
+
+A rule names files, fields and kinds of edits. An edit that no rule names must be refused by every command that reads
+the file. Control characters in the output, tracebacks and the other faults are never allowed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from typing import Protocol
+
+from tools.edits.json_edits import field_matches
+
+
+class Edited(Protocol):
+    """An edit, and the command that was run."""
+
+    @property
+    def file(self) -> str:
+        """Path of the edited file."""
+
+    @property
+    def field(self) -> str:
+        """Field of the file; empty for the whole file."""
+
+    @property
+    def kind(self) -> str:
+        """Kind of the edit."""
+
+    @property
+    def command(self) -> str:
+        """Command line."""
+
+
+# Values of the same type and in the same range: another number, or another text.
+_OTHER_NUMBERS = ("plus 1", "minus 1", "zero", "number", "fraction", "negative")
+_OTHER_TEXTS = ("other text", "long text", "outside", "absolute")
+_ODD_TEXTS = ("escape code", "C1 control", "newline", "NUL", "bidi", "empty text")
+_ALL_NUMBERS = (*_OTHER_NUMBERS, "10^30", "400 digits", "1e308", "NaN", "Infinity", "-Infinity")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Edits that a command may accept. An empty tuple stands for all fields, kinds or commands."""
+
+    reason: str
+    files: tuple[str, ...]  # patterns as of fnmatch
+    fields: tuple[str, ...] = ()  # patterns of json_edits.field_matches
+    kinds: tuple[str, ...] = ()
+    commands: tuple[str, ...] = ()  # texts of which the command line contains one
+
+    def allows(self, edited: Edited) -> bool:
+        """Return whether the rule allows a command to accept an edit."""
+        return (
+            any(fnmatch(edited.file, pattern) for pattern in self.files)
+            and (not self.fields or field_matches(edited.field, self.fields))
+            and (not self.kinds or edited.kind in self.kinds)
+            and (not self.commands or any(text in edited.command for text in self.commands))
+        )
+
+
+RULES: Sequence[Rule] = (
+    Rule("A link to a file with the same content gives the same result.", ("*",), ("",), ("link out of the folder",)),
+    Rule(
+        "Versions are for people, and are compared only when a build is resumed.",
+        ("store/manifest.json",),
+        ("tools",),
+        (*_OTHER_TEXTS, *_ODD_TEXTS, "delete", "unknown field", "empty"),
+    ),
+    Rule(
+        "No other field tells which value is right; `alexprep verify` compares the records with it where it can.",
+        ("store/manifest.json",),
+        ("settings", "classes", "splits.*.account", "splits.*.moments", "splits.*.pixels", "splits.*.label_counts"),
+        (*_OTHER_NUMBERS, *_OTHER_TEXTS, "items reversed"),
+    ),
+    Rule(
+        "Older versions did not write the field.",
+        ("store/manifest.json",),
+        ("settings.background", "settings.reduce_above", "splits.*.account"),
+        ("delete",),
+    ),
+    Rule(
+        "The name of a count is any text.", ("store/manifest.json",), ("splits.*.account",), ("unknown field", "empty")
+    ),
+    Rule("The command does not read the file again.", ("store/train/*",), (), (), ("alexprep inspect --store store",)),
+    Rule(
+        "`alexprep verify` compares all records with their digests, so these bytes belong to no record.",
+        ("store/*/data.mdb",),
+        ("pages",),
+    ),
+    Rule(
+        "The field has no effect on the result of the command; `alexprep verify` finds the edit.",
+        ("store/*/data.mdb", "store/train/mean_image.npy", "store/train/inputs.jsonl", "store/train/colour.json"),
+        (),
+        (),
+        ("alextrain", "alexstream", "alexprep inspect", "alexprep export-files", "alexprep merge"),
+    ),
+    Rule("A summary that cannot be used is built again.", ("parts/*", "merge/*")),
+    Rule(
+        "The counts of a finished build are for people.", ("ready/*",), ("fates", "ignored", "refused", "source", "id")
+    ),
+    Rule("No other field tells which value is right.", ("ready/*",), (), (*_OTHER_NUMBERS, *_OTHER_TEXTS)),
+    Rule("A journal that cannot be used is left out, and the file is copied again.", ("copy/*",)),
+    Rule("A log of events has no effect on a run.", ("run/tensorboard/*",)),
+    Rule(
+        "A damaged line is left out, because a crash of the machine can leave a part of a line.",
+        ("run/metrics.jsonl", "run/evaluations.jsonl"),
+    ),
+    Rule("The status is written again when the run continues.", ("run/status.json",)),
+    Rule("The saved result is computed again.", ("run/index-fc7-*.npz", "run/SCORES")),
+    Rule("Fields of newer versions are ignored.", ("run/*", "ensemble/*", "ablations/*"), (), ("unknown field",)),
+    Rule(
+        "No other field tells which value is right.",
+        ("run/run.json", "run/checkpoint-*", "ensemble/*", "ablations/*", "run.npz", "exported.pth", "weights.pth"),
+        (),
+        (*_OTHER_NUMBERS, *_OTHER_TEXTS, "items reversed", "first number 1e30", "first number negative"),
+    ),
+)
+
+
+def reason_to_accept(edited: Edited) -> str | None:
+    """Return why a command may accept an edit; None if it must refuse the edit."""
+    return next((rule.reason for rule in RULES if rule.allows(edited)), None)
