@@ -1,7 +1,6 @@
 """Fixtures: runs of a small network, trained once for all tests, and a limit on the size of files.
 
-The limit on the size of files simulates a full disk. A test must not write into `uninterrupted_run` or `small_run`, but
-only into a copy.
+This limit simulates a full disk. A test must not write into `uninterrupted_run` or `small_run`, but only into a copy.
 """
 
 from __future__ import annotations
