@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
-from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -20,8 +19,10 @@ from prep.files import save_array, write_atomic
 from prep.images.color_stats import Moments, compute_color_stats
 from prep.inputs.classes import examples
 from prep.inputs.names import name_text
+from prep.schema import ArrayShape, file_sha256, read_npy
 from prep.store.input_log import IGNORED, write_outcomes
 from prep.store.manifest import SPLIT_FILES, Shard, Split, Store, split_fingerprint
+from prep.store.models import Account
 
 
 def assemble_split(plan: BuildPlan, root: Path, existing: Store | None, policy: BuildPolicy) -> Store:
@@ -36,12 +37,13 @@ def assemble_split(plan: BuildPlan, root: Path, existing: Store | None, policy: 
     labels: Counter[int] = Counter()
     largest_px = 0
     square_sum = np.zeros((settings.side_px, settings.side_px, 3), np.int64)
+    square = ArrayShape(("<i8",), square_sum.shape)
     for number in range(plan.shard_count):
         summary = plan.shard_summary(number)
         path = summary_path(folder, number)
-        if summary is None:
+        if summary is None or "moments" not in summary:
             raise UserError(f"{path} is missing. Run the same command again.")
-        square_sum += np.load(path.with_suffix(".npy"))
+        square_sum += read_npy(path.with_suffix(".npy"), square, "Pass --restart to build from scratch.")
         moments += Moments.from_json(summary["moments"])
         labels.update(dict(summary["labels"]))
         largest_px = max(largest_px, summary.get("largest_px", 0))
@@ -69,14 +71,17 @@ def assemble_split(plan: BuildPlan, root: Path, existing: Store | None, policy: 
         label_counts=tuple(labels[k] for k in range(len(source.classes))),
         shards=tuple(shards),
         moments=moments.to_json(),
-        account={
-            "plan": plan.digest,
-            "inputs": inputs,
-            "kept": records,
-            "largest_px": largest_px,
-            **account,
-            "files": {name: sha256((folder / name).read_bytes()).hexdigest() for name in SPLIT_FILES},
-        },
+        account=cast(
+            Account,
+            {
+                "plan": plan.digest,
+                "inputs": inputs,
+                "kept": records,
+                "largest_px": largest_px,
+                **account,
+                "files": {name: file_sha256(folder / name) for name in SPLIT_FILES},
+            },
+        ),
     )
     write_color_stats(folder, split)
     splits = {**(existing.splits if existing else {}), source.split: split}
@@ -103,7 +108,7 @@ def _refuse_lost_classes(plan: BuildPlan, records_of_label: Counter[int]) -> Non
         )
 
 
-def _outcomes(plan: BuildPlan) -> Iterator[dict[str, Any]]:
+def _outcomes(plan: BuildPlan) -> Iterator[Mapping[str, Any]]:
     """Yield the outcomes for inputs.jsonl: first ignored and refused inputs, then the other inputs in record order."""
     yield from ({"source": name, "fate": IGNORED, "why": reason} for name, reason in plan.source.ignored)
     yield from ({"source": name, "fate": "bad", "why": reason} for name, reason in plan.source.refused)

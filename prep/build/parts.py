@@ -39,12 +39,14 @@ from prep.inputs.listing import Listing
 from prep.inputs.names import name_text
 from prep.inputs.reader import Source
 from prep.store.manifest import SPLITS, Settings, Store
+from prep.store.work_files import PartsFile, read_plan, read_work_file
 from prep.workers import Runner
 
 # Longest time that a part waits for the store's lock, because another part may be writing the manifest.
 _BEGIN_WAIT_S = 60.0
 # Longest time that a finished part waits for an exclusive lock, because other parts may be about to end.
 _JOIN_WAIT_S = 2.0
+_RESTART = "The unfinished build cannot be read: run alexprep build-lmdb with --restart."
 
 
 @dataclass(frozen=True)
@@ -215,18 +217,14 @@ def _open_plan(store: Path, split: str) -> BuildPlan:
     """
     work_dir = store / split / ".build"
     try:
-        begun = json.loads((work_dir / "plan.json").read_bytes())
-        inputs = Listing.load(work_dir / "inputs.npz")
-        refused = tuple((name, reason) for name, reason in begun["refused"])
-        ignored = tuple((name, reason) for name, reason in begun.get("ignored", ()))
-        reader, classes, tools = FolderReader(Path(begun["source"])), tuple(begun["classes"]), dict(begun["tools"])
-        source = Source(reader, split, classes, inputs, refused, ignored)
-        plan = BuildPlan(source, store / split, Settings.from_json(begun["settings"]), skip_bad=True)
-        plan.build_id = begun["id"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{work_dir}: {error}. The unfinished build cannot be read: run alexprep build-lmdb with --restart."
-        ) from None
+        begun = read_plan(work_dir, _RESTART)
+        inputs = Listing.load(work_dir / "inputs.npz", len(begun.classes), _RESTART)
+    except OSError as error:
+        raise UserError(f"{work_dir}: {error}. {_RESTART}") from None
+    tools = begun.tools
+    source = Source(FolderReader(Path(begun.source)), split, begun.classes, inputs, begun.refused, begun.ignored)
+    plan = BuildPlan(source, store / split, begun.settings, skip_bad=True)
+    plan.build_id = begun.id
     for tool, present in tool_versions().items():
         if tools.get(tool) != present:
             raise UserError(
@@ -239,8 +237,8 @@ def _open_plan(store: Path, split: str) -> BuildPlan:
 def _read_parts(plan: BuildPlan) -> Parts:
     """Return the division of a build into parts. A build that was begun without --part counts as one part."""
     try:
-        parts = json.loads((plan.work_dir / "parts.json").read_bytes())
-        return Parts(int(parts["parts"]), str(parts["command"]))
+        parts = read_work_file(PartsFile, plan.work_dir / "parts.json", _RESTART)
+        return Parts(parts.parts, parts.command)
     except FileNotFoundError:
         return Parts(1, f"alexprep build-lmdb {plan.source.reader.root} --store {plan.folder.parent}")
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import lmdb
 import numpy as np
@@ -24,7 +24,10 @@ from prep.files import write_atomic
 from prep.images.codec import BadImage
 from prep.inputs.reader import Source
 from prep.store.manifest import Settings, digest_json
+from prep.store.work_files import CrashCounts, SlowInputs, Summary, read_summary, read_work_file
 from prep.version import package_version
+
+T = TypeVar("T")
 
 MAX_SHARD_RECORDS = 4096  # a shard of this length has about 100 MB of JPEG; one core builds it in about 10 s
 CRASHED_TWICE = "killed the process that read it, twice"  # reason for a bad input
@@ -113,8 +116,7 @@ class BuildPlan:
 
     def crash_counts(self) -> dict[str, int]:
         """Return {path of an input: number of workers that crashed at this input}, over all runs of the build."""
-        counts: dict[str, int] = self._read_json("deaths.json")
-        return counts
+        return self._read_counts("deaths.json", CrashCounts)
 
     def record_crash(self, path: str) -> None:
         """Add one to the number of crashes at the input `path`."""
@@ -124,7 +126,7 @@ class BuildPlan:
 
     def record_slow_input(self, path: str, seconds: float) -> None:
         """Record that a worker process was ended because it used more than `seconds` of CPU time for an input."""
-        slow = self._read_json("slow.json")
+        slow = self._read_counts("slow.json", SlowInputs)
         write_atomic(self.work_dir / "slow.json", json.dumps({**slow, path: seconds}).encode())
 
     def has_recorded_faults(self) -> bool:
@@ -134,17 +136,16 @@ class BuildPlan:
     def _unreadable(self) -> dict[str, BadImage]:
         """Return {path: reason} of the inputs to leave out: those that crashed two workers or are too slow."""
         limits = self.limits or DEFAULT_LIMITS
-        slow = self._read_json("slow.json").items()
+        slow = self._read_counts("slow.json", SlowInputs).items()
         reasons = {path: limits.too_slow() for path, seconds in slow if 0 < limits.time_limit_s <= seconds}
         crashes = self.crash_counts().items()
         return reasons | {path: BadImage(CRASHED_TWICE) for path, n in crashes if n > 1}
 
-    def _read_json(self, name: str) -> dict[str, Any]:
+    def _read_counts(self, name: str, type_: type[T]) -> T:
         try:
-            content: dict[str, Any] = json.loads((self.work_dir / name).read_bytes())
-        except (FileNotFoundError, ValueError):
-            return {}
-        return content
+            return read_work_file(type_, self.work_dir / name, max_bytes=64 << 20)
+        except (FileNotFoundError, UserError):  # the inputs are counted again
+            return type_()
 
     def sample(self, shard_numbers: Sequence[int], count: int = 16) -> list[ShardTask]:
         """Return tasks for a sample of up to 2·`count` inputs, spread evenly over the shards `shard_numbers`."""
@@ -159,13 +160,13 @@ class BuildPlan:
             tasks.append(replace(task, inputs=task.inputs[::step][:share], skip_bad=True))
         return tasks
 
-    def shard_summary(self, number: int) -> dict[str, Any] | None:
-        """Return the summary of shard `number`; None if a file is missing, truncated or from another build."""
+    def shard_summary(self, number: int) -> Summary | None:
+        """Return the summary of shard `number`; None if a file is missing, damaged or from another build."""
         path = summary_path(self.folder, number)
         try:
-            summary: dict[str, Any] = json.loads(path.read_bytes())
+            summary = read_summary(path, self.source.split, len(self.source.classes))
             size = (self.folder / f"{number:05d}" / "data.mdb").stat().st_size
-        except (FileNotFoundError, ValueError):
+        except (FileNotFoundError, UserError):
             return None
         is_whole = path.with_suffix(".npy").exists() and size >= summary["shard"]["bytes"]
         return summary if is_whole and summary.get("build", "") == self.build_id else None

@@ -27,6 +27,7 @@ from prep.files import sync_folder, unique_suffix, write_atomic
 from prep.inputs.listing import Input, Listing
 from prep.inputs.names import name_text
 from prep.store.manifest import DROPPED, SPLITS, Settings, Store, StoreError
+from prep.store.work_files import RESTART, read_plan
 
 _TEMPORARY = re.compile(
     r"(\.(manifest\.json|colour\.json|mean_image\.npy|inputs\.jsonl|inputs\.npz|plan\.json|bad\.jsonl|deaths\.json"
@@ -55,11 +56,9 @@ def start_or_resume(plan: BuildPlan, store: Path) -> None:
             "none is stored yet."
         )
         plan.source.inputs.save(plan.work_dir / "inputs.npz")
-    begun = json.loads(path.read_bytes())
-    refused = [list(entry) for entry in plan.source.refused]
-    ignored = [list(entry) for entry in plan.source.ignored]
-    if begun.get("refused", []) != refused or begun.get("ignored", []) != ignored:
-        write_atomic(path, json.dumps({**begun, "refused": refused, "ignored": ignored}).encode())
+    begun = read_plan(plan.work_dir)
+    if begun.refused != plan.source.refused or begun.ignored != plan.source.ignored:
+        _write_plan(path, plan, begun.id)
 
 
 def begin_build(plan: BuildPlan) -> bool:
@@ -75,17 +74,7 @@ def begin_build(plan: BuildPlan) -> bool:
     try:
         plan.source.inputs.save(prepared / "inputs.npz")
         build_id = secrets.token_hex(8)
-        begun = {
-            "id": build_id,
-            "settings": plan.settings.to_json(),
-            "tools": tool_versions(),
-            "classes": list(plan.source.classes),
-            "edges": plan.boundaries,
-            "source": os.path.abspath(plan.source.reader.root),
-            "refused": plan.source.refused,
-            "ignored": plan.source.ignored,
-        }
-        write_atomic(prepared / "plan.json", json.dumps(begun).encode())
+        _write_plan(prepared / "plan.json", plan, build_id)
         try:
             os.rename(prepared, plan.work_dir)
         except OSError as error:
@@ -99,13 +88,27 @@ def begin_build(plan: BuildPlan) -> bool:
     return True
 
 
+def _write_plan(path: Path, plan: BuildPlan, build_id: str) -> None:
+    begun = {
+        "id": build_id,
+        "settings": plan.settings.to_json(),
+        "tools": tool_versions(),
+        "classes": list(plan.source.classes),
+        "edges": plan.boundaries,
+        "source": os.path.abspath(plan.source.reader.root),
+        "refused": plan.source.refused,
+        "ignored": plan.source.ignored,
+    }
+    write_atomic(path, json.dumps(begun).encode())
+
+
 def begun_classes(store: Path, splits: Sequence[str] = SPLITS) -> tuple[str, ...]:
     """Return the classes of an unfinished build of one of `splits`; empty if no build has finished shards."""
     for split in splits:
         work_dir = store / split / ".build"
         if any(work_dir.glob("[0-9]*.json")):
-            with suppress(OSError, ValueError, KeyError, TypeError):  # find_changed_inputs reports a broken plan.json
-                return tuple(str(name) for name in json.loads((work_dir / "plan.json").read_bytes())["classes"])
+            with suppress(OSError, UserError):  # find_changed_inputs reports a broken plan.json
+                return read_plan(work_dir).classes
     return ()
 
 
@@ -117,27 +120,23 @@ def find_changed_inputs(plan: BuildPlan, store: Path) -> dict[bytes, tuple[Input
     is an error. Sets `plan.build_id`.
     """
     try:
-        begun = json.loads((plan.work_dir / "plan.json").read_bytes())
-        before = Listing.load(plan.work_dir / "inputs.npz")
-        classes, settings = begun["classes"], asdict(Settings.from_json(begun["settings"]))
-        tools, boundaries = dict(begun["tools"]), list(begun["edges"])
-        plan.build_id = str(begun.get("id", ""))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{plan.work_dir}: {error}. The unfinished build cannot be read: pass --restart to discard it."
-        ) from None
-    check_same_settings(plan.settings, settings, store)
+        begun = read_plan(plan.work_dir)
+        before = Listing.load(plan.work_dir / "inputs.npz", len(begun.classes), RESTART)
+    except OSError as error:
+        raise UserError(f"{plan.work_dir}: {error}. {RESTART}") from None
+    plan.build_id = begun.id
+    check_same_settings(plan.settings, asdict(begun.settings), store)
     for tool, present in tool_versions().items():
-        if tools.get(tool) != present:
+        if begun.tools.get(tool) != present:
             raise UserError(
-                f"{store} holds an unfinished build by {tool} {tools.get(tool)}, but {present} is installed. "
+                f"{store} holds an unfinished build by {tool} {begun.tools.get(tool)}, but {present} is installed. "
                 "Finish the build with that version, or pass --restart to discard the build."
             )
     after = plan.source.inputs
     advice = "Undo this change to resume the build, pass --restart to discard the build, or choose another --store."
-    if classes != list(plan.source.classes):
+    if begun.classes != plan.source.classes:
         raise UserError(
-            f"{store} holds an unfinished build of {len(classes)} classes, this command has "
+            f"{store} holds an unfinished build of {len(begun.classes)} classes, this command has "
             f"{len(plan.source.classes)}. {advice}"
         )
     if after.same_as(before):
@@ -149,7 +148,7 @@ def find_changed_inputs(plan: BuildPlan, store: Path) -> dict[bytes, tuple[Input
             f"{store} holds an unfinished build of other inputs: {name_text(path)} {what} "
             f"({len(before):,} inputs then, {len(after):,} now). {advice}"
         )
-    if boundaries != plan.boundaries:
+    if begun.edges != plan.boundaries:
         raise UserError(f"{store} holds an unfinished build with other shard boundaries. {advice}")
     changed = before.changed_inputs(after, plan.settings.seed)
     for number in range(plan.shard_count):
@@ -193,9 +192,8 @@ def background_of(store: Path, restart: bool) -> str | None:
     if (store / "manifest.json").exists():
         return Store.open(store).settings.background
     for split in () if restart else SPLITS:
-        with suppress(OSError, ValueError, KeyError, TypeError):  # find_changed_inputs reports a damaged file
-            begun = json.loads((store / split / ".build" / "plan.json").read_bytes())
-            return Settings.from_json(begun["settings"]).background
+        with suppress(OSError, UserError):  # find_changed_inputs reports a damaged file
+            return read_plan(store / split / ".build").settings.background
     return None
 
 

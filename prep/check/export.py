@@ -15,6 +15,7 @@ from pathlib import Path
 from prep.console import Progress, UserError, WrongArgument, disk_error
 from prep.files import check_output_folder, write_atomic
 from prep.inputs.names import name_text
+from prep.schema import decode, read_regular
 from prep.store import lmdb_shard
 from prep.store.datum import Datum, DatumError
 from prep.store.manifest import Store, StoreError
@@ -61,8 +62,8 @@ def _begin_or_resume(out: Path, identity: dict[str, str]) -> None:
         out.mkdir(parents=True, exist_ok=True)
         names = sorted(path.name for path in out.iterdir() if not path.name.startswith(f".{MARKER}."))
         if MARKER in names:
-            with suppress(ValueError):
-                if json.loads(marker.read_bytes()) == identity:
+            with suppress(UserError):
+                if decode(dict[str, str], read_regular(marker, 4096, ""), str(marker), "") == identity:
                     return
             raise WrongArgument(f"{out}: the folder has an export of another split or store. Name an empty folder.")
         if names:

@@ -22,6 +22,7 @@ from prep.images.codec import BadImage, decode_image
 from prep.store import lmdb_shard
 from prep.store.datum import Datum, DatumError
 from prep.store.manifest import ColorStats, Store, StoreError
+from prep.store.models import MomentsJson
 from prep.workers import Runner, TaskProgress, WorkerDied
 
 PIXEL_SCALE = 255
@@ -55,7 +56,7 @@ class Moments:
             ),
         )
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> MomentsJson:
         """Return the moments as a JSON object of integers."""
         return {"pixels": self.pixels, "total": list(self.total), "outer": [list(row) for row in self.outer]}
 

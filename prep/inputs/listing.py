@@ -16,7 +16,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from prep.console import UserError
 from prep.files import atomic_file
+from prep.schema import ArrayShape, read_npz
 
 OWN_FILE = -1  # `location` of an input that is a separate file, not a part of an archive or LMDB
 
@@ -118,18 +120,29 @@ class Listing:
             np.savez(file, paths=np.frombuffer(self._paths, np.uint8), ends=self._ends, **columns)
 
     @staticmethod
-    def load(path: Path) -> Listing:
-        """Read a file that `save` wrote. Raises OSError or ValueError if the file cannot be read."""
+    def load(path: Path, classes: int, advice: str) -> Listing:
+        """Read a file that `save` wrote; `classes` is the number of classes.
+
+        Raises OSError if the file cannot be read. Raises UserError, with `advice` in its message, if the file is
+        damaged. The arrays are not compressed, so they have no more bytes than the file.
+        """
+        integers = ArrayShape(("<i8",), (None,))
+        expected = dict.fromkeys(("ends", *_COLUMNS.values()), integers)
+        expected["paths"] = ArrayShape(("|u1",), (None,))
+        saved = read_npz(path, expected, path.stat().st_size, advice)
+        ends, labels = saved["ends"], saved[_COLUMNS["label"]]
+        for key in _COLUMNS.values():
+            if len(saved[key]) != len(ends):
+                raise UserError(f"{path}: {key} has {len(saved[key]):,} values, expected {len(ends):,}. {advice}")
+        if np.any(np.diff(ends, prepend=0) < 0) or len(saved["paths"]) != (ends[-1] if len(ends) else 0):
+            size = len(saved["paths"])
+            raise UserError(f"{path}: ends does not ascend up to {size:,}, the length of paths. {advice}")
+        if len(labels) and not 0 <= labels.min() <= labels.max() < classes:
+            found = f"labels from {labels.min()} to {labels.max()}"
+            raise UserError(f"{path}: {found}, expected 0 to {classes - 1}. {advice}")
         listing = Listing()
-        try:
-            with open(path, "rb") as file, np.load(file, allow_pickle=False) as saved:
-                listing._paths = bytearray(saved["paths"].tobytes())
-                listing._ends = array("q", saved["ends"].tobytes())
-                listing._columns = {name: array("q", saved[key].tobytes()) for name, key in _COLUMNS.items()}
-        except (OSError, ValueError):
-            raise
-        except Exception as error:  # for a damaged .npz file, NumPy, zipfile and zlib can raise any exception
-            raise ValueError(f"{path}: {error}") from None
+        listing._paths, listing._ends = bytearray(saved["paths"].tobytes()), array("q", ends.tobytes())
+        listing._columns = {name: array("q", saved[key].tobytes()) for name, key in _COLUMNS.items()}
         return listing
 
     def same_as(self, other: Listing) -> bool:

@@ -17,10 +17,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
-from hashlib import sha256
 from itertools import chain, pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -38,8 +37,11 @@ from prep.inputs.listing import Listing
 from prep.inputs.names import name_text
 from prep.inputs.reader import Source
 from prep.merge.records import ADVICE, CopyTask, SourceShard, copy_shard, list_shard
+from prep.schema import ArrayShape, file_sha256, read_npy
 from prep.store.input_log import read_outcomes, write_outcomes
 from prep.store.manifest import SPLIT_FILES, SPLITS, Settings, Shard, Split, Store, digest_json, split_fingerprint
+from prep.store.models import Account
+from prep.store.work_files import RESTART, MergeFile, read_work_file
 from prep.workers import Counts, Runner, WorkerDied
 
 
@@ -182,7 +184,7 @@ def _begin_or_resume(plan: BuildPlan, target: Path, restart: bool) -> None:
         discard_build(plan, target)
     remove_temporary_files(target)
     if path.exists():
-        if json.loads(path.read_bytes()).get("digest") != plan.digest:
+        if read_work_file(MergeFile, path).digest != plan.digest:
             raise UserError(
                 f"{target} holds an unfinished merge of other records. Name the same stores in the same order, pass "
                 "--restart to discard the unfinished merge, or choose another --store."
@@ -281,7 +283,7 @@ def _assemble(
         **_sum_counts([part.account for part in merged]),
         **totals,
         "plan": plan.digest,
-        "files": {name: sha256((folder / name).read_bytes()).hexdigest() for name in SPLIT_FILES},
+        "files": {name: file_sha256(folder / name) for name in SPLIT_FILES},
         "sources": [_origin(part) for part in merged],
     }
     built = Split(
@@ -292,7 +294,7 @@ def _assemble(
         label_counts=tuple(labels[label] for label in range(len(plan.source.classes))),
         shards=shards,
         moments=moments.to_json(),
-        account=account,
+        account=cast(Account, account),
     )
     write_color_stats(folder, built)
     splits = {**(existing.splits if existing else {}), split: built}
@@ -317,8 +319,9 @@ def _square_sum(plan: BuildPlan, parts: Sequence[Store]) -> npt.NDArray[Any]:
     if plan.settings.format == "ppm":
         side = plan.settings.side_px
         total: npt.NDArray[Any] = np.zeros((side, side, 3), np.int64)
+        square = ArrayShape(("<i8",), total.shape)
         for number in range(plan.shard_count):
-            total = total + np.load(plan.work_dir / f"{number:05d}.npy")
+            total = total + read_npy(plan.work_dir / f"{number:05d}.npy", square, RESTART)
         return total
     means = [(store.mean_image(split).astype(np.float64), store.split(split).records) for store in parts]
     sums = [np.rint(mean * records) for mean, records in means]

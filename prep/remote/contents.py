@@ -2,30 +2,29 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
-from hashlib import file_digest, sha256
+from hashlib import sha256
 from pathlib import Path
 
 from prep.check.verify import same_color_stats
 from prep.images.color_stats import Moments, compute_color_stats
 from prep.remote.folder import Folder
 from prep.remote.journal import SOURCE
+from prep.schema import file_sha256, read_regular
 from prep.store import lmdb_shard
 from prep.store.manifest import (
+    MAX_COLOR_STATS_BYTES,
     SPLIT_FILES,
     ColorStats,
     Shard,
     Store,
     StoreError,
-    digest_json,
     parse_color_stats,
 )
 
 MANIFEST = "manifest.json"
 CHECKSUMS = "SHA256SUMS"  # file in object storage: digests of all files, in the format of the program sha256sum
-_NAME = r"[A-Za-z0-9_-]+"
 
 
 class Damaged(Exception):
@@ -56,35 +55,17 @@ def read_manifest(folder: Folder) -> tuple[Store, bytes]:
         hint = "a copy was not finished: run the same alexprep copy again" if unfinished else "not a store"
         raise StoreError(f"{folder.name}: the folder has no {MANIFEST} ({hint}).") from None
     store = Store.parse(Path(folder.name), content, folder.name)
-    written = json.loads(content)
-    checksum = written.pop("checksum", None)
-    if checksum != digest_json(written) or store.fingerprint != written.get("fingerprint"):
-        raise StoreError(
-            f"{folder.name}/{MANIFEST} was changed: checksum {digest_json(written)}, the file says {checksum}. Take "
-            "the file from another copy of the store, or build the store again."
-        )
     return store, content
 
 
-def store_files(store: Store, name: str) -> list[StoreFile]:
-    """Return all files of a store except its manifest. The shards come first.
-
-    Raises StoreError if a path in the manifest points outside of the store.
-    """
+def store_files(store: Store) -> list[StoreFile]:
+    """Return all files of a store except its manifest. The shards come first."""
     files = [StoreFile(f"{shard.path}/data.mdb", shard) for split in store.splits.values() for shard in split.shards]
     for split_name, split in store.splits.items():
-        try:
-            digests = {file: str(split.account["files"][file]) for file in SPLIT_FILES}
-            stats = compute_color_stats(split.records, Moments.from_json(split.moments))
-        except (KeyError, TypeError, ValueError) as error:
-            raise StoreError(f"{name}/{MANIFEST}: split {split_name}: a field is missing ({error!r}).") from None
+        digests = {file: split.account["files"][file] for file in SPLIT_FILES}
+        stats = compute_color_stats(split.records, Moments.from_json(split.moments))
         files.append(StoreFile(f"{split_name}/colour.json", color_stats=stats))
         files += [StoreFile(f"{split_name}/{file}", sha256=digest) for file, digest in digests.items()]
-    for file in files:
-        if not re.fullmatch(rf"{_NAME}/({_NAME}/)?[a-z_]+\.[a-z]+", file.path):
-            raise StoreError(
-                f"{name}/{MANIFEST} names the file {file.path!r}, expected a path such as train/00000/data.mdb."
-            )
     return files
 
 
@@ -94,8 +75,7 @@ def check_content(file: StoreFile, path: Path) -> str:
     The path of a shard must end in data.mdb. Raises Damaged if the file differs. A damaged shard may make LMDB crash
     the process.
     """
-    with open(path, "rb") as opened:
-        whole = file_digest(opened, "sha256").hexdigest()
+    whole = file_sha256(path)
     if file.shard is not None:
         _check_shard(file.shard, path.parent)
     elif file.color_stats is not None:
@@ -125,7 +105,7 @@ def _check_shard(shard: Shard, folder: Path) -> None:
 
 def _check_color_stats(expected: ColorStats, path: Path) -> None:
     try:
-        same = same_color_stats(parse_color_stats(path.read_bytes(), path.name), expected)
+        same = same_color_stats(parse_color_stats(read_regular(path, MAX_COLOR_STATS_BYTES, ""), path.name), expected)
     except (StoreError, TypeError, ValueError) as error:
         raise Damaged(f"{path.name} cannot be read ({error})") from None
     if not same:

@@ -105,7 +105,7 @@ def planned_copy(source_name: str, target_name: str) -> Iterator[CopyPlan]:
         raise UserError(f"{target.name} is the source itself. Name another destination.")
     store, manifest = read_manifest(source)
     identity = CopySource(sha256(manifest).hexdigest(), store.fingerprint, source.name)
-    files = tuple(store_files(store, source.name))
+    files = tuple(store_files(store))
     states = source.states([*(file.path for file in files), CHECKSUMS])
     for file in files:
         if file.path not in states:

@@ -9,7 +9,9 @@ from typing import NamedTuple, Protocol
 
 from prep.console import UserError, disk_error
 from prep.files import sync_folder, write_atomic
+from prep.schema import open_regular, read_regular
 
+MAX_SMALL_FILE_BYTES = 16 << 20  # largest manifest.json, and largest list of checksums
 CHUNK_BYTES = 8 << 20  # a large file is transferred in parts of this size, with one request for each part
 
 # A function that is called with the number of bytes of a file that have been transferred so far.
@@ -40,7 +42,7 @@ class Folder(Protocol):
         """Return {path: state} of those files that exist. Missing files are left out."""
 
     def read(self, path: str) -> bytes:
-        """Return the content of a small file."""
+        """Return the content of a small file, of at most MAX_SMALL_FILE_BYTES. Raises UserError for a larger file."""
 
     def chunks(self, path: str, state: FileState) -> Iterator[bytes]:
         """Yield the content of a file. Raises UserError if the state of the file is no longer `state`."""
@@ -87,11 +89,12 @@ class LocalFolder:
 
     def read(self, path: str) -> bytes:
         """See Folder.read."""
-        return (self.root / path).read_bytes()
+        advice = "Copy the store again, or build it again."
+        return read_regular(self.root / path, MAX_SMALL_FILE_BYTES, advice)
 
     def chunks(self, path: str, state: FileState) -> Iterator[bytes]:
         """See Folder.chunks."""
-        with open(self.root / path, "rb") as file:
+        with open_regular(self.root / path) as file:
             while chunk := file.read(CHUNK_BYTES):
                 yield chunk
         if self._state(path) != state:

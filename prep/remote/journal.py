@@ -20,7 +20,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from prep.console import UserError
 from prep.remote.folder import Folder, LocalFolder
+from prep.schema import Count, Digest, Text, decode
 from prep.store.manifest import COPY_FOLDER
 
 T = TypeVar("T")
@@ -34,27 +36,27 @@ _REQUESTS_AT_ONCE = 16
 class CopySource:
     """Identity of the store that is copied."""
 
-    manifest: str  # SHA-256 (hex) of the store's manifest.json
-    fingerprint: str
-    name: str  # argument SRC of the command that began the copy
+    manifest: Text  # SHA-256 (hex) of the store's manifest.json
+    fingerprint: Text
+    name: Text  # argument SRC of the command that began the copy
 
 
 @dataclass(frozen=True)
 class Arrival:
     """A file that arrived and was verified."""
 
-    size_bytes: int
-    version: str
-    sha256: str
+    size_bytes: Count
+    version: Text
+    sha256: Digest
 
 
 def read_source(target: Folder) -> CopySource | None:
     """Return the identity of the store that was being copied to `target`; None if `target` has no unfinished copy."""
     try:
-        return CopySource(**json.loads(target.read(SOURCE)))
+        return decode(CopySource, target.read(SOURCE), SOURCE, "")
     except FileNotFoundError:
         return None
-    except (TypeError, ValueError):
+    except UserError:
         return CopySource("", "unknown, because the file source.json of the copy is damaged", "an unknown store")
 
 
@@ -74,8 +76,8 @@ def read_arrivals(target: Folder, paths: Iterable[str]) -> dict[str, Arrival]:
 
     def read(path: str) -> Arrival | None:
         try:
-            return Arrival(**json.loads(target.read(_entry(path))))
-        except (FileNotFoundError, TypeError, ValueError):
+            return decode(Arrival, target.read(_entry(path)), path, "")
+        except (FileNotFoundError, UserError):
             return None
 
     entries = dict(zip(paths, _for_each(read, paths), strict=True))

@@ -23,7 +23,7 @@ from typing import Any, NoReturn, TypeVar
 
 from prep.console import UserError
 from prep.remote.aws_profile import profile_settings
-from prep.remote.folder import CHUNK_BYTES, CountBytes, FileState
+from prep.remote.folder import CHUNK_BYTES, MAX_SMALL_FILE_BYTES, CountBytes, FileState
 from prep.version import pip_command
 
 T = TypeVar("T")
@@ -100,7 +100,7 @@ class ObjectFolder:
 
     def read(self, path: str) -> bytes:
         """See Folder.read."""
-        return self._tried(path, lambda: self._get(path, {}))
+        return self._tried(path, lambda: self._get(path, {}, MAX_SMALL_FILE_BYTES))
 
     def chunks(self, path: str, state: FileState) -> Iterator[bytes]:
         """See Folder.chunks."""
@@ -117,8 +117,12 @@ class ObjectFolder:
                 )
             yield chunk
 
-    def _get(self, path: str, options: dict[str, Any]) -> bytes:
-        return bytes(self._obstore.get(self._store, path, options=options).bytes())
+    def _get(self, path: str, options: dict[str, Any], max_bytes: int | None = None) -> bytes:
+        result = self._obstore.get(self._store, path, options=options)
+        size = result.meta["size"]
+        if max_bytes is not None and size > max_bytes:
+            raise UserError(f"{self.name}/{path} has {size:,} bytes, expected at most {max_bytes:,}. Copy it again.")
+        return bytes(result.bytes())
 
     def write(self, path: str, content: bytes) -> None:
         """See Folder.write."""

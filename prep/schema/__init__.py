@@ -5,17 +5,20 @@ A reader opens a file with `read_regular` or `open_regular`, and turns the bytes
 `convert`. All these functions raise an error of one line that names the file, the field, the value that was found, the
 value that was expected, and the next step.
 
-A model is a `msgspec.Struct` or a frozen dataclass. Bounds are part of the types of the fields. Rule for unknown
-fields: files of a store, whose format has a schema number, refuse unknown fields (`forbid_unknown_fields=True`). Files
-of a run folder and of other programs have no such number. Their models ignore unknown fields.
+A model is a `msgspec.Struct`, a frozen dataclass or a TypedDict. Bounds are part of the types of the fields. Rule for
+unknown fields: manifest.json and colour.json, whose format has a schema number, refuse unknown fields
+(`forbid_unknown_fields=True`, see also prep/schema/unknown_fields.py). Files of a run folder, work files and files of
+other programs have no such number. Their models ignore unknown fields.
 """
 
 from prep.schema.arrays import ArrayShape, decode_npy, read_npy, read_npz
-from prep.schema.check import convert, decode, parse_json
-from prep.schema.fields import Count, Digest, Finite, NonNegative, Text, text_of
-from prep.schema.regular_file import open_regular, read_regular
+from prep.schema.check import convert, decode, parse_json, shown
+from prep.schema.fields import Count, Digest, Finite, NonNegative, Text, one_of, text_of
+from prep.schema.regular_file import file_sha256, open_regular, read_regular
+from prep.schema.unknown_fields import REFUSES_UNKNOWN
 
 __all__ = [
+    "REFUSES_UNKNOWN",
     "ArrayShape",
     "Count",
     "Digest",
@@ -25,10 +28,13 @@ __all__ = [
     "convert",
     "decode",
     "decode_npy",
+    "file_sha256",
+    "one_of",
     "open_regular",
     "parse_json",
     "read_npy",
     "read_npz",
     "read_regular",
+    "shown",
     "text_of",
 ]

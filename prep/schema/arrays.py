@@ -59,8 +59,9 @@ def read_npy(
 
     All lengths of `expected` must be given. Raises the errors of read_regular and decode_npy.
     """
-    size = math.prod(length or 0 for length in expected.shape) * max(np.dtype(t).itemsize for t in expected.types)
-    return decode_npy(read_regular(path, size + _HEADER_BYTES, advice, error), expected, str(path), advice, error)
+    # An array of another type, of at most 16 bytes for each number, is read as well, because its error names the type.
+    max_bytes = _HEADER_BYTES + 16 * math.prod(length or 0 for length in expected.shape)
+    return decode_npy(read_regular(path, max_bytes, advice, error), expected, str(path), advice, error)
 
 
 def decode_npy(

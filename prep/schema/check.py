@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, TypeVar, cast
 
 import msgspec
 
 from prep.console import UserError, escaped
 from prep.schema.fields import text_of
+from prep.schema.unknown_fields import finder
 
 MAX_DEPTH = 64  # levels of nested objects and arrays
 MAX_VALUES = 20_000_000  # values of a Python object, in all its containers
@@ -65,7 +66,7 @@ def parse_json(content: bytes, name: str, advice: str, error: Callable[[str], Us
     except _Refused as refused:
         raise error(escaped(f"{name}: {refused}. {advice}")) from None
     except UnicodeDecodeError as invalid:
-        what = f"byte {invalid.start} is 0x{content[invalid.start]:02x}, expected UTF-8 text"
+        what = f"cannot be read as UTF-8 text (byte {invalid.start} is 0x{content[invalid.start]:02x})"
         raise error(escaped(f"{name}: {what}. {advice}")) from None
     except RecursionError:
         raise error(escaped(f"{name}: {_too_deep()}. {advice}")) from None
@@ -77,7 +78,12 @@ def parse_json(content: bytes, name: str, advice: str, error: Callable[[str], Us
 
 def _typed(type_: type[T], data: Any, name: str, advice: str, error: Callable[[str], UserError]) -> T:
     try:
-        return msgspec.convert(data, type_)
+        value = msgspec.convert(data, type_)
+        find_unknown = finder(cast(Hashable, type_))
+        unknown = find_unknown(data, ()) if find_unknown else None
+        if unknown is None:
+            return value
+        what = _unknown_text(_where(unknown.path), unknown.field, unknown.known)
     except msgspec.ValidationError as invalid:
         what = _description(type_, data, invalid)
     except RecursionError:
@@ -138,18 +144,25 @@ def _description(type_: Any, data: Any, invalid: msgspec.ValidationError) -> str
     message = str(invalid)[: found_at.start()] if found_at else str(invalid)
     path = _resolved_path(type_, data, str(invalid), found_at.group(2) if found_at else "")
     node, value = _expected_type(type_, path), _value_at(data, path)
-    where = ".".join(str(part) for part in path) or "the content"
+    where = _where(path)
     if invalid.__cause__ is not None:  # the message of a check in __post_init__ of a model
         return f"{where}: {message}" if path else message
     field = message.partition("`")[2].partition("`")[0]
     if message.startswith("Object missing required field"):
         return f"{where} has no field {field}, expected {text_of(_field_type(node, field))}"
     if message.startswith("Object contains unknown field"):
-        known = ", ".join(part.encode_name for part in _plain(node).fields[:12])
-        return f"{where} has the unknown field {shown(field)}, expected only {known}"
+        return _unknown_text(where, field, [part.encode_name for part in _plain(node).fields])
     if found_at and found_at.group(1):  # a key of an object
         return f"{where} has the key {shown(path.bad_key)}, expected {text_of(_plain(node).key_type)}"
     return f"{where} is {shown(value)}, expected {text_of(node)}"
+
+
+def _where(path: Sequence[str | int]) -> str:
+    return ".".join(str(part) for part in path) or "the content"
+
+
+def _unknown_text(where: str, field: str, known: Sequence[str]) -> str:
+    return f"{where} has the unknown field {shown(field)}, expected only {', '.join(known[:12])}"
 
 
 class _Path(list[str | int]):
@@ -215,7 +228,16 @@ def _plain(node: Any) -> Any:
 
 
 def _container(types: tuple[Any, ...]) -> Any:
-    names = ("StructType", "DataclassType", "DictType", "TupleType", "VarTupleType", "ListType", "Metadata")
+    names = (
+        "StructType",
+        "DataclassType",
+        "TypedDictType",
+        "DictType",
+        "TupleType",
+        "VarTupleType",
+        "ListType",
+        "Metadata",
+    )
     return next((part for part in types if type(part).__name__ in names), types[0])
 
 
@@ -231,7 +253,7 @@ def _expected_type(type_: Any, path: list[str | int]) -> Any:
     for part in path:
         plain = _plain(node)
         kind = type(plain).__name__
-        if kind in ("StructType", "DataclassType"):
+        if kind in ("StructType", "DataclassType", "TypedDictType"):
             node = _field_type(plain, str(part))
         elif kind == "DictType":
             node = plain.value_type

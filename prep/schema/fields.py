@@ -13,8 +13,20 @@ _LARGEST_FLOAT = 1.7976931348623157e308
 Count = Annotated[int, Meta(ge=0, le=MAX_INT)]
 Finite = Annotated[float, Meta(ge=-_LARGEST_FLOAT, le=_LARGEST_FLOAT, extra={"expected": "a finite number"})]
 NonNegative = Annotated[float, Meta(ge=0, le=_LARGEST_FLOAT, extra={"expected": "a finite number of at least 0"})]
-Digest = Annotated[str, Meta(pattern="^[0-9a-f]{64}$", extra={"expected": "64 lower-case hexadecimal digits"})]
+Digest = Annotated[
+    str, Meta(pattern="^[0-9a-f]{64}$", max_length=64, extra={"expected": "64 lower-case hexadecimal digits"})
+]
 Text = Annotated[str, Meta(max_length=4096)]
+
+
+def one_of(*values: str) -> Meta:
+    """Return the bound of a string that has one of these values, which must consist of letters, digits, _ and -."""
+    return Meta(
+        pattern=rf"^({'|'.join(values)})(?![\s\S])",
+        extra={"expected": " or ".join(values)},
+        extra_json_schema={"enum": list(values)},
+    )
+
 
 _NAMES = {"Any": "any value", "None": "null", "Bool": "true or false", "Bytes": "bytes", "ByteArray": "bytes"}
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Callable
+from hashlib import file_digest
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 from prep.console import UserError, escaped
 
@@ -24,7 +25,7 @@ def open_regular(
     path: Path | str,
     advice: str = "Put the file back, or name another file.",
     error: Callable[[str], UserError] = UserError,
-) -> BinaryIO:
+) -> BufferedReader:
     """Open a regular file for reading. A symbolic link to a regular file is opened as well.
 
     Raises FileNotFoundError or another OSError if the file cannot be opened. Raises `error`, with `advice` in its
@@ -63,6 +64,12 @@ def read_regular(path: Path | str, max_bytes: int, advice: str, error: Callable[
     if len(content) > max_bytes:
         raise error(escaped(f"{path} has more than {max_bytes:,} bytes, the largest size allowed. {advice}"))
     return content
+
+
+def file_sha256(path: Path | str, advice: str = "", error: Callable[[str], UserError] = UserError) -> str:
+    """Return the SHA-256 (hex) of a regular file of any size. Raises the errors of open_regular."""
+    with open_regular(path, advice, error) as file:
+        return file_digest(file, "sha256").hexdigest()
 
 
 def _refuse_other_kinds(mode: int, path: Path | str, advice: str, error: Callable[[str], UserError]) -> None:

@@ -14,13 +14,19 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import count
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Final
 
 from prep.files import atomic_file
+from prep.schema import decode, open_regular
+from prep.store.manifest import StoreError
+from prep.store.models import Outcome, outcome_fault
 
-IGNORED = "ignored"  # fate of an entry that is not an input, such as a file beside class folders
+IGNORED: Final = "ignored"  # fate of an entry that is not an input, such as a file beside class folders
 WARNED = "kept, with warnings"  # fate of an input that was kept although its decoder warned about it
+_MAX_LINE_BYTES = 1 << 20
+_ADVICE = "Check the store with: alexprep verify"
 _MAX_REASONS = 20  # this limit keeps the manifest small if there are many different reasons
 
 
@@ -73,10 +79,21 @@ def _write_each(outcomes: Iterable[Mapping[str, Any]], file: BinaryIO) -> Iterat
 
 
 def read_outcomes(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the outcomes in an inputs.jsonl. Raises OSError if reading fails, and ValueError if a line is not JSON.
+    """Yield the outcomes in an inputs.jsonl.
 
-    Only \\n ends a line. str.splitlines would also split at U+2028, which a file name may contain.
+    Raises OSError if reading fails, and StoreError, with the number of the line, for a line that is no outcome. Only
+    \\n ends a line. str.splitlines would also split at U+2028, which a file name may contain.
     """
-    with open(path, encoding="utf-8", newline="\n") as lines:
-        for line in lines:
-            yield json.loads(line)
+    with open_regular(path, _ADVICE, StoreError) as lines:
+        for number in count(1):
+            line = lines.readline(_MAX_LINE_BYTES + 1)
+            if not line:
+                return
+            name = f"{path}, line {number}"
+            if len(line) > _MAX_LINE_BYTES:
+                raise StoreError(f"{name} has more than {_MAX_LINE_BYTES:,} bytes, the largest length. {_ADVICE}")
+            outcome = decode(Outcome, line, name, _ADVICE, StoreError)
+            fault = outcome_fault(outcome)
+            if fault:
+                raise StoreError(f"{name}: {fault}. {_ADVICE}")
+            yield dict(outcome)

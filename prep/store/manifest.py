@@ -16,168 +16,68 @@ a store whose schema number is not SCHEMA. The error message has both numbers.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from prep.console import UserError, did_you_mean, shell_quoted
 from prep.files import write_atomic
+from prep.schema import ArrayShape, convert, decode, parse_json, read_npy, read_regular, shown
+from prep.store.agreement import SPLIT_FILES, digest_json, disagreements, split_fingerprint
+from prep.store.models import (
+    DEFAULT_BACKGROUND,
+    DROPPED,
+    MAX_COLOR_STATS_BYTES,
+    MAX_MANIFEST_BYTES,
+    ChannelStats,
+    ColorStats,
+    Manifest,
+    Settings,
+    Shard,
+    Split,
+)
+
+__all__ = [
+    "BACKGROUNDS",
+    "COPY_FOLDER",
+    "DEFAULT_BACKGROUND",
+    "DROPPED",
+    "FILTERS",
+    "FORMATS",
+    "KIND",
+    "MAX_COLOR_STATS_BYTES",
+    "SCHEMA",
+    "SPLITS",
+    "SPLIT_FILES",
+    "ChannelStats",
+    "ColorStats",
+    "Settings",
+    "Shard",
+    "Split",
+    "Store",
+    "StoreError",
+    "digest_json",
+    "parse_color_stats",
+    "split_fingerprint",
+]
 
 SCHEMA = 1
 KIND = "alexnet-store"
 SPLITS = ("train", "val")
-SPLIT_FILES = ("mean_image.npy", "inputs.jsonl")  # files of a split whose digests are in Split.account
 COPY_FOLDER = ".copy"  # journal of an unfinished `alexprep copy` into this store (see prep.remote.journal)
 FORMATS = ("jpeg", "ppm")  # formats of a record
 FILTERS = ("area", "bilinear", "bicubic", "lanczos")  # rescaling filters
 BACKGROUNDS = ("white", "black", "grey")  # colours behind transparent pixels
-DEFAULT_BACKGROUND = "white"
-DROPPED = "dropped"  # Settings.background of stores of older versions, which dropped the alpha channel of images
-
-T = TypeVar("T")
+ADVICE = "The store is damaged. Build the store again, or take the file from another copy of the store."
 
 
 class StoreError(UserError):
     """The store is missing, unfinished, damaged, or of another schema version."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Options that, with the inputs, determine the bytes of the records. All splits of a store have equal options."""
-
-    side_px: int  # length of the shorter side after rescaling
-    keep_aspect: bool  # False: only the central square is stored (section 2 of the paper); True: the whole image
-    format: str  # format of the records, "jpeg" or "ppm"
-    quality: int  # JPEG quality, 1..100; unused for ppm
-    filter: str  # rescaling filter: "area", "bilinear", "bicubic" or "lanczos"
-    seed: int  # seed of the record order
-    # Manifests of older versions lack the following fields. For each of these fields, from_json sets the value that
-    # describes the older versions.
-    background: str = DEFAULT_BACKGROUND  # colour behind transparent pixels, one of BACKGROUNDS, or DROPPED
-    # JPEGs with more pixels are decoded at 1/2, 1/4 or 1/8 of their size, to save memory; 0: never
-    reduce_above: int = 0
-
-    @staticmethod
-    def from_json(data: Mapping[str, Any]) -> Settings:
-        """Return the settings in a manifest, a plan.json or a run.json.
-
-        Raises TypeError for a missing or unknown field.
-        """
-        return Settings(**{**_OLDER_SETTINGS, **data})
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the settings as JSON. A newer field is left out if its value describes what older versions did."""
-        return {name: value for name, value in asdict(self).items() if _OLDER_SETTINGS.get(name) != value}
-
-
-_OLDER_SETTINGS = {"background": DROPPED, "reduce_above": 0}
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One LMDB folder of a split."""
-
-    path: str  # path of the shard relative to the store, with forward slashes
-    records: int  # number of records
-    bytes: int  # size of all Datums, without LMDB's own pages
-    digest: str  # SHA-256 over all keys and values in order (see prep.store.lmdb_shard)
-
-
-@dataclass(frozen=True)
-class Split:
-    """One complete split."""
-
-    records: int  # number of records
-    bytes: int  # size of all Datums
-    pixels: int  # number of pixels of all records
-    fingerprint: str  # see split_fingerprint
-    label_counts: tuple[int, ...]  # number of records of each class
-    shards: tuple[Shard, ...]
-    moments: Mapping[str, Any]  # exact integers: number of pixels, sum of RGB (3), sum of RGB·RGBᵀ (3×3)
-    # Digest of the build plan, counts of inputs, and digests of SPLIT_FILES, as {"plan": SHA-256, "inputs": n, "kept":
-    # n, "largest_px": pixels of the largest input kept, "converted": {conversion: n}, "exif_orientation": {value: n},
-    # "warnings": {text: n}, "bad": {reason: n}, "files": {name: SHA-256}}. Older versions wrote neither "largest_px"
-    # nor "warnings".
-    account: Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class ColorStats:
-    """Mean and principal components of the RGB pixels of a split, on the scale 0..255.
-
-    The square roots of `eigenvalues` are standard deviations in grey levels. Krizhevsky's code multiplies each standard
-    deviation by a draw from N(0, 0.1). For pixels in [0, 1], divide `eigenvalues` by 255². The eigenvalues in
-    fb.resnet.torch are for pixels in [0, 1].
-    """
-
-    records: int  # number of records
-    pixels: int  # number of pixels
-    mean_rgb: tuple[float, ...]  # (3,)
-    covariance: tuple[tuple[float, ...], ...]  # (3, 3), grey levels squared
-    eigenvalues: tuple[float, ...]  # (3,), descending
-    stdevs: tuple[float, ...]  # (3,), grey levels
-    eigenvectors: tuple[tuple[float, ...], ...]  # (3, 3): column j for eigenvalue j, with first nonzero entry > 0
-    pixel_scale: int  # always 255
-
-    def channel_stats(self, max_value: float = 255) -> ChannelStats:
-        """Return mean and standard deviation of each channel, for pixels in 0..`max_value`: 255 (grey levels) or 1."""
-        factor = max_value / self.pixel_scale
-        stds = (math.sqrt(max(0.0, self.covariance[k][k])) for k in range(3))
-        return ChannelStats(
-            tuple(factor * mean for mean in self.mean_rgb), tuple(factor * std for std in stds), max_value
-        )
-
-
-class ChannelStats(NamedTuple):
-    """Mean and standard deviation of the R, G and B values of pixels, as arguments for transforms.Normalize."""
-
-    mean: Sequence[float]  # (3,)
-    std: Sequence[float]  # (3,)
-    max_value: float  # value of a white pixel: 255 for grey levels, 1 for pixels in [0, 1]
-
-
-def _class_names(value: object) -> tuple[str, ...]:
-    """Return the classes of a manifest. Raises TypeError if the value is not a list of strings."""
-    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
-        raise TypeError(f"classes: {value!r:.60}, expected a list of strings")
-    return tuple(value)
-
-
-def _from_json(cls: type[T], data: Any, where: str) -> T:
-    """Create a `cls` object from a JSON object. Raises StoreError if a field is missing, unknown or of a wrong type."""
-    names = [f.name for f in fields(cls)]  # type: ignore[arg-type]  # every caller passes a dataclass
-    if cls is Settings and isinstance(data, dict):
-        data = {**_OLDER_SETTINGS, **data}
-    if not isinstance(data, dict) or sorted(data) != sorted(names):
-        content = sorted(data) if isinstance(data, dict) else type(data).__name__
-        raise StoreError(f"{where} holds {content}, expected {sorted(names)}. The store is damaged: build it again.")
-    for field in fields(cls):  # type: ignore[arg-type]
-        if type(data[field.name]) not in _JSON_TYPES[str(field.type).partition("[")[0]]:
-            raise StoreError(
-                f"{where}: {field.name} is {data[field.name]!r}, expected {field.type}. "
-                "The store is damaged: build it again."
-            )
-    return cls(**{name: _as_tuple(data[name]) for name in names})
-
-
-_JSON_TYPES: dict[str, tuple[type, ...]] = {  # annotation of a field -> Python types that it allows
-    "int": (int,),
-    "str": (str,),
-    "bool": (bool,),
-    "tuple": (list, tuple),
-    "Mapping": (dict,),
-}
-
-
-def _as_tuple(value: Any) -> Any:
-    return tuple(_as_tuple(v) for v in value) if isinstance(value, list) else value
 
 
 @dataclass(frozen=True)
@@ -204,7 +104,7 @@ class Store:
                 f"{root}: no such store. Build a store with: alexprep build-lmdb SOURCE --store {shell_quoted(root)}"
             )
         try:
-            content = path.read_bytes()
+            content = read_regular(path, MAX_MANIFEST_BYTES, ADVICE, StoreError)
         except (FileNotFoundError, NotADirectoryError):
             hint = "not a store"
             if (root / COPY_FOLDER).is_dir():
@@ -227,31 +127,20 @@ class Store:
         """
         name = name or str(root)
         path = f"{name.rstrip('/')}/manifest.json"
-        try:
-            data = json.loads(content)
-        except ValueError as error:
-            raise StoreError(f"{path}: cannot be read ({error}). Build the store again.") from None
+        data = parse_json(content, path, ADVICE, StoreError)
         if not isinstance(data, dict) or data.get("kind") != KIND:
             raise StoreError(f"{path}: not the manifest of an alexnet store.")
         if data.get("schema") != SCHEMA:
             raise StoreError(
-                f"{name} was built with store version {data.get('schema')}; this program reads version {SCHEMA}. "
-                "Build the store again, or install the alexnet release that wrote the store."
+                f"{name} was built with store version {shown(data.get('schema'))}; this program reads version "
+                f"{SCHEMA}. Build the store again, or install the alexnet release that wrote the store."
             )
-        try:
-            splits = {}
-            for split, raw in data["splits"].items():
-                where = f"{path}: split {split}"
-                shards = tuple(_from_json(Shard, s, f"{where}: shard") for s in raw["shards"])
-                splits[split] = _from_json(Split, {**raw, "shards": shards}, where)
-            settings = _from_json(Settings, data["settings"], f"{path}: settings")
-            return Store(root, settings, dict(data["tools"]), _class_names(data["classes"]), splits)
-        except StoreError:
-            raise
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise StoreError(
-                f"{path}: a field is missing or wrong ({error!r}). The store is damaged: build it again."
-            ) from None
+        with_older = {**data, "settings": Settings.with_older(data.get("settings"))} if "settings" in data else data
+        manifest = convert(Manifest, with_older, path, ADVICE, StoreError)
+        wrong = next(disagreements(manifest, data), "")
+        if wrong:
+            raise StoreError(f"{path}: {wrong}. {ADVICE}")
+        return Store(root, manifest.settings, manifest.tools, manifest.classes, manifest.splits)
 
     def split(self, name: str) -> Split:
         """Return the split `name`. Raises StoreError if the store has no such split."""
@@ -269,11 +158,15 @@ class Store:
 
         Raises StoreError if a data.mdb is missing or truncated.
         """
-        paths = []
+        paths, root = [], os.path.realpath(self.root)
         for shard in self.split(split).shards:
             file = self.root / shard.path / "data.mdb"
             if not file.is_file():
-                raise StoreError(f"{file} is missing from the store. Build the store again.")
+                raise StoreError(f"{file} is missing from the store, or is no regular file. Build the store again.")
+            if not os.path.realpath(file).startswith(f"{root}/"):
+                raise StoreError(
+                    f"{file} is a link to {os.path.realpath(file)}, expected a file in the store. {ADVICE}"
+                )
             if file.stat().st_size < shard.bytes:  # reading past the end of a mapped file would kill the process
                 raise StoreError(
                     f"{file} has {file.stat().st_size:,} bytes, its records need {shard.bytes:,}. "
@@ -284,15 +177,17 @@ class Store:
 
     def color_stats(self, split: str = "train") -> ColorStats:
         """Return the mean and colour PCA of a split. Raises StoreError if colour.json is missing or damaged."""
-        self.split(split)
-        path = self.root / split / "colour.json"
+        entry, path = self.split(split), self.root / split / "colour.json"
+        hint = f"Write the file with: alexprep pca-stats --store {shell_quoted(self.root)} --split {split}"
         try:
-            return parse_color_stats(path.read_bytes(), str(path))
-        except (OSError, ValueError) as error:
-            if isinstance(error, StoreError):
-                raise
-            hint = f"Write the file with: alexprep pca-stats --store {self.root} --split {split}"
+            stats = parse_color_stats(read_regular(path, MAX_COLOR_STATS_BYTES, hint, StoreError), str(path), hint)
+        except OSError as error:
             raise StoreError(f"{path}: cannot be read ({error}). {hint}") from None
+        for what in ("records", "pixels"):
+            found, expected = getattr(stats, what), getattr(entry, what)
+            if found != expected:
+                raise StoreError(f"{path}: {what} is {found:,}, expected {expected:,}, as in manifest.json. {hint}")
+        return stats
 
     def mean_image(self, split: str = "train") -> npt.NDArray[np.float32]:
         """Return the mean of the central squares of all images of a split: float32 (side_px, side_px, 3), 0..255.
@@ -302,12 +197,12 @@ class Store:
         side_px = self.settings.side_px
         path = self.root / split / "mean_image.npy"
         try:
-            mean: npt.NDArray[np.float32] = np.load(path, allow_pickle=False)
-        except Exception as error:  # NumPy parses the header as Python code, so damage can raise any exception
+            expected = ArrayShape(("<f4",), (side_px, side_px, 3))
+            mean: npt.NDArray[np.float32] = read_npy(path, expected, ADVICE, StoreError)
+        except OSError as error:
             raise StoreError(f"{path}: cannot be read ({error}). Build the store again.") from None
-        if mean.shape != (side_px, side_px, 3) or mean.dtype != np.float32:
-            expected = f"float32 {(side_px, side_px, 3)}"
-            raise StoreError(f"{path}: {mean.dtype} {mean.shape}, expected {expected}. Build the store again.")
+        if not (mean.min() >= 0 and mean.max() <= 255):  # a comparison with NaN is False
+            raise StoreError(f"{path} has values from {mean.min()} to {mean.max()}, expected 0 to 255. {ADVICE}")
         return mean
 
     @property
@@ -330,19 +225,17 @@ class Store:
         write_atomic(self.root / "manifest.json", json.dumps(data, indent=1).encode())
 
 
-def parse_color_stats(content: bytes, name: str) -> ColorStats:
+def parse_color_stats(content: bytes, name: str, advice: str = ADVICE) -> ColorStats:
     """Return the content of a colour.json.
 
-    Raises ValueError for text that is not JSON, and StoreError for a wrong field.
+    Raises StoreError, with `name` and `advice` in its message, for a wrong field. The covariance must be symmetric, and
+    the eigenvalues must descend.
     """
-    return _from_json(ColorStats, json.loads(content), name)
-
-
-def split_fingerprint(classes: Sequence[str], shards: Sequence[Shard]) -> str:
-    """Return the SHA-256 (hex) of one split, over its class names and the digests of its shards, in order."""
-    return digest_json({"classes": list(classes), "shards": [shard.digest for shard in shards]})
-
-
-def digest_json(data: Any) -> str:
-    """Return the SHA-256 (hex) of a JSON value in canonical form: sorted keys, no spaces, ASCII."""
-    return hashlib.sha256(json.dumps(data, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    stats = decode(ColorStats, content, name, advice, StoreError)
+    for i, j in ((0, 1), (0, 2), (1, 2)):
+        if stats.covariance[i][j] != stats.covariance[j][i]:
+            text = f"covariance.{i}.{j} is {stats.covariance[i][j]}, expected the value of covariance.{j}.{i}"
+            raise StoreError(f"{name}: {text}, {stats.covariance[j][i]}. {advice}")
+    if list(stats.eigenvalues) != sorted(stats.eigenvalues, reverse=True):
+        raise StoreError(f"{name}: eigenvalues is {list(stats.eigenvalues)}, expected descending values. {advice}")
+    return stats

@@ -47,8 +47,24 @@ def change_manifest(store: Path, change: Callable[[dict[str, Any]], object]) -> 
     data = json.loads((store / "manifest.json").read_bytes())
     change(data)
     data.pop("checksum", None)
-    canonical = json.dumps(data, sort_keys=True, separators=(",", ":")).encode()
-    (store / "manifest.json").write_text(json.dumps({**data, "checksum": hashlib.sha256(canonical).hexdigest()}))
+    (store / "manifest.json").write_text(json.dumps({**data, "checksum": canonical_digest(data)}))
+
+
+def sign_again(store: Path) -> None:
+    """Write the fingerprints of the splits and of the store that follow from the other fields of manifest.json."""
+
+    def sign(data: dict[str, Any]) -> None:
+        for split in data["splits"].values():
+            digests = [shard["digest"] for shard in split["shards"]]
+            split["fingerprint"] = canonical_digest({"classes": data["classes"], "shards": digests})
+        data["fingerprint"] = canonical_digest({name: split["fingerprint"] for name, split in data["splits"].items()})
+
+    change_manifest(store, sign)
+
+
+def canonical_digest(data: object) -> str:
+    """Return the SHA-256 (hex) of the canonical JSON of a value, computed without prep.store."""
+    return hashlib.sha256(json.dumps(data, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def train_split(manifest: dict[str, Any]) -> dict[str, Any]:
@@ -99,12 +115,24 @@ def store_with_records(store: Path, copy: Path, records: Records, classes: list[
     shutil.copytree(store, copy)
     replace_records(copy / "train" / "00000", records)
     manifest = json.loads((copy / "manifest.json").read_bytes())
-    (shard,) = manifest["splits"]["train"]["shards"]
-    shard |= {"records": len(records), "bytes": sum(len(value) for _, value in records)}
-    manifest["splits"]["train"]["records"] = len(records)
-    if classes is not None:
-        manifest["classes"] = classes
+    split, settings = manifest["splits"]["train"], manifest["settings"]
+    (shard,) = split["shards"]
+    manifest["classes"] = manifest["classes"] if classes is None else classes
+    size = sum(len(value) for _, value in records)
+    shard |= {"records": len(records), "bytes": size}
+    pixels = split["pixels"] if settings["keep_aspect"] else len(records) * settings["side_px"] ** 2
+    # The labels of the records may be wrong, so the counts of the manifest can only agree with the number of records.
+    counts = [len(records), *[0] * (len(manifest["classes"]) - 1)]
+    split |= {"records": len(records), "bytes": size, "pixels": pixels, "label_counts": counts}
+    split["account"] |= {"kept": len(records), "inputs": len(records) + sum(split["account"]["bad"].values())}
+    moments = split["moments"]
+    split["moments"] = {
+        "pixels": pixels,
+        "total": [value * pixels // moments["pixels"] for value in moments["total"]],
+        "outer": [[value * pixels // moments["pixels"] for value in row] for row in moments["outer"]],
+    }
     (copy / "manifest.json").write_text(json.dumps(manifest))
+    sign_again(copy)
     return copy
 
 

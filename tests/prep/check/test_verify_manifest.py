@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,13 +15,14 @@ from PIL import Image
 
 from prep.cli import main
 from prep.images.color_stats import Moments, compute_color_stats
-from prep.store.manifest import Store, StoreError, digest_json, split_fingerprint
+from prep.store.manifest import Store, StoreError
 from prep.workers import WorkerPool
 from tests.conftest import Build
 from tests.helpers.damaged_stores import (
     MakeStore,
     change_manifest,
     faults_of,
+    sign_again,
     the_fault,
     train_split,
 )
@@ -57,14 +57,14 @@ MANIFEST: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "bad": (lambda d: train_split(d)["account"].update(bad={"empty file": 1}), "bad"),
     "a class renamed": (lambda d: d["classes"].__setitem__(1, "other"), "fingerprint"),
     "classes exchanged": (lambda d: d["classes"].reverse(), "fingerprint"),
-    "shard digest": (lambda d: train_split(d)["shards"][1].update(digest="0" * 64), "digest"),
+    "shard digest": (lambda d: train_split(d)["shards"][1].update(digest="0" * 64), "fingerprint"),
     "shard records": (lambda d: train_split(d)["shards"][1].update(records=49), "records"),
     "shard bytes": (lambda d: train_split(d)["shards"][1].update(bytes=1), "bytes"),
     "shard records moved": (lambda d: move_one(train_split(d)["shards"], "records"), "train/00000: records"),
     "shard bytes moved": (lambda d: move_one(train_split(d)["shards"], "bytes"), "train/00000: bytes"),
     "shards exchanged": (lambda d: train_split(d)["shards"].reverse(), "fingerprint"),
-    "shard left out": (lambda d: train_split(d)["shards"].pop(), "does not name"),
-    "side": (lambda d: d["settings"].update(side_px=33), "the store's shorter side is 33"),
+    "shard left out": (lambda d: train_split(d)["shards"].pop(), "records of all shards"),
+    "side": (lambda d: d["settings"].update(side_px=33), "pixels"),
     "format": (lambda d: d["settings"].update(format="jpeg"), "expected an RGB JPEG"),
     "pixels": (lambda d: train_split(d).update(pixels=1), "pixels"),
 }
@@ -77,21 +77,26 @@ def test_a_manifest_that_does_not_agree_with_the_store_is_a_fault(
     store = copy_store(150)
     how, what = MANIFEST[name]
     change_manifest(store, how)
-    faults = faults_of(store, workers)
-    assert any(what in fault.text() for fault in faults), faults
-    for fault in faults:
-        if found := re.search(r"(\S+) pixels, the manifest says (\S+)", fault.what):
-            assert found[1] != found[2]  # the two values differ
+    try:
+        texts = [fault.text() for fault in faults_of(store, workers)]
+    except StoreError as error:  # the fields of the manifest do not agree with each other
+        texts = [str(error)]
+        assert "manifest.json: " in texts[0]
+    assert any(what in text for text in texts), texts
+
+
+def test_a_digest_of_a_shard_with_right_fingerprints_is_a_fault(copy_store: MakeStore, workers: WorkerPool) -> None:
+    store = copy_store(150)
+    change_manifest(store, lambda data: train_split(data)["shards"][1].update(digest="0" * 64))
+    sign_again(store)
+    the_fault(store, workers, "train/00001: digest")
 
 
 def test_exchanged_shards_with_a_right_fingerprint_are_a_fault(copy_store: MakeStore, workers: WorkerPool) -> None:
     """verify compares the keys of successive shards: keys must ascend over the shards of a split."""
     store = copy_store(150)
-    opened = Store.open(store)
     change_manifest(store, lambda data: train_split(data)["shards"].reverse())
-    new = split_fingerprint(opened.classes, opened.split("train").shards[::-1])
-    change_manifest(store, lambda data: train_split(data).update(fingerprint=new))
-    change_manifest(store, lambda data: data.update(fingerprint=digest_json({"train": new})))
+    sign_again(store)
     assert any("follows key" in fault.what for fault in faults_of(store, workers))
 
 
@@ -125,8 +130,8 @@ def test_a_change_of_one_in_any_moment_of_a_ppm_store_is_a_fault(copy_store: Mak
     true = Moments.from_json(Store.open(store).split("train").moments)
     set_moments(store, true)
     assert faults_of(store, workers) == []
-    set_moments(store, replace(true, pixels=true.pixels + 1))
-    the_fault(store, workers, "manifest.json", "pixels")
+    with pytest.raises(StoreError, match=r"pixels 65537, expected 65536"):
+        set_moments(store, replace(true, pixels=true.pixels + 1))
     for channel in range(3):
         total = list(true.total)
         total[channel] += 1
@@ -135,6 +140,10 @@ def test_a_change_of_one_in_any_moment_of_a_ppm_store_is_a_fault(copy_store: Mak
         for other in range(3):
             outer = [list(row) for row in true.outer]
             outer[channel][other] -= 1
+            if channel != other:
+                with pytest.raises(StoreError, match=r"moments: outer\.\d\.\d is \d+, expected the value of outer"):
+                    set_moments(store, replace(true, outer=tuple(map(tuple, outer))))
+                outer[other][channel] -= 1
             set_moments(store, replace(true, outer=tuple(map(tuple, outer))))
             the_fault(store, workers, "manifest.json", "moments")
             assert faults_of(store, workers, decode=False) == []  # --quick reads no records

@@ -14,7 +14,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from prep.console import UserError
 from prep.inputs.listing import OWN_FILE, Input, Listing
+
+ADVICE = "Build again."
 
 INPUTS = [
     Input(b"n1/a.JPEG", 0, 12, 34),
@@ -56,7 +59,7 @@ def test_an_index_out_of_range_raises_index_error(index: int) -> None:
 def test_a_saved_listing_is_loaded_unchanged(inputs: list[Input], tmp_path: Path) -> None:
     listing = listing_of(inputs)
     listing.save(tmp_path / "inputs.npz")
-    again = Listing.load(tmp_path / "inputs.npz")
+    again = Listing.load(tmp_path / "inputs.npz", 1000, ADVICE)
     assert list(again) == inputs
     assert again.same_as(listing)
     assert again.digest() == listing.digest()
@@ -71,7 +74,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr("os.fsync", lambda handle: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(OSError, match="No space"):
         listing_of(INPUTS).save(path)
-    assert list(Listing.load(path)) == INPUTS[:1]
+    assert list(Listing.load(path, 1000, ADVICE)) == INPUTS[:1]
     assert [path.name for path in tmp_path.iterdir()] == ["inputs.npz"]
 
 
@@ -80,8 +83,35 @@ def test_loading_another_file_raises_an_error(content: bytes | str, tmp_path: Pa
     path = tmp_path / "inputs.npz"
     listing_of(INPUTS).save(path)
     path.write_bytes(content if isinstance(content, bytes) else path.read_bytes()[:300])
-    with pytest.raises((OSError, ValueError)):
-        Listing.load(path)
+    with pytest.raises(UserError, match=r"inputs\.npz.*Build again"):
+        Listing.load(path, 1000, ADVICE)
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"label": [0, 1]}, "label has 2 values, expected 3"),
+        ({"label": [0, 1, 7]}, "labels from 0 to 7, expected 0 to 4"),
+        ({"label": [0, -1, 2]}, "labels from -1 to 2, expected 0 to 4"),
+        ({"ends": [1, 0, 6]}, "ends does not ascend"),
+        ({"ends": [1, 2, 7]}, "ends does not ascend"),
+        ({"ends": [-1, 2, 6]}, "ends does not ascend"),
+        ({"size": [1.0, 2.0, 3.0]}, "size is float64"),
+        ({"at": np.zeros((3, 1), int)}, r"at is int64 of shape \(3, 1\)"),
+    ],
+)
+def test_a_listing_whose_arrays_do_not_agree_is_refused(
+    change: dict[str, object], expected: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "inputs.npz"
+    numbers = np.arange(3)
+    good = {"paths": np.full(6, 97, np.uint8), "ends": 2 * numbers + 2, "label": numbers, "size": numbers}
+    good |= {"stamp_ns": numbers, "at": numbers}
+    np.savez(path, **good)
+    assert [item.path for item in Listing.load(path, 5, ADVICE)] == [b"aa"] * 3
+    np.savez(path, **{**good, **{name: np.asarray(value) for name, value in change.items()}})
+    with pytest.raises(UserError, match=expected):
+        Listing.load(path, 5, ADVICE)
 
 
 OTHERS = [
@@ -161,6 +191,7 @@ def test_the_record_order_of_no_input_and_of_one() -> None:
 MEMORY = """
 import sys
 from pathlib import Path
+from prep.console import UserError
 from prep.inputs.listing import Listing
 from prep.store.manifest import Settings
 from prep.build.plan import BuildPlan
@@ -184,7 +215,7 @@ for task in map(plan.task, range(plan.shard_count)):
     seen += len(task.inputs)
 work = Path(sys.argv[2])
 listing.save(work / "inputs.npz")
-assert Listing.load(work / "inputs.npz").same_as(listing)
+assert Listing.load(work / "inputs.npz", 1000, "").same_as(listing)
 assert seen == count, seen
 print(before, peak_mb())
 """

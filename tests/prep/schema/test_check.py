@@ -118,6 +118,7 @@ def test_good_content_becomes_a_model() -> None:
         ({"limit": 101}, "limit is 101, expected an integer of at least 1 and at most 100 or null"),
         ({"limit": "7"}, 'limit is "7", expected an integer of at least 1 and at most 100 or null'),
         ({"flag": 1}, "flag is 1, expected true or false"),
+        ({"digest": "0" * 64 + "\n"}, f'digest is "{"0" * 59}…", expected 64 lower-case hexadecimal digits'),
     ],
 )
 def test_the_error_names_field_found_and_expected(change: dict[str, Any], expected: str) -> None:
@@ -136,9 +137,9 @@ def test_a_wrong_root_is_described() -> None:
         (b'{"name": "a"', "cannot be read as JSON"),
         (b'{"name": "a"} x', "cannot be read as JSON"),
         (b'\xef\xbb\xbf{"name": "a"}', "byte order mark"),
-        ('{"name": "a"}'.encode("utf-16"), "expected UTF-8"),
-        (b'{"name": "\xff"}', "byte 10 is 0xff, expected UTF-8"),
-        (b'{"name": "\xed\xa0\x80"}', "expected UTF-8"),
+        ('{"name": "a"}'.encode("utf-16"), "cannot be read as UTF-8"),
+        (b'{"name": "\xff"}', r"cannot be read as UTF-8 text \(byte 10 is 0xff\)"),
+        (b'{"name": "\xed\xa0\x80"}', "cannot be read as UTF-8"),
         (b'{"name": "\\ud800"}', "cannot be read as JSON"),
         (b'{"name": "a", "newer": "\\udfff"}', "cannot be read as JSON"),
         (b'{"name": "a\nb"}', "cannot be read as JSON"),

@@ -1,0 +1,81 @@
+"""Rules between the fields of a manifest: sums and lengths that must agree, digests, moments that pixels can have."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from prep.schema import shown
+from prep.store.models import Manifest, MomentsJson, Settings, Shard, Split
+
+SPLIT_FILES = ("mean_image.npy", "inputs.jsonl")  # files of a split whose digests are in Split.account
+
+
+def digest_json(data: Any) -> str:
+    """Return the SHA-256 (hex) of a JSON value in canonical form: sorted keys, no spaces, ASCII."""
+    return hashlib.sha256(json.dumps(data, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def split_fingerprint(classes: Sequence[str], shards: Sequence[Shard]) -> str:
+    """Return the SHA-256 (hex) of one split, over its class names and the digests of its shards, in order."""
+    return digest_json({"classes": list(classes), "shards": [shard.digest for shard in shards]})
+
+
+def disagreements(manifest: Manifest, data: dict[str, Any]) -> Iterator[str]:
+    """Yield a text for each rule that a manifest breaks; `data` is the same manifest as JSON objects."""
+    if len(set(manifest.classes)) < len(manifest.classes):
+        name = next(name for number, name in enumerate(manifest.classes) if name in manifest.classes[:number])
+        yield f"classes has the name {shown(name)} twice, expected different names"
+    for name, split in manifest.splits.items():
+        for what, found, expected in _split_pairs(manifest, name, split):
+            if found != expected:
+                yield f"splits.{name}: {what} {found}, expected {expected}"
+        for shard in split.shards:
+            if not shard.path.startswith(f"{name}/"):
+                yield f"splits.{name}: a shard has the path {shown(shard.path)}, expected {name}/NAME"
+        yield from (f"splits.{name}.moments: {text}" for text in _impossible_moments(split.moments))
+    fingerprint = digest_json({name: split.fingerprint for name, split in manifest.splits.items()})
+    if fingerprint != manifest.fingerprint:
+        yield f"fingerprint of the store is {manifest.fingerprint}, expected {fingerprint}"
+    checksum = digest_json({name: value for name, value in data.items() if name != "checksum"})
+    if checksum != manifest.checksum:
+        yield f"was changed: checksum {checksum}, the file says {manifest.checksum}"
+
+
+def _split_pairs(manifest: Manifest, name: str, split: Split) -> Iterator[tuple[str, object, object]]:
+    """Yield (name of a value, value, value that agrees with the other fields) for one split."""
+    shards, account = split.shards, split.account
+    yield "records of all shards", sum(shard.records for shard in shards), split.records
+    yield "bytes of all shards", sum(shard.bytes for shard in shards), split.bytes
+    yield "different paths of shards", len({shard.path for shard in shards}), len(shards)
+    yield "classes with a count", len(split.label_counts), len(manifest.classes)
+    yield "records of all classes", sum(split.label_counts), split.records
+    yield "inputs kept", account["kept"], split.records
+    yield "inputs kept or bad", account["kept"] + sum(account["bad"].values()), account["inputs"]
+    yield "files with a digest", sorted(account["files"]), sorted(SPLIT_FILES)
+    yield "pixels of the moments", split.moments["pixels"], split.pixels
+    smallest = split.records * manifest.settings.side_px**2
+    if split.pixels != smallest and not _allows_pixels(manifest.settings, split.pixels, smallest):
+        yield "pixels", split.pixels, f"{smallest} or more" if manifest.settings.keep_aspect else smallest
+    yield "fingerprint", split.fingerprint, split_fingerprint(manifest.classes, shards)
+
+
+def _allows_pixels(settings: Settings, pixels: int, smallest: int) -> bool:
+    return settings.keep_aspect and pixels > smallest
+
+
+def _impossible_moments(moments: MomentsJson) -> Iterator[str]:
+    """Yield a text if no set of 8-bit pixels has these moments."""
+    n, total, outer = moments["pixels"], moments["total"], moments["outer"]
+    for i in range(3):
+        if total[i] > 255 * n:
+            yield f"total.{i} is {total[i]}, expected at most 255·pixels, {255 * n}"
+        if not total[i] ** 2 <= n * outer[i][i] <= 255 * n * total[i]:
+            yield f"outer.{i}.{i} is {outer[i][i]}, expected total²/pixels to 255·total (total.{i} is {total[i]})"
+        for j in range(i):
+            if outer[i][j] != outer[j][i]:
+                yield f"outer.{i}.{j} is {outer[i][j]}, expected the value of outer.{j}.{i}, {outer[j][i]}"
+            elif outer[i][j] ** 2 > outer[i][i] * outer[j][j]:
+                yield f"outer.{i}.{j} is {outer[i][j]}, expected at most the root of outer.{i}.{i}·outer.{j}.{j}"

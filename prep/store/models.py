@@ -1,0 +1,215 @@
+"""Typed models of the files of a store: manifest.json, colour.json and inputs.jsonl, with the bounds of each field.
+
+`prep.schema` compares a file with its model. Rules between fields, such as sums that must agree, are in
+`prep.store.agreement`. All objects of manifest.json and colour.json refuse unknown fields, because the number in
+`schema` changes with the fields. Lines of inputs.jsonl ignore unknown fields.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, NotRequired, TypedDict
+
+from msgspec import Meta, Struct
+
+from prep.console import UserError
+from prep.schema import REFUSES_UNKNOWN, Count, Digest, Finite, NonNegative, convert, one_of
+
+MAX_MANIFEST_BYTES = 16 << 20  # a manifest of ImageNet has 0.5 MB
+MAX_COLOR_STATS_BYTES = 1 << 16
+MAX_CLASSES = 100_000
+MAX_RECORDS = 100_000_000  # keys have eight digits
+MAX_SHARDS = 100_000
+MAX_SIDE_PX = 4096
+DEFAULT_BACKGROUND = "white"
+DROPPED = "dropped"  # Settings.background of stores of older versions, which dropped the alpha channel of images
+_OLDER_SETTINGS = {"background": DROPPED, "reduce_above": 0}
+
+Records = Annotated[int, Meta(ge=1, le=MAX_RECORDS)]
+ShardPath = Annotated[
+    str,
+    Meta(pattern=r"^(train|val)/[A-Za-z0-9_-]{1,100}(?![\s\S])", extra={"expected": "a path such as train/00000"}),
+]
+ClassName = Annotated[str, Meta(min_length=1, max_length=4096)]
+_Reason = Annotated[str, Meta(max_length=65_536)]
+Counts = Annotated[dict[_Reason, Count], Meta(max_length=10_000)]
+_OF_3 = Meta(min_length=3, max_length=3)
+_Three = Annotated[list[Count], _OF_3]
+_Level = Annotated[float, Meta(ge=0, le=255)]
+_Variance = Annotated[float, Meta(ge=-1e-6, le=65_025)]  # rounding can make the variance of equal pixels negative
+_Unit = Annotated[float, Meta(ge=-1.000001, le=1.000001)]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Options that, with the inputs, determine the bytes of the records. All splits of a store have equal options."""
+
+    refuses_unknown: ClassVar[bool] = True
+
+    # length of the shorter side after rescaling
+    side_px: Annotated[int, Meta(ge=1, le=MAX_SIDE_PX)]
+    keep_aspect: bool  # False: only the central square is stored (section 2 of the paper); True: the whole image
+    format: Annotated[str, one_of("jpeg", "ppm")]  # format of the records
+    quality: Annotated[int, Meta(ge=1, le=100)]  # JPEG quality; unused for ppm
+    filter: Annotated[str, one_of("area", "bilinear", "bicubic", "lanczos")]  # rescaling filter
+    seed: Count  # seed of the record order
+    # Manifests of older versions lack the following fields. For each of these fields, from_json sets the value that
+    # describes the older versions.
+    # colour behind transparent pixels
+    background: Annotated[str, one_of("white", "black", "grey", "dropped")] = DEFAULT_BACKGROUND
+    # JPEGs with more pixels are decoded at 1/2, 1/4 or 1/8 of their size, to save memory; 0: never
+    reduce_above: Count = 0
+
+    @staticmethod
+    def from_json(
+        data: object, name: str = "settings", advice: str = "", error: Callable[[str], UserError] = UserError
+    ) -> Settings:
+        """Return the settings in a manifest, a plan.json or a run.json, after a check. See prep.schema.convert."""
+        return convert(Settings, Settings.with_older(data), name, advice, error)
+
+    @staticmethod
+    def with_older(data: object) -> object:
+        """Return the JSON object of settings with the fields that older versions did not write."""
+        return {**_OLDER_SETTINGS, **data} if isinstance(data, dict) else data
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the settings as JSON. A newer field is left out if its value describes what older versions did."""
+        return {name: value for name, value in asdict(self).items() if _OLDER_SETTINGS.get(name) != value}
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One LMDB folder of a split."""
+
+    refuses_unknown: ClassVar[bool] = True
+
+    path: ShardPath  # path of the shard relative to the store, with forward slashes
+    records: Records  # number of records
+    bytes: Count  # size of all Datums, without LMDB's own pages
+    digest: Digest  # SHA-256 over all keys and values in order (see prep.store.lmdb_shard)
+
+
+class MomentsJson(TypedDict):
+    """Exact integer sums over all pixels: number of pixels, sum of RGB, sum of RGB·RGBᵀ."""
+
+    pixels: Count
+    total: _Three
+    outer: Annotated[list[_Three], _OF_3]
+
+
+class Origin(TypedDict):
+    """A split that was merged into this split, with the splits from which it was merged itself."""
+
+    fingerprint: Digest
+    records: Records
+    sources: NotRequired[list[Annotated[Origin, REFUSES_UNKNOWN]]]
+
+
+class Account(TypedDict):
+    """Outcome of the inputs of a split: digest of the build plan, counts, and digests of SPLIT_FILES."""
+
+    plan: Digest
+    inputs: Count  # `kept` plus the counts in `bad`
+    kept: Count
+    largest_px: NotRequired[Count]  # pixels of the largest input kept; older versions did not write this field
+    converted: Counts  # {conversion: inputs}
+    exif_orientation: Counts  # {orientation: inputs}
+    warnings: NotRequired[Counts]  # {first warning: inputs kept}; older versions did not write this field
+    bad: Counts  # {reason: inputs left out}
+    ignored: NotRequired[Counts]  # {reason: files that are no inputs}
+    files: dict[str, Digest]
+    sources: NotRequired[list[Annotated[Origin, REFUSES_UNKNOWN]]]
+
+
+@dataclass(frozen=True)
+class Split:
+    """One complete split."""
+
+    refuses_unknown: ClassVar[bool] = True
+
+    records: Records  # number of records
+    bytes: Count  # size of all Datums
+    pixels: Count  # number of pixels of all records
+    fingerprint: Digest  # see split_fingerprint
+    # number of records of each class
+    label_counts: Annotated[tuple[Count, ...], Meta(min_length=1, max_length=MAX_CLASSES)]
+    shards: Annotated[tuple[Shard, ...], Meta(min_length=1, max_length=MAX_SHARDS)]
+    moments: Annotated[MomentsJson, REFUSES_UNKNOWN]
+    account: Annotated[Account, REFUSES_UNKNOWN]
+
+
+class Manifest(Struct, frozen=True, forbid_unknown_fields=True):
+    """The file manifest.json."""
+
+    kind: Literal["alexnet-store"]
+    schema: Literal[1]
+    fingerprint: Digest
+    settings: Settings
+    tools: Annotated[
+        dict[Annotated[str, Meta(max_length=100)], Annotated[str, Meta(max_length=1000)]], Meta(max_length=100)
+    ]
+    classes: Annotated[tuple[ClassName, ...], Meta(min_length=1, max_length=MAX_CLASSES)]
+    splits: dict[Annotated[str, one_of("train", "val")], Split]
+    checksum: Digest  # SHA-256 of the canonical JSON of all other fields
+
+
+@dataclass(frozen=True)
+class ColorStats:
+    """Mean and principal components of the RGB pixels of a split, on the scale 0..255.
+
+    The square roots of `eigenvalues` are standard deviations in grey levels. Krizhevsky's code multiplies each standard
+    deviation by a draw from N(0, 0.1). For pixels in [0, 1], divide `eigenvalues` by 255². The eigenvalues in
+    fb.resnet.torch are for pixels in [0, 1].
+    """
+
+    refuses_unknown: ClassVar[bool] = True
+
+    records: Records  # number of records
+    pixels: Annotated[int, Meta(ge=2)]  # number of pixels
+    mean_rgb: Annotated[tuple[_Level, ...], _OF_3]
+    covariance: Annotated[tuple[Annotated[tuple[Finite, ...], _OF_3], ...], _OF_3]  # grey levels squared
+    eigenvalues: Annotated[tuple[_Variance, ...], _OF_3]  # descending
+    stdevs: Annotated[tuple[_Level, ...], _OF_3]  # grey levels
+    # column j for eigenvalue j, with first nonzero entry > 0
+    eigenvectors: Annotated[tuple[Annotated[tuple[_Unit, ...], _OF_3], ...], _OF_3]
+    pixel_scale: Annotated[int, Meta(ge=255, le=255)]  # always 255
+
+    def channel_stats(self, max_value: float = 255) -> ChannelStats:
+        """Return mean and standard deviation of each channel, for pixels in 0..`max_value`: 255 (grey levels) or 1."""
+        factor = max_value / self.pixel_scale
+        stds = (math.sqrt(max(0.0, self.covariance[k][k])) for k in range(3))
+        return ChannelStats(
+            tuple(factor * mean for mean in self.mean_rgb), tuple(factor * std for std in stds), max_value
+        )
+
+
+class ChannelStats(NamedTuple):
+    """Mean and standard deviation of the R, G and B values of pixels, as arguments for transforms.Normalize."""
+
+    mean: Sequence[float]  # (3,)
+    std: Sequence[float]  # (3,)
+    max_value: float  # value of a white pixel: 255 for grey levels, 1 for pixels in [0, 1]
+
+
+class Outcome(TypedDict):
+    """One line of inputs.jsonl: the outcome of one input (see prep.store.input_log)."""
+
+    source: _Reason
+    fate: Literal["kept", "converted", "kept, with warnings", "bad", "ignored"]
+    how: NotRequired[Annotated[list[_Reason], Meta(min_length=1, max_length=100)]]
+    why: NotRequired[_Reason]
+    warnings: NotRequired[Annotated[list[_Reason], Meta(min_length=1, max_length=1000)]]
+    limit: NotRequired[Literal["max_pixels", "time_limit", "on_warning"]]
+    pixels: NotRequired[Count]
+    seconds: NotRequired[NonNegative]
+    exif_orientation: NotRequired[Annotated[int, Meta(ge=0, le=65_535)]]
+
+
+def outcome_fault(outcome: Mapping[str, Any]) -> str:
+    """Return what a line of inputs.jsonl lacks for its fate, as text; empty if it has all fields."""
+    needed = {"bad": "why", "ignored": "why", "kept, with warnings": "warnings"}.get(outcome["fate"], "source")
+    also = {"max_pixels": "pixels", "time_limit": "seconds"}.get(outcome.get("limit", ""), "source")
+    missing = next((name for name in (needed, also) if name not in outcome), "")
+    return f"has no field {missing}, expected one for the fate {outcome['fate']}" if missing else ""

@@ -1,0 +1,111 @@
+"""Typed models of the files in .build, the work folder of an unfinished build or merge, and functions that read them.
+
+Any release may change these files, so their models ignore unknown fields.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, NotRequired, TypedDict, TypeVar
+
+from msgspec import Meta, Struct
+
+from prep.console import UserError
+from prep.schema import Count, Digest, NonNegative, convert, decode, parse_json, read_regular
+from prep.store.models import MAX_CLASSES, MAX_RECORDS, MAX_SHARDS, ClassName, MomentsJson, Outcome, Settings, ShardPath
+
+RESTART = "The unfinished build cannot be read: pass --restart to discard it."
+_MAX_PLAN_BYTES = 64 << 20
+_MAX_SUMMARY_BYTES = 64 << 20  # a shard has at most 4096 inputs
+_MAX_SMALL_BYTES = 1 << 20
+
+T = TypeVar("T")
+_Label = Annotated[int, Meta(ge=0, lt=MAX_CLASSES)]
+_Text = Annotated[str, Meta(max_length=65_536)]
+
+
+class PlanFile(Struct, frozen=True):
+    """The file plan.json: what no run of the build may change, and the inputs that the listing left out."""
+
+    settings: Settings
+    tools: Annotated[dict[str, _Text], Meta(max_length=100)]
+    classes: Annotated[tuple[ClassName, ...], Meta(min_length=1, max_length=MAX_CLASSES)]
+    edges: Annotated[list[Count], Meta(min_length=1, max_length=MAX_SHARDS + 1)]  # boundaries of the shards
+    id: _Text = ""  # identity of the build
+    source: _Text = ""  # absolute path of the inputs
+    refused: tuple[tuple[_Text, _Text], ...] = ()  # (name, reason) of inputs that are bad without being read
+    ignored: tuple[tuple[_Text, _Text], ...] = ()  # (name, reason) of entries that are no inputs
+
+
+class BuiltShard(TypedDict):
+    """A shard in its summary. It has the fields of prep.store.models.Shard, and may be empty."""
+
+    path: ShardPath
+    records: Annotated[int, Meta(ge=0, le=MAX_RECORDS)]
+    bytes: Count
+    digest: Digest
+
+
+class Summary(TypedDict):
+    """The summary of one finished shard, NNNNN.json. A merge writes neither `moments` nor `largest_px`."""
+
+    shard: BuiltShard
+    labels: list[tuple[_Label, Count]]  # (label, number of records)
+    fates: list[Outcome]  # outcomes of the inputs that are not plainly kept
+    build: NotRequired[str]  # `id` of the plan
+    moments: NotRequired[MomentsJson]
+    largest_px: NotRequired[Count]
+
+
+class PartsFile(Struct, frozen=True):
+    """The file parts.json: the division of a build into parts."""
+
+    parts: Annotated[int, Meta(ge=1, le=MAX_SHARDS)]
+    command: _Text  # command line of a part, without --part
+
+
+class MergeFile(Struct, frozen=True):
+    """The file merge.json: the digest of the plan of a merge."""
+
+    digest: Digest
+
+
+CrashCounts = dict[_Text, Count]  # deaths.json: {path of an input: worker processes that crashed at it}
+SlowInputs = dict[_Text, NonNegative]  # slow.json: {path of an input: seconds of CPU time after which it was stopped}
+
+
+def read_plan(work_dir: Path, advice: str = RESTART) -> PlanFile:
+    """Return the content of plan.json in a work folder.
+
+    Raises OSError if the file cannot be read, and UserError, with `advice` in its message, if it is damaged.
+    """
+    path = work_dir / "plan.json"
+    data = parse_json(read_regular(path, _MAX_PLAN_BYTES, advice), str(path), advice)
+    if isinstance(data, dict) and "settings" in data:
+        data = {**data, "settings": Settings.with_older(data["settings"])}
+    plan = convert(PlanFile, data, str(path), advice)
+    if plan.edges != sorted(plan.edges):
+        raise UserError(f"{path}: edges descends, expected ascending boundaries of shards. {advice}")
+    return plan
+
+
+def read_summary(path: Path, split: str, classes: int) -> Summary:
+    """Return the summary of a shard, whose file name is the number of the shard.
+
+    Raises OSError if the file cannot be read. Raises UserError if the file is damaged, if it names another shard, or if
+    its labels are not those of its records.
+    """
+    advice = "Run the same command again."
+    summary = decode(Summary, read_regular(path, _MAX_SUMMARY_BYTES, advice), str(path), advice)
+    shard, labels = summary["shard"], dict(summary["labels"])
+    if shard["path"] != f"{split}/{path.stem}":
+        raise UserError(f"{path}: shard.path is {shard['path']}, expected {split}/{path.stem}. {advice}")
+    if sum(labels.values()) != shard["records"] or any(label >= classes for label in labels):
+        text = f"labels count {sum(labels.values())} records up to label {max(labels, default=0)}"
+        raise UserError(f"{path}: {text}, expected {shard['records']} records of {classes} classes. {advice}")
+    return summary
+
+
+def read_work_file(type_: type[T], path: Path, advice: str = RESTART, max_bytes: int = _MAX_SMALL_BYTES) -> T:
+    """Return the content of another file of a work folder, checked against `type_`. Raises the errors of read_plan."""
+    return decode(type_, read_regular(path, max_bytes, advice), str(path), advice)
