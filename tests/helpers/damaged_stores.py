@@ -114,26 +114,38 @@ def store_with_records(store: Path, copy: Path, records: Records, classes: list[
     """Return a copy of `store` whose only training shard holds `records`, and whose classes are `classes`."""
     shutil.copytree(store, copy)
     replace_records(copy / "train" / "00000", records)
-    manifest = json.loads((copy / "manifest.json").read_bytes())
+    describe_shards(copy, [records], classes)
+    return copy
+
+
+def describe_shards(store: Path, shards: list[Records], classes: list[str] | None = None) -> None:
+    """Write a manifest.json whose fields agree, for a store whose training shards hold `shards`.
+
+    The labels of the records may be wrong, so the counts of labels only have the right sum. The digests of the shards
+    are those of the first shard before.
+    """
+    manifest = json.loads((store / "manifest.json").read_bytes())
     split, settings = manifest["splits"]["train"], manifest["settings"]
-    (shard,) = split["shards"]
     manifest["classes"] = manifest["classes"] if classes is None else classes
-    size = sum(len(value) for _, value in records)
-    shard |= {"records": len(records), "bytes": size}
-    pixels = split["pixels"] if settings["keep_aspect"] else len(records) * settings["side_px"] ** 2
-    # The labels of the records may be wrong, so the counts of the manifest can only agree with the number of records.
-    counts = [len(records), *[0] * (len(manifest["classes"]) - 1)]
-    split |= {"records": len(records), "bytes": size, "pixels": pixels, "label_counts": counts}
-    split["account"] |= {"kept": len(records), "inputs": len(records) + sum(split["account"]["bad"].values())}
+    first, count = split["shards"][0], sum(map(len, shards))
+    sizes = [sum(len(value) for _, value in records) for records in shards]
+    split["shards"] = [
+        {**first, "path": f"train/{number:05d}", "records": len(records), "bytes": size}
+        for number, (records, size) in enumerate(zip(shards, sizes, strict=True))
+    ]
+    pixels = split["pixels"] if settings["keep_aspect"] else count * settings["side_px"] ** 2
+    split |= {"records": count, "bytes": sum(sizes), "pixels": pixels}
+    for other in manifest["splits"].values():
+        other["label_counts"] = [other["records"], *[0] * (len(manifest["classes"]) - 1)]
+    split["account"] |= {"kept": count, "inputs": count + sum(split["account"]["bad"].values())}
     moments = split["moments"]
     split["moments"] = {
         "pixels": pixels,
         "total": [value * pixels // moments["pixels"] for value in moments["total"]],
         "outer": [[value * pixels // moments["pixels"] for value in row] for row in moments["outer"]],
     }
-    (copy / "manifest.json").write_text(json.dumps(manifest))
-    sign_again(copy)
-    return copy
+    (store / "manifest.json").write_text(json.dumps(manifest))
+    sign_again(store)
 
 
 def split_records(store: Path, split: str = "train") -> Records:

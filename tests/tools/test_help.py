@@ -12,6 +12,7 @@ TOOLS = (
     *("compare_bits", "demo", "edit_files", "gpu_check", "photo_digits", "service_demo"),
     *("bench.build", "bench.host_time", "bench.stream", "bench.train"),
     *("docs.check_site", "docs.cli_reference", "docs.draw_alexnet", "docs.recipe_reference"),
+    *("docs.schema_reference",),
 )
 
 

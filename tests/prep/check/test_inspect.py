@@ -18,7 +18,7 @@ from prep.console import bytes_text
 from prep.store.datum import Datum
 from prep.store.manifest import Store
 from tests.conftest import CLASSES, Build
-from tests.helpers.damaged_stores import split_records, store_with_records
+from tests.helpers.damaged_stores import describe_shards, split_records, store_with_records
 
 RecordsOf = Callable[[Path, str], list[tuple[bytes, Any]]]
 
@@ -124,10 +124,7 @@ def test_a_key_of_a_later_shard_is_found(stores: dict[str, Path], tmp_path: Path
         with env.begin(write=True) as txn:
             for key, value in records[10:]:
                 txn.put(key, value)
-    manifest = json.loads((store / "manifest.json").read_bytes())
-    shards = manifest["splits"]["train"]["shards"]
-    shards.append({**shards[0], "path": "train/00001"})
-    (store / "manifest.json").write_text(json.dumps(manifest))
+    describe_shards(store, [records[:10], records[10:]])
     answer = json.loads(alexprep("inspect", "--store", store, "--key", "20", "--json").stdout)
     assert answer["shard"] == str(store / "train" / "00001")
     assert answer["source"] == Datum.decode(records[20][1]).source.decode()

@@ -182,7 +182,7 @@ def test_a_changed_or_missing_colour_file_is_a_fault(copy_store: MakeStore, work
     for name, value in whole.items():
         other = value + 1 if isinstance(value, int) else np.multiply(value, 1.00001).tolist()
         path.write_text(json.dumps({**whole, name: other}))
-        assert the_fault(store, workers, "pca-stats writes the file again").where == "train/colour.json"
+        assert the_fault(store, workers, "pca-stats").where == "train/colour.json"
     for content in (b"", b"{}", b"[]", b"\xff"):
         path.write_bytes(content)
         assert the_fault(store, workers).where == "train/colour.json"
