@@ -225,6 +225,13 @@ def _open_plan(store: Path, split: str) -> BuildPlan:
     source = Source(FolderReader(Path(begun.source)), split, begun.classes, inputs, begun.refused, begun.ignored)
     plan = BuildPlan(source, store / split, begun.settings, skip_bad=True)
     plan.build_id = begun.id
+    if begun.digest not in (None, plan.digest):
+        raise UserError(
+            f"{work_dir}: settings, classes and inputs have the digest {plan.digest}, expected "
+            f"{begun.digest}, as in plan.json. {_RESTART}"
+        )
+    if begun.edges != plan.boundaries:
+        raise UserError(f"{work_dir}/plan.json: edges has other boundaries of shards than the inputs. {_RESTART}")
     for tool, present in tool_versions().items():
         if tools.get(tool) != present:
             raise UserError(

@@ -47,6 +47,7 @@ def start_or_resume(plan: BuildPlan, store: Path) -> None:
         begin_build(plan)
         return
     changed = find_changed_inputs(plan, store)
+    begun = read_plan(plan.work_dir)
     if changed:
         for number in range(plan.shard_count):
             if has_changed_input(plan, number, changed):  # if the shard was finished, this input was bad
@@ -56,8 +57,7 @@ def start_or_resume(plan: BuildPlan, store: Path) -> None:
             "none is stored yet."
         )
         plan.source.inputs.save(plan.work_dir / "inputs.npz")
-    begun = read_plan(plan.work_dir)
-    if begun.refused != plan.source.refused or begun.ignored != plan.source.ignored:
+    if begun.digest != plan.digest or begun.refused != plan.source.refused or begun.ignored != plan.source.ignored:
         _write_plan(path, plan, begun.id)
 
 
@@ -91,6 +91,7 @@ def begin_build(plan: BuildPlan) -> bool:
 def _write_plan(path: Path, plan: BuildPlan, build_id: str) -> None:
     begun = {
         "id": build_id,
+        "digest": plan.digest,
         "settings": plan.settings.to_json(),
         "tools": tool_versions(),
         "classes": list(plan.source.classes),

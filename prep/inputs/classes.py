@@ -15,8 +15,8 @@ from pathlib import Path
 from prep.console import UserError, count_noun, say
 from prep.inputs.listing import Listing
 from prep.inputs.names import composed, name_text, visible
-
-MAX_CLASSES = 1_000_000  # a larger label is taken for a mistake, because each class needs memory
+from prep.schema import MAX_TEXT_BYTES, read_regular
+from prep.store.models import MAX_CLASSES
 
 # Folders that operating systems, network drives and programs create. The comparison ignores upper and lower case.
 _NO_CLASS_FOLDERS = re.compile(
@@ -300,7 +300,7 @@ def read_class_file(file: Path, known: Collection[str] = ()) -> tuple[str, ...]:
     order than the lines.
     """
     try:
-        text = name_text(file.read_bytes().removeprefix(b"\xef\xbb\xbf"))
+        text = name_text(read_regular(file, MAX_TEXT_BYTES, "Name a text file.").removeprefix(b"\xef\xbb\xbf"))
     except OSError as error:
         raise UserError(f"--classes {file}: {error.strerror or error}.") from None
     written = [line.strip() for line in re.split(r"\r\n|\n|\r", text)]

@@ -18,6 +18,7 @@ from prep.console import UserError, count_noun, say
 from prep.inputs.classes import examples, is_number, read_class_file
 from prep.inputs.listing import Listing
 from prep.inputs.names import name_text
+from prep.schema import MAX_TEXT_BYTES, read_regular
 
 EXCLUDED = "named by --exclude"
 OTHER_CLASS = "a class that --classes does not name"
@@ -33,7 +34,7 @@ class ExclusionList:
     def __init__(self, file: Path) -> None:
         self.file = file
         try:
-            lines = file.read_bytes().removeprefix(b"\xef\xbb\xbf").splitlines()
+            lines = read_regular(file, MAX_TEXT_BYTES, "Name a text file.").removeprefix(b"\xef\xbb\xbf").splitlines()
         except OSError as error:
             raise UserError(f"--exclude {file}: {error.strerror or error}.") from None
         stripped = (line.strip().removeprefix(b"./") for line in lines)

@@ -11,7 +11,7 @@ from prep.console import UserError, disk_error
 from prep.files import sync_folder, write_atomic
 from prep.schema import open_regular, read_regular
 
-MAX_SMALL_FILE_BYTES = 16 << 20  # largest manifest.json, and largest list of checksums
+MAX_SMALL_FILE_BYTES = 64 << 20  # largest manifest.json, and largest list of checksums
 CHUNK_BYTES = 8 << 20  # a large file is transferred in parts of this size, with one request for each part
 
 # A function that is called with the number of bytes of a file that have been transferred so far.

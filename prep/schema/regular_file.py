@@ -11,6 +11,7 @@ from pathlib import Path
 
 from prep.console import UserError, escaped
 
+MAX_TEXT_BYTES = 256 << 20  # largest list of labels or names; a list of ImageNet has 40 MB
 _CHUNK_BYTES = 1 << 20
 _KINDS = {
     stat.S_IFDIR: "a folder",

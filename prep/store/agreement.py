@@ -35,7 +35,7 @@ def disagreements(manifest: Manifest, data: dict[str, Any]) -> Iterator[str]:
         for shard in split.shards:
             if not shard.path.startswith(f"{name}/"):
                 yield f"splits.{name}: a shard has the path {shown(shard.path)}, expected {name}/NAME"
-        yield from (f"splits.{name}.moments: {text}" for text in _impossible_moments(split.moments))
+        yield from (f"splits.{name}.moments: {text}" for text in impossible_moments(split.moments))
     fingerprint = digest_json({name: split.fingerprint for name, split in manifest.splits.items()})
     if fingerprint != manifest.fingerprint:
         yield f"fingerprint of the store is {manifest.fingerprint}, expected {fingerprint}"
@@ -66,7 +66,7 @@ def _allows_pixels(settings: Settings, pixels: int, smallest: int) -> bool:
     return settings.keep_aspect and pixels > smallest
 
 
-def _impossible_moments(moments: MomentsJson) -> Iterator[str]:
+def impossible_moments(moments: MomentsJson) -> Iterator[str]:
     """Yield a text if no set of 8-bit pixels has these moments."""
     n, total, outer = moments["pixels"], moments["total"], moments["outer"]
     for i in range(3):

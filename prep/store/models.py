@@ -17,9 +17,9 @@ from msgspec import Meta, Struct
 from prep.console import UserError
 from prep.schema import REFUSES_UNKNOWN, Count, Digest, Finite, NonNegative, convert, one_of
 
-MAX_MANIFEST_BYTES = 16 << 20  # a manifest of ImageNet has 0.5 MB
+MAX_MANIFEST_BYTES = 64 << 20  # a manifest of ImageNet has 0.5 MB
 MAX_COLOR_STATS_BYTES = 1 << 16
-MAX_CLASSES = 100_000
+MAX_CLASSES = 1_000_000  # a larger label is taken for a mistake, because each class needs memory
 MAX_RECORDS = 100_000_000  # keys have eight digits
 MAX_SHARDS = 100_000
 MAX_SIDE_PX = 4096

@@ -12,6 +12,7 @@ from msgspec import Meta, Struct
 
 from prep.console import UserError
 from prep.schema import Count, Digest, NonNegative, convert, decode, parse_json, read_regular
+from prep.store.agreement import impossible_moments
 from prep.store.models import MAX_CLASSES, MAX_RECORDS, MAX_SHARDS, ClassName, MomentsJson, Outcome, Settings, ShardPath
 
 RESTART = "The unfinished build cannot be read: pass --restart to discard it."
@@ -32,6 +33,7 @@ class PlanFile(Struct, frozen=True):
     classes: Annotated[tuple[ClassName, ...], Meta(min_length=1, max_length=MAX_CLASSES)]
     edges: Annotated[list[Count], Meta(min_length=1, max_length=MAX_SHARDS + 1)]  # boundaries of the shards
     id: _Text = ""  # identity of the build
+    digest: Digest | None = None  # BuildPlan.digest: settings, classes and inputs; older versions did not write it
     source: _Text = ""  # absolute path of the inputs
     refused: tuple[tuple[_Text, _Text], ...] = ()  # (name, reason) of inputs that are bad without being read
     ignored: tuple[tuple[_Text, _Text], ...] = ()  # (name, reason) of entries that are no inputs
@@ -103,6 +105,9 @@ def read_summary(path: Path, split: str, classes: int) -> Summary:
     if sum(labels.values()) != shard["records"] or any(label >= classes for label in labels):
         text = f"labels count {sum(labels.values())} records up to label {max(labels, default=0)}"
         raise UserError(f"{path}: {text}, expected {shard['records']} records of {classes} classes. {advice}")
+    wrong = next(impossible_moments(summary["moments"]), "") if "moments" in summary else ""
+    if wrong:
+        raise UserError(f"{path}: moments: {wrong}. {advice}")
     return summary
 
 

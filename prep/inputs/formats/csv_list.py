@@ -12,6 +12,7 @@ import os
 import stat
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from io import TextIOWrapper
 from pathlib import Path
 
 from prep.console import UserError, count_noun, progress, say
@@ -20,6 +21,7 @@ from prep.inputs.folder import FolderReader
 from prep.inputs.formats.labelled import LabelledRows
 from prep.inputs.names import name_text
 from prep.inputs.reader import FoundInputs, ListOptions
+from prep.schema import open_regular
 from prep.store.manifest import SPLITS
 
 _PATH_NAMES = ("path", "file", "filename", "file_name", "filepath", "file_path", "image", "image_path", "img", "images")
@@ -106,7 +108,7 @@ def _rows(path: Path, tell: bool = False) -> Iterator[tuple[int, bytes, str, str
     If `tell` is true, prints a message if a header is recognized.
     """
     try:
-        with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        with TextIOWrapper(open_regular(path), "utf-8-sig", "surrogateescape", newline="") as file:
             first_line = next((line for line in file if line.strip() and not line.startswith("#")), "")
             file.seek(0)
             delimiter = max("\t;,", key=first_line.count)

@@ -27,6 +27,7 @@ from prep.inputs.formats.webdataset import is_webdataset
 from prep.inputs.formats.zip_archive import zip_layout
 from prep.inputs.formats.zip_directory import is_zip
 from prep.inputs.listing import Input
+from prep.schema import open_regular
 from prep.store.manifest import SPLITS
 
 _SUFFIXES = {".zip": "zip", ".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".tar": "tar"}
@@ -108,7 +109,7 @@ def _splits_of_file(source: Path, layout: str | None) -> dict[str, SplitSource]:
 
 
 def _layout_of_file(path: Path) -> str:
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         if file.read(4) == b"PAR1":
             return "parquet"
     layout = _SUFFIXES.get(path.suffix.lower(), "tar")

@@ -31,6 +31,7 @@ from prep.inputs.formats.shards import open_file, pack_location, root_and_files,
 from prep.inputs.listing import Input, Listing
 from prep.inputs.names import name_text
 from prep.inputs.reader import FoundInputs, ListOptions
+from prep.schema import ArrayShape, decode_npy, read_regular
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -315,9 +316,14 @@ def _contents(values: Any) -> list[bytes | None]:
     return [value.get("bytes") if isinstance(value, dict) else value for value in values.to_pylist()]
 
 
+_ADVICE = "Run the same command again."
+
+
 @lru_cache(maxsize=1024)
 def _offsets(packed: str, mtime_ns: int) -> npt.NDArray[np.int64]:
-    offsets: npt.NDArray[np.int64] = np.load(packed + ".npy")
+    path = Path(packed + ".npy")
+    content = read_regular(path, path.stat().st_size, _ADVICE)
+    offsets: npt.NDArray[np.int64] = decode_npy(content, ArrayShape(("<i8",), (None,)), str(path), _ADVICE)
     return offsets
 
 

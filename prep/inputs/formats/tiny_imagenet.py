@@ -20,6 +20,7 @@ from prep.inputs.formats.zip_archive import ZipReader, member_named, zip_content
 from prep.inputs.listing import Input, Listing
 from prep.inputs.names import name_text
 from prep.inputs.reader import FoundInputs, InputReader, ListOptions
+from prep.schema import MAX_TEXT_BYTES, read_regular
 
 _ANNOTATIONS = b"val_annotations.txt"
 
@@ -56,7 +57,9 @@ def list_tiny_imagenet(
     annotations = path / _ANNOTATIONS.decode()
     if annotations.is_file() and (path / "images").is_dir():
         found = list_folder(path / "images", split, options.follow_links, flat=True)
-        labels = _parse_annotations(annotations.read_bytes(), str(annotations))
+        labels = _parse_annotations(
+            read_regular(annotations, MAX_TEXT_BYTES, "Download the data set again."), str(annotations)
+        )
         return FolderReader(path / "images"), _labelled(str(path), found, labels, options, store_classes)
     found = list_folder(path, split, options.follow_links)
     if not all(found.listing.path(k).split(b"/")[1:-1] == [b"images"] for k in range(len(found.listing))):

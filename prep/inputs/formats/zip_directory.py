@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from prep.console import UserError
+from prep.schema import open_regular
 
 _END, _END64_LOCATOR, _END64 = b"PK\5\6", b"PK\6\7", b"PK\6\6"
 _ENTRY = struct.Struct("<4s4B4HL2L5H2L")  # one entry of the central directory, without its name
@@ -42,13 +43,13 @@ class ZipEntry:
 
 def is_zip(path: Path) -> bool:
     """Return whether a file begins or ends like a zip archive."""
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         return file.read(4) in (b"PK\3\4", _END)
 
 
 def count_entries(path: Path) -> int:
     """Return the number of entries that the end record states; 0 if the end record cannot be read."""
-    with open(path, "rb") as file, suppress(ValueError, struct.error):
+    with open_regular(path) as file, suppress(ValueError, struct.error):
         return _find_directory(file)[2]
     return 0
 
@@ -57,7 +58,7 @@ def iterate_entries(path: Path) -> Iterator[ZipEntry]:
     """Yield the entries of the central directory. Raises UserError if the archive is damaged or truncated."""
     damaged = f"{path} is not a zip archive, or is damaged or truncated"
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             start, size, count, shift = _find_directory(file)
             file.seek(start)
             entries = _entries(file, size, start, shift)

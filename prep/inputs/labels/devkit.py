@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from prep.console import UserError
+from prep.schema import read_regular
 
 DEVKIT_NAME = "ILSVRC2012_devkit_t12"
 GROUND_TRUTH_NAME = "ILSVRC2012_validation_ground_truth.txt"
@@ -50,7 +51,9 @@ def open_devkit(path: Path) -> Devkit:
         elif path.name.endswith((".tar.gz", ".tgz", ".tar")):
             found = _in_archive(path)
         else:
-            found = Devkit(path, path.read_bytes(), _read_if_there(path.with_name(GROUND_TRUTH_NAME)))
+            found = Devkit(
+                path, read_regular(path, _MAX_FILE_BYTES, _ADVICE), _read_if_there(path.with_name(GROUND_TRUTH_NAME))
+            )
     except OSError as error:
         raise UserError(f"--devkit {path}: {error.strerror or error}. {_ADVICE}") from None
     if found is None:
@@ -82,11 +85,11 @@ def _in_folder(folder: Path) -> Devkit | None:
     meta = folder / "meta.mat"
     if not meta.is_file():
         return None
-    return Devkit(meta, meta.read_bytes(), _read_if_there(folder / GROUND_TRUTH_NAME))
+    return Devkit(meta, read_regular(meta, _MAX_FILE_BYTES, _ADVICE), _read_if_there(folder / GROUND_TRUTH_NAME))
 
 
 def _read_if_there(path: Path) -> bytes:
-    return path.read_bytes() if path.is_file() else b""
+    return read_regular(path, _MAX_FILE_BYTES, _ADVICE) if path.is_file() else b""
 
 
 def _in_archive(path: Path) -> Devkit | None:

@@ -20,6 +20,7 @@ from prep.inputs.labels.label_file import ImageNames, Row, Rows, parse_label_fil
 from prep.inputs.labels.numbers import LabelTexts, empty_classes
 from prep.inputs.names import name_text
 from prep.inputs.reader import ListOptions
+from prep.schema import MAX_TEXT_BYTES, read_regular
 
 _ILSVRC_NUMBER = re.compile(rb"ILSVRC\d{4}_(?:val|test)_(\d{8})\.\w+")
 _TEST_IMAGE = re.compile(rb"ILSVRC\d{4}_test_")
@@ -268,7 +269,7 @@ def _find_labels(options: ListOptions, root: Path, split: str) -> tuple[Path, by
             raise UserError(f"{root}: the images have no class folders, and {fault}. Name the file with --labels FILE.")
         return found.path, found.ground_truth, devkit
     try:
-        return file, file.read_bytes(), devkit
+        return file, read_regular(file, MAX_TEXT_BYTES, "Name a label file."), devkit
     except OSError as error:
         raise UserError(f"--labels {file}: {error.strerror or error}.") from None
 
