@@ -86,7 +86,7 @@ def measure(inputs: int, work_dir: Path, steps: Steps) -> dict[str, float]:
     task_bytes = steps.run("tasks", lambda: [len(pickle.dumps(plan.task(n))) for n in range(plan.shard_count)[:100]])
     path = work_dir / "inputs.npz"
     steps.run("save", lambda: listing.save(path))
-    loaded = steps.run("load", lambda: Listing.load(path), 1_000_000, "Run the benchmark again.")
+    loaded = steps.run("load", lambda: Listing.load(path, CLASSES, "Run the benchmark again."))
     assert steps.run("compare", lambda: loaded.same_as(listing))
     return {"shards": plan.shard_count, "largest_task_bytes": max(task_bytes), "inputs_npz_bytes": path.stat().st_size}
 
