@@ -151,8 +151,8 @@ class Prefetcher:
         """Wait until the GPU has reached one of the last CONSUMER_AHEAD batches. Call this method before each `next`.
 
         The consumer's thread only queues work for the GPU. Without this wait, the thread could request batches far
-        ahead of the GPU, and all these batches would need memory. Also, the time of waiting for the GPU would be
-        counted as waiting for the loader.
+        ahead of the GPU, and all these batches would need memory. Without this wait, the time of waiting for the GPU
+        would also be counted as waiting for the loader.
         """
         self._requests.append(self._engine.stream.record_consumer())
         if len(self._requests) > CONSUMER_AHEAD:

@@ -4,8 +4,8 @@
     python -m tools.compare_bits HEAD~1
 
 The tool copies both trees into a temporary folder and compiles their C kernels there. You can therefore edit the
-working tree during the comparison. The tool makes the photographs of the demo once. Then each tree computes the
-following results, in processes that import only the packages of that tree:
+working tree during the comparison. The tool makes the photographs of the demo once. Each tree computes the following
+results, in processes that import only the packages of that tree:
 
 -   the store of the demo's photographs (fingerprints of both splits, colour statistics), with and without C kernels;
 -   the first batches of the CPU stream in several settings, with C kernels and with DALI alone (ALEXNET_NATIVE=0);

@@ -76,7 +76,7 @@ def draw_digit(
     if difficulty.tilt_degrees:
         angle = rng.uniform(-difficulty.tilt_degrees, difficulty.tilt_degrees)
         mask = mask.rotate(angle, Image.Resampling.BICUBIC)
-    # This keeps the digit inside the central square, because the store keeps only this square.
+    # `max_shift` keeps the digit inside the central square, because the store keeps only that square.
     max_shift = (short - size) // 2
     top = (height - size) // 2 + int(rng.integers(-max_shift, max_shift + 1))
     left = (width - size) // 2 + int(rng.integers(-max_shift, max_shift + 1))

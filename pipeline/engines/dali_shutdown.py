@@ -3,8 +3,8 @@
 The project calls no other private method of DALI. Closing a loader unmaps the store's files. DALI's threads read these
 files, so the threads must end before a loader is closed. DALI 2.4 has no public method that stops the threads: leaving
 a `with pipeline:` block only ends the definition of the graph, and `release_outputs` stops no thread. Dropping the last
-reference to the pipeline also stops its threads, because `Pipeline.__del__` calls `_shutdown`. But the traceback of an
-exception can keep the pipeline alive. DALI itself calls `_shutdown` when the interpreter exits.
+reference to the pipeline also stops its threads, because `Pipeline.__del__` calls `_shutdown`. The traceback of an
+exception, however, can keep the pipeline alive. DALI itself calls `_shutdown` when the interpreter exits.
 
 The next major version of DALI can change private methods, so pyproject.toml requires an earlier version. The tests in
 test_dali_shutdown.py fail if DALI lacks the private method. The tests also fail if DALI has a public method with the

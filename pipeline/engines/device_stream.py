@@ -1,11 +1,11 @@
 """Work of the loader on its device, in order: one interface for a CUDA stream and for a CPU.
 
-On a GPU, the loader queues copies and kernels on its own CUDA stream (a side stream). These copies and kernels run
-while the consumer's kernels run. Two rules keep the results correct:
+On a GPU, the loader queues copies and kernels on its own CUDA stream (a side stream). The copies and kernels of the
+side stream run while the consumer's kernels run. Two rules keep the results correct:
 
 - The user of a result first waits for an event that was recorded after the work. `Event.wait` waits on the host, and
   `Event.order` makes the kernels that the consumer queues afterwards wait.
-- `Event.order` also tells torch that the consumer's stream uses the memory of the tensors. Without this call, torch
+- `Event.order` also tells torch that the consumer's stream uses the memory of the tensors. Without `Event.order`, torch
   could give the memory to the loader's next batch while the consumer's kernels still read it.
 
 On a CPU, InOrderStream does all work immediately. In tests on a CPU, tests/pipeline/engines/deferred_stream.py does

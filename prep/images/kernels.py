@@ -1,7 +1,7 @@
 """Compiled loops for rescaling and colour sums (kernels.c). `native` is None if the loops cannot be used.
 
-The docstring of prep.compiled lists the cases in which compiled loops cannot be used. In these cases rescale.py and
-color_stats.py compute the same results, bit for bit, with NumPy.
+The docstring of prep.compiled lists the cases in which compiled loops cannot be used. Without compiled loops,
+rescale.py and color_stats.py compute the same results, bit for bit, with NumPy.
 """
 
 from __future__ import annotations

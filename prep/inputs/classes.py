@@ -160,7 +160,7 @@ def _compare_spellings(names: Collection[str], origin: str) -> None:
         other = by_sight.setdefault(visible(name), name)
         if other != name:
             raise UserError(
-                f"{origin}: the classes {other!a} and {name!a} look the same. They differ in invisible "
+                f"{origin}: the classes {other!a} and {name!a} look the same. The two names differ in invisible "
                 "characters or in the form of accents. Give both classes the same name."
             )
         other = by_letters.setdefault(visible(name).casefold(), name)

@@ -1,6 +1,7 @@
 """Fixtures: runs of a small network, trained once for all tests, and a limit on the size of files.
 
-This limit simulates a full disk. A test must not write into `uninterrupted_run` or `small_run`, but only into a copy.
+The limit on the size of files simulates a full disk. A test must not write into `uninterrupted_run` or `small_run`, but
+only into a copy.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ order:
     compare      the comparison of the loaded list with the list in memory
 
 `peak MB` is the largest resident memory of the process so far (VmHWM in /proc/self/status). With --tree N, the program
-also creates N empty files in class folders, and lists them with list_folder. These files are in the caches of the
+also creates N empty files in class folders, and lists them with list_folder. The created files are in the caches of the
 operating system. On a network file system, listing takes longer.
 """
 

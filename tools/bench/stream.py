@@ -21,8 +21,8 @@ bounds      threads that read from memory and do only one thing: decode the JPEG
 
 Every contestant has --threads worker threads or processes and may use --threads cores. Streams read from the page
 cache, so choose a store that fits into memory. FFCV, SPDL and WebDataset run in separate processes, each with its own
-Python interpreter. Such a process starts a turn when it reads a line. The other contestants run in this process. All
-streams keep prefetching between their turns. Each turn of a stream first discards some batches. Batches that were
+Python interpreter. A separate process starts a turn when it reads a line. The other contestants run in this process.
+All streams keep prefetching between their turns. Each turn of a stream first discards some batches. Batches that were
 prefetched during another contestant's turn are therefore not counted.
 
 Starting, compiling, writing .beton files and archives, and filling shuffle buffers are not timed. Dtype, shape and

@@ -20,7 +20,7 @@ A step consists of forward pass, cross-entropy, zero_grad, backward pass and upd
 and are in memory. A turn is --steps steps. The stream (see tools.bench.stream), the metrics of the training loop, and
 GPUs are not measured.
 
-Peak memory is the largest resident memory of a process that runs only two steps. This memory includes Python, PyTorch,
+Peak memory is the largest resident memory of a process that runs only two steps. Peak memory includes Python, PyTorch,
 parameters, gradients, velocities and activations. Peak memory is measured before the rates. The peak that Linux reports
 for a new process includes the peak of its parent process.
 """

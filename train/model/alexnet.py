@@ -211,7 +211,8 @@ class AlexNet(nn.Module):
     def _visible(self, halves: list[Tensor]) -> list[Tensor]:
         """Return the input of conv3, fc6 or fc7 for each column.
 
-        If the recipe has crossings, each column sees both halves, joined. Otherwise each column sees only its own half.
+        If the recipe has crossings, each column sees both halves, joined. Without crossings, each column sees only its
+        own half.
         """
         return self.cross(halves) if self.recipe.crossing else halves
 

@@ -116,7 +116,7 @@ class MetricsLog:
         error = self._file.add(f"{json.dumps(line)}\n".encode())
         if error is not None:
             self.view.warn(
-                f"{self.path}: cannot be written ({error.strerror}). Its lines are held in memory; free disk space."
+                f"{self.path}: cannot be written ({error.strerror}). New lines are held in memory; free disk space."
             )
         if self._events is not None:
             self._events.add(line)

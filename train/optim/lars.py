@@ -11,8 +11,8 @@ m and the trust coefficient η:
 These formulas are the rule of PaperSGD with the learning rate γ · λ (argument `local_rates` of PaperSGD). In the paper,
 v has the opposite sign. The weight decay is in λ and in v. As in PaperSGD, v contains the learning rate.
 
-The paper leaves three points open. In these points, this module does what the authors' code does (GetLocalRate in
-src/caffe/solvers/sgd_solver.cpp of borisgin/nvcaffe, a fork of NVIDIA's Caffe):
+The paper leaves three points open. Where the paper leaves a point open, this module does what the authors' code does
+(GetLocalRate in src/caffe/solvers/sgd_solver.cpp of borisgin/nvcaffe, a fork of NVIDIA's Caffe):
 
 - The weights and the biases of a layer have separate local rates, as in the paper's table 2. Biases also have local
   rates.

@@ -1,7 +1,7 @@
 """The group of replicas of a training: rank and size from torchrun's environment, and exchange of host values.
 
-torchrun starts one process for each replica. A process without torchrun is a group of one replica. Such a group
-exchanges nothing and does not load torch.distributed.
+torchrun starts one process for each replica. A process without torchrun is a group of one replica. A group of one
+replica exchanges nothing and does not load torch.distributed.
 
     group = group_from_environment()
     with joined(group, timeout_s=600) as group:

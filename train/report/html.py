@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import html
 import json
 from base64 import b64encode
 from collections.abc import Iterable, Iterator, Sequence
-from html import escape
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from prep.console import bytes_text, count_noun, say
+from prep.console import bytes_text, count_noun, escaped, say
 from prep.plot_style import render_figure
 from train.config.architecture import ARCHITECTURES
 from train.config.choices import INDEX_RECORDS
@@ -97,18 +97,18 @@ def report_page(trained: TrainedRun, figures: Sequence[tuple[RunFigure, bytes]],
         ("store", "Training store", _store(trained)),
         ("environment", "Environment and settings", _environment(trained)),
     ]
-    links = "".join(f'<li><a href="#{key}">{escape(title)}</a></li>' for key, title, _ in sections)
-    body = "".join(f'<section id="{key}"><h2>{escape(title)}</h2>{text}</section>\n' for key, title, text in sections)
+    links = "".join(f'<li><a href="#{key}">{_shown(title)}</a></li>' for key, title, _ in sections)
+    body = "".join(f'<section id="{key}"><h2>{_shown(title)}</h2>{text}</section>\n' for key, title, text in sections)
     head = (
-        f"{escape(identity['model'])}, recipe {escape(identity['recipe'])}, batch {identity['batch_size']}, "
-        f"seed {identity['seed']}, {escape(identity['precision'])}; after step {trained.checkpoint.step:,}"
+        f"{identity['model']}, recipe {identity['recipe']}, batch {identity['batch_size']}, "
+        f"seed {identity['seed']}, {identity['precision']}; after step {trained.checkpoint.step:,}"
     )
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<link rel="icon" href="data:,">\n'
-        f"<title>{escape(name)}: AlexNet</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
-        f'<header><h1>{escape(name)}</h1><p class="quiet">{head}</p><nav><ul>{links}</ul></nav></header>\n'
+        f"<title>{_shown(name)}: AlexNet</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
+        f'<header><h1>{_shown(name)}</h1><p class="quiet">{_shown(head)}</p><nav><ul>{links}</ul></nav></header>\n'
         f"<main>\n{body}</main>\n</body>\n</html>\n"
     )
 
@@ -116,8 +116,8 @@ def report_page(trained: TrainedRun, figures: Sequence[tuple[RunFigure, bytes]],
 def _figure(figure: RunFigure, png: bytes) -> str:
     data = b64encode(png).decode()
     return (
-        f'<figure><div class="wide"><img src="data:image/png;base64,{data}" alt="{escape(figure.title)}"></div>'
-        f"<figcaption>{escape(figure.caption)}</figcaption></figure>"
+        f'<figure><div class="wide"><img src="data:image/png;base64,{data}" alt="{_shown(figure.title)}"></div>'
+        f"<figcaption>{_shown(figure.caption)}</figcaption></figure>"
     )
 
 
@@ -148,7 +148,7 @@ def _results(trained: TrainedRun, split: str) -> str:
         rows.append(
             [
                 f"{line['step']:,}",
-                escape(line["split"]),
+                line["split"],
                 views_text(line["views"]),
                 line["precision"],
                 *(
@@ -211,19 +211,19 @@ def _network(trained: TrainedRun) -> str:
     # A checkpoint of version 0.1.0 has a source with the number of parameters for 1000 classes.
     source = ARCHITECTURES.get(network.architecture.name, network.architecture).source
     size = size_text(layers, len(trained.classes))
-    return f'<p class="quiet">{size}. Source: {escape(source)}</p>' + _table(heads, rows, {3, 4})
+    return f'<p class="quiet">{_shown(size)}. Source: {_shown(source)}</p>' + _table(heads, rows, {3, 4})
 
 
 def _recipe(trained: TrainedRun) -> str:
     recipe, rows, settings = trained.network.recipe, [], trained.description.get("settings", {})
     for field, parts in recipe_rows(recipe).items():
         if field in HEADINGS:
-            rows.append(f'<tr><th class="part" colspan="3">{escape(HEADINGS[field])}</th></tr>')
+            rows.append(f'<tr><th class="part" colspan="3">{_shown(HEADINGS[field])}</th></tr>')
         for k, (name, value) in enumerate(parts):
             if name in settings and str(settings[name]) != value:  # --epochs, --batch
                 value = f"{value}, here {settings[name]}"
-            source = f'<td class="source" rowspan="{len(parts)}">{escape(recipe.sources[field])}</td>' if not k else ""
-            rows.append(f'<tr><th>{escape(name)}</th><td class="value">{escape(value)}</td>{source}</tr>')
+            source = f'<td class="source" rowspan="{len(parts)}">{_shown(recipe.sources[field])}</td>' if not k else ""
+            rows.append(f'<tr><th>{_shown(name)}</th><td class="value">{_shown(value)}</td>{source}</tr>')
     head = "<thead><tr><th>Field</th><th>Value</th><th>Source</th></tr></thead>"
     return f'<div class="wide"><table>{head}<tbody>{"".join(rows)}</tbody></table></div>'
 
@@ -249,10 +249,15 @@ def _environment(trained: TrainedRun) -> str:
     return _pairs({**description.get("environment", {}), **description.get("settings", {})})
 
 
+def _shown(text: object) -> str:
+    """Return text as HTML that shows the text: markup and control characters are escaped."""
+    return html.escape(escaped(str(text)))
+
+
 def _facts(facts: Iterable[tuple[str, str, str]]) -> str:
     """Return HTML that shows facts in large type. Each item of `facts` is (name, value, note)."""
     cells = (
-        f"<div><dt>{escape(n)}</dt><dd>{escape(v)}<small>{escape(note)}</small></dd></div>" for n, v, note in facts
+        f"<div><dt>{_shown(n)}</dt><dd>{_shown(v)}<small>{_shown(note)}</small></dd></div>" for n, v, note in facts
     )
     return f'<dl class="facts">{"".join(cells)}</dl>'
 
@@ -261,17 +266,17 @@ def _pairs(pairs: dict[str, Any]) -> str:
     def rows() -> Iterator[str]:
         for name, value in pairs.items():
             text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-            yield f"<tr><th>{escape(name.replace('_', ' '))}</th><td><code>{escape(text)}</code></td></tr>"
+            yield f"<tr><th>{_shown(name.replace('_', ' '))}</th><td><code>{_shown(text)}</code></td></tr>"
 
     return f'<div class="wide"><table><tbody>{"".join(rows())}</tbody></table></div>'
 
 
 def _table(heads: Sequence[str], rows: Iterable[Sequence[str]], numbers: set[int]) -> str:
-    """Return a table with HTML cells. `numbers` are the indices of the columns that are aligned right."""
+    """Return a table of texts. `numbers` are the indices of the columns that are aligned right."""
 
     def cells(tag: str, texts: Sequence[str]) -> str:
         classes = (' class="number"' if column in numbers else "" for column in range(len(texts)))
-        return "".join(f"<{tag}{class_}>{text}</{tag}>" for class_, text in zip(classes, texts, strict=True))
+        return "".join(f"<{tag}{class_}>{_shown(text)}</{tag}>" for class_, text in zip(classes, texts, strict=True))
 
     lines = "".join(f"<tr>{cells('td', row)}</tr>" for row in rows)
     return f'<div class="wide"><table><thead><tr>{cells("th", heads)}</tr></thead><tbody>{lines}</tbody></table></div>'

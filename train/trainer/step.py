@@ -19,9 +19,9 @@ one thread launches the layers of both columns (first those of column 0):
     gradients are copied in the opposite direction.
 -   The update is queued on each parameter's device. Learning rates are Python numbers, and are not read from a device.
 
-GPU 1 starts a few hundred microseconds after GPU 0, because GPU 1's first layers are queued later. After that, the GPUs
-wait for each other only at the crossings, as in the paper (section 3.2). The host waits only when the caller reads a
-value of the result.
+GPU 1 starts a few hundred microseconds after GPU 0, because GPU 1's first layers are queued later. After the start, the
+GPUs wait for each other only at the crossings, as in the paper (section 3.2). The host waits only when the caller reads
+a value of the result.
 """
 
 from __future__ import annotations

@@ -55,7 +55,7 @@ class CudaGraph:
         current.wait_stream(self._stream)
 
     def record(self, work: Callable[[], None]) -> None:
-        """Record `work`. Before that, the memory of an earlier recording is released.
+        """Record `work`. The memory of an earlier recording is released first.
 
         If memory runs out, raises torch.OutOfMemoryError instead of the RuntimeError of the broken recording.
         """

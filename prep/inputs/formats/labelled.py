@@ -1,7 +1,8 @@
 """Inputs that have their labels beside them: rows of a Parquet file or of a CSV list, samples of a WebDataset.
 
 A label is the name of a class. If all labels are numbers, a label is the position of a class from 0. If the name of an
-input has no folder, the input gets the name CLASS/NAME. The same images then give the same records as in class folders.
+input has no folder, the input gets the name CLASS/NAME. With the name CLASS/NAME, the images give the same records as
+in class folders.
 """
 
 from __future__ import annotations

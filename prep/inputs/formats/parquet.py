@@ -6,7 +6,8 @@ or if paths occur twice, the name is the number of the row.
 
 pyarrow cannot read a single row of a file. pyarrow decompresses a whole row group, which often has 100 images. A build
 reads rows in a random order. The first worker that needs a Parquet file therefore unpacks all its images into one file
-in the store's work folder, which is removed at the end. Without this folder, each call of `read` decompresses a group.
+in the store's work folder, which is removed at the end. Without the work folder, each call of `read` decompresses a
+group.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The label of each text in a label file. A text is the name of a class, or a number with one of several meanings.
 
-If a text can mean two different classes, the program does not guess. Instead, UserError asks for --label-order.
+If a text can mean two different classes, the program does not guess: UserError asks for --label-order.
 
 | label order   | meaning of the number k                                          |
 | ------------- | ---------------------------------------------------------------- |
@@ -61,8 +61,8 @@ class LabelTexts:
             order = "devkit"
             if self.devkit() is None:
                 raise UserError(
-                    f"{self.where}: a list of numbers without names is read as ILSVRC's ground truth. Its numbers are "
-                    f"those of ILSVRC's devkit, whose meta.mat is needed. Download {DEVKIT_NAME}.tar.gz from "
+                    f"{self.where}: a list of numbers without names is read as ILSVRC's ground truth. The numbers "
+                    f"are those of ILSVRC's devkit, whose meta.mat is needed. Download {DEVKIT_NAME}.tar.gz from "
                     "https://image-net.org, and put it beside the label file or pass it with --devkit FILE. If number "
                     "k is the k-th class in sorted order, pass --label-order sorted."
                 )

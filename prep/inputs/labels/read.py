@@ -221,9 +221,9 @@ def _refuse_further_columns(where: str, rows: Sequence[Row]) -> None:
     """Raise UserError if words after a name are a class of several words, or a class and a further column.
 
     A class of several words, separated by blanks and without quotes, is accepted if it occurs on several lines, or if
-    most classes have several words. Such a class is refused if its words are also classes (`cat dog` beside `cat` and
-    `dog`, `cat old` beside `cat`). The class is also refused if the last words of all lines look like a column. Such
-    last words are names of splits, numbers, or words that follow every class.
+    most classes have several words. A class of several words without quotes is refused if its words are also classes
+    (`cat dog` beside `cat` and `dog`, `cat old` beside `cat`). The class is also refused if the last words of all lines
+    look like a column. Words that look like a column are names of splits, numbers, or words that follow every class.
     """
     several = [row for row in rows if row.has_blanks]
     if not several:

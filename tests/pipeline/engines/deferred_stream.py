@@ -1,8 +1,8 @@
 """A DeviceStream for tests on a CPU, which does its work as late as a GPU could do it.
 
-Work is done only when the code waits for an event after the work, or orders the consumer's work after this event. Until
-then, the memory of the results holds NaN (float) or 113 (integers). If the code does not wait, a test sees these values
-instead of the results.
+Work is done only when the code waits for an event after the work, or orders the consumer's work after this event.
+Before the work is done, the memory of the results holds NaN (float) or 113 (integers). If the code does not wait, a
+test sees these values instead of the results.
 """
 
 from __future__ import annotations

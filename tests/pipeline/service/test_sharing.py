@@ -159,9 +159,9 @@ def test_a_call_that_arrives_late_does_not_move_a_consumer_back() -> None:
 def test_random_histories(seed: int) -> None:
     """Consumers of random speeds share a stream.
 
-    Some pause for a while, and some die. No living consumer waits forever. While all consumers share, each batch is
-    made once. No consumer receives a batch more than `ahead` steps after the lowest position that another consumer
-    needs. The coordinator keeps at most `ahead` + 1 batches for each consumer.
+    Some consumers pause for a while, and some consumers die. No living consumer waits forever. While all consumers
+    share, each batch is made once. No consumer receives a batch more than `ahead` steps after the lowest position that
+    another consumer needs. The coordinator keeps at most `ahead` + 1 batches for each consumer.
     """
     rng = random.Random(seed)
     c, names = Consumers(), [chr(97 + k) for k in range(rng.randint(1, 5))]

@@ -1,7 +1,8 @@
 """prep.build.resume: which changes of its source an unfinished build accepts or refuses.
 
-A build is stopped after one of its four shards of 50 images. Then the source is changed, and the same build runs again.
-The result must be a store with the contents that the files had when they were read, or the build must be refused.
+A build is stopped after one of its four shards of 50 images. After the stop, the source is changed, and the same build
+runs again. The result must be a store with the contents that the files had when they were read, or the build must be
+refused.
 """
 
 from __future__ import annotations

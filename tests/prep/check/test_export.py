@@ -116,10 +116,7 @@ def test_exported_files_have_safe_names(source: bytes, format: str, name: bytes)
 
 
 def test_names_that_lead_out_of_the_folder_stay_inside(stores: dict[str, Path], tmp_path: Path) -> None:
-    """Some names lead out of the folder or cannot be file names.
-
-    Nevertheless, each record is written once, inside the folder.
-    """
+    """Some names lead out of the folder or cannot be file names, but each record is written once, inside the folder."""
     sources = [b"n/..", b"../../../evil.jpg", b"/etc/evil.jpg", b"n/a\0b.jpg", b"n/" + b"x" * 300, b"n/.", b"", b"a\nb"]
     classes = ["..", "/etc/../..", "a/b", "x" * 256, "n\0n", ".", "a//b", "good"]
     plain = [(key, Datum.decode(value)) for key, value in split_records(stores["jpeg"])[: len(sources)]]

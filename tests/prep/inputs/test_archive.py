@@ -489,7 +489,7 @@ def test_an_archive_that_was_removed_is_reported(tmp_path: Path) -> None:
 def test_tars_of_class_folders_are_no_class_tars(
     tars: dict[str, list[str]], classes: tuple[str, ...] | None, nested: bool, tmp_path: Path
 ) -> None:
-    """These shards were made of class folders. The names of the tars would become the classes."""
+    """Tars that contain class folders are refused, because the names of the tars would become the classes."""
     folder = tmp_path / "tars"
     folder.mkdir()
     content = {f"{name}.tar": tar_of([(member, A) for member in members]) for name, members in tars.items()}

@@ -26,7 +26,7 @@ def test_tensorboard_reads_every_value_of_metrics_jsonl_once(observed_run: Obser
 
 
 def test_a_resumed_run_has_no_point_and_no_line_twice(tmp_path: Path) -> None:
-    """The run is killed after it logged step 5, and resumes from step 4. This happens twice. When the run resumes the
+    """Twice, the run is killed after it logged step 5, and resumes from step 4. When the run resumes the
     second time, the validation of step 4 is still due.
 
     Line 1 of metrics.jsonl is in no event file when the run starts.

@@ -10,8 +10,10 @@ import re
 import shutil
 import subprocess
 from base64 import b64decode
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,6 +22,7 @@ from PIL import Image
 
 pytest.importorskip("matplotlib")
 
+import train.report.html as report_module
 from train.cli import main
 from train.evaluation.evaluate import EvalResult
 from train.evaluation.predictions import record_evaluation
@@ -128,6 +131,42 @@ def test_an_imported_network_without_metrics_has_a_report_with_its_evaluations(t
     assert "op-5 error" not in page_text  # there are three classes
     parameters = sum(parameter.numel() for parameter in trained.network.parameters())
     assert f"{parameters:,} parameters for 3 classes" in page_text and "for 1000 classes" not in page_text
+
+
+_HOSTILE = "</title></td><script>x</script><img src=x onerror=y>\" ' \x1b[31m\u202e\udcff"
+
+
+def hostile(value: Any) -> Any:
+    """Return a JSON value in which each text begins with _HOSTILE."""
+    if isinstance(value, dict):
+        return {key: hostile(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [hostile(part) for part in value]
+    return _HOSTILE + value if isinstance(value, str) else value
+
+
+def test_text_from_files_is_escaped_in_the_report(small_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each text of run.json, the checkpoint and evaluations.jsonl has markup, control characters and a surrogate."""
+    trained = TrainedRun.open(small_run, None, "cpu", "fp32")
+    elements = {tag for tag, _ in Page(report_page(trained, [])).elements}
+    checkpoint = replace(
+        trained.checkpoint, classes=hostile(trained.checkpoint.classes), identity=hostile(trained.checkpoint.identity)
+    )
+    architecture = replace(trained.network.architecture, name=_HOSTILE, source=_HOSTILE)
+    monkeypatch.setattr(trained.network, "architecture", architecture)
+    changed = replace(trained, checkpoint=checkpoint)
+    description = hostile(trained.description)
+    vars(changed)["description"] = {**description, "settings": {_HOSTILE: 1, **description["settings"]}}
+    line = {"step": checkpoint.step, "top1_error": 0.5, "top5_error": 0.25, "loss": 1.0, "images": 12, "views": 10}
+    monkeypatch.setattr(
+        report_module, "read_evaluations", lambda run_dir: [{**line, "split": _HOSTILE, "precision": _HOSTILE}]
+    )
+    source = report_page(changed, [])
+    page = Page(source)
+    assert {tag for tag, _ in page.elements} == elements and "script" not in elements
+    assert source.replace("\n", "").isprintable() and source.encode()
+    shown = _HOSTILE.replace("\x1b", r"\x1b").replace("\u202e", r"\u202e").replace("\udcff", r"\udcff")
+    assert page.text.count(shown) > 25  # in each place where an element could begin, the text is shown instead
 
 
 def browser() -> str | None:
