@@ -2,8 +2,8 @@
 
     from pipeline import train_loader, eval_loader
 
-Importing these names loads torch and DALI. `import pipeline` alone loads neither torch nor DALI, so `alexstream --help`
-stays fast.
+Importing a name from `pipeline` loads torch and DALI. `import pipeline` alone loads neither torch nor DALI, so
+`alexstream --help` stays fast.
 """
 
 from __future__ import annotations

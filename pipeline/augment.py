@@ -24,8 +24,8 @@ order. With views="square", S is the only crop, for a network that slides over S
 mean[c, i, j] is computed from M, the mean of the central squares of the training split:
 
     channel     the mean of M over all pixels: one value for each channel
-    image       M[m + i, m + j, c] with m = (side_px − 224) // 2: the centre crop of M. This part of M is the same for
-                every crop and is never mirrored, as in convdata_jpeg.py. If the crop is all of S, m = 0
+    image       M[m + i, m + j, c] with m = (side_px − 224) // 2: the centre crop of M, which is the same for every
+                crop and is never mirrored, as in convdata_jpeg.py. If the crop is all of S, m = 0
     aligned     M[y + i, x + j', c]: the part of M at the position of the crop. If the crop is mirrored, this part is
                 mirrored too, as in Caffe's data_transformer.cpp
     none        0

@@ -36,10 +36,10 @@ class Draws(NamedTuple):
 def epoch_permutation(records: int, seed: int, epoch: int) -> Integers:
     """Return the order in which an epoch serves the records, as record numbers: int64 (records,).
 
-    This kind of shuffle is called a block shuffle. Blocks of BLOCK_RECORDS consecutive records are put in random order.
-    In a second stage, the records within each window of WINDOW_RECORDS records are shuffled. The order of the store is
-    itself a random permutation (alexprep build-lmdb). A block shuffle therefore mixes the classes as well as a full
-    shuffle does. The records of a block are next to each other on the disk.
+    The order is a block shuffle: blocks of BLOCK_RECORDS consecutive records are put in random order. In a second
+    stage, the records within each window of WINDOW_RECORDS records are shuffled. The order of the store is itself a
+    random permutation (alexprep build-lmdb). A block shuffle therefore mixes the classes as well as a full shuffle
+    does. The records of a block are next to each other on the disk.
     """
     rng = _generator(_PERMUTATION, seed, epoch)
     starts = rng.permutation(np.arange(0, records, BLOCK_RECORDS))

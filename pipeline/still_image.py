@@ -29,7 +29,7 @@ Pixels = npt.NDArray[np.uint8]  # (H, W, 3) RGB
 
 
 def read_photograph(path: Path, settings: Settings) -> Photograph:
-    """Prepare an image file in the same way as `alexprep build-lmdb` with these settings.
+    """Prepare an image file in the same way as `alexprep build-lmdb` with `settings`.
 
     Raises UserError with the path of the file if it cannot be read, is too large, or is not an image.
     """

@@ -205,7 +205,7 @@ def _sum(*counts: Counts) -> Counts:
 class _HeadNode:
     """Checks every _HEAD_EVERY_S whether the head node of the cluster still accepts connections.
 
-    Without these checks, Ray waits for a lost head node without a limit.
+    Without _HeadNode, Ray waits for a lost head node without a limit.
     """
 
     def __init__(self, gcs_address: str, cluster: str) -> None:
@@ -254,7 +254,7 @@ class _Counters:
         return self._counts
 
     def stop(self, attempts: list[str]) -> None:
-        """Stop the tasks of these attempts when they next report their counts."""
+        """Stop the tasks of `attempts` when the tasks next report their counts."""
         self._stopped.update(attempts)
 
 

@@ -1,8 +1,9 @@
 """Shared fixtures: a small set of photographs in ILSVRC's layout, stores built from it, and Caffe's Datum in protobuf.
 
 `photo_folder`, `store`, `stores` and `numbered_store` are made once in each test process. All tests of the process
-share them. A test must not write into these folders, but only into a copy. `make test` runs two test processes at the
-same time. A test therefore writes only into its own folders, and its time limits must suit a slow machine.
+share these folders. A test must not write into a shared folder, but only into a copy. `make test` runs two test
+processes at the same time. A test therefore writes only into its own folders, and its time limits must suit a slow
+machine.
 """
 
 from __future__ import annotations
@@ -45,8 +46,8 @@ def pytest_configure() -> None:
         os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
-# Folders and files of the tests that start Ray clusters. All these tests run in one test process, one after another.
-# Several clusters at the same time would need more memory and cores than a small machine has.
+# Folders and files of the tests that start Ray clusters. All tests with Ray clusters run in one test process, one after
+# another. Several clusters at the same time would need more memory and cores than a small machine has.
 _CLUSTER_TESTS = (
     *("tests/prep/test_cluster.py", "tests/prep/build/test_cluster.py", "tests/pipeline/cli", "tests/pipeline/service"),
     *("tests/train/service", "tests/tools/test_service_demo.py"),

@@ -1,7 +1,7 @@
 """Tests that files of revision 595f19d can be opened: stores, stream states, run folders, checkpoints, predictions.
 
-tests/fixtures/made_by_595f19d/README.md explains how the files were made. A test that changes files works on a copy of
-these files.
+tests/fixtures/made_by_595f19d/README.md explains how the files were made. A test that changes a file works on a copy of
+the file.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def tensors_hash(tensors: Mapping[str, torch.Tensor]) -> str:
 
 
 def open_older_run(folder: Path, epochs: int = 2, **settings: Any) -> Run:
-    """Open the older run with the settings with which it was trained. `settings` replaces some of these settings."""
+    """Open the older run with the settings with which it was trained. `settings` replaces some settings of the run."""
     given = {"model": SMALL, "run_dir": folder / "run", "epochs": epochs, "log_every": 1, "threads": 1, **settings}
     return Run.open(RunConfig(folder / "store-jpeg", SHORT, 4, **given))
 

@@ -24,8 +24,8 @@ SOURCES = (*PACKAGES, "tools", "pyproject.toml", "README.md", "LICENSE")  # file
 def copy_sources(folder: Path, *names: str) -> Path:
     """Copy files and folders of the checkout.
 
-    The build writes compiled libraries next to the sources. Other tests may be loading these libraries from the
-    checkout at the same time.
+    The build writes compiled libraries next to the sources. Other tests may be loading the libraries of the checkout at
+    the same time.
     """
     for name in names:
         if (ROOT / name).is_dir():

@@ -17,8 +17,8 @@ from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
-# The -fno options do not change results. Without these options, the compiler would have to preserve errno and
-# floating-point traps, which this code does not use. The compiler would then not vectorize loops.
+# The -fno options do not change results. Without the -fno options, the compiler would have to preserve errno and
+# floating-point traps, which the kernels do not use. The compiler would then not vectorize loops.
 FLAGS = ["-std=gnu11", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared"]
 
 

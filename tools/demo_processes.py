@@ -65,7 +65,7 @@ def cluster_of_nodes(count: int) -> Iterator[tuple[Any, list[Any]]]:
             try:
                 cluster.add_node(num_cpus=0, object_store_memory=NODE_BYTES, include_dashboard=False)
                 nodes = [cluster.add_node(num_cpus=1, object_store_memory=NODE_BYTES) for _ in range(count)]
-            except Exception as error:  # Ray raises a plain Exception in this case
+            except Exception as error:  # Ray raises a plain Exception if a node does not start
                 raise UserError(
                     f"a node of the Ray cluster does not start: {error} Try again on an idle machine."
                 ) from None

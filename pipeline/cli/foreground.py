@@ -42,7 +42,7 @@ def _stop(ray: ModuleType, name: str) -> None:
 
     If consumers had not left, Ray would kill their processes when the cluster ends.
     """
-    # These errors occur if a signal to all processes has already ended the cluster.
+    # The calls raise an error if a signal to all processes has already ended the cluster.
     with suppress(ServiceError, TimeoutError, ray.exceptions.RayError):
         if name in service_names(ray):
             consumers = service_status(ray, name, LOCAL)["consumers"]

@@ -100,7 +100,7 @@ class WindowSource:
             self._client.finish()
 
     def stop(self) -> None:
-        """End the calls of `records` that are waiting for the service. These calls raise ServiceError."""
+        """End the calls of `records` that are waiting for the service: each waiting call raises ServiceError."""
         self._client.stop()
 
     def close(self) -> None:

@@ -186,7 +186,7 @@ def _with_pillow(content: bytes, options: DecodeOptions, use: Callable[[Image.Im
     """Open `content` with Pillow.
 
     Returns two values: `use(image)`, and the lines that libraries wrote to standard error. Raises BadImage if Pillow
-    raises an exception. The reason in the BadImage then contains these lines.
+    raises an exception. The reason in the BadImage then contains the lines from standard error.
     """
     formats, said = pillow_formats(content[:HEAD_BYTES]), list[str]()
     with _pillow_lock, warnings.catch_warnings():

@@ -110,10 +110,10 @@ class PixelSums:
 def _add_moments(image: npt.NDArray[np.uint8], sums: npt.NDArray[np.int64]) -> None:
     """Add the sums over `image` to `sums` with NumPy. The result equals the result of add_moments in kernels.c.
 
-    A sum of 256 products of 8-bit numbers is less than 2^24. Therefore float32, the fastest type, is exact for 256
-    rows. The sums over blocks of 256 rows are added in float64, which is exact up to 2^53. In each row, the three
-    channels stay interleaved. The elementwise product of a row and the same row shifted by one element contains R·G and
-    G·B. A product with a shift of two elements contains R·B.
+    A sum of 256 products of 8-bit numbers is less than 2^24. The sum over 256 rows is therefore exact in float32, the
+    fastest type. The sums over blocks of 256 rows are added in float64, which is exact up to 2^53. In each row, the
+    three channels stay interleaved. The elementwise product of a row and the same row shifted by one element contains
+    R·G and G·B. A product with a shift of two elements contains R·B.
     """
     height, width = image.shape[:2]
     rows = image.reshape(height, 3 * width)

@@ -18,7 +18,8 @@ HEAD_BYTES = 32  # number of bytes at the beginning of a file that show its form
 
 JPEG_SIGNATURE = b"\xff\xd8\xff"
 _SIGNATURES = (JPEG_SIGNATURE, b"\x89PNG", b"GIF8", b"BM", b"RIFF", b"II", b"MM", b"P")
-# Pillow's names of the formats with these signatures. EPS is excluded, because Pillow starts Ghostscript to decode it.
+# Pillow's names of the formats that begin with one of _SIGNATURES. EPS is excluded, because Pillow starts Ghostscript
+# to decode it.
 _FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM")
 
 _JXL_SIGNATURES = (b"\xff\x0a", b"\0\0\0\x0cJXL \r\n\x87\n")

@@ -116,8 +116,8 @@ EACH_CPU void NAME(rescale)(const uint8_t *restrict pixels, int64_t width, pass 
     const int64_t right = across.first_inputs[across.outputs - 1] + across.taps;
     const int64_t columns = (right < width ? right : width) - left; /* input columns that the output needs */
     NUMBER *restrict between = scratch, *restrict sums = scratch + 3 * (columns + across.taps) + 4;
-    /* across_pixel multiplies the numbers after the last column by weights of zero. These numbers are set to 0, because
-     * NaN times zero would be NaN. */
+    /* across_pixel multiplies the numbers after the last column by weights of zero. The numbers after the last column
+     * are set to 0, because NaN times zero would be NaN. */
     memset(between + 3 * columns, 0, (3 * across.taps + 4) * sizeof *between);
     for (int64_t row = 0; row < down.outputs; row++, out += 3 * across.outputs) {
         NAME(down_rows)(pixels + 3 * (down.first_inputs[row] * width + left), 3 * width, down.taps,

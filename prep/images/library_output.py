@@ -1,7 +1,7 @@
 """Catches the lines that C libraries write to standard error while they decode a file.
 
-libtiff, for example, reports damaged data on standard error, without the name of the file. The caller adds the name of
-the file to the lines.
+libtiff, for example, reports damaged data on standard error, without the name of the file. The caller of
+`caught_stderr` adds the name of the file to the lines.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _before: list[int] = []  # a copy of the descriptor of standard error, while sta
 def _reset_in_child() -> None:
     """In a forked child, undo a redirection of standard error by another thread of the parent.
 
-    The other thread does not exist in the child.
+    A thread of the parent does not run in the child, so the redirection by the thread would never end.
     """
     global _lock
     _lock = threading.Lock()
@@ -38,7 +38,8 @@ def caught_stderr() -> Iterator[list[str]]:
 
     After the block, the list holds the lines that were written to the descriptor. Empty lines and known harmless lines
     are left out. At most three lines are kept, each of at most 160 characters. A fourth entry gives the number of
-    further lines. Another thread that enters such a block waits until the first thread has left its block.
+    further lines. Only one thread at a time can be in a block of caught_stderr: any other thread waits before its
+    block.
     """
     lines: list[str] = []
     with _lock:

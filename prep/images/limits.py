@@ -25,8 +25,7 @@ def too_slow_text(seconds: float) -> str:
 class _TimeIsUp(BaseException):
     """The exception that stops a slow decoder.
 
-    This class is no subclass of Exception. A handler `except Exception` around the call of a library therefore does not
-    catch this exception.
+    _TimeIsUp is no subclass of Exception, so a handler `except Exception` inside a library does not catch _TimeIsUp.
     """
 
 
@@ -59,7 +58,7 @@ def cpu_time_limit(seconds: float, error: Exception) -> Iterator[None]:
         finally:
             signal.setitimer(signal.ITIMER_PROF, 0)
     except _TimeIsUp:
-        pass  # `is_up` is set in this case
+        pass  # `stop` has set `is_up`
     finally:
         signal.signal(signal.SIGPROF, before)
         if is_up:

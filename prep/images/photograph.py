@@ -35,7 +35,7 @@ class Photograph(NamedTuple):
 
 
 def prepare_photograph(path: Path, settings: Settings, max_pixels: int = MAX_PIXELS) -> Photograph:
-    """Prepare an image file in the same way as `alexprep build-lmdb` with these settings.
+    """Prepare an image file in the same way as `alexprep build-lmdb` with `settings`.
 
     Raises BadImage, with the reason, if the file cannot be read, is too large, takes too long to decode, or is not an
     image.

@@ -11,7 +11,7 @@ source pixel shares with the output pixel. OpenCV's INTER_AREA uses the same wei
 2014 with INTER_AREA (cuda-convnet2, make-data/pyext/src/pyext.cpp). Pillow's filter BOX counts a source pixel either
 fully or not at all. For images of ILSVRC's sizes, BOX differs from `area` by 4 grey levels on average and by over 100
 at edges. The other filters are those of Pillow: the triangle (`bilinear`), Keys' cubic with a = −0.5, and Lanczos with
-three lobes. When an image is made smaller, these filters are widened by the scale factor. Unlike Pillow, this module
+three lobes. When an image is made smaller, Pillow's filters are widened by the scale factor. Unlike Pillow, this module
 does not round to 8 bits between the passes.
 """
 
@@ -197,7 +197,7 @@ def _banded_matrix(spec: _PassSpec) -> _BandedMatrix:
 
     For channels = 1 the weights of a band are a matrix (outputs, inputs) that multiplies pixels from the left. For
     channels = 3 the weights are a matrix (3 · inputs, 3 · outputs) that multiplies interleaved pixels from the right.
-    This matrix contains every weight three times, for R, G and B.
+    The second matrix contains every weight three times, for R, G and B.
     """
     n_in, channels, block = spec.n_in, spec.channels, _BAND_OUTPUTS[spec.channels]
     first_inputs, tap_weights = _filter_taps(spec)
@@ -236,7 +236,7 @@ def _area_weights(n_in: int, n_out: int, outputs: Integers) -> tuple[Integers, F
     """Return the index of the first input of each output, (outputs,), and weights, (outputs, taps), of the area filter.
 
     Output pixel i covers the interval [i, i + 1)·n_in/n_out, and input pixel j covers the interval [j, j + 1). The
-    weight of input j for output i is the length of the overlap of these two intervals, divided by n_in/n_out.
+    weight of input j for output i is the length of the overlap of their intervals, divided by n_in/n_out.
     """
     first_inputs = outputs * n_in // n_out
     inputs = first_inputs[:, None] + np.arange(-(-n_in // n_out) + 1)

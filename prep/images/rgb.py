@@ -29,7 +29,7 @@ _CONVERTED_MODES = {  # Pillow's mode -> name in DecodedImage.converted
 }
 _OTHER_MODES = ("RGB", "RGBA", "RGBa", "La", "YCbCr", "LAB", "HSV", "RGBX")
 _TIFF_PHOTOMETRIC, _TIFF_BITS = 262, 258
-_MAX_BOXES_BYTES = 20_000  # AVIF and HEIC files describe their images within these first bytes
+_MAX_BOXES_BYTES = 20_000  # AVIF and HEIC files describe their images within this number of bytes
 
 
 class FileFacts(NamedTuple):
@@ -106,7 +106,7 @@ def _over_background(image: Image.Image, background: str) -> npt.NDArray[np.uint
     if background == DROPPED:
         return np.asarray(image.convert("RGB"))
     level = LEVELS[background]
-    if image.mode in ("La", "RGBa"):  # Pillow converts these modes only to the same mode without premultiplied colours
+    if image.mode in ("La", "RGBa"):  # Pillow converts La only to LA, and RGBa only to RGBA
         image = image.convert({"La": "LA", "RGBa": "RGBA"}[image.mode])
     if image.mode != "RGBA":
         image = image.convert("RGBA")

@@ -9,13 +9,13 @@ Python's tarfile parses the headers. This module works around these problems of 
 -   tarfile keeps a list of all members in memory, which takes a gigabyte for ImageNet. Since Python 3.13, tarfile keeps
     no list if `stream` is true. In versions of Python before 3.13, this module empties the list after each member.
 -   tarfile treats a damaged header as the end of the archive. This module therefore checks that all bytes after the
-  apparent end are zero. In a complete archive, these bytes are zero.
+    apparent end are zero, as in a complete archive.
 -   If a PAX header has a negative size, newer versions of Python set `offset` to a wrong position. tarfile then either
     treats this position as the end of the archive, or returns the second member in place of the first. This module
     therefore compares `offset` with the end of the previous member.
 
-Python's documentation does not list TarFile's attributes `firstmember`, `members` and `offset`. The tests
-in test_tar_members.py fail if a version of Python changes these attributes.
+Python's documentation does not list TarFile's attributes `firstmember`, `members` and `offset`. The tests in
+test_tar_members.py fail if a version of Python changes one of the three attributes.
 """
 
 from __future__ import annotations

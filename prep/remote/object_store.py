@@ -250,7 +250,7 @@ def _reason(error: Exception) -> str:
 def _interruptible(request: Callable[[], T]) -> T:
     """Run a request in such a way that Ctrl-C ends the command at once.
 
-    obstore itself returns only when the request has ended.
+    A call of obstore returns only when its request has ended, even after Ctrl-C.
 
     In the main thread of the command, the request therefore runs in another thread. In other threads and in worker
     processes, the request runs directly, because the command can kill these threads and processes.

@@ -187,7 +187,7 @@ def test_a_loader_in_a_forked_child_says_so_at_once_and_is_closed_without_harm(
 ) -> None:
     """A torch DataLoader with workers iterates in forked children.
 
-    In earlier versions, such a program waited for its first batch forever.
+    In earlier versions, a torch DataLoader around a loader waited for its first batch forever.
     """
     with make(numbered_store, 4, threads=1) as loader:
         iterator = iter(loader)

@@ -93,7 +93,7 @@ def test_the_division_into_shards_does_not_change_the_stream(stores: dict[str, P
 def with_gaps(photo_folder: Path, tmp_path_factory: pytest.TempPathFactory, build: Build) -> Store:
     """A store built with --on-bad skip from a source with six unreadable files.
 
-    The store has no records for these files.
+    The store has no records for the unreadable files.
     """
     source = tmp_path_factory.mktemp("gaps") / "photos"
     shutil.copytree(photo_folder, source)
@@ -125,7 +125,7 @@ def test_several_threads_may_open_a_shard_at_the_same_time(stores: dict[str, Pat
             payloads = list(threads.map(lambda number: records[number // 4].payload.tobytes(), range(120)))  # noqa: B023
             assert payloads == [data for data in expected for _ in range(4)]
             records.close()
-    # LMDB refuses to open a file twice in a process. This call therefore fails if records.close() left a shard open.
+    # lmdb.open fails if records.close() left the shard open, because LMDB refuses to open a file twice in a process.
     lmdb.open(str(tmp_path / "store/train/00007"), readonly=True, lock=False).close()
 
 

@@ -26,7 +26,7 @@ DIFFERENT = {"name": "velocity", "there": "a" * 64, "here": None, "same": False}
 def test_a_hash_of_tensors_depends_on_bits_dtype_shape_and_name() -> None:
     zero = torch.zeros(2, 2)
     others: list[dict[str, torch.Tensor]] = [
-        {"w": -zero},  # these numbers are equal, but have different bits
+        {"w": -zero},  # 0.0 and -0.0 are equal, but have different bits
         {"w": zero.int()},
         {"w": zero.reshape(4)},
         {"v": zero},

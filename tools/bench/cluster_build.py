@@ -16,7 +16,8 @@ from tools.bench.harness import Contestant, LineProcess
 
 
 class ClusterRace:
-    """The two contestants. `command` is the command line of `alexprep build-lmdb` without --cluster.
+    """The contestants: a build on a cluster and a build with local processes. `command` is the command line of
+    `alexprep build-lmdb` without --cluster.
 
     `make_process` creates a process that runs a command line. `reset` is called before each turn.
     """

@@ -3,8 +3,8 @@
 A contestant is one implementation that is timed. A turn is one timed run of one contestant, which gives its rate in
 images/s. A round is one turn of each contestant, in order: A B C, A B C, … If the speed of the machine changes slowly,
 all contestants are affected alike. The first round of a benchmark is a warm-up and is not counted. The ratio of two
-rates is computed in each round, and the median of these ratios is reported. This median can differ from the ratio of
-the two median rates. The harness does not check the results against any limit.
+rates is computed in each round, and the median of these ratios is reported. The median of the ratios can differ from
+the ratio of the two median rates. The harness does not check the results against any limit.
 """
 
 from __future__ import annotations

@@ -8,11 +8,11 @@ two nodes          the same loader with a service whose workers run on a second 
 bounds             threads that only decode the JPEG records (libjpeg-turbo), or only copy the bytes of PPM records
 
 All contestants give float32 NCHW batches, decode on --threads threads, and run on the same --threads cores. The loader
-with a service shares these cores with Ray's processes and the workers. Both nodes are raylets (Ray's process of a node)
-of one Ray cluster on this machine. Only one service runs at a time. For each service, the benchmark starts a cluster.
-In this cluster, the loader with the service, the loader without a service and the bound run in turn. Each node has an
-object store of the size that `alexstream serve --cluster local` chooses. Before the measurement, the benchmark compares
-the first batches of the loader with those of the loader without a service, bit for bit.
+with a service shares its cores with Ray's processes and the workers. Both nodes are raylets (Ray's process of a node)
+of one Ray cluster on this machine. Only one service runs at a time. For each service, the benchmark starts a cluster,
+and then runs the loader with the service, the loader without a service and the bound in turn. Each node has an object
+store of the size that `alexstream serve --cluster local` chooses. Before the measurement, the benchmark compares the
+first batches of the loader with those of the loader without a service, bit for bit.
 """
 
 from __future__ import annotations
@@ -182,8 +182,8 @@ def main(
     """
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
     torch.set_num_threads(threads)
-    # Give all processes of a cluster one authentication token, which is made for this run. Without these variables,
-    # Ray looks for a token only after the first node has started, and then refuses the second node.
+    # Give all processes of a cluster one authentication token, which is made for this run. Without RAY_AUTH_MODE and
+    # RAY_AUTH_TOKEN, Ray looks for a token only after the first node has started, and then refuses the second node.
     os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     store_bytes = store_mb * 10**6 if store_mb else object_store_bytes(ServiceConfig.ahead)
     with tempfile.TemporaryDirectory() as temporary, ExitStack() as cleanup:

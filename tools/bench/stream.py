@@ -267,7 +267,7 @@ def main(
         benchmark = StreamBenchmark(jpeg, work_dir, threads, seconds)
         with benchmark.cleanup:
             add_contestants(benchmark, ffcv_python, spdl_python, webdataset_python, more)
-            os.sync()  # write the new files to the disk now, so that no turn is slowed down by these writes
+            os.sync()  # write the new files to the disk now, so that no write slows down a turn
             rows = race(benchmark.contestants, rounds)
     details = {"records": records, "batch": BATCH, "seconds": seconds, "threads": threads, "rounds": rounds}
     results = {"ours_over": speedups(rows), "versions": benchmark.versions, "left_out": benchmark.left_out}

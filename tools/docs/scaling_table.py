@@ -73,7 +73,7 @@ def speed(batch: int, gpus: int, bytes_per_s: float) -> float:
 
 
 def tables() -> str:
-    """Return the two tables, as Markdown."""
+    """Return the computed tables of docs/guides/many-gpus.md, as Markdown."""
     size_bytes = gradient_bytes()
     exchange = [["link", *(f"{gpus} GPUs" for gpus in GPUS)]]
     for link, rate in LINKS.items():

@@ -4,7 +4,7 @@ The memory floor of a kernel is the number of bytes that the kernel must read an
 of a copy within the GPU's memory. The share is time / floor; the goal is at most 2.
 
 Each direction of each epilogue is recorded in a CUDA graph, so that the time of launches is not measured. The graph
-computes the epilogue for several inputs, one after another. Together, these inputs are larger than the cache of the
+computes the epilogue for several inputs, one after another. Together, the inputs are larger than the cache of the
 GPU.
 """
 

@@ -1,8 +1,8 @@
 """Stores for tools.gpu_check, made from synthetic photographs: one of JPEG records and one of PPM records.
 
-tools.photo_digits makes the photographs, in this case without darkening. Each training photograph is in the stores
-several times, under several names, so that an epoch has dozens of steps of 512 images. For the stream, every record is
-a different image.
+The photographs come from tools.photo_digits and are not darkened. Each training photograph is in the
+stores several times, under several names, so that an epoch has dozens of steps of 512 images. For the stream, every
+record is a different image.
 """
 
 from __future__ import annotations

@@ -79,7 +79,7 @@ def load_photographs(
 
 
 def report_bad_photograph(path: Path, error: UserError, count: int, as_json: bool) -> None:
-    """Print the error for one of `count` photographs. If there is only one photograph, raise the error instead."""
+    """Report the error of one of `count` photographs: raise the error if `count` is 1, otherwise print the error."""
     if as_json:
         print_json({"image": str(path), "error": str(error)})
     if count == 1:

@@ -265,7 +265,7 @@ class AlexNet(nn.Module):
     ) -> Tensor:
         """Apply activation if `active_before`, normalization if `norm`, pooling, and activation if `active_after`.
 
-        max_pool applies ReLU. This method applies the other activations.
+        max_pool applies ReLU, and this method applies all other activations.
         """
         relu = self.recipe.activation == "relu"
         if active_before and not relu:

@@ -205,7 +205,7 @@ def _address(x: Tensor, position: int) -> int:
 def is_correct(kernels: NativeKernels) -> bool:
     """Return True if the kernels give the same results as float64 PyTorch operators on small tensors.
 
-    The two calls of _is_correct_for test every function. The tests cover windows that are clipped at the first and last
+    Two calls of _is_correct_for test every function. The tests cover windows that are clipped at the first and last
     map, and numbers of maps that are not a multiple of the vector length. The tests also cover ReLU before
     normalization and ReLU after pooling.
     """

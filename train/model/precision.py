@@ -7,7 +7,7 @@
             gradients, velocities, sums of the local response normalization, softmax and loss are float32
 
 PyTorch has two switches for TF32 on a GPU: one for convolutions, on by default, and one for matrix products, off by
-default. Neither fp32 nor tf32 corresponds to PyTorch's defaults for the two switches. If a GPU is used, set_precision
+default. Neither fp32 nor tf32 corresponds to PyTorch's defaults for TF32. If a GPU is used, set_precision
 therefore sets both switches. The switches apply to the whole process.
 """
 

@@ -41,7 +41,7 @@ class StepCounters:
 
     def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
         """Add the result of a step: loss (), logits (N, classes), labels (N,), all on the device."""
-        # With deterministic algorithms, index_copy_ would wait for the GPU. A CUDA graph cannot contain such a wait.
+        # With deterministic algorithms, index_copy_ would wait for the GPU, and a CUDA graph cannot contain a wait.
         torch.where(self._positions == self._step, loss, self._losses, out=self._losses)
         self._loss_sum += loss
         self._step += 1

@@ -8,8 +8,8 @@ m and the trust coefficient η:
     v ← m · v − γ · λ · (g + β · w)
     w ← w + v
 
-These formulas are the rule of PaperSGD with the learning rate γ · λ (argument `local_rates` of PaperSGD). In the paper,
-v has the opposite sign. The weight decay is in λ and in v. As in PaperSGD, v contains the learning rate.
+The formulas for v and w are the rule of PaperSGD with the learning rate γ · λ (argument `local_rates` of PaperSGD). In
+the paper, v has the opposite sign. The weight decay is in λ and in v. As in PaperSGD, v contains the learning rate.
 
 The paper leaves three points open. Where the paper leaves a point open, this module does what the authors' code does
 (GetLocalRate in src/caffe/solvers/sgd_solver.cpp of borisgin/nvcaffe, a fork of NVIDIA's Caffe):

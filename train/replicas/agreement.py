@@ -1,6 +1,6 @@
 """Lets all replicas stop after the same step, whichever replica received the signal to stop.
 
-Without this agreement, a replica that stops would leave the other replicas waiting for its gradients. The replicas
+If a replica stopped alone, the other replicas would wait for its gradients. The replicas
 exchange one number per step, after the step was launched. The host of a replica waits for the other hosts, but not for
 a GPU, because the hosts are ahead of the GPUs by some steps.
 """

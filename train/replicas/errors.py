@@ -1,4 +1,4 @@
-"""Errors of a group of replicas. Each error is printed by one rank. The other ranks end with the same exit code."""
+"""Errors of a group of replicas. One rank prints the error, and all ranks end with the same exit code."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from prep.console import Terminated, UserError
 class ReplicaLost(UserError):
     """A replica has ended, or did not take part in an exchange within the time-out.
 
-    The message names the rank of this replica.
+    The message names the rank of the replica.
     """
 
 

@@ -29,7 +29,7 @@ class Exchange(Protocol):
     """The exchange of one device's gradients."""
 
     own: Tensor  # (n,) float32: this rank writes its summands into `own`
-    # (n,) float32: the sum over the ranks, valid until the next call of `sum`. This tensor must not be changed.
+    # (n,) float32: the sum over the ranks, valid until the next call of `sum`. `total` must not be changed.
     total: Tensor
 
     def sum(self) -> None:

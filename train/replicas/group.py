@@ -33,7 +33,7 @@ from train.replicas.torchrun import note_joined, wait_for_message
 Value = TypeVar("Value")
 
 _LINGER_S = 1.0  # longest time for which a rank that ends as planned waits until the other ranks end, too
-# torchrun sets these variables. If another program starts the processes, the user sets them.
+# Environment variables that torchrun sets. If another program starts the processes, the user sets the variables.
 _NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _ALSO_NEEDED = ("LOCAL_RANK", "LOCAL_WORLD_SIZE")
 
@@ -93,7 +93,7 @@ class ReplicaGroup:
         return [value] if self.link is None else self.link.gather_json(value)
 
     def broadcast_json(self, value: Any) -> Any:
-        """Return the value of rank 0, which passes through JSON. The other ranks' values are ignored."""
+        """Return the value of rank 0, which passes through JSON. The values of all other ranks are ignored."""
         return value if self.link is None else self.link.broadcast_json(value)
 
     def broadcast(self, array: npt.NDArray[Any]) -> None:

@@ -70,8 +70,8 @@ def read_runs(run_dirs: Sequence[Path]) -> list[ComparedRun]:
 def differing_fields(runs: Sequence[ComparedRun]) -> dict[str, list[Any]]:
     """Return the fields that are not equal in all runs.
 
-    Each field has a list of one value for each run (None: no such field). The seed of the stream is left out if it
-    equals the seed of the run in every run.
+    Each field has a list of one value for each run (None: the run lacks the field). The seed of the stream is left out
+    if every run has a stream seed equal to its seed.
     """
     names = dict.fromkeys(name for run in runs for name in run.fields)
     rows = {name: [run.fields.get(name) for run in runs] for name in names}

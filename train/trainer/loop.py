@@ -253,7 +253,7 @@ def training_stream(run: Run, schedule: Schedule, epochs_done: int, group: Repli
 
 
 def validation_stream(run: Run, group: ReplicaGroup = ALONE) -> EvalLoader | None:
-    """Return the loader for the centre views of the split val. Without this split, print a message and return None.
+    """Return the loader for the centre views of the split val. Without a split val, print a message and return None.
 
     The loader of a replica serves its part of the split.
     """

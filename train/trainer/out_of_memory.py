@@ -11,7 +11,7 @@ from prep.console import UserError
 from train.config.run_config import RunConfig
 from train.runs import checkpoint
 
-# Some out-of-memory errors are a plain RuntimeError. These errors are recognized by a part of their message. The first
+# An out-of-memory error that is a plain RuntimeError is recognized by a part of its message. The first
 # part comes from torch's CPU allocator, the second from the CUDA driver and from DALI, and the third from cuBLAS.
 _MESSAGES = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 

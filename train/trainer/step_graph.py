@@ -124,8 +124,8 @@ class CountedStep:
             self._unrecorded_key, self._unrecorded_steps = key, 0
         if self._unrecorded_steps < _STEPS_BEFORE_RECORDING:
             self._unrecorded_steps += 1
-            # A recorded update reads a table of gradient addresses. This step overwrites the table, so the recording
-            # becomes invalid.
+            # A recorded update reads a table of gradient addresses. A step without recording overwrites the table, so
+            # the recording becomes invalid.
             self._recorded_key = None
             self._graph.run_unrecorded(lambda: self._counters.add(*self._step(images, labels)))
             return

@@ -33,8 +33,8 @@ from train.trainer.watchdog import Watchdog
 class Training:
     """A run in training. As a context manager, it writes into status.json of the run how the training ended.
 
-    `step` is the number of steps that the run has made. `validation_due` is True if an epoch ended with the last of
-    these steps, and the validation of the epoch has not been computed. `resumed` is the checkpoint from which the run
+    `step` is the number of steps that the run has made. `validation_due` is True if an epoch ended with the newest
+    step, and the validation of the epoch has not been computed. `resumed` is the checkpoint from which the run
     continues, or None.
     """
 
@@ -146,7 +146,7 @@ class Training:
     def save(self, loader: TrainLoader, is_last: bool) -> None:
         """Write a checkpoint. Only rank 0 writes. `loader` must be at the batch of the next step.
 
-        is_last  True if no later checkpoint can hold these steps (see CheckpointKeeper.save, also for the errors)
+        is_last  True if the run ends with this checkpoint (see CheckpointKeeper.save, also for the errors)
         """
         self._stream = loader.state_dict()
         self._save(is_last)

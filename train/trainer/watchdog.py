@@ -52,9 +52,9 @@ class Watchdog:
     def check(self, step: int, images: int, counts: Counts, augmentation: Augmentation) -> dict[str, dict[str, float]]:
         """Check the steps since the last check, up to `step`. Returns parameter_norms(network).
 
-        images        number of images in these steps, over all replicas
-        counts        the counts of these steps, over all replicas (counts_of_all)
-        augmentation  the stream's augmentation in these steps
+        images        number of images in the steps, over all replicas
+        counts        the counts of the steps, over all replicas (counts_of_all)
+        augmentation  the stream's augmentation in the steps
 
         With several replicas, all ranks call `check` and get the same values, so all ranks end together. Rank 0 writes
         the batch of the whole step. Raises UserError if the norms of the replicas differ.

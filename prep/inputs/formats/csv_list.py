@@ -43,7 +43,7 @@ _NO_CSV = "Expected rows of `path,label`, for example `cat/1.jpg,cat`, with or w
 
 
 def csv_splits(path: Path) -> list[str]:
-    """Return the splits that the column `split` names; [] if there is no such column.
+    """Return the splits that the column `split` names; [] if there is no column `split`.
 
     Prints how many rows are left out because they belong to other splits. Raises UserError if no row belongs to train
     or val.

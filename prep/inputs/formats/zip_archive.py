@@ -111,7 +111,7 @@ def _has_more(decompressor: Any) -> bool:
 
 
 def _rest(decompressor: Any) -> bytes:
-    """Return the bytes that zlib's decompressor has not consumed. Other decompressors keep these bytes themselves."""
+    """Return the bytes that zlib's decompressor has not consumed, which other decompressors keep themselves."""
     rest: bytes = getattr(decompressor, "unconsumed_tail", b"")
     return rest
 

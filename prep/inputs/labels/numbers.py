@@ -41,7 +41,7 @@ class LabelTexts:
     where: str  # `--labels FILE`, for messages
     texts: Sequence[str]  # the different texts of the file
     classes: tuple[str, ...]  # classes of the store or of --classes; empty if the label file itself gives the classes
-    owner: str  # text for messages that says where these classes come from
+    owner: str  # text for messages that says where `classes` come from
     devkit: Callable[[], Devkit | None]
     example: Callable[[str], str]  # for messages: returns a line of the file that has this text
 
@@ -100,7 +100,7 @@ class LabelTexts:
             ways.append("devkit: the class of this number in ILSVRC's meta.mat")
         return (
             f"{self.where}: it is unclear what the numbers mean. {self.example(text)} can be read with --label-order "
-            f"{'; '.join(ways)}. Pass one of these values."
+            f"{'; '.join(ways)}. Pass --label-order with one of these values."
         )
 
     def _is_run_of_numbers(self) -> bool:

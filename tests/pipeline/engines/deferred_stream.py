@@ -2,7 +2,7 @@
 
 Work is done only when the code waits for an event after the work, or orders the consumer's work after this event.
 Before the work is done, the memory of the results holds NaN (float) or 113 (integers). If the code does not wait, a
-test sees these values instead of the results.
+test sees NaN or 113 instead of the results.
 """
 
 from __future__ import annotations

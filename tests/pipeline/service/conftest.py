@@ -184,6 +184,6 @@ def serve(cluster: TestCluster) -> Iterator[Serve]:
 def module_serve(cluster: TestCluster) -> Iterator[Serve]:
     """The same function as `serve`, for all tests of a module.
 
-    All tests of the module share these services, which are stopped after the last test.
+    All tests of the module share the services, which are stopped after the last test.
     """
     yield from serving(cluster)

@@ -25,7 +25,7 @@ NEVER_S = 10_000.0
 
 @pytest.fixture(scope="module")
 def processes(store: Path) -> Iterator[list[ConsumerProcess]]:
-    """Two consumers in their own processes. Only the last test of this module may kill one of these consumers."""
+    """Two consumers in their own processes. Only the last test of this module may kill one of the consumers."""
     started = [ConsumerProcess(store, BATCH, SEED) for _ in range(2)]
     yield started
     for process in started:
@@ -133,7 +133,7 @@ def test_stopped_and_killed_consumers_hold_the_others_for_a_limited_time(
 ) -> None:
     """One consumer process is suspended for longer than patience_s and then continues.
 
-    The other consumer process is killed.
+    Another consumer process is killed.
     """
     patient = serve(store, 1, ahead=5, consumers=2, patience_s=2.0, forget_s=NEVER_S)
     loaders.append(consume(store, patient))

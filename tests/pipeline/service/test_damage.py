@@ -83,7 +83,8 @@ def test_a_store_that_is_cut_off_while_workers_read_it_ends_in_an_error(
 ) -> None:
     """A worker that reads the missing part of the file is killed by SIGBUS. New workers detect the damage at start.
 
-    After this check has failed, no node can serve the store. A consumer must not wait for a worker forever.
+    After the check at the start of a worker has failed, no node can serve the store. A consumer must not wait for a
+    worker forever.
     """
     store = Path(shutil.copytree(numbered_store, tmp_path / "store"))
     service = serve(store, 1, start_s=2.0)

@@ -293,7 +293,7 @@ def test_a_photograph_that_needs_too_much_memory_is_left_out(
 def test_a_strict_build_reads_again_what_an_earlier_run_skipped(with_bad: Path, tmp_path: Path) -> None:
     """A run with --on-bad skip finishes shards with bad inputs.
 
-    A run with --on-bad fail then builds these shards again.
+    A run with --on-bad fail builds shards with bad inputs again.
     """
     for name in OBVIOUS:
         (with_bad / name).unlink()

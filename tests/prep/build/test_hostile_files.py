@@ -27,7 +27,7 @@ from PIL import Image
 from prep.store.manifest import Store
 from tests.helpers.hostile_files import JPEG, KEPT, Expected, corpus, not_images
 
-MAX_S = 60.0  # a build of these files takes a few seconds, but decoding one decompression bomb would take minutes
+MAX_S = 60.0  # a build of all test files takes a few seconds, but decoding one decompression bomb would take minutes
 MAX_BYTES = 2_000_000_000  # memory limit for each process, because an image of 100 million pixels takes about one GB
 
 

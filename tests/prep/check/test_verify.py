@@ -103,7 +103,7 @@ def test_a_jpeg_store_of_images_that_jpeg_changes_most_passes(
 def test_odd_names_of_inputs_are_not_faults(tmp_path: Path, build: Build, workers: WorkerPool) -> None:
     """inputs.jsonl contains U+2028 and U+0085 without escapes.
 
-    str.splitlines splits at these characters, but JSON allows them in a string.
+    str.splitlines splits at U+2028 and U+0085, but JSON allows both characters in a string.
     """
     (tmp_path / "photos" / "n0").mkdir(parents=True)
     for name in ("a\u2028b.png", "c\u0085d.png", "e\u001cf.png", 'g"h\\.png', "é.png"):

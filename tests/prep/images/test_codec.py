@@ -65,7 +65,7 @@ COLOR_JPEGS = color_jpegs()
 
 @pytest.mark.parametrize("name", list(COLOR_JPEGS))
 def test_libjpeg_turbo_decodes_colour_jpegs_to_pillows_pixels(name: str) -> None:
-    """decode_image decodes these files with libjpeg-turbo, and does not fall back to Pillow."""
+    """decode_image decodes COLOR_JPEGS with libjpeg-turbo, and does not fall back to Pillow."""
     content = COLOR_JPEGS[name]
     expected = np.asarray(pillow(content))
     image = decode_image(content)
@@ -95,7 +95,7 @@ def test_other_and_damaged_jpegs_are_decoded_or_refused_as_by_pillow() -> None:
     }
     kept = 0
     for name, content in files.items():
-        if name not in ("a hole", "zeros"):  # in these two files, the damaged scan can still be valid
+        if name not in ("a hole", "zeros"):  # in both files, the damaged scan can still be valid
             assert _decode_color_jpeg(content, DecodeOptions()) is None, name
         try:
             expected = np.asarray(pillow(content).convert("RGB"))

@@ -72,7 +72,7 @@ def test_files_of_the_system_are_left_out_and_named(tmp_path: Path) -> None:
         (["0", "1", "2", "10", "100"], ["0", "1", "2", "10", "100"]),
         (["1", "2", "9", "10", "11"], ["1", "2", "9", "10", "11"]),
         (["007", "01", "2"], ["01", "2", "007"]),
-        (["2", "1", "other"], ["1", "2", "other"]),  # these names have the same order as numbers and as text
+        (["2", "1", "other"], ["1", "2", "other"]),  # 1 and 2 have the same order as numbers and as text
         (["n2", "n10", "N3"], ["N3", "n10", "n2"]),
         (["a/2", "a/10", "b/x"], ["a/2", "a/10", "b/x"]),
     ],

@@ -308,7 +308,7 @@ def test_a_fifo_that_replaced_a_file_does_not_block(tmp_path: Path) -> None:
         with pytest.raises(BadImage, match=f"a {kind}, not a file|Is a directory"):
             reader.head(item, 4)
         status = path.stat()
-        # This simulates a file system without modification times.
+        # `same` has the size and time of the new FIFO or folder, as if the file system kept no times
         same = replace(item, size=status.st_size, mtime_ns=status.st_mtime_ns)
         with pytest.raises(BadImage, match=f"a {kind}, not a file|Is a directory"):
             reader.read(same)

@@ -83,7 +83,7 @@ def test_a_server_that_answers_503_and_429_is_asked_again(
 ) -> None:
     """Requests of multipart uploads do not fail in this test.
 
-    After such a failure, all requests of the upload would be repeated.
+    After a failed request of a multipart upload, all requests of the upload would be repeated.
     """
     numbers = dict[tuple[str, str, str], int]()
 

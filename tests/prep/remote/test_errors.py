@@ -78,7 +78,7 @@ def test_a_broken_connection_to_a_name_with_403_is_no_error_of_permission(
 def test_missing_credentials_name_the_variables(
     small_store: Path, copy: Copy, proxy: Proxy, url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without credentials, obstore asks the metadata service of EC2. In this test, no such service answers."""
+    """Without credentials, obstore asks the metadata service of EC2. In this test, no metadata service answers."""
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
     monkeypatch.setenv("AWS_METADATA_ENDPOINT", "http://127.0.0.1:1")

@@ -66,7 +66,7 @@ def test_protobuf_reads_an_encoded_record(datum: Datum, caffe_datum: Callable[[]
 def test_the_record_begins_with_the_bytes_of_a_plain_caffe_datum(caffe_datum: Callable[[], Any]) -> None:
     """Fields 1001 and 1002 come last in a record.
 
-    The bytes before these two fields are the bytes that protobuf writes for a Caffe Datum.
+    The bytes before fields 1001 and 1002 are the bytes that protobuf writes for a Caffe Datum.
     """
     message = caffe_datum()
     message.ParseFromString(SMALL.encode())

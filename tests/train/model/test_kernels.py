@@ -22,7 +22,7 @@ from train.optim.paper_sgd import PaperSGD
 
 needs_kernel = pytest.mark.skipif(kernels.native is None, reason="the kernels were not compiled")
 
-FAST_TO_COMPILE = ["-std=gnu11", "-O1", "-fPIC", "-shared"]  # these flags compile ten times as fast as compiling.FLAGS
+FAST_TO_COMPILE = ["-std=gnu11", "-O1", "-fPIC", "-shared"]  # compiles ten times as fast as compiling.FLAGS
 
 
 def load(path: Path) -> kernels.NativeKernels | None:

@@ -23,7 +23,7 @@ from train.config.run_config import RunConfig
 from train.runs.run import Run
 from train.trainer.loop import fit
 
-# With these options, Ray does not kill a new node whose agents need more than 15 s to start.
+# With fixed ports, Ray does not kill a new node whose agents need more than 15 s to start.
 _PORTS = ("metrics_agent_port", "metrics_export_port", "runtime_env_agent_port", "dashboard_agent_listen_port")
 
 
@@ -93,7 +93,7 @@ def started_cluster(cluster_class: Any) -> Any:
         try:
             cluster.add_node(**node, **dict(zip(_PORTS, free_ports(len(_PORTS)), strict=True)))
             return cluster
-        except Exception:  # Ray raises a plain Exception in this case
+        except Exception:  # Ray raises a plain Exception if a node does not start
             cluster.shutdown()
             if not attempts_left:
                 raise

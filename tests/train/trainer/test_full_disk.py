@@ -34,7 +34,7 @@ def test_a_run_trains_on_while_the_disk_is_full_and_has_the_same_result(
 ) -> None:
     """From step 3 to step 5, no file may exceed the size of metrics.jsonl by more than 30 bytes.
 
-    Neither a line nor a checkpoint fits within this limit.
+    Within 30 bytes, neither a line of metrics.jsonl nor a checkpoint fits.
     """
     run_dir, log_line = tmp_path / "run", MetricsLog.train
 

@@ -69,7 +69,7 @@ def apply_epilogue(
     channels_first  True: the result is contiguous (N, maps, H', W'), as fc6 needs it; False: the result is channels
                     last. True needs pooling
 
-    H' = (H − pool_px) // 2 + 1 with pooling, otherwise H. The same formula gives W' from W.
+    With pooling, H' = (H − pool_px) // 2 + 1 and W' = (W − pool_px) // 2 + 1. Without pooling, H' = H and W' = W.
     """
     outputs = _Apply.apply(epilogue, len(bias), joined, channels_first, *x, *bias)  # type: ignore[no-untyped-call]  # torch leaves it untyped
     return list(outputs)

@@ -143,7 +143,7 @@ def pooled_forward(
             x_column, POOL, BEFORE, NORM, THREE_QUARTERS, TERMS, POSITIONS,
         )  # fmt: skip
         best, best_argmax = _maximum(above, above_argmax, below, below_argmax + 3)
-        # The next row is the third row of these windows if POOL is 3, and the first row of the windows below.
+        # The next row is the third row of the current windows if POOL is 3, and the first row of the windows below.
         above, above_argmax = _row_maximum(
             x + (2 * row + 2) * x_row, 2 * row + 2 + 0 * p < rows, 2 * first_column, columns, i, maps, biases, band,
             alpha, beta, k, x_column, POOL, BEFORE, NORM, THREE_QUARTERS, TERMS, POSITIONS,

@@ -77,7 +77,7 @@ def ended(store: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, An
     address = f"{HOST}:{free_port()}"
     program = CONSUMER.replace("SEED", str(SEED)).replace("BATCH", str(BATCH)).replace("AFTER", str(AFTER))
     consumer = shlex.join([sys.executable, "-c", program, str(store), address, str(folder)])
-    # The head node has the core on which the worker runs. The other node has no cores.
+    # The head node has the core on which the worker runs. The node of the consumer has no cores.
     head = Machine(head_commands(int(address.partition(":")[2])), **TOKEN)
     node = None
     try:
@@ -129,7 +129,7 @@ def test_the_program_ends_cleanly(ended: dict[str, Any]) -> None:
 
 
 def test_a_lost_service_is_left_when_no_thread_waits_in_ray(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The service answers one request. After this answer, nothing more arrives, not even the pixels of the request."""
+    """The service answers one request, and then nothing more arrives, not even the pixels of the request."""
     pixels_requested, waiting, waiting_at_exit = threading.Event(), set[int](), list[int]()
 
     def get(reference: Any, timeout: float) -> Any:

@@ -19,7 +19,7 @@ from tests.pipeline.service.consumer import digests
 from tests.pipeline.service.faults import TOKEN, Machine, free_port, head_commands
 from tests.pipeline.streaming import take_batches
 
-# Without these settings, a refusal takes two minutes.
+# Without the settings in _SHORT, a refusal takes two minutes.
 _SHORT = ("RAY_NUM_REDIS_GET_RETRIES=1", "RAY_py_gcs_connect_timeout_s=5")
 PROGRAM = """
 import sys

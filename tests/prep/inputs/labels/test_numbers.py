@@ -36,7 +36,7 @@ def labels_for(numbers: str, tmp_path: Path, order: str | None = None, classes: 
         ("4 1 2 3", FROM_1, [3, 0, 1, 2]),  # 4 is not a position from 0, so the numbers are names
         ("0 1 2 3", ("0", "1", "2", "3"), [0, 1, 2, 3]),
         ("2 1", ("0", "1", "2", "3"), [2, 1]),  # names and positions from 0 give the same labels
-        ("20 10", ("10", "20", "30"), [1, 0]),  # these numbers are not positions, so they are names
+        ("20 10", ("10", "20", "30"), [1, 0]),  # 20 is not a position, so the numbers are names
         ("0 3 1", FROM_1, [0, 3, 1]),  # 0 is not a name, so the numbers are positions from 0
         ("7 008", ("007", "8"), [0, 1]),  # 7 and 007 are the same number in different spellings
         ("3 1 2", (), [2, 0, 1]),  # the numbers 1 to K are names, in the order of the numbers

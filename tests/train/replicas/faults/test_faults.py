@@ -59,7 +59,7 @@ def test_torchrun_restarts_a_run_after_a_signal_to_one_rank(
 def test_rank_0_that_hangs_is_named_after_the_time_out(
     torchrun: TorchrunServer, stores: dict[str, Path], undisturbed_pair: Path, tmp_path: Path
 ) -> None:
-    """tests/train/replicas/test_run_command.py tests rank 1 in the same way."""
+    """tests/train/replicas/test_run_command.py has the same test with a rank 1 that hangs."""
     job = start_training(torchrun, 2, stores["ppm"], tmp_path / "run", "--replica-timeout", 3, fault="SIGSTOP 0 5")
     job.wait_until(lambda: "Error: " in job.stderr)
     job.wait_until(lambda: len(job.ranks()) == 1)
