@@ -33,7 +33,7 @@ from typing import IO, Any
 import click
 
 from prep.console import CONTEXT_SETTINGS, UserError, count_noun, print_json, print_line, progress
-from tools.edits.processes import ACCEPTED, ONE_LINE, Outcome, check_edit, import_all
+from tools.edits.processes import ACCEPTED, ONE_LINE, Outcome, check_edit, import_modules
 from tools.edits.rules import reason_to_accept
 from tools.edits.samples import use_small_networks
 from tools.edits.targets import TARGETS, UNCHANGED, Edit, Target, edits_of
@@ -56,13 +56,13 @@ Job = tuple[Target, Edit, list[str]]
 
 
 def jobs_of(samples: Path, choice: Choice) -> list[Job]:
-    """Return the edits to try, each with the commands to run. Files that `samples` lacks are left out."""
+    """Return the edits to try, each with the commands to run. Folders that `samples` lacks are left out."""
     rng, jobs = random.Random(choice.seed), []
     for target in TARGETS:
-        has_all = all((samples / name).exists() for name in target.folders)
+        is_there = (samples / target.file.split("/")[0]).exists()
         named = not choice.only or any(name.partition(":")[0] in target.file for name in choice.only)
         commands = [command for command in target.commands if any(text in command for text in choice.commands or ("",))]
-        if not has_all or not named or not commands:
+        if not is_there or not named or not commands:
             continue
         for edit in edits_of(target, samples):
             label = f"{edit.file}:{edit.field}"
@@ -192,8 +192,7 @@ def main(
             if made.returncode:
                 raise click.ClickException(f"the examples could not be made: {made.stderr.strip()[-500:]}")
         os.environ["ALEXNET_STORE"] = "store"
-        if not no_preload:
-            import_all()
+        import_modules(large=not no_preload)
         use_small_networks()
         chosen = jobs_of(samples.resolve(), Choice(**choice))
         if not chosen:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -14,6 +15,7 @@ import pytest
 
 import prep.cli.check
 from prep.console import UserError
+from tests.helpers.project import ROOT
 from tools.edit_files import BELIEVED, judged, table_lines
 from tools.edits.json_edits import encode, value_edits
 from tools.edits.processes import ACCEPTED, ONE_LINE, Outcome, check_edit
@@ -124,3 +126,13 @@ def test_every_target_and_every_rule_is_used() -> None:
     for target in TARGETS:
         assert all(command.split()[0] in ("alexprep", "alexstream", "alextrain") for command in target.commands)
         assert target.file.split("/")[0] in target.folders
+
+
+@pytest.mark.parametrize(
+    "share", [pytest.param(0.03, id="sample"), pytest.param(1.0, id="all", marks=pytest.mark.soak)]
+)
+def test_edits_of_a_store_end_with_one_line(share: float, samples: Path) -> None:
+    program = [sys.executable, "-m", "tools.edit_files", "--samples", str(samples), "--no-preload"]
+    words = ["--share", str(share), "--command", "alexprep inspect"]
+    ended = subprocess.run([*program, *words], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stdout + ended.stderr

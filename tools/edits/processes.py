@@ -28,14 +28,15 @@ from tools.edits.targets import PACKAGES, Edit, Target, real_path
 
 MEMORY_BYTES = 1_000_000_000
 _SLICE_S = 0.5
-_LIBRARIES = (
-    *("torch", "numpy", "lmdb", "PIL.Image", "scipy.io", "sklearn.neighbors", "matplotlib.pyplot", "simplejpeg"),
-    *("nvidia.dali", "tensorboard", "safetensors", "rich.progress", "pyarrow.parquet"),
+_SMALL_MODULES = (  # these modules load no large library
+    *("numpy", "lmdb", "PIL.Image", "simplejpeg", "prep.cli", "prep.check.verify", "prep.check.inspect"),
+    *("prep.check.export", "prep.merge.stores", "prep.remote.copy_store", "prep.build.split"),
+    *("train.cli", "train.runs.status", "train.runs.ensemble_status"),
 )
 _MODULES = (
-    *("prep.cli", "prep.check.verify", "prep.check.export", "prep.merge.stores", "prep.remote.copy_store"),
-    *("prep.build.split", "pipeline.cli", "pipeline.loader", "pipeline.diagnostics.preview"),
-    *("pipeline.diagnostics.bench", "pipeline.diagnostics.shuffle_quality", "train.cli", "train.trainer.loop"),
+    *("torch", "scipy.io", "sklearn.neighbors", "matplotlib.pyplot", "nvidia.dali", "tensorboard", "safetensors"),
+    *("rich.progress", "pyarrow.parquet", "pipeline.cli", "pipeline.loader", "pipeline.diagnostics.preview"),
+    *("pipeline.diagnostics.bench", "pipeline.diagnostics.shuffle_quality", "train.trainer.loop"),
     *("train.runs.saved_config", "train.evaluation.predictions", "train.evaluation.trained_run", "train.report.html"),
     *("train.report.compare", "train.convert.export", "train.convert.import_torchvision", "train.experiments.ablate"),
     "train.experiments.ensemble",
@@ -43,6 +44,7 @@ _MODULES = (
 _OUT_OF_MEMORY = re.compile(r"MemoryError|[Uu]nable to allocate|[Cc]an(no|')t allocate|not enough memory|bad_alloc")
 _BIDI = set("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\u2028\u2029")
 # Files that a command may write although it then refuses to go on: locks, and the state of a run that has ended.
+_RESULT = re.compile(r"(^|/)manifest\.json$|(^|/)(out|record|features)[^/]*$|\.(png|svg|html|npz|safetensors|onnx)$")
 _MAY_CHANGE = re.compile(r"(^|/)(\.lock|part-\d+-of-\d+\.lock)$|(^|/)\.|(^|/)status\.json$|(^|/)tensorboard(/|$)")
 
 ONE_LINE, ACCEPTED = "one line", "accepted"  # verdicts that are not faults by themselves
@@ -64,13 +66,17 @@ class Outcome:
     memory_mb: int
 
 
-def import_all() -> None:
-    """Import the libraries and modules that commands import, so that forks need not import them again."""
-    for name in (*_LIBRARIES, *_MODULES):
-        import_module(name)
-    import torch
+def import_modules(large: bool) -> None:
+    """Import the modules that commands import, so that forks need not import them again.
 
-    torch.set_num_threads(1)
+    large  whether libraries such as torch and DALI are imported as well, which takes some seconds
+    """
+    for name in (*_SMALL_MODULES, *(_MODULES if large else ())):
+        import_module(name)
+    if large:
+        import torch
+
+        torch.set_num_threads(1)
 
 
 def check_edit(target: Target, edit: Edit, commands: Sequence[str], samples: Path, limit_s: float) -> list[Outcome]:
@@ -88,7 +94,7 @@ def check_edit(target: Target, edit: Edit, commands: Sequence[str], samples: Pat
             ended = _run(command, work, log, limit_s)
             verdict, text = _judge(ended, log)
             if verdict == ONE_LINE:
-                changed = [name for name in _changed(before, _states(work)) if not _MAY_CHANGE.search(name)]
+                changed = _changed(before, _states(work))
                 if changed:
                     verdict, text = "changed files", f"{', '.join(changed[:4])}; {text}"
             if (work / "executed").exists():
@@ -113,10 +119,13 @@ class _Ended:
 
 
 def _copy(samples: Path, names: Sequence[str], work: Path) -> None:
+    """Copy the files and folders `names` that `samples` has."""
     work.mkdir()
     for name in names:
         if name == "photos":  # no command writes here
             (work / name).symlink_to(samples / name)
+        elif not (samples / name).exists():
+            continue
         elif (samples / name).is_dir():
             shutil.copytree(samples / name, work / name)
         else:
@@ -138,7 +147,13 @@ def _states(folder: Path) -> dict[str, tuple[int, ...]]:
 
 
 def _changed(before: dict[str, tuple[int, ...]], after: dict[str, tuple[int, ...]]) -> list[str]:
-    return sorted(name for name in {**before, **after} if before.get(name) != after.get(name))
+    """Return the files that a command changed, removed, or wrote although it refused to go on.
+
+    A command may leave new files that no reader takes for a finished result, such as shards without a manifest.
+    """
+    old = {name for name in before if before[name] != after.get(name)}
+    new = {name for name in after if name not in before and _RESULT.search(name)}
+    return sorted(name for name in old | new if not _MAY_CHANGE.search(name))
 
 
 def _run(command: str, work: Path, log: Path, limit_s: float) -> _Ended:

@@ -41,6 +41,19 @@ _ODD_TEXTS = ("escape code", "C1 control", "newline", "NUL", "bidi", "empty text
 _ALL_NUMBERS = (*_OTHER_NUMBERS, "10^30", "400 digits", "1e308", "NaN", "Infinity", "-Infinity")
 
 
+_RUN_FILES = ("run/run.json", "run/checkpoint-*", "ensemble/*", "ablations/*")
+_TEXTS = (
+    *("classes", "environment", "store.tools", "recipe.sources", "recipe.name", "model.source", "model.name"),
+    *("identity.model", "identity.recipe", "settings.run_dir", "settings.store", "settings.store_absolute"),
+    *("settings.service", "stream.split", "ancestry", "command"),
+)
+_LATER_FIELDS = (
+    *("recipe.schedule", "recipe.lr_batch", "recipe.lr_batch_power", "recipe.lars_trust", "recipe.augmentation"),
+    *("identity.recipe_numbers", "identity.stream_seed", "settings", "store.settings", "store.tools", "environment"),
+    *("classes", "ancestry", "recipe"),
+)
+
+
 @dataclass(frozen=True)
 class Rule:
     """Edits that a command may accept. An empty tuple stands for all fields, kinds or commands."""
@@ -111,6 +124,24 @@ RULES: Sequence[Rule] = (
     Rule("The status is written again when the run continues.", ("run/status.json",)),
     Rule("The saved result is computed again.", ("run/index-fc7-*.npz", "run/SCORES")),
     Rule("Fields of newer versions are ignored.", ("run/*", "ensemble/*", "ablations/*"), (), ("unknown field",)),
+    Rule(
+        "The field may hold any text. The text is escaped when it is printed.",
+        (*_RUN_FILES, "ready/*"),
+        _TEXTS,
+        (*_OTHER_TEXTS, *_ODD_TEXTS),
+    ),
+    Rule("Older versions did not write the field.", _RUN_FILES, _LATER_FIELDS, ("delete", "null")),
+    Rule(
+        "The command says that the file is damaged, and uses the previous checkpoint.",
+        ("run/checkpoint-*",),
+        ("",),
+    ),
+    Rule(
+        "Floating-point numbers of another size are converted.",
+        ("weights.pth", "exported.pth"),
+        (),
+        ("dtype torch.float64", "dtype torch.float16", "dtype torch.bfloat16"),
+    ),
     Rule(
         "No other field tells which value is right.",
         ("run/run.json", "run/checkpoint-*", "ensemble/*", "ablations/*", "run.npz", "exported.pth", "weights.pth"),

@@ -1,6 +1,6 @@
 """Fuzzing of the files of a store: each reader returns a value or raises an error of one line.
 
-The examples are the files of a store that a test builds. See tests/fuzzing.py for the changes and the property.
+The examples are the files of a store that a test builds. See tests.fuzzing.py for the changes and the property.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from prep.remote.journal import read_arrivals, read_source
 from prep.remote.urls import open_folder
 from prep.store import kernels, lmdb_shard
 from prep.store.datum import Datum, DatumError, locate_image
+from prep.store.input_log import read_outcomes
 from prep.store.manifest import Store
 from tests.fuzzing import changed_bytes, changed_json, examples, reader_of, try_files
 
@@ -47,10 +48,25 @@ def test_manifest(count: int, copy: Path) -> None:
 
 
 @examples(60, 5_000)
+def test_colour_statistics(count: int, copy: Path) -> None:
+    path, opened = copy / "train" / "colour.json", Store.open(copy)
+    read = reader_of(path, lambda: opened.color_stats("train").channel_stats())
+    try_files(changed_json(json.loads(path.read_bytes())), count, read)
+
+
+@examples(60, 5_000)
 def test_mean_image(count: int, copy: Path) -> None:
     path, opened = copy / "train" / "mean_image.npy", Store.open(copy)
     head, rest = path.read_bytes()[:200], path.read_bytes()[200:]
     try_files(changed_bytes(head), count, lambda content: reader_of(path, opened.mean_image)(content + rest))
+
+
+@examples(60, 5_000)
+def test_log_of_inputs(count: int, copy: Path) -> None:
+    path = copy / "train" / "inputs.jsonl"
+    line = json.loads(path.read_text().splitlines()[0])
+    read = reader_of(path, lambda: list(read_outcomes(path)))
+    try_files(changed_json(line), count, read)
 
 
 @examples(60, 5_000)
