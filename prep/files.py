@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from prep.console import UserError, WrongArgument, say
+from prep.schema import open_regular
 
 # Errors of flock on file systems without locks. Some file systems in user space raise EINVAL.
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)
@@ -197,7 +198,7 @@ def lock_is_held(folder: Path) -> bool | None:
     The function takes a shared lock briefly and writes nothing. Raises OSError if the lock file cannot be opened.
     """
     try:
-        with open(folder / ".lock") as handle:
+        with open_regular(folder / ".lock", "Remove it.") as handle:
             fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except FileNotFoundError:  # no process has ever locked the folder, or a process with --no-lock works in it
         return None if not _uses_locks else False

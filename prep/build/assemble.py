@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+import numpy.typing as npt
 
 from prep.build.plan import BuildPlan, BuildPolicy, bad_outcomes, no_image_error, not_images, tool_versions
 from prep.build.shard_task import summary_path
@@ -21,8 +22,9 @@ from prep.inputs.classes import examples
 from prep.inputs.names import name_text
 from prep.schema import ArrayShape, file_sha256, read_npy
 from prep.store.input_log import IGNORED, write_outcomes
-from prep.store.manifest import SPLIT_FILES, Shard, Split, Store, split_fingerprint
+from prep.store.manifest import SPLIT_FILES, Settings, Shard, Split, Store, split_fingerprint
 from prep.store.models import Account
+from prep.store.work_files import Summary
 
 
 def assemble_split(plan: BuildPlan, root: Path, existing: Store | None, policy: BuildPolicy) -> Store:
@@ -37,13 +39,12 @@ def assemble_split(plan: BuildPlan, root: Path, existing: Store | None, policy: 
     labels: Counter[int] = Counter()
     largest_px = 0
     square_sum = np.zeros((settings.side_px, settings.side_px, 3), np.int64)
-    square = ArrayShape(("<i8",), square_sum.shape)
     for number in range(plan.shard_count):
         summary = plan.shard_summary(number)
         path = summary_path(folder, number)
         if summary is None or "moments" not in summary:
             raise UserError(f"{path} is missing. Run the same command again.")
-        square_sum += read_npy(path.with_suffix(".npy"), square, "Pass --restart to build from scratch.")
+        square_sum += _read_square_sum(path.with_suffix(".npy"), summary, settings)
         moments += Moments.from_json(summary["moments"])
         labels.update(dict(summary["labels"]))
         largest_px = max(largest_px, summary.get("largest_px", 0))
@@ -90,6 +91,23 @@ def assemble_split(plan: BuildPlan, root: Path, existing: Store | None, policy: 
         shutil.rmtree(folder / f"{number:05d}", ignore_errors=True)
     store.save()
     return store
+
+
+def _read_square_sum(path: Path, summary: Summary, settings: Settings) -> npt.NDArray[np.int64]:
+    """Return the sum of the central squares of a shard, int64 (side_px, side_px, 3), from its work file.
+
+    Raises UserError if the file is damaged, or if the sums cannot belong to the records in the shard's summary.
+    """
+    advice = "Pass --restart to build from scratch."
+    expected = ArrayShape(("<i8",), (settings.side_px, settings.side_px, 3))
+    square: npt.NDArray[np.int64] = read_npy(path, expected, advice)
+    highest = 255 * summary["shard"]["records"]
+    if square.min() < 0 or square.max() > highest:
+        raise UserError(f"{path} has values from {square.min()} to {square.max()}, expected 0 to {highest}. {advice}")
+    sums, total = square.sum(axis=(0, 1)).tolist(), summary["moments"]["total"]
+    if not settings.keep_aspect and sums != total:  # the central squares are the whole images
+        raise UserError(f"{path} has the sums {sums}, expected {total}, as in {path.stem}.json. {advice}")
+    return square
 
 
 def _refuse_lost_classes(plan: BuildPlan, records_of_label: Counter[int]) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from prep.console import Progress, UserError, WrongArgument, disk_error
 from prep.files import check_output_folder, write_atomic
 from prep.inputs.names import name_text
-from prep.schema import decode, read_regular
+from prep.schema import decode, open_regular, read_regular
 from prep.store import lmdb_shard
 from prep.store.datum import Datum, DatumError
 from prep.store.manifest import Store, StoreError
@@ -114,8 +114,8 @@ def _is_file_name(name: bytes) -> bool:
 def _write_new_file(path: bytes, content: bytes) -> None:
     """Write a file atomically. Raises UserError if the file exists with other bytes."""
     try:
-        with open(path, "rb") as file:
-            same = file.read() == content
+        with open_regular(os.fsdecode(path), "Remove it, and run the same command again.") as file:
+            same = file.read(len(content) + 1) == content
         if not same:
             raise UserError(f"{name_text(path)} exists with other content. Name an empty folder.")
         return

@@ -26,6 +26,7 @@ from prep.inputs.classes import examples, numbered_classes, wanted_classes
 from prep.inputs.listing import Input, Listing
 from prep.inputs.names import name_text
 from prep.inputs.reader import Content, Source
+from prep.schema import check_regular
 from prep.store import lmdb_shard
 from prep.store.datum import CHANNELS, DATA, ENCODED, HEIGHT, LABEL, WIDTH, DatumError, parse_fields
 from prep.workers import Counts, Runner, TaskProgress, WorkerDied
@@ -62,6 +63,7 @@ class CaffeReader:
 
 @lru_cache(maxsize=8)
 def _environment(path: str) -> lmdb.Environment:
+    check_regular(f"{path}/data.mdb", "Name the folder of an LMDB.")
     return lmdb.open(path, readonly=True, lock=False, subdir=True)
 
 

@@ -232,8 +232,7 @@ class _Walk:
             status = os.stat(os.path.join(self.folder, path))
             if (status.st_dev, status.st_ino) in around:
                 raise UserError(
-                    f"{name_text(os.path.join(self.folder, path))} is a link to a folder that contains the link. "
-                    "Remove the link."
+                    f"{name_text(os.path.join(self.folder, path))} links to a folder that contains the link. Remove it."
                 )
             self.add_level(path + b"/", entries, around)
             return

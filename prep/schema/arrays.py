@@ -57,8 +57,10 @@ def read_npy(
 ) -> npt.NDArray[Any]:
     """Return the array of a .npy file.
 
-    All lengths of `expected` must be given. Raises the errors of read_regular and decode_npy.
+    If a length of `expected` is None, the file may have any size. Raises the errors of read_regular and decode_npy.
     """
+    if None in expected.shape:
+        return decode_npy(read_regular(path, path.stat().st_size, advice, error), expected, str(path), advice, error)
     # An array of another type, of at most 16 bytes for each number, is read as well, because its error names the type.
     max_bytes = _HEADER_BYTES + 16 * math.prod(length or 0 for length in expected.shape)
     return decode_npy(read_regular(path, max_bytes, advice, error), expected, str(path), advice, error)

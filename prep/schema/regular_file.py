@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Callable
+from contextlib import suppress
 from hashlib import file_digest
 from io import BufferedReader
 from pathlib import Path
@@ -65,6 +66,15 @@ def read_regular(path: Path | str, max_bytes: int, advice: str, error: Callable[
     if len(content) > max_bytes:
         raise error(escaped(f"{path} has more than {max_bytes:,} bytes, the largest size allowed. {advice}"))
     return content
+
+
+def check_regular(path: Path | str, advice: str, error: Callable[[str], UserError] = UserError) -> None:
+    """Raise `error` if something other than a regular file is at `path`, for a library that opens the file itself.
+
+    Nothing is raised if there is nothing at `path`.
+    """
+    with suppress(FileNotFoundError, NotADirectoryError):
+        _refuse_other_kinds(os.stat(path).st_mode, path, advice, error)
 
 
 def file_sha256(path: Path | str, advice: str = "", error: Callable[[str], UserError] = UserError) -> str:

@@ -32,7 +32,7 @@ from prep.inputs.formats.shards import open_file, pack_location, root_and_files,
 from prep.inputs.listing import Input, Listing
 from prep.inputs.names import name_text
 from prep.inputs.reader import FoundInputs, ListOptions
-from prep.schema import ArrayShape, decode_npy, read_regular
+from prep.schema import ArrayShape, read_npy
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -117,9 +117,7 @@ def list_parquet(
             with _ErrorsOf(path), pq.ParquetFile(path) as file:
                 columns = _columns(path, file.schema_arrow)
                 if file.metadata.num_rows and columns != (first or columns):
-                    raise UserError(
-                        f"{files[0]} has {first}, but {path} has {columns}. Write both files with the same columns."
-                    )
+                    raise UserError(f"{files[0]} has {first}, {path} has {columns}. Write both with the same columns.")
                 first = first or (columns if file.metadata.num_rows else None)
                 rows.labels_are_names = columns.has_texts and not columns.names
                 row = 0
@@ -181,9 +179,7 @@ class _ErrorsOf:
 
         if isinstance(error, pyarrow.ArrowException | OSError | ValueError) and not isinstance(error, UserError):
             text = " ".join(str(error).split())
-            raise UserError(
-                f"{self.path} is no Parquet file, or is damaged ({text}). Download the file again."
-            ) from None
+            raise UserError(f"{self.path} is damaged or no Parquet file ({text}). Download the file again.") from None
 
 
 @dataclass(frozen=True)
@@ -233,7 +229,7 @@ def _features(schema: Any) -> dict[str, Any]:
     """Return {column: feature} from the metadata that the library `datasets` writes; {} without such metadata."""
     try:
         features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))["info"]["features"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return {}
     return features if isinstance(features, dict) else {}
 
@@ -317,15 +313,9 @@ def _contents(values: Any) -> list[bytes | None]:
     return [value.get("bytes") if isinstance(value, dict) else value for value in values.to_pylist()]
 
 
-_ADVICE = "Run the same command again."
-
-
 @lru_cache(maxsize=1024)
 def _offsets(packed: str, mtime_ns: int) -> npt.NDArray[np.int64]:
-    path = Path(packed + ".npy")
-    content = read_regular(path, path.stat().st_size, _ADVICE)
-    offsets: npt.NDArray[np.int64] = decode_npy(content, ArrayShape(("<i8",), (None,)), str(path), _ADVICE)
-    return offsets
+    return read_npy(Path(packed + ".npy"), ArrayShape(("<i8",), (None,)), "Run the same command again.")
 
 
 def _unpack(path: Path, packed: Path, column: str) -> None:
