@@ -1,13 +1,21 @@
-"""What a new worker process inherits from this process: signals and BLAS threads, but not the main program."""
+"""What a new worker process inherits from this process: signals and BLAS threads, but not the main program.
+
+The module also keeps what a worker prints while it starts, so that an error can say why the worker did not start.
+"""
 
 from __future__ import annotations
 
+import multiprocessing.spawn
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing.reduction import DupFd
 from typing import Any
+
+from prep.console import UserError, address_space_text, is_memory_error
 
 
 @contextmanager
@@ -66,3 +74,83 @@ def _one_blas_thread() -> Iterator[None]:
                 del os.environ[name]
             else:
                 os.environ[name] = value
+
+
+class WorkerNotStarted(UserError):
+    """A worker process ended before it received its first task. The message has the error of the process."""
+
+
+class StartOutput:
+    """Standard error of a process that starts, kept in memory until the process has received its first task.
+
+    The process gets an object of this class as an argument, and calls `restore` when it has started.
+    """
+
+    def __init__(self) -> None:
+        self._kept = os.memfd_create("start")
+        self._stderr = -1  # in the started process: the standard error of its parent
+
+    @contextmanager
+    def keep(self) -> Iterator[None]:
+        """Keep the standard error of a process that is started in the `with` block.
+
+        What another thread of this process prints meanwhile is also kept, and therefore not shown.
+        """
+        self._stderr = os.dup(2)
+        os.dup2(self._kept, 2)
+        try:
+            yield
+        finally:
+            os.dup2(self._stderr, 2)
+            os.close(self._stderr)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _inherited_output, (DupFd(self._stderr),)
+
+    def restore(self) -> None:
+        """In the started process: print to the standard error of the parent from now on."""
+        if self._stderr >= 0:
+            os.dup2(self._stderr, 2)
+            os.close(self._stderr)
+            self._stderr = -1
+
+    def close(self) -> None:
+        """Forget the output."""
+        if self._kept >= 0:
+            os.close(self._kept)
+            self._kept = -1
+
+    def reason(self) -> str:
+        """Return the error that kept the process from starting: the last line of its output, or the system's error.
+
+        Returns "" if the error is not known.
+        """
+        content = os.pread(self._kept, 1 << 20, 0) if self._kept >= 0 else b""
+        lines = [line.strip() for line in content.decode("utf-8", "backslashreplace").splitlines()]
+        # Python's resource tracker warns that it did not start either.
+        lines = [line for line in lines if line and "resource_tracker" not in line and "warnings.warn(" not in line]
+        if lines:
+            return lines[-1]
+        executable = os.fsdecode(multiprocessing.spawn.get_executable())
+        try:  # the library multiprocessing does not say why the interpreter could not be executed
+            subprocess.run([executable, "-c", ""], capture_output=True, timeout=60, check=False)
+        except OSError as error:
+            return f"{executable}: {error.strerror or error}"
+        except subprocess.TimeoutExpired:
+            pass
+        return ""
+
+
+def _inherited_output(stderr: Any) -> StartOutput:
+    output = StartOutput.__new__(StartOutput)
+    output._kept, output._stderr = -1, stderr.detach()
+    return output
+
+
+def start_error(described: str, was_killed: bool, output: StartOutput) -> WorkerNotStarted:
+    """Return the error of a worker that ended before its first task. `described` says how the process ended."""
+    reason = output.reason()
+    text = f"A worker process {described} as it started{': ' if reason else ''}{reason.removesuffix('.')}."
+    if was_killed or is_memory_error(reason):
+        return WorkerNotStarted(f"{text} If memory ran out, pass fewer --jobs.{address_space_text()}")
+    return WorkerNotStarted(f"{text} Correct the cause, and run the same command again.")

@@ -5,7 +5,8 @@ Workers ignore Ctrl-C, which the parent handles. Workers exit when the parent en
 exception in a task is raised again in the parent. If a worker crashes, the other workers continue. The result of the
 crashed task is a WorkerDied with the index of the input that the worker was processing. The caller decides whether the
 task is tried again. In a build, prep/build/split.py and plan.py decide whether a task is tried again. A worker that
-uses more CPU time for an input than the task allows is killed. The result of its task is also a WorkerDied.
+uses more CPU time for an input than the task allows is killed. The result of its task is also a WorkerDied. A worker
+that ends before its first task raises WorkerNotStarted in the parent, with the error of the worker.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Protocol, TypeVar
 
-from prep.console import UserError, keep_freed_memory
-from prep.worker_start import start_options
+from prep.console import UserError, keep_freed_memory, memory_error
+from prep.worker_start import StartOutput, WorkerNotStarted, start_error, start_options
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -152,6 +153,8 @@ class WorkerPool:
         self._context = multiprocessing.get_context("spawn")
         self._counters = self._context.RawArray("q", TaskProgress.SIZE * jobs)
         self._workers: dict[int, tuple[BaseProcess, Connection]] = {}  # slot (0..jobs − 1) -> process and connection
+        # slot -> what the worker printed so far, until its first result
+        self._start_outputs: dict[int, StartOutput] = {}
         self._too_slow: set[int] = set()  # slots of workers that were ended because an input took too long
         self._checked_at = time.monotonic()
 
@@ -196,8 +199,12 @@ class WorkerPool:
             on_progress(self._counts_since(counts_before))
             self._end_slow_workers(busy)
             for slot in [slot for slot in busy if self._workers[slot][1] in ready]:
+                result = self._result(slot)
+                if isinstance(result, WorkerDied) and result.index == NOT_STARTED:  # the worker was killed while idle
+                    self._send(slot, (work, busy[slot]))
+                    continue
                 idle_slots.append(slot)
-                yield busy.pop(slot), self._result(slot)
+                yield busy.pop(slot), result
         on_progress(self._counts_since(counts_before))
 
     def _send(self, slot: int, message: Any) -> None:
@@ -209,7 +216,8 @@ class WorkerPool:
             try:
                 self._connection(slot).send(message)
             except ConnectionError:
-                raise UserError("Worker processes end as soon as they start. Try again with fewer --jobs.") from None
+                self._workers[slot][0].join()
+                raise self._start_error(slot) from None
 
     def _end_slow_workers(self, slots: Iterable[int]) -> None:
         """At most once a second, kill the workers that have used more CPU time for their input than allowed."""
@@ -236,28 +244,45 @@ class WorkerPool:
             value, error = connection.recv()
         except (EOFError, ConnectionError):
             process.join()
-            connection.close()
-            del self._workers[slot]
+            if slot in self._start_outputs and TaskProgress(self._counters, TaskProgress.SIZE * slot).index < 0:
+                raise self._start_error(slot) from None
+            self._forget(slot)
             is_too_slow = slot in self._too_slow
             self._too_slow.discard(slot)
             index = TaskProgress(self._counters, TaskProgress.SIZE * slot).index
             return WorkerDied(index, process.exitcode or 0, is_too_slow)
+        if slot in self._start_outputs:
+            self._start_outputs.pop(slot).close()
         if error is not None:
             raise error
         return value
 
+    def _start_error(self, slot: int) -> WorkerNotStarted:
+        """Return the error of a worker that has ended before its first task."""
+        exit_code = self._workers[slot][0].exitcode or 0
+        error = start_error(WorkerDied(NOT_STARTED, exit_code).describe(), exit_code < 0, self._start_outputs[slot])
+        self._forget(slot)
+        return error
+
+    def _forget(self, slot: int) -> None:
+        self._workers.pop(slot)[1].close()
+        if slot in self._start_outputs:
+            self._start_outputs.pop(slot).close()
+
     def _connection(self, slot: int) -> Connection:
         if slot not in self._workers:
-            # Start the resource tracker now. Without this call, process.start() would start the resource tracker, which
-            # unblocks SIGINT.
-            multiprocessing.resource_tracker.ensure_running()
             parent_end, worker_end = self._context.Pipe()
-            args = worker_end, self._counters, slot, self._preload
+            output = StartOutput()
+            args = worker_end, self._counters, slot, self._preload, output
             process = self._context.Process(target=_serve, args=args, daemon=True)
-            with start_options():
-                process.start()
+            with output.keep():
+                # Start the resource tracker now. Without this call, process.start() would start the resource tracker,
+                # which unblocks SIGINT.
+                multiprocessing.resource_tracker.ensure_running()
+                with start_options():
+                    process.start()
             worker_end.close()
-            self._workers[slot] = process, parent_end
+            self._workers[slot], self._start_outputs[slot] = (process, parent_end), output
         return self._workers[slot][1]
 
     def __enter__(self) -> WorkerPool:
@@ -269,12 +294,12 @@ class WorkerPool:
         self._stop(list(self._workers))
 
     def _stop(self, slots: Iterable[int]) -> None:
-        stopped = [self._workers.pop(slot) for slot in list(slots) if slot in self._workers]
-        for process, _ in stopped:
-            process.kill()  # unlike SIGTERM, SIGKILL also ends a suspended process
-        for process, connection in stopped:
-            process.join()
-            connection.close()
+        stopped = [slot for slot in list(slots) if slot in self._workers]
+        for slot in stopped:
+            self._workers[slot][0].kill()  # unlike SIGTERM, SIGKILL also ends a suspended process
+        for slot in stopped:
+            self._workers[slot][0].join()
+            self._forget(slot)
 
 
 def _cpu_time_s(pid: int | None) -> float:
@@ -286,7 +311,9 @@ def _cpu_time_s(pid: int | None) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def _serve(connection: Connection, counters: MutableSequence[int], slot: int, preload: str) -> None:
+def _serve(
+    connection: Connection, counters: MutableSequence[int], slot: int, preload: str, output: StartOutput
+) -> None:
     """Main function of a worker: receive tasks and send results until the parent closes the connection."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     threading.Thread(target=_exit_with_parent, daemon=True).start()
@@ -297,6 +324,7 @@ def _serve(connection: Connection, counters: MutableSequence[int], slot: int, pr
     with suppress(EOFError):
         while True:
             work, task = connection.recv()
+            output.restore()
             task_progress.begin(0)
             outcome: tuple[Any, BaseException | None]  # (result, error)
             try:
@@ -304,8 +332,9 @@ def _serve(connection: Connection, counters: MutableSequence[int], slot: int, pr
             except UserError as error:
                 outcome = None, error
             # An error in the code of `work`; the traceback is sent as text, because pickling drops it.
-            except Exception:
-                outcome = None, RuntimeError("in a worker process:\n" + traceback.format_exc())
+            except Exception as error:
+                failure = RuntimeError("in a worker process:\n" + traceback.format_exc())
+                outcome = None, memory_error(error, " in a worker process", "Pass fewer --jobs.") or failure
             connection.send(outcome)
 
 

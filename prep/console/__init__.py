@@ -5,7 +5,7 @@ alexprep, alexstream and alextrain share this room.
 
 from prep.console.errors import DiskFull, Terminated, UserError, WrongArgument, disk_error
 from prep.console.group import CONTEXT_SETTINGS, Group, json_option, store_option
-from prep.console.machine import keep_freed_memory, usable_cores
+from prep.console.machine import address_space_text, is_memory_error, keep_freed_memory, memory_error, usable_cores
 from prep.console.output import print_above, print_json, print_line, say
 from prep.console.progress_display import Progress, progress
 from prep.console.text import bytes_text, count_noun, did_you_mean, duration_text, escaped, shell_quoted
@@ -18,14 +18,17 @@ __all__ = [
     "Terminated",
     "UserError",
     "WrongArgument",
+    "address_space_text",
     "bytes_text",
     "count_noun",
     "did_you_mean",
     "disk_error",
     "duration_text",
     "escaped",
+    "is_memory_error",
     "json_option",
     "keep_freed_memory",
+    "memory_error",
     "print_above",
     "print_json",
     "print_line",

@@ -12,6 +12,7 @@ from typing import IO, Any, NoReturn
 import click
 
 from prep.console.errors import Terminated, UserError
+from prep.console.machine import memory_error
 from prep.console.output import prepare_streams, say
 from prep.console.text import did_you_mean, escaped
 
@@ -65,6 +66,13 @@ class _CommandFailed(click.ClickException):
             super().show(file)
 
 
+def _system_error_text(error: OSError) -> str:
+    text = error.strerror or str(error)
+    if "usable temporary directory" in text:  # the message of tempfile, which lists the folders
+        return f"{text}. Set the variable TMPDIR to a folder in which you can write."
+    return f"{error.filename or 'the system'}: {text}."  # most likely, the user passed the path that failed
+
+
 class Group(click.Group):
     """A command group that prints a UserError as one line. The exit code after signal n is 128 + n (Ctrl-C: 130).
 
@@ -102,8 +110,12 @@ class Group(click.Group):
             raise _CommandFailed(str(error), error.exit_code) from error
         except BrokenPipeError:
             raise  # click itself handles a closed pipe
-        except OSError as error:  # the user most likely passed the path that failed
-            raise _CommandFailed(f"{error.filename or 'the system'}: {error.strerror or error}.", 1) from error
+        except Exception as error:
+            if (full := memory_error(error)) is not None:
+                raise _CommandFailed(str(full), full.exit_code) from error
+            if not isinstance(error, OSError):
+                raise
+            raise _CommandFailed(_system_error_text(error), 1) from error
         except (KeyboardInterrupt, Terminated) as stop:
             self.say_interrupted(ctx)
             ctx.exit(128 + (stop.signum if isinstance(stop, Terminated) else signal.SIGINT))

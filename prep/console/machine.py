@@ -3,7 +3,16 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
+import re
+import resource
+
+from prep.console.errors import UserError
+from prep.console.text import bytes_text
+
+# Address space that a process needs, as text. See docs/install.md.
+_NEEDS = "alexprep needs 2 GB, a stream or a training on a CPU needs 8 GB, each plus the size of the store"
 
 
 def usable_cores() -> int:
@@ -33,3 +42,41 @@ def keep_freed_memory(max_bytes: int, map_large_blocks: bool) -> None:
     else:
         mallopt(-4, 0)  # M_MMAP_MAX: largest number of blocks that malloc may allocate with mmap
     mallopt(-1, max_bytes)  # M_TRIM_THRESHOLD: free bytes to keep at the top of the heap
+
+
+def is_memory_error(text: str) -> bool:
+    """Return whether an error of Python, the dynamic linker or the kernel says that there was not enough memory."""
+    names = r"MemoryError|allocate memory|failed to map segment|out of memory|start new thread"
+    return re.search(names, text) is not None
+
+
+def memory_error(error: Exception, place: str = "", advice: str = "") -> UserError | None:
+    """Return the error of one line for an exception that says that memory ran out; None for any other exception.
+
+    `place` and `advice` are parts of the message.
+    """
+    text = str(error).strip().partition("\n")[0]
+    is_full = isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM
+    if not is_full and not is_memory_error(f"{type(error).__name__}: {text}"):
+        return None
+    details = f" ({text})" if text else ""
+    return UserError(f"Memory ran out{place}{details}. {advice}".rstrip() + address_space_text())
+
+
+def address_space_text() -> str:
+    """Return a sentence about the limit of this process's address space (ulimit -v), if there is one; otherwise "".
+
+    The sentence begins with a space, and has the limit and the largest size so far, in bytes.
+    """
+    limit_bytes = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if limit_bytes == resource.RLIM_INFINITY:
+        return ""
+    try:
+        with open("/proc/self/status") as file:
+            peak_bytes = next(1024 * int(line.split()[1]) for line in file if line.startswith("VmPeak"))
+    except (OSError, StopIteration):
+        peak_bytes = 0
+    return (
+        f" The address space of a process is limited to {bytes_text(limit_bytes)} (ulimit -v), and this process used "
+        f"{bytes_text(peak_bytes)}. Raise the limit: {_NEEDS}."
+    )

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pty
 import re
+import resource
+import shlex
 import subprocess
 import sys
+import tempfile
 from contextlib import suppress
 from pathlib import Path
 
 import click
 import pytest
+from click.testing import CliRunner
 
 from prep.console import (
     DiskFull,
+    Group,
     Progress,
     UserError,
     bytes_text,
@@ -26,6 +32,7 @@ from prep.console import (
     progress_display,
     shell_quoted,
 )
+from tests.helpers.project import ROOT
 
 
 @pytest.mark.parametrize("as_json", [True, False])
@@ -184,3 +191,92 @@ def test_a_quoted_path_is_read_by_a_shell_as_the_same_path(name: str) -> None:
     assert quoted.isprintable()
     output = subprocess.run(["bash", "-c", f"printf %s {quoted}"], capture_output=True, check=True).stdout
     assert output == os.fsencode(name)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        ImportError("libx.so: failed to map segment from shared object"),
+        RuntimeError("can't start new thread"),
+        OSError(errno.ENOMEM, "Cannot allocate memory"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.\nMore"),
+    ],
+)
+def test_an_error_of_memory_is_one_line_with_the_limit_of_the_address_space(error: Exception) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+
+    @click.command("fail")
+    def fail() -> None:
+        resource.setrlimit(resource.RLIMIT_AS, (1 << 43, limits[1]))
+        raise error
+
+    try:
+        result = CliRunner().invoke(Group(commands=[fail]), ["fail"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+    assert result.exit_code == 1 and result.stdout == "" and result.stderr.count("\n") == 1
+    assert result.stderr.startswith("Error: Memory ran out")
+    assert "limited to 8.8 TB (ulimit -v)" in result.stderr and "alexprep needs 2 GB" in result.stderr
+    assert "More" not in result.stderr
+
+
+def test_without_a_temporary_folder_the_error_names_tmpdir(monkeypatch: pytest.MonkeyPatch) -> None:
+    @click.command("fail")
+    def fail() -> None:
+        with tempfile.TemporaryDirectory():
+            pass
+
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: ["/proc/nothing"])
+    result = CliRunner().invoke(Group(commands=[fail]), ["fail"])
+    assert result.exit_code == 1 and result.stderr.count("\n") == 1
+    assert "Set the variable TMPDIR to a folder in which you can write." in result.stderr
+
+
+def test_closed_standard_streams_get_no_file_of_the_command(tmp_path: Path) -> None:
+    """The command opens a file. Its descriptor must not be 0, 1 or 2, to which libraries write their messages."""
+    script = (
+        "import click, os\n"
+        "from prep.console import Group, print_line\n"
+        "@click.command()\n"
+        "def write():\n"
+        "    with open('opened', 'wb') as file:\n"
+        "        print_line('to standard output')\n"
+        "        os.write(2, b'a message of a C library')\n"
+        "        file.write(b'%d' % file.fileno())\n"
+        "Group(commands=[write])()\n"
+    )
+    command = f"{shlex.quote(sys.executable)} -c {shlex.quote(script)} write <&- >&- 2>&-"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run(["bash", "-c", command], cwd=tmp_path, env=environment, check=True)
+    assert int((tmp_path / "opened").read_bytes()) > 2
+
+
+def test_a_character_that_the_terminal_lacks_is_escaped(tmp_path: Path) -> None:
+    script = "from prep.console import Group, print_line\nimport click\n"
+    script += "@click.command()\ndef show(): print_line('2 × 写')\nGroup(commands=[show])()\n"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "iso8859-1"}
+    command = [sys.executable, "-c", script, "show"]
+    output = subprocess.run(command, env=environment, capture_output=True, check=True).stdout
+    assert output == b"2 \xd7 \\u5199\n"
+
+
+def test_tracebacks_and_warnings_are_printed_with_escaped_control_characters() -> None:
+    script = "from prep.console import Group\nimport click, warnings\n@click.command()\ndef fail():\n"
+    script += "    warnings.warn('w\\x1b[31m')\n    raise RuntimeError('a\\x1b[31m')\nGroup(commands=[fail])()\n"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.run([sys.executable, "-c", script, "fail"], env=environment, capture_output=True, check=False)
+    assert process.returncode == 1 and b"\x1b" not in process.stderr
+    assert rb"RuntimeError: a\x1b[31m" in process.stderr and rb"UserWarning: w\x1b[31m" in process.stderr
+
+
+def test_a_full_disk_at_standard_output_has_the_exit_code_3() -> None:
+    script = "from prep.console import Group, print_line\nimport click\n@click.command()\ndef show(): print_line('a')\n"
+    script += "Group(commands=[show])()\n"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-c", script, "show"]
+        process = subprocess.run(command, env=environment, stdout=full, stderr=subprocess.PIPE, check=False)
+    assert process.returncode == 3
+    assert process.stderr == b"Error: standard output cannot be written: No space left on device.\n"

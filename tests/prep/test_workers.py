@@ -5,6 +5,9 @@ Workers import this module and run its top-level functions.
 
 from __future__ import annotations
 
+import multiprocessing
+import multiprocessing.resource_tracker
+import multiprocessing.spawn
 import os
 import signal
 import subprocess
@@ -18,6 +21,7 @@ from typing import Any
 import pytest
 
 from prep.console import DiskFull, UserError
+from prep.worker_start import WorkerNotStarted
 from prep.workers import Counts, TaskProgress, WorkerDied, WorkerPool
 from tests.helpers.building import DEADLINE_S, is_alive
 
@@ -370,3 +374,68 @@ def test_preload_imports_a_module_before_the_first_task() -> None:
         assert {process.pid for process, _ in workers._workers.values()} == pids
     with WorkerPool(1) as workers:
         assert [result for _, result in workers.map(is_loaded, ["wave"], ignore)] == [False]
+
+
+@pytest.mark.parametrize("preload", ["", "math"])
+@pytest.mark.parametrize(
+    ("script", "parts"),
+    [
+        (
+            "#!/bin/sh\necho libm.so: not found >&2\nexit 3\n",
+            ("ended with code 3", "libm.so: not found. Correct"),
+        ),
+        ("#!/bin/sh\nkill -9 $$\n", ("was killed (SIGKILL)", "fewer --jobs")),
+        ("#!/bin/sh\necho MemoryError >&2\nexit 1\n", ("ended with code 1", "MemoryError", "fewer --jobs")),
+        ("", ("ended with code 255", "Permission denied")),
+    ],
+    ids=["error", "killed", "memory", "not executable"],
+)
+def test_a_worker_that_cannot_start_says_why(
+    script: str, parts: tuple[str, ...], preload: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The interpreter of the workers is a program that ends at once. Its output appears only in the error."""
+    program, before = tmp_path / "python", multiprocessing.spawn.get_executable()
+    program.write_text(script)
+    program.chmod(0o755 if script else 0o644)
+    multiprocessing.resource_tracker.ensure_running()
+    multiprocessing.set_executable(str(program))
+    try:
+        with pytest.raises(WorkerNotStarted) as raised, WorkerPool(2, preload) as workers:
+            if preload:
+                for process, _ in workers._workers.values():
+                    process.join(DEADLINE_S)
+            list(workers.map(slow_square, [0.0, 0.0, 0.0], ignore))
+    finally:
+        multiprocessing.set_executable(os.fsdecode(before))
+    text = str(raised.value)
+    assert text.startswith("A worker process ") and " as it started" in text
+    assert all(part in text for part in parts), text
+    assert ("fewer --jobs" in text) == ("fewer --jobs" in parts)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_worker_without_a_module_says_which(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(WorkerNotStarted, match=r"as it started: ModuleNotFoundError: No module named 'prep.nothing'"):
+        with WorkerPool(1, "prep.nothing") as workers:
+            list(workers.map(slow_square, [0.0], ignore))
+    assert capfd.readouterr() == ("", "")
+
+
+def test_what_a_started_worker_prints_is_shown(capfd: pytest.CaptureFixture[str]) -> None:
+    with WorkerPool(1) as workers:
+        list(workers.map(write_to_stderr, ["one", "two"], ignore))
+    assert capfd.readouterr().err == "onetwo"
+
+
+def test_a_worker_without_memory_is_an_error_of_one_line() -> None:
+    with pytest.raises(UserError, match=r"^Memory ran out in a worker process \(no room\)\. Pass fewer --jobs\.$"):
+        with WorkerPool(1) as workers:
+            list(workers.map(use_up_memory, [0], ignore))
+
+
+def write_to_stderr(text: str, task_progress: TaskProgress) -> None:
+    os.write(2, text.encode())
+
+
+def use_up_memory(task: int, task_progress: TaskProgress) -> None:
+    raise MemoryError("no room")
