@@ -36,12 +36,13 @@ from prep.store.manifest import StoreError
 READ_AHEAD = 4  # number of batches whose records are read from disk while earlier batches are decoded
 DALI_AHEAD = 2  # number of batches in DALI: one that is being decoded, and one that is decoded
 DALI_GPU_AHEAD = 4  # number of batches in DALI on a GPU, which decodes several batches at the same time
-# Number of batches in an engine without DALI. While the first is being finished, the second is computed without a
-# pause. The third batch bridges delays: another thread can hold the GIL for 5 ms, in which 16 cores make a batch.
+# Number of batches in an engine without DALI. While the first batch is being finished, the engine computes the second
+# batch without a pause. A third batch bridges delays: another thread can hold the GIL for 5 ms, in which 16 cores make
+# a batch.
 ENGINE_AHEAD = 3
 FINISHED_AHEAD = 2  # number of batches that are finished before they are requested
 # Number of served batches that a GPU may still have to process when the consumer requests the next batch. Two batches
-# keep the GPU busy. The third batch allows for delays of the consumer's thread.
+# keep the GPU busy, and a third batch allows for delays of the consumer's thread.
 CONSUMER_AHEAD = 3
 _READER_THREADS = 4  # number of threads that read records; these threads mostly wait for the disk
 

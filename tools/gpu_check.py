@@ -59,7 +59,7 @@ forward pass, minus those of the gradient of the image, which is not computed. T
 matrix products in bfloat16 on the data sheet. The hours are the time of 90 epochs of 1,281,167 images. The goal is less
 than 2 hours.
 
-The last output is the table of docs/measurements.md with its column `after` filled in; --table also writes it to a
+The tool prints the table of docs/measurements.md with its column `after` filled in; --table also writes it to a
 file. The exit code is 0 if every check is ok, and 1 if a check failed or there is no GPU. `--device cpu --quick` runs
 the same code without a GPU and with eight maps in each layer, to try the tool. The rates of this trial have no meaning.
 """

@@ -4,10 +4,10 @@
 
 The demo makes a small store, and starts a Ray cluster on this machine: a head node without cores, and two nodes with
 one core each. A service runs one worker on each of the two nodes. Two `alextrain run` commands read their batches from
-the service. The two commands have different seeds, the same stream seed, and no --service-fallback. In the middle of
-the training, the demo kills all processes of one node at once, as a power failure does. At the end, the demo trains
-both runs again without the service, and compares the files of the runs. Weights, velocity, state and metrics must have
-the same bits.
+the service. The `alextrain run` commands have different seeds, the same stream seed, and no --service-fallback. In the
+middle of the training, the demo kills all processes of one node at once, as a power failure does. At the end, the demo
+trains both runs again without the service, and compares the files of the runs. Weights, velocity, state and metrics
+must have the same bits.
 
 The exit code is 0 if all files are equal, and 1 if a file differs or a command fails. The demo takes a few minutes on
 two cores, and 1 GB of disk space in the temporary folder. The demo needs the extra `cluster`.

@@ -82,8 +82,8 @@ def prepare_photographs(
 ) -> Iterator[tuple[Path, Photograph | BadImage]]:
     """Prepare image files, in order, in a separate process. Yields (path, photograph), or (path, error) for a bad file.
 
-    A file is also bad if the process crashes or uses too much CPU time while reading it. The next file gets a new
-    process. Raises UserError if the process ends before reading a file.
+    A file is also bad if the process crashes or uses too much CPU time while reading it. A process that has ended is
+    replaced before the next file. Raises UserError if the process ends before reading a file.
     """
     tasks = [_Task(path, settings, max_pixels) for path in paths]
     with WorkerPool(1, preload=__name__) as workers, closing(workers.map(_prepare, tasks, lambda counts: None)) as done:

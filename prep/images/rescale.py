@@ -75,8 +75,8 @@ class _Arithmetic:
 
     The numbers are so small that all sums are exact. The weights of `area` are not negative. A sum of the first pass
     needs 24 bits: 8 for the pixels and 16 for the weights. A sum of the second pass also needs 24 bits: 8 + 4 for the
-    values between the passes and 12 for the weights. float32's mantissa has 24 bits. The other filters use float64, and
-    so many bits that further bits would rarely change an 8-bit pixel.
+    values between the passes and 12 for the weights. float32's mantissa has 24 bits. All filters except `area` use
+    float64, and so many bits that further bits would rarely change an 8-bit pixel.
 
     The weights of the first pass are multiples of 2^-first_bits, and are multiplied by 2^between_bits in memory. The
     sums of the first pass then only need to be rounded to integers. The weights of the second pass are multiples of

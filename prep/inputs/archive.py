@@ -1,10 +1,11 @@
 """Images in tar archives, which are read without unpacking the archives.
 
 A name in an archive is never used as a path on the disk. ILSVRC2012_img_train.tar contains one tar for each class.
-ILSVRC2012_img_val.tar is flat. Other archives may contain class folders. The members of a tar are not compressed, even
-in a tar inside another tar. Each input is therefore a byte range of the archive file, given by offset and length. Every
-worker process reads its inputs directly from the archive file. The name of an input is the name that its file has in
-the unpacked archive. An archive and the folder unpacked from it therefore give the same records in the same order.
+ILSVRC2012_img_val.tar is flat. Archives that are not ILSVRC's may contain class folders. The members of a tar are not
+compressed, even in a tar inside another tar. Each input is therefore a byte range of the archive file, given by offset
+and length. Every worker process reads its inputs directly from the archive file. The name of an input is the name that
+its file has in the unpacked archive. An archive and the folder unpacked from it therefore give the same records in the
+same order.
 """
 
 from __future__ import annotations
@@ -63,11 +64,11 @@ def _file_descriptor(path: str) -> int:
 def list_archive(path: Path, flat: bool, classes_are_given: bool = False) -> FoundInputs:
     """List the images of a tar file.
 
-    If no image is in a folder, the list has no classes. The list also has no classes if `flat` is true and all images
-    are in a single folder. A member is refused if it is neither a plain file nor a folder. A member is also refused if
-    the name leads out of the archive. An image is refused if a later member has the same name. For `classes_are_given`,
-    see list_folder. System folders and files, hidden files, and files beside class folders are ignored. Raises
-    UserError for a file that is not a tar, is compressed, is damaged or is truncated.
+    The list has no classes if no image is in a folder, or if `flat` is true and all images are in a single folder. A
+    member is refused if it is neither a plain file nor a folder. A member is also refused if the name leads out of the
+    archive. An image is refused if a later member has the same name. For `classes_are_given`, see list_folder. System
+    folders and files, hidden files, and files beside class folders are ignored. Raises UserError for a file that is not
+    a tar, is compressed, is damaged or is truncated.
     """
     size = path.stat().st_size
     contents, class_tars = ArchiveContents(path.stat().st_mtime_ns), list[ClassTar]()

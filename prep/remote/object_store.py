@@ -35,8 +35,8 @@ INNER_RETRIES: dict[str, Any] = {
 WAITS_S = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)  # mean waiting times before the second and later tries of a request
 # Time limits of a request for one part, long enough for a slow uplink.
 _TIMEOUTS = {"connect_timeout": "5s", "timeout": "900s"}
-# Longest time in which no byte is received. The limit is set only for reading. In an upload, the limit would include
-# the time in which the part is sent.
+# Longest time in which no byte is received. _READ_TIMEOUT is set only for reading. In an upload, _READ_TIMEOUT would
+# include the time in which the part is sent.
 _READ_TIMEOUT = "60s"
 _PARTS_AT_ONCE = 2  # number of parts of one upload that are kept in memory and sent at the same time
 _MAX_PARTS = 9_000  # largest number of parts of one upload; S3 allows 10,000

@@ -156,7 +156,7 @@ def main(store: Path, run_dir: Path, seed: int, when: str) -> None:
     kills = Counter(filter(None, ends))
     sys.stdout.write(json.dumps({"kills": kills.total(), "at": dict(kills)}) + "\n")
     sys.stdout.flush()
-    os._exit(0)  # this skips the exit handlers of libraries, which this process does not need
+    os._exit(0)  # os._exit skips the exit handlers of libraries, which this process does not need
 
 
 if __name__ == "__main__":

@@ -14,11 +14,11 @@ bound   libjpeg-turbo only decodes each photograph and encodes a square (tools/b
 Every contestant has --jobs worker processes, may use --jobs cores, and reads the same files. Before each turn, all
 files are read, so that they are in the page cache.
 
-The time of `ours` includes starting the command, importing libraries and listing the folder. The other contestants
+The time of `ours` includes starting the command, importing libraries and listing the folder. All other contestants
 import libraries and list the folder before the timing starts. All other contestants except FFCV also start their
-workers before the timing starts. The other contestants have an advantage, because their imports and the start of their
-workers are not timed. Only `ours` and the scripts that write an LMDB (Pillow, libvips) sync their output to the disk.
-Deleting the output of the previous turn is not timed.
+workers before the timing starts. `ours` has a disadvantage, because its imports and the start of its workers are
+timed. Only `ours` and the scripts that write an LMDB (Pillow, libvips) sync their output to the disk. Deleting the
+output of the previous turn is not timed.
 
 --pictures N is the number of images in a turn. If the source has fewer than N photographs, the photographs are repeated
 by hard links. If hard links fail, the photographs are copied. Choose N so large that each contestant works for at least

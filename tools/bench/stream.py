@@ -21,13 +21,13 @@ bounds      threads that read from memory and do only one thing: decode the JPEG
 
 Every contestant has --threads worker threads or processes and may use --threads cores. Streams read from the page
 cache, so choose a store that fits into memory. FFCV, SPDL and WebDataset run in separate processes, each with its own
-Python interpreter. A separate process starts a turn when it reads a line. The other contestants run in this process.
-All streams keep prefetching between their turns. Each turn of a stream first discards some batches. Batches that were
-prefetched during another contestant's turn are therefore not counted.
+Python interpreter. A separate process starts a turn when it reads a line. All other contestants run in the process of
+the benchmark. All streams keep prefetching between their turns. Each turn of a stream first discards some batches.
+Batches that were prefetched during another contestant's turn are therefore not counted.
 
 Starting, compiling, writing .beton files and archives, and filling shuffle buffers are not timed. Dtype, shape and
-range of values of two batches of each stream are checked before the first round. The two batches must differ, and the
-first two images of a batch must differ.
+range of values of two batches of each stream are checked before the first round. The two checked batches must differ,
+and the first two images of a batch must differ.
 
 The PPM records and the .beton of pixels have the images of the first 2,000 records of the store. No GPU is used.
 """

@@ -16,8 +16,8 @@ WIDTH, HEIGHT = 1180, 516
 COLUMN_Y = 150, 360  # y coordinate of the middle of column 0 and of column 1
 DARK, GRAY = "#222222", "#777777"
 FILLS = ("#7fa6c9", "#e0a96d")  # fill colours of column 0 and column 1
-# Kernel sizes, and the operations after each layer. The two tables are copied from train.model.alexnet, because no
-# object of that module lists them.
+# Kernel sizes, and the operations after each layer. KERNELS and AFTER are copied from train.model.alexnet, because no
+# object of that module lists kernel sizes and operations.
 KERNELS = {
     "conv1": "11×11, stride 4",
     "conv2": "5×5",

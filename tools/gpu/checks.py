@@ -25,17 +25,17 @@ from train.trainer.step import TrainingStep
 from train.trainer.step_graph import CountedStep, graph_for
 
 # Tolerances in grey levels. The cosine transforms of nvJPEG and libjpeg-turbo may round differently, by one or two
-# levels. The two libraries also upsample chroma with different filters, which gives larger differences at coloured
-# edges. An H200 gave 0.004 on average and 3 at most. A wrong crop, flip, mean or noise gives a mean difference of 3
-# levels or more.
+# levels. nvJPEG and libjpeg-turbo also upsample chroma with different filters, which gives larger differences at
+# coloured edges. An H200 gave 0.004 on average and 3 at most. A wrong crop, flip, mean or noise gives a mean difference
+# of 3 levels or more.
 JPEG_MEAN, JPEG_MAX = 0.05, 8.0
 PPM_MAX = 4 * 2.0**-15  # four times the distance between neighbouring float32 numbers above 256
 
-# Limits of the relative error ‖found − wanted‖ / ‖wanted‖. `wanted` is computed in float64 on the CPU. The first of the
-# two limits is for the logits. The second limit is for the gradient of the parameter with the largest error. The second
-# limit is wide because rounding can change the sign of a ReLU's input or the position of a maximum. The gradient then
-# takes another path through the network. Errors of the logits on an H200: fp32 1e-6, tf32 7e-4, bf16 6e-3. Errors
-# (logits, gradient) on a CPU, with 4 photographs and the paper's widths: fp32 9e-7, 1e-6; bf16 5e-3, 0.2.
+# Limits of the relative error ‖found − wanted‖ / ‖wanted‖: (limit for the logits, limit for the gradient of the
+# parameter with the largest error). `wanted` is computed in float64 on the CPU. The limit for gradients is wide because
+# rounding can change the sign of a ReLU's input or the position of a maximum, and the gradient then takes another path
+# through the network. Errors of the logits on an H200: fp32 1e-6, tf32 7e-4, bf16 6e-3. Errors (logits, gradient) on a
+# CPU, with 4 photographs and the paper's widths: fp32 9e-7, 1e-6; bf16 5e-3, 0.2.
 TOLERANCES = {"fp32": (1e-5, 5e-3), "tf32": (3e-3, 0.2), "bf16": (2e-2, 0.4)}
 LRN_TOLERANCES = {torch.float32: 1e-6, torch.bfloat16: 2.0**-8}  # an H200 gave the errors 8e-8 and 1.7e-3
 # Limit of the relative difference between two runs of three steps. On a GPU, the order of additions in gradients

@@ -279,7 +279,7 @@ def nan_faults(case: LayerCase, dtype: torch.dtype, device: torch.device, apply:
     """Return the faults of the result for an x with one NaN; empty if there are no faults.
 
     Every value that is NaN in float64 must be NaN. After a normalization, the other maps of the same column may also be
-    NaN at the same positions. The reason is that a kernel may compute the sums as a matrix product.
+    NaN at the same positions, because a kernel may compute the sums as a matrix product.
     """
     x, bias = make_inputs(case, 2, dtype, device, seed=2)
     split_columns(case, x)[0][1, case.maps // 2, case.side_px // 2, case.side_px // 2] = float("nan")

@@ -38,10 +38,10 @@ _HOST_STEPS = 20
 DECODER = "decoder of jpeg"
 _DECODED_BATCHES = 4  # number of batches of different records that the decoder alone decodes in turn
 
-# Rules (kind, whether all callers count, pattern). The first rule whose pattern occurs in a name of the call chain
-# gives the kind, which is a JSON key. The call chain consists of an operation, its kernel before it (on a GPU), and its
-# callers after it. If not all callers count for a rule, the pattern is searched only in the first two names of the
-# chain. For example, a type conversion that a convolution calls is of the kind "copies".
+# Rules (kind, whether all callers count, pattern). The kind, which is a JSON key, comes from the first rule whose
+# pattern occurs in a name of the call chain. The call chain consists of an operation, its kernel before it (on a GPU),
+# and its callers after it. If not all callers count for a rule, the pattern is searched only in the first two names of
+# the chain. For example, a type conversion that a convolution calls is of the kind "copies".
 _KINDS = (
     ("update", True, r"Optimizer\.step"),
     ("normalisation", True, r"_Lrn|lrn"),

@@ -87,7 +87,7 @@ class RateTensorUpdate:
                 update_with_rate(w, v, w.grad, self._momentum, self._rates[group] * scale, decay)
 
     def write_addresses(self) -> None:
-        """Write the addresses of all parameters that have a gradient. The other parameters get the size 0."""
+        """Write the address of each parameter that has a gradient, and the size 0 for all other parameters."""
         rows = []
         for w, v, group, _ in self._trios:
             if w.grad is None:

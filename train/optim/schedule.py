@@ -100,7 +100,7 @@ class Schedule:
         """Record the validation top-1 error (0..1) of an epoch.
 
         After `patience_epochs` epochs without a new lowest error, a plateau schedule reduces the learning rate, or sets
-        `finished` if no reduction is left. Other schedules ignore the validation error.
+        `finished` if no reduction is left. Schedules other than the plateau schedule ignore the validation error.
         """
         plateau = self.recipe.schedule
         if not isinstance(plateau, Plateau):

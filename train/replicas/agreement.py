@@ -22,7 +22,7 @@ class Agreement:
     """Exchanges stop requests and losses of the service between the ranks."""
 
     def __init__(self, group: ReplicaGroup, uses_service: bool) -> None:
-        """`uses_service`: True if a service decodes the images. The next batch of a rank may then be missing."""
+        """`uses_service`: True if a service decodes the images, so that the next batch of a rank may be missing."""
         self._group, self._uses_service = group, uses_service
 
     def stop(self, requested: BaseException | None) -> BaseException | None:

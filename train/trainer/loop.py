@@ -54,8 +54,8 @@ def fit_together(runs: Sequence[Run], views: Sequence[ConsoleView], group: Repli
     different steps. The stream then begins at the lowest step, and a batch trains only the runs that have not yet been
     trained on this batch. The result of each run has the same bits as if `fit` had trained the run alone.
 
-    If one of several runs diverges, the other runs continue, and Diverged is raised at the end. The other errors are
-    the errors of `fit`. All errors except Diverged end the training of all runs.
+    If one of several runs diverges, the other runs continue, and Diverged is raised at the end. Also raises all other
+    errors of `fit`. All errors except Diverged end the training of all runs.
     """
     with ExitStack() as resources:
         with group.together():

@@ -43,7 +43,8 @@ class StopRequests:
     def __call__(self, signum: int, frame: FrameType | None) -> None:
         """Handle a signal.
 
-        The first signal requests a stop, and the second raises its exception. In `raised_at_once`, every signal raises.
+        The first signal requests a stop, and the second signal raises its exception. In `raised_at_once`, every signal
+        raises its exception.
         """
         stop = KeyboardInterrupt() if signum == signal.SIGINT else Terminated(signum)
         now = time.monotonic()

@@ -90,7 +90,7 @@ def _find_directory(file: BinaryIO) -> tuple[int, int, int, int]:
     if at >= 20 and tail.startswith(_END64_LOCATOR, at - 20):
         end64 = struct.unpack_from("<Q", tail, at - 12)[0]
         end -= 20
-        # The second position is right if other bytes come before the archive in the file, as in a self-extracting
+        # The position `end - 56` is right if other bytes come before the archive in the file, as in a self-extracting
         # program.
         for position in (end64, end - 56):
             file.seek(min(position, file_bytes))

@@ -8,9 +8,9 @@ raw   The .beton holds the pixels of the images, decoded by Pillow, in FFCV's RG
 FFCV has no random crop of a fixed size. RandomResizedCropRGBImageDecoder makes a random crop of 224 × 224 px if the
 area and the aspect ratio are fixed to the values of 224 × 224 pixels. The decoder then rescales 224 × 224 px to 224 ×
 224 px, which OpenCV does by copying. The crops have the same distribution as the crops of all other contestants, but
-all records must be squares of one size. Like all other contestants, FFCV decodes the full record. The next steps are
-RandomHorizontalFlip, NormalizeImage (a table of floats), ToTensor and ToTorchImage. FFCV allocates new batches in each
-epoch. The records are therefore repeated until an epoch is as long as an epoch of ImageNet.
+all records must be squares of one size. Like all other contestants, FFCV decodes the full record. After the crop, FFCV
+runs RandomHorizontalFlip, NormalizeImage (a table of floats), ToTensor and ToTorchImage. FFCV allocates new batches in
+each epoch. The records are therefore repeated until an epoch is as long as an epoch of ImageNet.
 
 last  Batches have channels last in memory, which is FFCV's default. The shape of the batches is NCHW, but the memory
 order is NHWC. first Batches have channels first in memory, like the batches of all other contestants. FFCV copies each

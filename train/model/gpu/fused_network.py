@@ -3,7 +3,7 @@
 If the recipe has crossings and all columns are on one device, the columns form one group. In all other cases, each
 column is its own group. conv1 (over blocks of 4 × 4 px), conv3, fc6 and fc7 are computed once for each group. conv2,
 conv4 and conv5 are computed once for each column, because cuDNN's grouped convolutions are slower. One operation
-(epilogue.py) computes all steps between two convolutions. The same operation also joins or splits the columns.
+(epilogue.py) computes all steps between two convolutions, and joins or splits the columns.
 
 The results equal the results of AlexNet's own layers, except for rounding. Parameters and checkpoints are the same with
 and without the fused kernels.
