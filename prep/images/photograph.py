@@ -21,6 +21,7 @@ from prep.images.codec import BadImage, DecodeOptions, check_rescaled_size, deco
 from prep.images.jpeg import decode_jpeg
 from prep.images.limits import MAX_FILE_BYTES, MAX_PIXELS, TIME_LIMIT_S, cpu_time_limit, too_slow_text
 from prep.images.rescale import rescale
+from prep.schema import open_regular
 from prep.store.manifest import Settings
 from prep.workers import NOT_STARTED, TaskProgress, WorkerDied, WorkerPool
 
@@ -65,7 +66,7 @@ def _read(path: Path) -> bytes:
             raise BadImage("not a regular file")
         if status.st_size > MAX_FILE_BYTES:
             raise BadImage(f"{status.st_size:,} bytes: more than {MAX_FILE_BYTES:,}")
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             return file.read(MAX_FILE_BYTES)
     except OSError as error:
         raise BadImage(f"cannot be read: {error.strerror or error}") from None

@@ -30,6 +30,7 @@ from prep.inputs.archive_folders import (
 from prep.inputs.listing import Input
 from prep.inputs.reader import FoundInputs
 from prep.inputs.tar_members import BoundedFile, iterate_members, name_bytes
+from prep.schema import regular_descriptor
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class TarReader:
 
 @lru_cache(maxsize=4)
 def _file_descriptor(path: str) -> int:
-    return os.open(path, os.O_RDONLY)
+    return regular_descriptor(path, "Put the archive back.")
 
 
 def list_archive(path: Path, flat: bool, classes_are_given: bool = False) -> FoundInputs:

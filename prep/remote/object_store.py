@@ -24,6 +24,7 @@ from typing import Any, NoReturn, TypeVar
 from prep.console import UserError
 from prep.remote.aws_profile import profile_settings
 from prep.remote.folder import CHUNK_BYTES, MAX_SMALL_FILE_BYTES, CountBytes, FileState
+from prep.schema import open_regular, read_regular
 from prep.version import pip_command
 
 T = TypeVar("T")
@@ -138,7 +139,7 @@ class ObjectFolder:
 
         def send() -> None:
             if size_bytes <= chunk_bytes:
-                content = file.read_bytes()
+                content = read_regular(file, size_bytes, "Run the same command again.")
                 self._obstore.put(self._writing_store, path, content, use_multipart=False)
                 count(len(content))
                 return
@@ -229,7 +230,7 @@ def _state(meta: Any) -> FileState:
 
 
 def _counted_chunks(file: Path, chunk_bytes: int, count: CountBytes) -> Iterator[bytes]:
-    with open(file, "rb") as opened:
+    with open_regular(file) as opened:
         while chunk := opened.read(chunk_bytes):
             yield chunk
             count(opened.tell())

@@ -14,7 +14,14 @@ other programs have no such number. Their models ignore unknown fields.
 from prep.schema.arrays import ArrayShape, decode_npy, read_npy, read_npz
 from prep.schema.check import convert, decode, parse_json, shown
 from prep.schema.fields import Count, Digest, Finite, NonNegative, Text, one_of, text_of
-from prep.schema.regular_file import MAX_TEXT_BYTES, check_regular, file_sha256, open_regular, read_regular
+from prep.schema.regular_file import (
+    MAX_TEXT_BYTES,
+    check_regular,
+    file_sha256,
+    open_regular,
+    read_regular,
+    regular_descriptor,
+)
 from prep.schema.unknown_fields import REFUSES_UNKNOWN
 
 __all__ = [
@@ -37,6 +44,7 @@ __all__ = [
     "read_npy",
     "read_npz",
     "read_regular",
+    "regular_descriptor",
     "shown",
     "text_of",
 ]

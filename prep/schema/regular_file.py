@@ -33,14 +33,22 @@ def open_regular(
     Raises FileNotFoundError or another OSError if the file cannot be opened. Raises `error`, with `advice` in its
     message, if `path` is a folder, a named pipe, a socket or a device. The function never waits for another process.
     """
+    return open(regular_descriptor(path, advice, error), "rb")
+
+
+def regular_descriptor(path: Path | str, advice: str, error: Callable[[str], UserError] = UserError) -> int:
+    """Return a descriptor of a regular file that is open for reading. The caller must close the descriptor.
+
+    Raises the errors of open_regular.
+    """
     _refuse_other_kinds(os.stat(path).st_mode, path, advice, error)  # opening some devices has side effects
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
     try:
         _refuse_other_kinds(os.fstat(descriptor).st_mode, path, advice, error)  # the file may have been replaced
-        return open(descriptor, "rb")
     except BaseException:
         os.close(descriptor)
         raise
+    return descriptor
 
 
 def read_regular(path: Path | str, max_bytes: int, advice: str, error: Callable[[str], UserError] = UserError) -> bytes:

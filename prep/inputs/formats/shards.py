@@ -18,6 +18,7 @@ from prep.images.limits import MAX_FILE_BYTES
 from prep.inputs.classes import SPLIT_OF_FOLDER, examples
 from prep.inputs.listing import Input
 from prep.inputs.names import name_text
+from prep.schema import regular_descriptor
 
 _OFFSET_BITS = 40
 _MAX_FILES = 1 << 23
@@ -47,7 +48,7 @@ class OpenFile:
     """A file that is open for reading at any offset, until the object is deleted."""
 
     def __init__(self, path: str) -> None:
-        self.descriptor = os.open(path, os.O_RDONLY)
+        self.descriptor = regular_descriptor(path, "Put the file back.")
 
     def __del__(self) -> None:
         if hasattr(self, "descriptor"):
