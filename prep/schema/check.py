@@ -14,7 +14,7 @@ from prep.schema.fields import text_of
 from prep.schema.unknown_fields import finder
 
 MAX_DEPTH = 64  # levels of nested objects and arrays
-MAX_VALUES = 20_000_000  # values of a Python object, in all its containers
+MAX_VALUES = 5_000_000  # values in all containers of a file or Python object; 5 million dicts need 0.6 GB
 _SHOWN_CHARACTERS = 60  # length of a found value in an error
 _PATH_PART = re.compile(r"\.([^.\[\]]+)|\[(\d+|\.\.\.)\]")
 _LOCATION = re.compile(r" - at (`key` in )?`\$(.*)`$", re.DOTALL)
@@ -60,6 +60,8 @@ def parse_json(content: bytes, name: str, advice: str, error: Callable[[str], Us
         text = content.decode("utf-8")
         if text.startswith("\ufeff"):
             raise _Refused("begins with a byte order mark, expected UTF-8 without it")
+        if sum(map(content.count, (b",", b"[", b"{"))) > MAX_VALUES:  # compared before memory is allocated for values
+            raise _Refused(f"holds more than {MAX_VALUES:,} values, expected at most {MAX_VALUES:,}")
         msgspec.json.decode(text)  # stricter than json.loads about numbers and surrogates
         data = json.loads(text, object_pairs_hook=_unique_keys)
         _check_size(data)

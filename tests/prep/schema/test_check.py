@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -176,6 +177,16 @@ def test_python_objects_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
         convert(Lenient, {"name": "a\udcff"}, "c.pt", ADVICE)
     with pytest.raises(UserError, match=r"name is b'a', expected a string"):
         convert(Lenient, {"name": b"a"}, "c.pt", ADVICE)
+
+
+def test_a_text_of_too_many_values_is_refused_before_memory_is_allocated_for_them() -> None:
+    content = b"[" + b"[]," * 5_000_000 + b"[]]"  # as Python objects: 0.3 GB
+    tracemalloc.start()
+    with pytest.raises(UserError, match=r"more than 5,000,000 values, expected at most 5,000,000"):
+        parse_json(content, "run.json", ADVICE)
+    peak_bytes = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak_bytes < 2 * len(content)
 
 
 def test_numbers_that_are_not_finite_are_refused_where_the_type_says_so() -> None:
