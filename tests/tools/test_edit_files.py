@@ -129,7 +129,7 @@ def test_every_target_and_every_rule_is_used() -> None:
 
 
 @pytest.mark.parametrize(
-    "share", [pytest.param(0.03, id="sample"), pytest.param(1.0, id="all", marks=pytest.mark.soak)]
+    "share", [pytest.param(0.02, id="sample"), pytest.param(1.0, id="all", marks=pytest.mark.soak)]
 )
 def test_edits_of_a_store_end_with_one_line(share: float, samples: Path) -> None:
     program = [sys.executable, "-m", "tools.edit_files", "--samples", str(samples), "--no-preload"]

@@ -45,7 +45,9 @@ _OUT_OF_MEMORY = re.compile(r"MemoryError|[Uu]nable to allocate|[Cc]an(no|')t al
 _BIDI = set("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\u2028\u2029")
 # Files that a command may write although it then refuses to go on: locks, and the state of a run that has ended.
 _RESULT = re.compile(r"(^|/)manifest\.json$|(^|/)(out|record|features)[^/]*$|\.(png|svg|html|npz|safetensors|onnx)$")
-_MAY_CHANGE = re.compile(r"(^|/)(\.lock|part-\d+-of-\d+\.lock)$|(^|/)\.|(^|/)status\.json$|(^|/)tensorboard(/|$)")
+_MAY_CHANGE = re.compile(
+    r"^copy/|(^|/)(\.lock|part-\d+-of-\d+\.lock)$|(^|/)\.|(^|/)status\.json$|(^|/)tensorboard(/|$)"
+)
 
 ONE_LINE, ACCEPTED = "one line", "accepted"  # verdicts that are not faults by themselves
 FAULTS = ("traceback", "hang", "memory", "control characters", "several lines", "killed", "changed files")

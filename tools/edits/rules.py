@@ -130,6 +130,19 @@ RULES: Sequence[Rule] = (
         _TEXTS,
         (*_OTHER_TEXTS, *_ODD_TEXTS),
     ),
+    Rule(
+        "The settings of the run are in its checkpoint. If they agree, run.json is written again.",
+        ("run/run.json", "ensemble/member-1/run.json"),
+        (),
+        (),
+        ("alextrain run",),
+    ),
+    Rule(
+        "The times of the inputs matter only if the inputs are built again.",
+        ("ready/*/inputs.npz",),
+        ("stamp_ns", "at"),
+        ("first number NaN", "first number Infinity", "first number 1e30", "first number negative"),
+    ),
     Rule("Older versions did not write the field.", _RUN_FILES, _LATER_FIELDS, ("delete", "null")),
     Rule(
         "The command says that the file is damaged, and uses the previous checkpoint.",

@@ -59,13 +59,13 @@ def tar_of(files: dict[str, bytes], format: int = tarfile.GNU_FORMAT) -> bytes:
 
 
 @pytest.mark.parametrize("kind", LABELS)
-@examples(80, 10_000)
+@examples(60, 10_000)
 def test_label_file(count: int, kind: str) -> None:
     read: Callable[[bytes], object] = lambda content: parse_label_file(Path("labels.txt"), content, ImageNames(NAMES))  # noqa: E731
     try_files(changed_bytes(LABELS[kind]), count, read)
 
 
-@examples(80, 10_000)
+@examples(60, 10_000)
 def test_file_of_classes(count: int, tmp_path: Path) -> None:
     path = tmp_path / "classes.txt"
     read = reader_of(path, lambda: read_class_file(path))
@@ -80,7 +80,7 @@ def test_devkit(count: int, tmp_path: Path) -> None:
     try_files(changed_bytes(path.read_bytes()), count, read)
 
 
-@examples(100, 20_000)
+@examples(50, 20_000)
 def test_directory_of_a_zip_archive(count: int, tmp_path: Path) -> None:
     path, content = tmp_path / "photos.zip", io.BytesIO()
     with zipfile.ZipFile(content, "w") as archive:
@@ -92,7 +92,7 @@ def test_directory_of_a_zip_archive(count: int, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT, tarfile.USTAR_FORMAT])
-@examples(60, 20_000)
+@examples(30, 20_000)
 def test_headers_of_a_tar_archive(count: int, format: int, tmp_path: Path) -> None:
     path, name = tmp_path / "photos.tar", "n1/" + "é" * (30 if format == tarfile.USTAR_FORMAT else 120)
     content = tar_of({"n1/a.jpg": b"\xff\xd8\xffpicture", name: b"", "n2/b.jpg": b"x" * 600}, format)
@@ -105,7 +105,7 @@ def test_headers_of_a_tar_archive(count: int, format: int, tmp_path: Path) -> No
     try_files(changed_bytes(content), count, reader_of(path, read))
 
 
-@examples(60, 10_000)
+@examples(30, 10_000)
 def test_labels_of_a_web_dataset(count: int, tmp_path: Path) -> None:
     path = tmp_path / "photos.tar"
 

@@ -69,7 +69,7 @@ def test_log_of_inputs(count: int, copy: Path) -> None:
     try_files(changed_json(line), count, read)
 
 
-@examples(60, 5_000)
+@examples(30, 5_000)
 def test_journal_of_a_copy(count: int, tmp_path: Path) -> None:
     entry = tmp_path / ".copy" / "train" / "file.json"
     entry.parent.mkdir(parents=True)
@@ -85,7 +85,7 @@ def a_record(store: Path) -> bytes:
     return next(iter(lmdb_shard.read(store / "train" / "00000")))[1]
 
 
-@examples(300, 50_000)
+@examples(150, 50_000)
 def test_record(count: int, store: Path) -> None:
     """Both parsers of a record: the parser that checks everything, and the parser of the streams."""
     value = a_record(store)
@@ -104,7 +104,7 @@ def test_record(count: int, store: Path) -> None:
     try_files(changed_bytes(head), count, read, DatumError)
 
 
-@examples(300, 50_000)
+@examples(150, 50_000)
 def test_fields_of_a_record_with_a_correct_checksum(count: int, store: Path) -> None:
     value = a_record(store)
     body = value[:40] + value[-60:-6]
