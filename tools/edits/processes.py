@@ -41,7 +41,9 @@ _MODULES = (
     *("train.report.compare", "train.convert.export", "train.convert.import_torchvision", "train.experiments.ablate"),
     "train.experiments.ensemble",
 )
-_OUT_OF_MEMORY = re.compile(r"MemoryError|[Uu]nable to allocate|[Cc]an(no|')t allocate|not enough memory|bad_alloc")
+_OUT_OF_MEMORY = re.compile(
+    r"MemoryError|[Mm]emory ran out|[Uu]nable to allocate|[Cc]an(no|')t allocate|not enough memory|bad_alloc"
+)
 _BIDI = set("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\u2028\u2029")
 # Files that a command may write although it then refuses to go on: locks, and the state of a run that has ended.
 _RESULT = re.compile(r"(^|/)manifest\.json$|(^|/)(out|record|features)[^/]*$|\.(png|svg|html|npz|safetensors|onnx)$")
