@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -104,6 +105,8 @@ class LocalFolder:
         """See Folder.write."""
         with self.disk_errors():
             (self.root / path).parent.mkdir(parents=True, exist_ok=True)
+            if (self.root / path).is_dir():
+                raise IsADirectoryError(errno.EISDIR, f"{path} is a folder, expected a file")
             write_atomic(self.root / path, content)
 
     def move_in(self, temporary: Path, path: str) -> None:

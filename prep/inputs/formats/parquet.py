@@ -117,7 +117,7 @@ def list_parquet(
             with _ErrorsOf(path), pq.ParquetFile(path) as file:
                 columns = _columns(path, file.schema_arrow)
                 if file.metadata.num_rows and columns != (first or columns):
-                    raise UserError(f"{files[0]} has {first}, {path} has {columns}. Write both with the same columns.")
+                    raise UserError(f"{files[0]} has {first}, but {path} has {columns}. Write equal columns.")
                 first = first or (columns if file.metadata.num_rows else None)
                 rows.labels_are_names = columns.has_texts and not columns.names
                 row = 0
@@ -179,7 +179,7 @@ class _ErrorsOf:
 
         if isinstance(error, pyarrow.ArrowException | OSError | ValueError) and not isinstance(error, UserError):
             text = " ".join(str(error).split())
-            raise UserError(f"{self.path} is damaged or no Parquet file ({text}). Download the file again.") from None
+            raise UserError(f"{self.path} is no Parquet file, or is damaged ({text}). Download a new copy.") from None
 
 
 @dataclass(frozen=True)
@@ -213,8 +213,7 @@ def _columns(path: Path, schema: Any) -> _Columns:
     if not image or not labels or (labels == with_names and len(labels) > 1):
         missing = "a column `image` with the bytes of images" if not image else "a column `label`"
         raise UserError(f"{path}: columns {', '.join(schema.names)}; expected {missing}.")
-    has_texts = _is_text(schema.field(labels[0]).type)
-    return _Columns(image, labels[0], has_texts, _class_names(features.get(labels[0])))
+    return _Columns(image, labels[0], _is_text(schema.field(labels[0]).type), _class_names(features.get(labels[0])))
 
 
 def _is_text(kind: Any) -> bool:
