@@ -59,8 +59,16 @@ ROOMS = {
         *("pipeline.diagnostics", "pipeline.cli", "pipeline.__main__", "pipeline.__init__"),
     ),
     "train": (
-        *("train.config", "train.replicas", "train.model", "train.optim", "train.runs", "train.evaluation"),
-        *("train.monitor", "train.trainer", "train.experiments", "train.report", "train.convert", "train.cli"),
+        *("train.config", "train.formats", "train.replicas", "train.model", "train.optim", "train.runs"),
+        *(
+            "train.evaluation",
+            "train.monitor",
+            "train.trainer",
+            "train.experiments",
+            "train.report",
+            "train.convert",
+            "train.cli",
+        ),
         "train.__main__",
     ),
 }

@@ -161,7 +161,7 @@ def main(store: Path, run_dir: Path, seed: int, when: str) -> None:
 
 if __name__ == "__main__":
     pipeline.placement.dali()
-    os.fsync, checkpoint._append_digest = counted("fsync", os.fsync), counted("digest", checkpoint._append_digest)
+    os.fsync, checkpoint.append_digest = counted("fsync", os.fsync), counted("digest", checkpoint.append_digest)
     TrainingStep.__call__ = counted_step
     sys.addaudithook(audit)
     members = int(sys.argv[5]) if sys.argv[5:] else None

@@ -177,7 +177,7 @@ def _evaluate_run(
 
     Each rank of `group` evaluates a part of the split. On all ranks but rank 0, the Predictions hold no images.
     """
-    from train.evaluation.predictions import DENSE, predict_split, record_evaluation
+    from train.evaluation.predictions import DENSE, predict_split, read_evaluations, record_evaluation
     from train.model.precision import set_precision
     from train.replicas.devices import devices_of_replica
     from train.runs.loading import load_trained, run_and_checkpoint
@@ -189,6 +189,8 @@ def _evaluate_run(
         set_precision(precision, devices)  # an unsupported precision is refused before the network is loaded
         run_dir, which = run_and_checkpoint(path, checkpoint)
         network, loaded = load_trained(run_dir, devices, which)
+        if group.is_first:
+            read_evaluations(run_dir)  # a damaged file is reported before the evaluation
         store = find_store(run_dir, loaded, store_path)
         if store is None:
             raise UserError(missing_store_text(run_dir, saved_store_path(read_description(run_dir))))

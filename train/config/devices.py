@@ -5,6 +5,8 @@ The module imports torch only to count GPUs.
 
 from __future__ import annotations
 
+import re
+
 from prep import console
 from prep.console import WrongArgument
 
@@ -32,8 +34,8 @@ def parse_devices(gpus: str | None, columns: int = 2) -> Devices:
     if gpus == "cpu":
         return "cpu", "cpu"
     indices = gpus.split(",")
-    if not all(index.strip().isdecimal() for index in indices):
-        raise WrongArgument(f"--gpus {gpus}: expected two GPUs (0,1), one GPU for both columns (0), or cpu.")
+    if not all(re.fullmatch(r"\s*[0-9]{1,9}\s*", index) for index in indices):
+        raise WrongArgument(f"--gpus {gpus:.60}: expected two GPUs (0,1), one GPU for both columns (0), or cpu.")
     check_device_count(gpus)
     if len(indices) > columns:
         raise WrongArgument(f"--gpus {gpus}: this network has one column. Name one device (0), or cpu.")
@@ -50,7 +52,8 @@ def check_device_count(gpus: str) -> None:
     """Raise UserError if a value of `--gpus` names more than two devices."""
     if gpus.count(",") > 1:
         raise WrongArgument(
-            f"--gpus {gpus}: AlexNet has two columns. Name two devices (0,1), one device for both columns (0), or cpu."
+            f"--gpus {gpus:.60}: AlexNet has two columns. Name two devices (0,1), one device for both columns (0), or "
+            "cpu."
         )
 
 

@@ -90,7 +90,7 @@ def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[Diff
         theirs, ours = ({**identity, "stream_seed": stream_seed_of(identity)} for identity in (theirs, ours))
     for name, value in ours.items():
         if f"{name}_numbers" not in ours:
-            differing += list(_differing_leaves(name.removesuffix("_numbers"), theirs.get(name), value))
+            differing += list(differing_leaves(name.removesuffix("_numbers"), theirs.get(name), value))
     return differing
 
 
@@ -119,13 +119,14 @@ def check_identity(theirs: Mapping[str, Any], ours: Mapping[str, Any], run_dir: 
     )
 
 
-def _differing_leaves(name: str, theirs: Any, ours: Any) -> Iterator[Difference]:
+def differing_leaves(name: str, theirs: Any, ours: Any) -> Iterator[Difference]:
+    """Yield the values that differ in two objects of JSON. `name` is the dotted name of the objects."""
     if isinstance(theirs, dict) and isinstance(ours, dict):
         for key in {**ours, **theirs}:
-            yield from _differing_leaves(f"{name}.{key}", theirs.get(key), ours.get(key))
+            yield from differing_leaves(f"{name}.{key}", theirs.get(key), ours.get(key))
     elif isinstance(theirs, list) and isinstance(ours, list) and len(theirs) == len(ours):
         for index, pair in enumerate(zip(theirs, ours, strict=True)):
-            yield from _differing_leaves(f"{name}.{index}", *pair)
+            yield from differing_leaves(f"{name}.{index}", *pair)
     elif theirs != ours:
         yield Difference(name, theirs, ours)
 

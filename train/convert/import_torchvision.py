@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from msgspec import Struct
 from torch import Tensor
 
 from pipeline.loader import train_loader
 from prep.console import UserError, count_noun, say
 from prep.files import hold_lock
+from prep.schema import Finite, decode, open_regular
 from prep.store.manifest import Store
+from train.config.architecture import TORCHVISION_LAYERS, Architecture
 from train.config.recipe import Recipe
 from train.config.run_config import RunConfig
 from train.convert.torchvision_weights import (
@@ -23,6 +25,11 @@ from train.convert.torchvision_weights import (
     check_fits,
     from_torchvision_weights,
 )
+from train.formats.checked_load import check_finite, load_tensors
+from train.formats.checkpoint_file import check_tensor
+from train.formats.fields import AboveZero, Names, parameter_shapes
+from train.formats.pickled_values import StoredTensor, UnsafeFile
+from train.formats.torch_file import read_content
 from train.model.alexnet import AlexNet
 from train.optim.paper_sgd import make_optimizer
 from train.optim.schedule import Schedule
@@ -30,6 +37,7 @@ from train.runs import checkpoint
 from train.runs.run import Run, make_run_dir, write_description
 from train.trainer.state import capture_state
 
+_FLOATS = ("float32", "float16", "bfloat16", "float64")
 _EXPECTED = "Name a state_dict of torchvision.models.alexnet, or a file of alextrain export --to torchvision."
 
 
@@ -50,20 +58,16 @@ def import_torchvision(file: Path, config: RunConfig, new_fc8: bool = False) -> 
     run = Run.open(config)
     store, recipe = run.store, config.recipe
     check_fits(config.model, recipe)
-    state, metadata = _read(file)
+    state, metadata = _read(file, config.model)
     torch.manual_seed(config.seed)
     network = AlexNet(len(store.classes), recipe, ("cpu", "cpu"), config.model)
-    try:
-        parameters = from_torchvision_weights(state, recipe, _normalization(metadata), _mean_rgb(store, recipe))
-        if new_fc8:
-            parameters |= {name: tensor for name, tensor in network.joined_tensors().items() if name.startswith("fc8.")}
-        else:
-            _check_classes(file, parameters, metadata, store)
-        network.load_joined_tensors(parameters)
-    except UserError:
-        raise
-    except Exception as error:  # tensors of other shapes and types can make torch raise any exception
-        raise UserError(f"{file}: not a state_dict of torchvision's AlexNet ({error}). {_EXPECTED}") from None
+    parameters = from_torchvision_weights(state, recipe, _normalization(metadata), _mean_rgb(store, recipe))
+    if new_fc8:
+        parameters |= {name: tensor for name, tensor in network.joined_tensors().items() if name.startswith("fc8.")}
+    else:
+        _check_classes(file, parameters, metadata, store)
+    check_finite(parameters, f"{file}: converted", _EXPECTED)
+    network.load_joined_tensors(parameters)
     create_run(run, network)
     return network
 
@@ -97,32 +101,86 @@ def create_run(run: Run, network: AlexNet) -> None:
         checkpoint.CheckpointKeeper(run.run_dir, config.keep, None).save(state, is_last=True)
 
 
-def _read(file: Path) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
-    """Return the state_dict and the metadata in a file.
+def _read(file: Path, architecture: Architecture) -> tuple[dict[str, Tensor], _Metadata | None]:
+    """Return the state_dict and the metadata in a file. The metadata is None if `alextrain export` did not write it.
 
-    The metadata is {} if `alextrain export` did not write the file.
+    Names, shapes and types of the tensors are compared with torchvision's AlexNet before a tensor is allocated.
     """
     try:
-        state = torch.load(file, map_location="cpu", weights_only=True)
+        with open_regular(file, _EXPECTED) as opened:
+            content = read_content(opened)
+            if not isinstance(content, dict) or not all(isinstance(part, StoredTensor) for part in content.values()):
+                raise UserError(f"{file}: not a state_dict (a dict from names to tensors). {_EXPECTED}")
+            _check_tensors(file, content, architecture)
+            state = load_tensors(opened, content, str(file), _EXPECTED)
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror or error}). {_EXPECTED}") from None
-    except Exception:  # torch.load raises many types of exceptions, some with wrong advice
-        raise UserError(
-            f"{file}: not a file of tensors that torch.load(weights_only=True) reads. {_EXPECTED}"
-        ) from None
-    if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
-        raise UserError(f"{file}: not a state_dict (a dict from names to tensors). {_EXPECTED}")
-    metadata = getattr(state, "_metadata", {}).get("", {})
-    return state, metadata if "preprocessing" in metadata else {}
+    except UnsafeFile as error:
+        raise UserError(f"{file}: not a file of tensors: {error}. {_EXPECTED}") from None
+    check_finite(state, str(file), _EXPECTED)
+    return state, _metadata(file, getattr(content, "attributes", {}))
 
 
-def _normalization(metadata: Mapping[str, Any]) -> Normalization:
-    if not metadata:
+def _check_tensors(file: Path, content: Mapping[str, StoredTensor], architecture: Architecture) -> None:
+    """Raise UserError unless the names, shapes and types of the tensors are those of torchvision's AlexNet."""
+    classes = content["classifier.6.bias"].shape[:1] if "classifier.6.bias" in content else ()
+    shapes = parameter_shapes(architecture, crossing=True, classes=classes[0] if classes else 1000)
+    expected = {
+        f"{name}.{kind}": shapes[f"{layer}.{kind}"]
+        for name, layer in TORCHVISION_LAYERS.items()
+        for kind in ("weight", "bias")
+    }
+    differing = [name for name in (*expected, *content) if name not in content or name not in expected]
+    if differing:
+        has = "has" if differing[0] in content else "lacks"
+        raise UserError(f"{file}: not a state_dict of torchvision's AlexNet ({has} {differing[0]:.60}). {_EXPECTED}")
+    for name, shape in expected.items():
+        check_tensor(
+            content[name], _FLOATS, shape, f"{file}: not a state_dict of torchvision's AlexNet: {name}", _EXPECTED
+        )
+
+
+class _Normalise(Struct, frozen=True):
+    """Arguments of torchvision.transforms.Normalize, and whether the normalization is exact."""
+
+    mean: tuple[Finite, Finite, Finite]
+    std: tuple[AboveZero, AboveZero, AboveZero]
+    exact: bool
+
+
+class _Preprocessing(Struct, frozen=True):
+    normalise: _Normalise
+
+
+class _Metadata(NamedTuple):
+    """What `alextrain export` writes beside the weights."""
+
+    normalization: _Normalise
+    classes: list[str]
+
+
+def _metadata(file: Path, attributes: Mapping[str, Any]) -> _Metadata | None:
+    """Return the metadata in the attributes of a state_dict, which torch keeps in `_metadata`."""
+    modules = attributes.get("_metadata")
+    metadata = modules.get("") if isinstance(modules, dict) else None
+    if not isinstance(metadata, dict) or "preprocessing" not in metadata:
+        return None
+    texts = {}
+    for name in ("preprocessing", "classes"):
+        if not isinstance(metadata.get(name), str):
+            raise UserError(f"{file}: the metadata have no text {name}. {_EXPECTED}")
+        texts[name] = metadata[name].encode(errors="surrogatepass")
+    normalise = decode(_Preprocessing, texts["preprocessing"], f"{file}: preprocessing", _EXPECTED).normalise
+    return _Metadata(normalise, decode(Names, texts["classes"], f"{file}: classes", _EXPECTED))
+
+
+def _normalization(metadata: _Metadata | None) -> Normalization:
+    if metadata is None:
         return IMAGENET_NORMALIZATION
-    normalization = json.loads(metadata["preprocessing"])["normalise"]
-    if not normalization["exact"]:
+    normalization = metadata.normalization
+    if not normalization.exact:
         say("The network was trained with a mean image. The import uses only the average color of this image.")
-    return Normalization(tuple(normalization["mean"]), tuple(normalization["std"]))
+    return Normalization(normalization.mean, normalization.std)
 
 
 def _mean_rgb(store: Store, recipe: Recipe) -> tuple[float, ...]:
@@ -135,9 +193,9 @@ def _mean_rgb(store: Store, recipe: Recipe) -> tuple[float, ...]:
     return tuple(store.color_stats().mean_rgb) if mean == "channel" else (0.0, 0.0, 0.0)
 
 
-def _check_classes(file: Path, parameters: Mapping[str, Tensor], metadata: Mapping[str, Any], store: Store) -> None:
+def _check_classes(file: Path, parameters: Mapping[str, Tensor], metadata: _Metadata | None, store: Store) -> None:
     in_file, in_store = len(parameters["fc8.weight"]), len(store.classes)
-    names = json.loads(metadata["classes"]) if metadata else None
+    names = None if metadata is None else metadata.classes
     if in_file != in_store or names not in (None, list(store.classes)):
         first = f" ({names[0]} …)" if names else ""
         raise UserError(

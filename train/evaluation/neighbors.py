@@ -15,8 +15,9 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.records import Records
-from prep.console import disk_error
+from prep.console import UserError, disk_error
 from prep.files import atomic_file
+from prep.schema import ArrayShape, read_npz
 from prep.store.manifest import Store
 from train.config.choices import INDEX_RECORDS
 from train.evaluation.features import iter_split_activations
@@ -59,7 +60,8 @@ def load_or_build_index(
     path = run_dir / f"index-{LAYER}-{checkpoint.step:08d}.npz"
     records = min(max_records, store.split("train").records)
     about = f"{checkpoint.digest} {store.split('train').fingerprint} {records} {precision}"
-    index = _read_index(path, about)
+    units = network.architecture.widths.fc7
+    index = _read_index(path, about, (records, units), len(checkpoint.classes))
     if index is None:
         features, filled = np.empty((records, 0), np.float32), 0
         for batch in iter_split_activations(network, store, "train", LAYER, records, precision):
@@ -82,18 +84,31 @@ def load_or_build_index(
     return index
 
 
-def _read_index(path: Path, about: str) -> NeighborIndex | None:
-    """Return the saved index.
+def _read_index(path: Path, about: str, shape: tuple[int, int], classes: int) -> NeighborIndex | None:
+    """Return the saved index of `shape` (records, units).
 
-    Returns None if the file is missing or damaged, or if the `about` text in the file differs.
+    Returns None if the file is missing or damaged, if the `about` text in the file differs, or if an array has another
+    shape or values that no index has.
     """
+    records, units = shape
+    formats = {
+        "about": ArrayShape(("U",), ()),
+        "features": ArrayShape(("<f4",), (records, units)),
+        "labels": ArrayShape(("<i8",), (records,)),
+        "keys": ArrayShape(("|S8",), (records,)),
+    }
     try:
-        with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
-            if str(arrays["about"]) != about:
-                return None
-            return NeighborIndex(arrays["features"], arrays["labels"], arrays["keys"])
-    except Exception:  # for a damaged .npz file, NumPy, zipfile and zlib can raise any exception
+        arrays = read_npz(path, formats, path.stat().st_size, "The index is built again.")
+    except (UserError, OSError):
         return None
+    index = NeighborIndex(arrays["features"], arrays["labels"], arrays["keys"])
+    is_valid = (
+        str(arrays["about"]) == about
+        and bool(np.isfinite(index.features).all())
+        and bool(((index.labels >= 0) & (index.labels < classes)).all())
+        and all(key.isdigit() for key in index.keys.tolist())
+    )
+    return index if is_valid else None
 
 
 def nearest_neighbors(index: NeighborIndex, queries: npt.NDArray[np.float32], count: int = 6) -> list[list[Neighbor]]:

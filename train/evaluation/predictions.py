@@ -25,17 +25,25 @@ from pipeline.loader import eval_loader
 from pipeline.records import Records
 from prep.console import Progress, UserError, WrongArgument, count_noun, disk_error, progress
 from prep.files import atomic_file, check_extension
+from prep.schema import ArrayShape, decode, read_npz
 from prep.store.manifest import Store
 from train.evaluation.evaluate import EvalResult, eval_batch_size, evaluate
+from train.formats.lines import EvaluationLine, read_lines
+from train.formats.small_files import PredictionsAbout
 from train.model.alexnet import AlexNet
 from train.model.precision import set_precision
 from train.replicas.group import ALONE, ReplicaGroup
-from train.runs.append_log import AppendLog
+from train.runs.append_log import AppendLog, remove_cut_line
 from train.runs.checkpoint import Checkpoint
 
 DENSE = "dense"  # value of `views` for a crop at every 32 px of the central square
 _EVALUATIONS = "evaluations.jsonl"
-_ARRAYS = ("probabilities", "labels", "keys", "about")
+_ARRAYS = {
+    "probabilities": ArrayShape(("<f4",), (None, None)),
+    "labels": ArrayShape(("<i8",), (None,)),
+    "keys": ArrayShape(("|S8",), (None,)),
+    "about": ArrayShape(("U",), ()),
+}
 
 
 @dataclass(frozen=True)
@@ -63,25 +71,35 @@ def load_predictions(path: Path) -> Predictions:
 
     Raises UserError for a missing or damaged file, and for a file of another kind.
     """
+    advice = "Save the probabilities again with: alextrain evaluate --out"
     try:
-        with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
-            if set(arrays.files) != set(_ARRAYS):
-                raise UserError(f"{path} has arrays {', '.join(arrays.files)}; expected {', '.join(_ARRAYS)}.")
-            about = json.loads(str(arrays["about"]))
-            predictions = Predictions(arrays["probabilities"], arrays["labels"], arrays["keys"], about)
-    except UserError:
-        raise
-    except Exception as error:  # damage in a .npz file can raise any exception of NumPy, zipfile and zlib
-        raise UserError(
-            f"{path}: not a file of saved probabilities ({error}). Save probabilities with: alextrain evaluate --out"
-        ) from None
-    images, shape = len(predictions.labels), predictions.probabilities.shape
-    if len(shape) != 2 or shape[0] != images or len(predictions.keys) != images:
-        raise UserError(
-            f"{path}: probabilities of shape {shape} for {images} images. Save the probabilities again with: alextrain "
-            "evaluate --out"
-        )
+        size_bytes = path.stat().st_size  # an intact file is not compressed, so its arrays are not larger
+        arrays = read_npz(path, _ARRAYS, size_bytes, advice)
+    except OSError as error:
+        raise UserError(f"{path}: not a file of saved probabilities ({error.strerror or error}). {advice}") from None
+    about_text, name = str(arrays["about"]).encode(errors="surrogatepass"), f"{path}: about"
+    about = decode(PredictionsAbout, about_text, name, advice)
+    predictions = Predictions(arrays["probabilities"], arrays["labels"], arrays["keys"], json.loads(about_text))
+    _check_arrays(path, predictions, len(about.classes), advice)
     return predictions
+
+
+def _check_arrays(path: Path, predictions: Predictions, classes: int, advice: str) -> None:
+    """Raise UserError if arrays differ in their number of images or classes, or have values that no network gives."""
+    probabilities, labels = predictions.probabilities, predictions.labels
+    images = len(labels)
+    if probabilities.shape != (images, classes) or len(predictions.keys) != images or not images:
+        raise UserError(
+            f"{path}: probabilities of shape {probabilities.shape} and {len(predictions.keys):,} keys for {images:,} "
+            f"images and {classes:,} classes. {advice}"
+        )
+    smallest, largest = float(probabilities.min()), float(probabilities.max())
+    if not (smallest >= 0 and largest <= 1.001):
+        raise UserError(f"{path}: probabilities from {smallest:g} to {largest:g}, expected 0 to 1. {advice}")
+    if labels.min() < 0 or labels.max() >= classes:
+        raise UserError(
+            f"{path}: labels from {labels.min()} to {labels.max()}, expected 0 to {classes - 1:,}. {advice}"
+        )
 
 
 def predict_split(
@@ -213,10 +231,17 @@ def views_text(views: int | str | None) -> str:
 
 
 def record_evaluation(run_dir: Path, about: Mapping[str, Any], result: EvalResult) -> None:
-    """Append a line to the run's evaluations.jsonl, for the report. Raises UserError for a disk error."""
+    """Append a line to the run's evaluations.jsonl, for the report. Raises UserError for a disk error.
+
+    Call read_evaluations before the evaluation, so that a damaged file is reported first.
+    """
     line = {name: about[name] for name in ("step", "split", "split_fingerprint", "views", "precision")}
     path = run_dir / _EVALUATIONS
-    error = AppendLog(path).add(f"{json.dumps(line | vars(result))}\n".encode())
+    try:
+        remove_cut_line(path)
+        error = AppendLog(path).add(f"{json.dumps(line | vars(result))}\n".encode())
+    except OSError as failure:
+        error = failure
     if error is not None:
         raise disk_error(error, f"{path}: cannot be written ({error.strerror}).")
 
@@ -225,16 +250,14 @@ def read_evaluations(run_dir: Path) -> list[dict[str, Any]]:
     """Return the lines of evaluations.jsonl.
 
     If several evaluations are of the same kind, only the last one is returned. Evaluations are of the same kind if
-    their step, views and precision and the fingerprint of their split are equal.
+    their step, views and precision and the fingerprint of their split are equal. Raises UserError if a line is wrong.
     """
     path = run_dir / _EVALUATIONS
-    if not path.exists():
-        return []
+    try:
+        read = read_lines(path, EvaluationLine, f"Remove this line from {_EVALUATIONS}, or the file.")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error}).") from None
     lines = {}
-    for text in path.read_text().splitlines():
-        try:
-            line = json.loads(text)
-        except ValueError:  # a line is incomplete if the process was killed while writing it
-            continue
+    for _, line in read:
         lines[line["step"], line["split_fingerprint"], str(line["views"]), line["precision"]] = line
     return [lines[key] for key in sorted(lines)]

@@ -12,7 +12,13 @@ from pipeline.still_image import EvalTransform
 from prep.console import UserError
 from prep.store.manifest import Store
 from train.config.devices import parse_devices
-from train.evaluation.predictions import Predictions, load_predictions, predict_split, record_evaluation
+from train.evaluation.predictions import (
+    Predictions,
+    load_predictions,
+    predict_split,
+    read_evaluations,
+    record_evaluation,
+)
 from train.model.alexnet import AlexNet
 from train.runs.checkpoint import Checkpoint
 from train.runs.loading import load_trained, run_and_checkpoint
@@ -91,6 +97,7 @@ class TrainedRun:
                 return saved
         except UserError:
             pass  # the file is missing or damaged, so the predictions are computed below
+        read_evaluations(self.run_dir)  # a damaged file is reported before the evaluation
         result, predictions = predict_split(
             self.network, self.checkpoint, store, split, 1, self.precision, str(self.run_dir)
         )

@@ -18,6 +18,7 @@ from typing import Any
 
 from prep.console import UserError, say
 from prep.files import write_atomic
+from prep.schema import decode, read_regular
 from train.config.ablations import ABLATIONS, BASELINE, Ablation
 from train.config.architecture import ARCHITECTURES, Architecture
 from train.config.devices import Devices
@@ -26,6 +27,7 @@ from train.config.overrides import apply_overrides, recipe_with_overrides
 from train.config.run_config import RunConfig
 from train.evaluation.evaluate import evaluate
 from train.evaluation.predictions import replica_progress
+from train.formats.small_files import MAX_BYTES, AblationFile
 from train.model.alexnet import AlexNet
 from train.replicas.devices import devices_of_replica
 from train.replicas.errors import OtherReplicaFailed
@@ -139,17 +141,19 @@ def ablate(runs: Sequence[AblationRun], group: ReplicaGroup = ALONE) -> list[Out
 def known_errors(run: Run) -> tuple[float | None, float | None] | None:
     """Return the errors (top-1, top-5) in 0..1 in the ablation.json of a run; (None, None) if the training diverged.
 
-    Returns None if ablation.json is missing, unreadable, or for a number of steps other than run.last_step. Raises
-    UserError if the folder holds another run.
+    Returns None if ablation.json is missing, or for a number of steps other than run.last_step. Raises UserError if the
+    file cannot be read or is damaged, and if the folder holds another run.
     """
+    path, advice = run.run_dir / RESULT, "Remove this file, and repeat the command to measure the run again."
     try:
-        result = json.loads((run.run_dir / RESULT).read_bytes())
-    except (OSError, ValueError):
+        content = read_regular(path, MAX_BYTES, advice)
+    except FileNotFoundError:
         return None
-    check_identity(result["identity"], run.identity, run.run_dir)
-    if result["steps"] != run.last_step:
-        return None
-    return result["top1_error"], result["top5_error"]
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error}). {advice}") from None
+    result = decode(AblationFile, content, str(path), advice)
+    check_identity(json.loads(content)["identity"], run.identity, run.run_dir)
+    return (result.top1_error, result.top5_error) if result.steps == run.last_step else None
 
 
 def _errors(config: RunConfig, group: ReplicaGroup) -> tuple[float | None, float | None]:

@@ -26,7 +26,7 @@ from train.monitor.interval_metrics import IntervalMetrics, StreamWaits
 from train.monitor.tensorboard import EventFile, NoTensorBoard
 from train.replicas.errors import OtherReplicaFailed, is_stop
 from train.runs.append_log import AppendLog
-from train.runs.run_dir import EVENTS, METRICS, STATUS, parse_line, read_raw_lines
+from train.runs.run_dir import EVENTS, METRICS, STATUS, read_metrics_lines
 
 
 class MetricsLog:
@@ -44,8 +44,7 @@ class MetricsLog:
         # Order of lines: (step, kind). "train" < "val" holds, so the training line of a step comes before the
         # validation line.
         newest = step, "train" if validation_due else "val"
-        raw_lines = [(raw, line) for raw in read_raw_lines(run_dir) if (line := parse_line(raw)) is not None]
-        kept = [(raw, line) for raw, line in raw_lines if (line["step"], line["kind"]) <= newest]
+        kept = [(raw, line) for raw, line in read_metrics_lines(run_dir) if (line["step"], line["kind"]) <= newest]
         lines = [line for _, line in kept]
         try:
             if self.path.exists():

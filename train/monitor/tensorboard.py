@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import time
 from collections.abc import Iterable, Mapping
 from io import BytesIO
@@ -81,7 +82,9 @@ def _next_path(folder: Path) -> tuple[Path, bool]:
     """Return the path of the next event file, and True if the folder has no event file yet.
 
     The name of the next file sorts after the earlier names, because TensorBoard reads files in the order of the names.
+    Files whose names have no time of ten digits are ignored.
     """
-    seconds = [int(path.name.split(".")[3]) for path in folder.glob("events.out.tfevents.[0-9]*.*")]
+    names = (re.fullmatch(r"events\.out\.tfevents\.([0-9]{10})\..*", path.name, re.DOTALL) for path in folder.iterdir())
+    seconds = [int(match[1]) for match in names if match]
     second = max([int(time.time()), *(earlier + 1 for earlier in seconds)])
     return folder / f"events.out.tfevents.{second:010d}.{platform.node()}.{os.getpid()}", not seconds

@@ -1,7 +1,7 @@
 """Append-only log files. A killed process or a full disk leaves no partly written entry in the file.
 
-A power cut can leave a partly written last entry. In metrics.jsonl, run_dir.parse_line skips such an entry, and
-MetricsLog removes it.
+A power cut can leave a partly written last entry. Readers of lines leave out such an entry (train/formats/lines.py).
+MetricsLog removes it from metrics.jsonl, and `remove_cut_line` from evaluations.jsonl.
 """
 
 from __future__ import annotations
@@ -9,6 +9,20 @@ from __future__ import annotations
 import os
 from contextlib import suppress
 from pathlib import Path
+
+
+def remove_cut_line(path: Path) -> None:
+    """Remove the last line of a file of lines if a power cut left the line without its newline.
+
+    Otherwise the next entry would be on the same line. Does nothing if the file does not exist. Raises OSError.
+    """
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return
+    complete = content.rfind(b"\n") + 1
+    if complete < len(content):
+        os.truncate(path, complete)
 
 
 class AppendLog:

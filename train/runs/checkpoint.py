@@ -12,14 +12,11 @@ file system has no hard links.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from io import BufferedRandom
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, BinaryIO
 
 import torch
@@ -27,15 +24,17 @@ from torch import Tensor
 
 from prep.console import DiskFull, UserError, WrongArgument, did_you_mean, disk_error, say, shell_quoted
 from prep.files import atomic_file, sync_folder
+from prep.schema import open_regular
+from prep.schema.check import shown
+from train.formats.archive_digest import append_digest, digests
+from train.formats.checked_load import check_finite, check_generator_state, load_tensors
+from train.formats.checkpoint_file import ADVICE, TENSORS, check_content
+from train.formats.pickled_values import UnsafeFile
+from train.formats.torch_file import read_content
 
 FORMAT = 2  # version of the file format, incremented when fields of Checkpoint change their meaning
 BEST = "best.pt"
 MAX_DISK_FULL = 3  # the run ends when this number of checkpoints in a row cannot be written because the disk is full
-
-_MARK = b"sha256:"
-_COMMENT_BYTES = len(_MARK) + 64
-# Number of bytes of the end record of a zip archive; the last two bytes are the length of the archive comment.
-_END_BYTES = 22
 
 
 class UnreadableCheckpoint(UserError):
@@ -75,6 +74,9 @@ class Checkpoint:
     digest: str = ""
 
 
+_FIELDS = tuple(field.name for field in fields(Checkpoint) if field.name != "digest")  # keys of a file
+
+
 def path_of(run_dir: Path, step: int) -> Path:
     """Return the path of the checkpoint of a step."""
     return run_dir / f"checkpoint-{step:08d}.pt"
@@ -91,13 +93,13 @@ def write(run_dir: Path, state: Checkpoint) -> Path:
     Raises DiskFull if there is no disk space, and UserError for any other disk error. Earlier checkpoints stay intact.
     """
     path = path_of(run_dir, state.step)
-    content = {field.name: getattr(state, field.name) for field in fields(state) if field.name != "digest"}
+    content = {name: getattr(state, name) for name in _FIELDS}
     content |= {"classes": list(state.classes), "devices": list(state.devices), "ancestry": list(state.ancestry)}
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with open(temporary, "w+b") as file:
             torch.save({"format": FORMAT, **content}, file)
-            _append_digest(file)
+            append_digest(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -120,43 +122,69 @@ def write(run_dir: Path, state: Checkpoint) -> Path:
 def read(path: Path) -> Checkpoint:
     """Read a checkpoint file that `write` wrote. The tensors are on the CPU.
 
-    Raises UnreadableCheckpoint if any bit differs from the written file. Raises UserError for another format, a missing
-    field or a missing read permission. If torch cannot load an intact file, for example because memory runs out, the
-    error of torch is raised.
+    The content is checked before a tensor is allocated (train/formats/checkpoint_file.py): types and ranges of all
+    values, and names, shapes and types of the tensors, which must be those of the checkpoint's architecture.
+
+    Raises UnreadableCheckpoint if any bit differs from the written file, or if the file cannot be read. Raises
+    UserError for another format, for content that no run writes, for a missing read permission, and if torch cannot
+    load the tensors, for example because memory runs out.
     """
-    intact = False
     try:
-        with open(path, "rb") as file:  # the file is opened only once, because a training process can replace it
-            stated, actual = _digests(file)
-            intact = stated == actual
-            if intact or not stated:  # a file of format 1 has no digest; it is loaded to report its format
-                file.seek(0)
-                content: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
-                if content.get("format") != FORMAT:
-                    raise UserError(
-                        f"{path}: checkpoint format {content.get('format')}, this program reads {FORMAT}. Read the "
-                        "file with the alexnet release that wrote the file."
-                    )
-                if intact:
-                    return _checkpoint(path, content, actual)
-    except UserError:
-        raise
+        with open_regular(path, ADVICE) as file:
+            stated, actual = digests(file)
+            if stated == actual:
+                return _read_intact(path, file, actual)
+            if not stated:
+                _refuse_older_format(path, file)
     except PermissionError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}). Ask the owner of the file.") from None
-    except Exception as error:  # for an incomplete file, torch raises many types of errors, some with wrong advice
-        if intact and not isinstance(error, UnpicklingError):
-            raise
+    except OSError:
+        pass
     raise UnreadableCheckpoint(f"{path}: incomplete, altered or not a checkpoint.")
 
 
-def _checkpoint(path: Path, content: Mapping[str, Any], digest: str) -> Checkpoint:
-    names = {field.name for field in fields(Checkpoint)} - {"digest"}
-    missing = sorted(names - set(content))
+def _refuse_older_format(path: Path, file: BinaryIO) -> None:
+    """Raise UserError if a file without a digest is a checkpoint of another format. Format 1 had no digest."""
+    try:
+        content = read_content(file)
+    except UnsafeFile:
+        return
+    if isinstance(content, dict) and "format" in content:
+        _check_format(path, content)
+
+
+def _check_format(path: Path, content: Mapping[str, Any]) -> None:
+    written = content.get("format")
+    if type(written) is not int or written != FORMAT:
+        raise UserError(
+            f"{path}: checkpoint format {shown(written)}, this program reads {FORMAT}. Read the file with the alexnet "
+            "release that wrote the file."
+        )
+
+
+def _read_intact(path: Path, file: BinaryIO, digest: str) -> Checkpoint:
+    """Return the checkpoint of a file whose digest is correct. Anyone can write such a file."""
+    try:
+        content = read_content(file)
+    except UnsafeFile as error:
+        raise UserError(f"{path}: holds {error}. {ADVICE}") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error}). {ADVICE}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: holds {shown(content)}, expected the values of a checkpoint. {ADVICE}")
+    _check_format(path, content)
+    missing = sorted(set(_FIELDS) - set(content))
     if missing:
         raise UserError(
             f"{path}: the checkpoint has no {', '.join(missing)}. Read the checkpoint with the release that wrote it."
         )
-    return Checkpoint(**{name: content[name] for name in names}, digest=digest)
+    values = {name: content[name] for name in _FIELDS}
+    check_content(values, str(path), random_bytes=torch.get_rng_state().numel())
+    values |= load_tensors(file, {name: values[name] for name in TENSORS}, str(path), ADVICE)
+    for part in ("parameters", "velocity"):
+        check_finite(values[part], f"{path}: {part}", ADVICE)
+    check_generator_state(values["random"], f"{path}: random", ADVICE)
+    return Checkpoint(**values, digest=digest)
 
 
 class CheckpointKeeper:
@@ -295,34 +323,3 @@ def load(run_dir: Path, which: str = "last") -> Checkpoint:
             + did_you_mean(which, ["best", "last"])
         )
     return read(path)
-
-
-def _append_digest(file: BufferedRandom) -> None:
-    """Append the archive comment that `read` verifies: the SHA-256 of all bytes before the comment."""
-    file.seek(-_END_BYTES, os.SEEK_END)
-    end = file.read()
-    assert end.startswith(b"PK\5\6") and end.endswith(b"\0\0")
-    file.seek(-2, os.SEEK_END)
-    file.write(_COMMENT_BYTES.to_bytes(2, "little"))
-    file.seek(0)
-    digest = hashlib.file_digest(file, "sha256").hexdigest()
-    file.seek(0, os.SEEK_END)
-    file.write(_MARK + digest.encode())
-
-
-def _digests(file: BinaryIO) -> tuple[str, str]:
-    """Return the digest in the archive comment, and the actual digest of all bytes before the comment, in hex.
-
-    The first digest is "" if the file has no digest comment.
-    """
-    digest = hashlib.sha256()
-    left = os.fstat(file.fileno()).st_size - _COMMENT_BYTES
-    while left > 0:
-        block = file.read(min(left, 1 << 20))
-        if not block:
-            break
-        digest.update(block)
-        left -= len(block)
-    comment = file.read(_COMMENT_BYTES)
-    stated = comment[len(_MARK) :].decode("ascii", "replace") if comment.startswith(_MARK) else ""
-    return stated, digest.hexdigest()

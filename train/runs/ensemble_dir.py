@@ -13,11 +13,15 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
+
+import msgspec
 
 from prep.console import UserError, disk_error, shell_quoted
 from prep.files import check_output_folder, hold_lock, write_atomic
+from prep.schema import decode, read_regular
+from train.formats.small_files import MAX_BYTES, EnsembleFile
 from train.runs.run_dir import DESCRIPTION, read_description
 
 ENSEMBLE = "ensemble.json"
@@ -51,24 +55,19 @@ def read_ensemble(folder: Path) -> Ensemble | None:
     Raises UserError if ensemble.json cannot be read, or if it is missing in a folder with members.
     """
     path = folder / ENSEMBLE
+    advice = (
+        "To write it again, repeat the alextrain run command with --members, and with --seed and --stream-seed if they "
+        "were given."
+    )
     try:
-        content = json.loads(path.read_bytes())
-        if not isinstance(content, dict) or set(content) != {field.name for field in fields(Ensemble)}:
-            raise ValueError("expected members, seed and stream_seed")
-        ensemble = Ensemble(**content)
-        if not all(type(value) is int and value >= 0 for value in content.values()) or not ensemble.members:
-            raise ValueError("expected whole numbers of at least 0, and at least one member")
+        content = read_regular(path, MAX_BYTES, advice)
     except NotADirectoryError:
         return None
-    except (OSError, ValueError) as error:
+    except OSError as error:
         if isinstance(error, FileNotFoundError) and not _member_numbers(folder):
             return None
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise UserError(
-            f"{path}: cannot be read ({reason}). To write it again, repeat the alextrain run command with --members, "
-            "and with --seed and --stream-seed if they were given."
-        ) from None
-    return ensemble
+        raise UserError(f"{path}: cannot be read ({error.strerror or error}). {advice}") from None
+    return Ensemble(**msgspec.structs.asdict(decode(EnsembleFile, content, str(path), advice)))
 
 
 def _member_numbers(folder: Path) -> list[int]:

@@ -20,6 +20,7 @@ import numpy.typing as npt
 from pipeline.still_image import EvalTransform
 from prep.console import UserError, say
 from prep.files import write_atomic
+from prep.schema import ArrayShape, read_npy
 from prep.store.manifest import ColorStats, Settings, Store, StoreError
 from train.config.recipe import Recipe
 from train.runs.checkpoint import Checkpoint
@@ -53,7 +54,7 @@ def save_mean_image(run_dir: Path, store: Store, recipe: Recipe) -> None:
         return
     content, path = io.BytesIO(), run_dir / MEAN_IMAGE
     np.save(content, store.mean_image())
-    if not path.exists() or path.read_bytes() != content.getvalue():
+    if not path.is_file() or path.read_bytes() != content.getvalue():
         write_atomic(path, content.getvalue())
 
 
@@ -68,18 +69,20 @@ def load_eval_transform(run_dir: Path, recipe: Recipe) -> EvalTransform:
     Raises UserError if run.json cannot be read, or if the recipe needs a mean image that cannot be read.
     """
     mean, description = recipe.augmentation.mean, read_description(run_dir)
-    mean_image = _load_mean_image(run_dir) if mean in _NEED_MEAN_IMAGE else None
     settings = Settings.from_json(description["store"]["settings"])
+    mean_image = _load_mean_image(run_dir, settings.side_px) if mean in _NEED_MEAN_IMAGE else None
     mean_rgb, divisor = saved_color_stats(description).mean_rgb, recipe.augmentation.divisor_in_evaluation
     return EvalTransform(settings, mean, mean_rgb, mean_image, divisor)
 
 
-def _load_mean_image(run_dir: Path) -> npt.NDArray[np.float32]:
-    path = run_dir / MEAN_IMAGE
+def _load_mean_image(run_dir: Path, side_px: int) -> npt.NDArray[np.float32]:
+    path, advice = run_dir / MEAN_IMAGE, "The recipe needs this mean image."
     try:
-        mean_image: npt.NDArray[np.float32] = np.load(path, allow_pickle=False)
-    except Exception as error:  # NumPy parses the header as Python code, so damage can raise any exception
-        raise UserError(f"{path}: cannot be read ({error}). The recipe needs this mean image.") from None
+        mean_image: npt.NDArray[np.float32] = read_npy(path, ArrayShape(("<f4",), (side_px, side_px, 3)), advice)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error}). {advice}") from None
+    if not np.isfinite(mean_image).all():
+        raise UserError(f"{path} has NaN or infinite values, expected finite numbers. {advice}")
     return mean_image
 
 

@@ -19,13 +19,14 @@ This module does not import torch, so that `alextrain status` starts quickly.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from prep.console import UserError, shell_quoted
+from train.formats.lines import METRICS as METRICS_MODELS
+from train.formats.lines import read_lines
 
 DESCRIPTION, METRICS, STATUS, EVENTS = "run.json", "metrics.jsonl", "status.json", "tensorboard"
 
@@ -42,7 +43,8 @@ CLOCK_DEPENDENT = (
 
 RATE_LINES = 20  # number of newest training lines from which the remaining time is predicted
 
-_CHECKPOINT = r"checkpoint-(\d+)\.pt"
+_MAX_SCALAR = 3e38  # the largest finite float32 is 3.4e38
+_CHECKPOINT = r"checkpoint-([0-9]{8,12})\.pt"
 
 # Settings that version 0.1.0 did not write, with the values that its runs had.
 _LATER_SETTINGS = {
@@ -55,62 +57,45 @@ _LATER_SETTINGS = {
 
 
 def read_description(run_dir: Path) -> dict[str, Any]:
-    """Return the content of run.json.
+    """Return the content of run.json, checked against train.formats.run_file.RunFile.
 
-    Raises UserError if the file is missing, cannot be read, or lacks a required part.
+    Raises UserError if the file is missing or cannot be read, and for the first field that is missing or wrong.
     """
     if not run_dir.is_dir():
         raise UserError(f"{run_dir}: no such run. Train a run with: alextrain run --run-dir {shell_quoted(run_dir)}")
     path = run_dir / DESCRIPTION
     try:
-        description = json.loads(path.read_bytes())
+        # This import loads the recipes, which need NumPy, and --help must not load NumPy.
+        from train.formats.run_file import read_run_file
+
+        description = read_run_file(path)
     except FileNotFoundError:
         raise UserError(f"{run_dir}: not a run, there is no {DESCRIPTION} in it. Name a run folder.") from None
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{path}: cannot be read ({error}). Repeat the alextrain run command to rewrite the file."
-        ) from None
-    parts = ("identity", "settings", "model", "recipe", "length", "store")
-    is_object = isinstance(description, dict)
-    missing = [part for part in parts if not is_object or not isinstance(description.get(part), dict)]
-    if missing:
-        raise UserError(
-            f"{path}: has no {', '.join(missing)}, which this version needs. Repeat the alextrain run command to "
-            "rewrite the file."
-        )
-    recipe = description["recipe"]
-    if isinstance(recipe.get("augmentation"), dict):
-        from train.config.recipe import with_eval_divisor  # this import loads NumPy, which --help must not load
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error}).") from None
+    from train.config.recipe import with_eval_divisor
 
-        recipe = {**recipe, "augmentation": with_eval_divisor(recipe["augmentation"])}
+    recipe = description["recipe"]
+    recipe = {**recipe, "augmentation": with_eval_divisor(recipe["augmentation"])}
     return {**description, "recipe": recipe, "settings": {**_LATER_SETTINGS, **description["settings"]}}
 
 
-def parse_line(text: bytes) -> dict[str, Any] | None:
-    """Return the object on a line of metrics.jsonl; None for an incomplete or damaged line."""
-    try:
-        line = json.loads(text)
-        return dict(line) if isinstance(line["step"], int) and line["kind"] in ("train", "val") else None
-    except (ValueError, KeyError, TypeError):
-        return None
+def read_metrics_lines(run_dir: Path) -> list[tuple[bytes, dict[str, Any]]]:
+    """Return the lines of metrics.jsonl in order, each as text and as an object. Empty if the file does not exist.
 
-
-def read_raw_lines(run_dir: Path) -> list[bytes]:
-    """Return all lines of metrics.jsonl, including damaged lines; empty if the file does not exist.
-
-    Raises UserError if the file cannot be read.
+    A last line that a power cut left incomplete is left out. Raises UserError for any other line that is wrong, and if
+    the file cannot be read.
     """
+    path = run_dir / METRICS
     try:
-        return (run_dir / METRICS).read_bytes().splitlines()
-    except FileNotFoundError:
-        return []
+        return read_lines(path, METRICS_MODELS, f"Remove this line from {METRICS}, or restore the file.")
     except OSError as error:
-        raise UserError(f"{run_dir / METRICS}: cannot be read ({error}).") from None
+        raise UserError(f"{path}: cannot be read ({error.strerror or error}).") from None
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """Return the intact lines of metrics.jsonl in order; empty before the first interval has ended."""
-    return [line for line in map(parse_line, read_raw_lines(run_dir)) if line is not None]
+    """Return the lines of metrics.jsonl in order; empty before the first interval has ended."""
+    return [line for _, line in read_metrics_lines(run_dir)]
 
 
 def last_line(lines: Sequence[Mapping[str, Any]], kind: str) -> Mapping[str, Any] | None:
@@ -149,7 +134,7 @@ def tensorboard_scalars(line: Mapping[str, Any]) -> dict[str, float]:
     """Return the numbers of a line of metrics.jsonl by TensorBoard tag.
 
     Examples of tags are `train/loss`, `val/top1_error` and `gradient_norm/conv1`. Values that are not numbers, such as
-    null, are left out.
+    null, and numbers that are not finite as float32 are left out.
     """
     scalars = {}
     for key, value in line.items():
@@ -159,7 +144,9 @@ def tensorboard_scalars(line: Mapping[str, Any]) -> dict[str, float]:
         items: Iterable[tuple[Any, Any]] = [(key, value)]
         if isinstance(value, dict | list):
             group, items = key, value.items() if isinstance(value, dict) else enumerate(value)
-        scalars.update({f"{group}/{name}": float(n) for name, n in items if isinstance(n, int | float)})
+        scalars.update(
+            {f"{group}/{name}": float(n) for name, n in items if isinstance(n, int | float) and abs(n) < _MAX_SCALAR}
+        )
     return scalars
 
 

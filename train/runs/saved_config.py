@@ -24,7 +24,7 @@ from train.replicas.devices import devices_of_replica
 from train.replicas.group import ALONE, ReplicaGroup
 from train.runs.preprocessing import missing_store_text, saved_store_path, training_store
 from train.runs.run import Run
-from train.runs.run_dir import read_description
+from train.runs.run_dir import DESCRIPTION, read_description
 
 # Options of `alextrain run` that set the RunConfig field of the same name, without conversion.
 _PLAIN = ("accumulate", "seed", "stream_seed", "deterministic", "steps", "log_every", "checkpoint_every", "keep")
@@ -38,33 +38,34 @@ def saved_config(run_dir: Path, group: ReplicaGroup = ALONE) -> RunConfig | None
     Only rank 0 of `group` reads run.json. The store is the training store, wherever it is found (training_store). If
     the training store is not found, the store is its absolute path in run.json.
     """
-    try:
-        description = group.on_first(lambda: _description(run_dir))
-        if description is None:
-            return None
-        known = {field.name for field in fields(RunConfig)}
-        settings = {name: value for name, value in description["settings"].items() if name in known}
-        store = training_store(run_dir, description)
-        return RunConfig(
-            **{
-                **settings,
-                "store": saved_store_path(description) if store is None else store.root,
-                "recipe": recipe_from_json(description["recipe"]),
-                "model": architecture_from_json(description["model"]),
-                "devices": tuple(settings["devices"]),
-                "run_dir": run_dir,
-                "service": None,
-                "service_fallback": None,
-            }
-        )
-    except (UserError, TypeError, KeyError, ValueError):
+    description = group.on_first(lambda: _description(run_dir))
+    if description is None:
         return None
+    known = {field.name for field in fields(RunConfig)}
+    settings = {name: value for name, value in description["settings"].items() if name in known}
+    store = training_store(run_dir, description)
+    return RunConfig(
+        **{
+            **settings,
+            "store": saved_store_path(description) if store is None else store.root,
+            "recipe": recipe_from_json(description["recipe"]),
+            "model": architecture_from_json(description["model"]),
+            "devices": tuple(settings["devices"]),
+            "run_dir": run_dir,
+            "service": None,
+            "service_fallback": None,
+        }
+    )
 
 
 def _description(run_dir: Path) -> dict[str, Any] | None:
+    """Return the content of run.json. If there is none, or if it is damaged, return None after a message."""
+    if not (run_dir / DESCRIPTION).exists():
+        return None
     try:
         return read_description(run_dir)
-    except UserError:
+    except UserError as error:
+        say(f"Warning: {error} The settings in this file are not used.")
         return None
 
 

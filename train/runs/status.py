@@ -5,15 +5,18 @@ Reading the status does not disturb a process that is training in the folder.
 
 from __future__ import annotations
 
-import json
 import platform
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from prep.console import duration_text
 from prep.files import lock_is_held
+from prep.schema import decode, read_regular
+from train.formats.small_files import MAX_BYTES, StatusFile
 from train.runs.run_dir import (
     STATUS,
     errors_text,
@@ -55,14 +58,11 @@ def status_of(run_dir: Path) -> dict[str, Any]:
     seconds_since      seconds since the last line of metrics.jsonl was written, or None
     checkpoint         {"step", "seconds_since"} of the newest checkpoint, or None
 
-    Raises UserError for a folder that is not a run.
+    Raises UserError for a folder that is not a run, and for a damaged run.json, status.json or metrics.jsonl.
     """
     description = read_description(run_dir)
     identity = description["identity"]
-    try:
-        written = json.loads((run_dir / STATUS).read_bytes())
-    except (OSError, ValueError):
-        written = {}
+    written = _read_status(run_dir)
     lines, saved, now = read_metrics(run_dir), newest_checkpoint(run_dir), time.time()
     state = written.get("state", "training")
     held = lock_is_held(run_dir)
@@ -79,7 +79,7 @@ def status_of(run_dir: Path) -> dict[str, Any]:
         "run_dir": str(run_dir),
         "model": identity["model"],
         "recipe": identity["recipe"],
-        "classes": len(description.get("classes", ())) or identity.get("classes", 0),
+        "classes": len(description["classes"]),
         "seed": identity.get("seed"),
         "stream_seed": identity.get("stream_seed", identity.get("seed")),
         "service": settings["service"],
@@ -100,6 +100,16 @@ def status_of(run_dir: Path) -> dict[str, Any]:
         "seconds_since": max(0.0, now - lines[-1]["unix_time_s"]) if lines and "unix_time_s" in lines[-1] else None,
         "checkpoint": {"step": saved[0], "seconds_since": max(0.0, now - saved[1])} if saved else None,
     }
+
+
+def _read_status(run_dir: Path) -> dict[str, Any]:
+    """Return the content of status.json; {} if there is no such file. Raises UserError if the file is damaged."""
+    path, advice = run_dir / STATUS, "Remove this file; the next training in the folder writes it again."
+    try:
+        content = read_regular(path, MAX_BYTES, advice)
+    except OSError:
+        return {}
+    return msgspec.structs.asdict(decode(StatusFile, content, str(path), advice))
 
 
 def _seems_alive(written: Mapping[str, Any]) -> bool:

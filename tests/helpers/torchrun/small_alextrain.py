@@ -135,7 +135,7 @@ def prepare_kill() -> None:
     if victim != rank or attempt >= 10:
         return
     kind, operations_left = chosen, generator.randrange(operations[chosen])
-    os.fsync, checkpoint._append_digest = counted("fsync", os.fsync), counted("digest", checkpoint._append_digest)
+    os.fsync, checkpoint.append_digest = counted("fsync", os.fsync), counted("digest", checkpoint.append_digest)
     Link.exchange = counted_exchange  # type: ignore[method-assign]
     sys.addaudithook(audit)
 

@@ -22,7 +22,15 @@ from train.evaluation.predictions import (
     record_evaluation,
 )
 
-ABOUT = {"run": "a", "step": 1, "split": "val", "split_fingerprint": "f", "views": 1, "precision": "fp32"}
+ABOUT = {
+    "run": "a",
+    "step": 1,
+    "checkpoint": "c",
+    "split": "val",
+    "split_fingerprint": "f",
+    "views": 1,
+    "precision": "fp32",
+}
 SAVED = Predictions(
     np.array([[0.9, 0.1], [0.2, 0.8]], np.float32),
     np.array([0, 0]),
@@ -77,7 +85,7 @@ def test_evaluations_are_recorded_for_all_views_and_after_a_full_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for views in (10, "dense", 1, 10):
-        record_evaluation(tmp_path, {**ABOUT, "views": views}, EvalResult(0.5, 0.25, views == 1, 12))
+        record_evaluation(tmp_path, {**ABOUT, "views": views}, EvalResult(0.5, 0.25, float(views == 1), 12))
     with monkeypatch.context() as patched, pytest.raises(UserError, match="evaluations"):
         patched.setattr("train.runs.append_log.open", lambda *_: open("/dev/full", "wb"), raising=False)
         record_evaluation(tmp_path, {**ABOUT, "step": 2}, EvalResult(0.5, 0.25, 1.0, 12))

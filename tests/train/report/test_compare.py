@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,8 @@ from PIL import Image
 
 import train.cli
 from prep.console import UserError
-from tests.helpers.metrics import validation_line
+from tests.helpers.metrics import training_line, validation_line
+from tests.helpers.small_training import tiny_description
 from train.config.architecture import ALEXNET, HALF, Architecture
 from train.config.overrides import apply_overrides
 from train.config.recipe import Recipe
@@ -39,24 +40,12 @@ def write_run(
     The run has one validation for each of `errors`.
     """
     folder.mkdir(parents=True)
-    description = {
-        "identity": {
-            "model": model.name,
-            "recipe": recipe.name,
-            "store_fingerprint": settings.pop("store_fingerprint", "f0"),
-        },
-        "settings": {"run_dir": str(folder), "store": "store", "batch_size": 8, "seed": 0, "epochs": 10, **settings},
-        "model": asdict(model),
-        "recipe": asdict(recipe),
-        "length": {"steps_per_epoch": 10, "steps": 100},
-        "store": {},
-        "classes": ["a", "b"],
-        "environment": {"torch": "2.13.0"},
-    }
+    fingerprint = settings.pop("store_fingerprint", "f0" * 32)
+    description = tiny_description(recipe, model, fingerprint, run_dir=str(folder), **settings)
     (folder / "run.json").write_text(json.dumps(description))
     lines = []
     for epoch, error in enumerate(errors, 1):
-        step = {"kind": "train", "epoch": epoch, "step": 10 * epoch, "loss": 4 * error, "top1_error": error, "lr": 0.1}
+        step = training_line(10 * epoch, epoch=epoch, loss=4 * error, top1_error=error, lr=0.1)
         lines += [step, validation_line(epoch, error)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder
@@ -92,9 +81,10 @@ def test_only_fields_that_differ_are_listed(tmp_path: Path) -> None:
 
 
 def test_a_field_that_only_one_run_has_differs(tmp_path: Path) -> None:
-    runs = read_runs([write_run(tmp_path / "a"), write_run(tmp_path / "b", accumulate=4, store_fingerprint="f1")])
-    assert differing_fields(runs) == {"store fingerprint": ["f0", "f1"], "settings.accumulate": [None, 4]}
-    assert run_labels(runs) == ["a: store fingerprint f0, accumulate none", "b: store fingerprint f1, accumulate 4"]
+    runs = read_runs([write_run(tmp_path / "a"), write_run(tmp_path / "b", other=4, store_fingerprint="f1" * 32)])
+    assert differing_fields(runs) == {"store fingerprint": ["f0" * 32, "f1" * 32], "settings.other": [None, 4]}
+    shown = [f"store fingerprint {digits * 19}{digits[0]}…" for digits in ("f0", "f1")]
+    assert run_labels(runs) == [f"a: {shown[0]}, other none", f"b: {shown[1]}, other 4"]
 
 
 def test_labels_name_the_network_and_recipe_but_not_their_fields(tmp_path: Path) -> None:
@@ -117,7 +107,7 @@ def test_labels_are_names_if_no_or_too_many_fields_differ(tmp_path: Path, settin
 def test_a_fork_is_labelled_with_its_origin(tmp_path: Path) -> None:
     forked = write_run(tmp_path / "b")
     description = json.loads((forked / "run.json").read_text())
-    description["ancestry"] = [{"path": "/runs/long/a", "step": 1030}]
+    description["ancestry"] = [{"path": "/runs/long/a", "step": 1030, "checkpoint_digest": "d" * 64, "differences": []}]
     (forked / "run.json").write_text(json.dumps(description))
     runs = read_runs([write_run(tmp_path / "a"), forked])
     (row,) = [line.split(None, 2) for line in comparison_lines(runs) if line.startswith("ancestry")]

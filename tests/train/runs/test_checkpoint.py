@@ -16,21 +16,18 @@ import pytest
 import torch
 
 from prep.console import DiskFull, UserError
-from tests.helpers.small_training import SMALL_ALEXNET, assert_same_result, metrics_without_clock, small_config
+from tests.helpers.small_training import (
+    SMALL_ALEXNET,
+    assert_same_result,
+    metrics_without_clock,
+    small_config,
+    tiny_checkpoint,
+)
 from train.runs import checkpoint
 from train.runs.checkpoint import BEST, Checkpoint, UnreadableCheckpoint, checkpoint_paths, read
 from train.runs.loading import load_trained
 from train.runs.run import Run
 from train.trainer.loop import fit
-
-
-def empty_checkpoint(step: int, **fields: Any) -> Checkpoint:
-    """Return a checkpoint of `step` without parameters. `fields` replaces the values of other fields."""
-    mappings = ("identity", "model", "recipe", "environment", "parameters", "velocity", "schedule", "stream")
-    sequences = ("classes", "devices", "random_cuda")
-    defaults: dict[str, Any] = {name: {} for name in mappings} | {name: [] for name in sequences}
-    rest = {"steps_per_epoch": 1, "validation_due": False, "random": torch.zeros(1, dtype=torch.uint8)}
-    return Checkpoint(**{**defaults, **rest, "step": step, **fields})
 
 
 def steps_of(run_dir: Path) -> list[int]:
@@ -147,7 +144,7 @@ def test_torn_checkpoints_are_not_counted_among_those_to_keep(stores: dict[str, 
 @pytest.mark.parametrize(
     ("function", "error", "message"),
     [
-        ("_digests", PermissionError(13, "Permission denied"), r"00000002\.pt: cannot be read \(Permission denied\)"),
+        ("digests", PermissionError(13, "Permission denied"), r"00000002\.pt: cannot be read \(Permission denied\)"),
         ("torch.load", RuntimeError("can't allocate memory"), "can't allocate memory"),
     ],
 )
@@ -160,7 +157,7 @@ def test_an_intact_checkpoint_with_a_temporary_read_error_does_not_count_as_dama
         raise error
 
     for step in (1, 2):
-        checkpoint.write(tmp_path, empty_checkpoint(step))
+        checkpoint.write(tmp_path, tiny_checkpoint(step))
     monkeypatch.setattr(f"train.runs.checkpoint.{function}", fail)
     with pytest.raises((UserError, RuntimeError), match=message) as raised:
         checkpoint.load_latest(tmp_path)
@@ -171,11 +168,11 @@ def test_a_checkpoint_removed_by_a_running_training_before_it_is_read_does_not_c
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     keeper = checkpoint.CheckpointKeeper(tmp_path, 1, None)
-    keeper.save(empty_checkpoint(1), is_last=False)
+    keeper.save(tiny_checkpoint(1), is_last=False)
 
     def read_late(path: Path) -> Checkpoint:
         if path.name.endswith("1.pt"):
-            keeper.save(empty_checkpoint(2), is_last=False)
+            keeper.save(tiny_checkpoint(2), is_last=False)
         return read(path)
 
     monkeypatch.setattr(checkpoint, "read", read_late)
@@ -183,7 +180,7 @@ def test_a_checkpoint_removed_by_a_running_training_before_it_is_read_does_not_c
 
 
 def test_a_checkpoint_whose_step_differs_from_its_file_name_is_refused_and_other_files_stay(tmp_path: Path) -> None:
-    paths = [checkpoint.write(tmp_path, empty_checkpoint(step)) for step in (3, 4)]
+    paths = [checkpoint.write(tmp_path, tiny_checkpoint(step)) for step in (3, 4)]
     for name in ("checkpoint-mine.pt", "checkpoint-00000004 (copy).pt"):
         shutil.copy(paths[0], tmp_path / name)
     assert checkpoint_paths(tmp_path) == paths and checkpoint.load(tmp_path).step == 4
@@ -221,12 +218,12 @@ def test_best_is_the_checkpoint_with_the_lowest_error_and_missing_checkpoints_ar
     with pytest.raises(UserError, match="no checkpoint of the run has been validated"):
         checkpoint.load(tmp_path, "best")
     for step, error in ((1, 0.5), (2, 0.7), (3, 0.4), (4, 0.4), (5, 0.9)):
-        keeper.save(empty_checkpoint(step), is_last=False)
+        keeper.save(tiny_checkpoint(step), is_last=False)
         keeper.record_validation(step, error)
     assert checkpoint.load(tmp_path, "best").step == 3
     assert steps_of(tmp_path) == [5]
     keeper.record_validation(5, 0.1)
-    keeper.save(empty_checkpoint(5, steps_per_epoch=77), is_last=True)
+    keeper.save(tiny_checkpoint(5, steps_per_epoch=77), is_last=True)
     assert checkpoint.load(tmp_path, "best").steps_per_epoch == 77
     with pytest.raises(UserError, match=r"--checkpoint other: no such file"):
         checkpoint.load(tmp_path, "other")
@@ -238,7 +235,7 @@ def test_best_is_kept_on_a_file_system_without_hard_links(tmp_path: Path, monkey
 
     monkeypatch.setattr(os, "link", refuse)
     keeper = checkpoint.CheckpointKeeper(tmp_path, 1, None)
-    keeper.save(empty_checkpoint(1), is_last=False)
+    keeper.save(tiny_checkpoint(1), is_last=False)
     keeper.record_validation(1, 0.5)
     assert checkpoint.load(tmp_path, "best").step == 1
 
@@ -247,10 +244,10 @@ def test_the_next_start_finishes_the_updates_that_a_kill_after_the_last_checkpoi
     """The next start repairs best.pt and removes surplus checkpoints, even if the run saves no further checkpoint."""
     keeper = checkpoint.CheckpointKeeper(tmp_path, 3, None)
     for step in (1, 2, 3):
-        keeper.save(empty_checkpoint(step), is_last=False)
+        keeper.save(tiny_checkpoint(step), is_last=False)
     (tmp_path / BEST).write_bytes(b"an older one")
     (tmp_path / ".run.json.77.tmp").write_text("{")
-    last = empty_checkpoint(3, best={"step": 3, "top1_error": 0.5})
+    last = tiny_checkpoint(3, best={"step": 3, "top1_error": 0.5})
     checkpoint.CheckpointKeeper(tmp_path, 2, last)
     assert steps_of(tmp_path) == [2, 3] and not list(tmp_path.glob(".*"))
     assert checkpoint.load(tmp_path, "best").step == 3
@@ -300,10 +297,10 @@ def test_three_failures_in_a_row_are_an_error_and_no_checkpoint_is_written_witho
 
     keeper = checkpoint.CheckpointKeeper(tmp_path, 2, None)
     for step in (1, 2, 4, 5):
-        keeper.save(empty_checkpoint(step), is_last=False, before=fail)
+        keeper.save(tiny_checkpoint(step), is_last=False, before=fail)
         if step == 2:
-            keeper.save(empty_checkpoint(3), is_last=False)
+            keeper.save(tiny_checkpoint(3), is_last=False)
     assert steps_of(tmp_path) == [3]
     assert capsys.readouterr().err.count("Warning: metrics.jsonl") == 4
     with pytest.raises(DiskFull):
-        keeper.save(empty_checkpoint(6), is_last=False, before=fail)
+        keeper.save(tiny_checkpoint(6), is_last=False, before=fail)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,9 @@ from train.runs.run_dir import read_metrics, seconds_left
 
 
 def test_an_incomplete_line_is_ignored(tmp_path: Path) -> None:
-    (tmp_path / "metrics.jsonl").write_text('{"kind": "train", "step": 1}\n{"kind": "trai')
-    assert read_metrics(tmp_path) == [{"kind": "train", "step": 1}]
+    line = training_line(1)
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(line) + '\n{"kind": "trai')
+    assert read_metrics(tmp_path) == [line]
 
 
 def test_time_left_is_predicted_from_the_mean_rate_of_the_last_20_intervals() -> None:

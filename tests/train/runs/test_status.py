@@ -19,18 +19,11 @@ from click.testing import CliRunner
 import train.cli
 from prep.files import hold_lock
 from tests.helpers.metrics import training_line, validation_line
+from tests.helpers.small_training import tiny_description
 from train.runs.run_dir import STATUS
 from train.runs.status import status_lines, status_of
 
-DESCRIPTION = {
-    "identity": {"model": "alexnet", "recipe": "short"},
-    "settings": {"batch_size": 8, "epochs": 10},
-    "model": {"name": "alexnet"},
-    "recipe": {"name": "short"},
-    "length": {"steps_per_epoch": 10, "steps": 100},
-    "store": {},
-    "classes": ["a", "b"],
-}
+DESCRIPTION = tiny_description()
 
 
 @pytest.fixture
@@ -152,8 +145,8 @@ def test_the_command_loads_no_torch_and_exits_with_0_for_a_crashed_run(run_dir: 
         ("nowhere", None, "no such run"),
         ("empty", None, "not a run, there is no run.json in it"),
         ("torn", "{", "cannot be read"),
-        ("old", json.dumps({k: v for k, v in DESCRIPTION.items() if k != "length"}), "has no length"),
-        ("list", "[]", "has no identity"),
+        ("old", json.dumps({k: v for k, v in DESCRIPTION.items() if k != "length"}), "has no field length"),
+        ("list", "[]", "the content is an array of 0 values, expected an object"),
     ],
 )
 def test_a_folder_that_is_not_a_run_is_refused_in_one_line(

@@ -1,0 +1,126 @@
+"""metrics.jsonl and evaluations.jsonl: the models of their lines, and a reader of such files.
+
+Rule for unknown fields: they are kept, because other versions write other metrics. Rule for cut lines: a power cut can
+leave a partly written last line, without its newline. This line is left out. Every other line must be complete.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta, Struct
+
+from prep.schema import Finite, NonNegative, Text, convert, parse_json, read_regular
+from train.formats.fields import AboveZero, Positive, Precision, Share, Step
+
+MAX_BYTES = 1 << 30  # of a file of lines; a run of 90 epochs of ImageNet writes about 60 MB
+
+LayerNorms = dict[Annotated[str, Meta(pattern="^[A-Za-z0-9_.]{1,64}$")], Finite]
+
+
+class TrainLine(Struct, frozen=True):
+    """A line of metrics.jsonl for the steps since the line before. Version 0.1.0 wrote no `unix_time_s`."""
+
+    epoch: NonNegative
+    step: Step
+    loss: Finite
+    top1_error: Share
+    top5_error: Share
+    images_per_s: AboveZero
+    waiting_share: Finite
+    lr: NonNegative
+    stream_waiting_share: Finite = 0.0
+    gradient_norm: LayerNorms = {}
+    weight_norm: LayerNorms = {}
+    memory_mb: NonNegative = 0.0
+    gpu_memory_mb: list[NonNegative] = []
+    unix_time_s: NonNegative = 0.0
+
+
+class ValLine(Struct, frozen=True):
+    """A line of metrics.jsonl for a validation. The loss of a network that diverges can be NaN or infinite."""
+
+    epoch: Step
+    step: Step
+    top1_error: Share
+    top5_error: Share
+    loss: float
+    images: Positive
+    unix_time_s: NonNegative = 0.0
+
+
+class EvaluationLine(Struct, frozen=True):
+    """A line of evaluations.jsonl. The loss of a network that diverges can be NaN or infinite."""
+
+    step: Step
+    split: Text
+    split_fingerprint: Text
+    views: Literal[1, 10, "dense"]
+    precision: Precision
+    top1_error: Share
+    top5_error: Share
+    loss: float
+    images: Positive
+
+
+class KindField(Struct, frozen=True):
+    """The field of a line of metrics.jsonl that says which other fields the line has."""
+
+    kind: Literal["train", "val"]
+
+
+Models = type[Struct] | Mapping[str, type[Struct]]  # one model, or the model of each kind of line
+METRICS: Models = {"train": TrainLine, "val": ValLine}
+
+
+def read_lines(path: Path, models: Models, advice: str) -> list[tuple[bytes, dict[str, Any]]]:
+    """Return the lines of a file, each as text and as an object that has the types of its model.
+
+    Empty if the file does not exist. A last line without newline that is no JSON is left out. Raises UserError for
+    every other line that is wrong, with its number, and if the file is no regular file or too large. Raises OSError if
+    the file cannot be read.
+    """
+    try:
+        content = read_regular(path, MAX_BYTES, advice)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    lines = []
+    *complete, cut = content.split(b"\n")
+    for number, text in enumerate(complete, start=1):
+        if text.strip():
+            lines.append((text, _parse(text, models, f"{path}: line {number}", advice)))
+    if cut and _is_json(cut):
+        lines.append((cut, _parse(cut, models, f"{path}: line {len(complete) + 1}", advice)))
+    return lines
+
+
+def _is_json(text: bytes) -> bool:
+    try:
+        json.loads(text.decode())
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _parse(text: bytes, models: Models, name: str, advice: str) -> dict[str, Any]:
+    try:
+        line = msgspec.json.decode(text)
+        msgspec.convert(line, models if isinstance(models, type) else models[line["kind"]])
+    except (ValueError, TypeError, KeyError, RecursionError):
+        line = _parse_slowly(text, models, name, advice)
+    return dict(line)
+
+
+def _parse_slowly(text: bytes, models: Models, name: str, advice: str) -> Any:
+    """Return the object of a line that has NaN or infinite numbers. Raises UserError for any other fault."""
+    try:
+        line = json.loads(text.decode())  # unlike msgspec, json reads NaN and infinite numbers
+    except (ValueError, RecursionError):
+        line = parse_json(text, name, advice)
+    kind = None if isinstance(models, type) else convert(KindField, line, name, advice).kind
+    convert(models if isinstance(models, type) else models[str(kind)], line, name, advice)
+    return line

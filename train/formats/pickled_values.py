@@ -1,0 +1,349 @@
+"""Plain values and descriptions of tensors in the pickle of a file that torch.save wrote. Nothing in it is called.
+
+torch.load(weights_only=True) executes no code of a file, but it allocates what the file asks for: `bytearray(10**11)`,
+or a tensor of any size. This module therefore reads the instructions of the pickle first, with Python's pickletools. It
+knows only the instructions and names that torch.save writes for dicts, lists, tuples, strings, numbers and dense
+tensors. It refuses every other instruction and name. A tensor becomes a StoredTensor, which holds what the file says
+about the tensor.
+"""
+
+from __future__ import annotations
+
+import pickletools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, BinaryIO, NoReturn
+
+MAX_INSTRUCTIONS = 2_000_000  # in a pickle; a checkpoint of a network with 1,000 classes has about 5,000
+MAX_VALUES = 2_000_000  # in a value, counted with repetitions, because a pickle can name one list many times
+MAX_DEPTH = 32  # of lists and dicts in each other
+
+# Storage types of dense real tensors: name in the pickle -> (dtype, bytes of an element).
+_STORAGES = {
+    "FloatStorage": ("float32", 4),
+    "DoubleStorage": ("float64", 8),
+    "HalfStorage": ("float16", 2),
+    "BFloat16Storage": ("bfloat16", 2),
+    "ByteStorage": ("uint8", 1),
+    "CharStorage": ("int8", 1),
+    "ShortStorage": ("int16", 2),
+    "IntStorage": ("int32", 4),
+    "LongStorage": ("int64", 8),
+    "BoolStorage": ("bool", 1),
+}
+_REBUILD, _REBUILD_V1 = "torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_tensor"
+_PARAMETER, _ORDERED_DICT = "torch._utils _rebuild_parameter", "collections OrderedDict"
+
+
+class UnsafeFile(ValueError):
+    """Raised for a pickle or an archive that torch.save has not written in this form. The text says what is wrong."""
+
+
+@dataclass(frozen=True)
+class Storage:
+    """What a pickle says about the memory of a tensor."""
+
+    key: str  # name of the storage in the file
+    dtype: str  # such as "float32"
+    elements: int  # number of elements
+    element_bytes: int
+    device: str  # such as "cpu" or "cuda:0"
+
+    @property
+    def bytes(self) -> int:
+        """Number of bytes of the storage."""
+        return self.elements * self.element_bytes
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """What a pickle says about a tensor. The tensor is not read."""
+
+    storage: Storage
+    offset: int  # index of the first element in the storage
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]  # in elements, one for each dimension
+
+    @property
+    def dtype(self) -> str:
+        """Name of the type of the elements, such as "float32"."""
+        return self.storage.dtype
+
+    @property
+    def elements(self) -> int:
+        """Number of elements of the tensor."""
+        product = 1
+        for size in self.shape:
+            product *= size
+        return product
+
+    def is_dense(self) -> bool:
+        """Return whether the tensor fills its storage without gaps and overlaps: contiguous or channels last."""
+        orders = [list(range(len(self.shape))), *([[0, 2, 3, 1]] if len(self.shape) == 4 else [])]
+        return (
+            self.offset == 0
+            and self.elements == self.storage.elements
+            and any(self._strides_follow(order) for order in orders)
+        )
+
+    def _strides_follow(self, order: list[int]) -> bool:
+        """Return whether the elements lie in the storage with the dimensions in this order, the last one fastest.
+
+        The stride of a dimension of size 1 has no effect, so torch may have written any number there.
+        """
+        expected = 1
+        for axis in reversed(order):
+            if self.shape[axis] != 1 and self.stride[axis] != expected:
+                return False
+            expected *= self.shape[axis]
+        return True
+
+
+@dataclass(frozen=True)
+class _Name:
+    """A name in the pickle that torch.load would look up."""
+
+    name: str
+
+
+class _Dict(dict[Any, Any]):
+    """A dict that the pickle makes by OrderedDict(); its attributes (torch's _metadata) are in `attributes`."""
+
+    attributes: Mapping[str, Any] = {}
+
+
+def read_pickle(file: BinaryIO) -> Any:
+    """Return the value of the pickle at the current position of `file`: plain values and StoredTensor.
+
+    An OrderedDict becomes a dict, with the attributes that the pickle sets in `attributes`. Raises UnsafeFile.
+    """
+    reader = _Reader()
+    try:
+        for number, (opcode, argument, _) in enumerate(pickletools.genops(file)):
+            if number >= MAX_INSTRUCTIONS:
+                _refuse(f"more than {MAX_INSTRUCTIONS:,} instructions")
+            step = _STEPS.get(opcode.name)
+            if step is None:
+                _refuse(f"the instruction {opcode.name}")
+            step(reader, argument)
+    except UnsafeFile:
+        raise
+    except (ValueError, TypeError, IndexError, KeyError, AttributeError, OverflowError) as error:
+        raise UnsafeFile(f"a pickle that cannot be read ({type(error).__name__}: {error})") from None
+    if len(reader.stack) != 1 or reader.marks:
+        _refuse("an unfinished pickle")
+    value = reader.stack[0]
+    _check_size(value)
+    return value
+
+
+def _refuse(what: str) -> NoReturn:
+    raise UnsafeFile(f"{what}, which no file of tensors of torch.save has")
+
+
+def _check_size(value: Any) -> None:
+    """Raise UnsafeFile for a value that is nested too deeply, too large, or contains itself."""
+    level, count = [value], 0
+    for _ in range(MAX_DEPTH + 1):
+        next_level: list[Any] = []
+        for item in level:
+            if isinstance(item, dict):
+                next_level.extend(item.values())
+                next_level.extend(getattr(item, "attributes", {}).values())
+            elif isinstance(item, list | tuple):
+                next_level.extend(item)
+            count += 1
+            if count + len(next_level) > MAX_VALUES:
+                _refuse(f"more than {MAX_VALUES:,} values")
+        if not next_level:
+            return
+        level = next_level
+    _refuse(f"lists and dicts that are nested more than {MAX_DEPTH} deep")
+
+
+class _Reader:
+    """The stack of a pickle that is being read."""
+
+    def __init__(self) -> None:
+        self.stack: list[Any] = []
+        self.marks: list[int] = []
+        self.memo: dict[int, Any] = {}
+
+    def pop(self) -> Any:
+        if self.marks and len(self.stack) <= self.marks[-1]:
+            _refuse("a missing value")
+        return self.stack.pop()
+
+    def pop_to_mark(self) -> list[Any]:
+        start = self.marks.pop()
+        items = self.stack[start:]
+        del self.stack[start:]
+        return items
+
+
+def _push(value: Any) -> Callable[[_Reader, Any], None]:
+    return lambda reader, argument: reader.stack.append(value)
+
+
+def _push_argument(reader: _Reader, argument: Any) -> None:
+    reader.stack.append(argument)
+
+
+def _mark(reader: _Reader, argument: Any) -> None:
+    reader.marks.append(len(reader.stack))
+
+
+def _tuple_of(count: int) -> Callable[[_Reader, Any], None]:
+    def make(reader: _Reader, argument: Any) -> None:
+        items = [reader.pop() for _ in range(count)]
+        reader.stack.append(tuple(reversed(items)))
+
+    return make
+
+
+def _tuple(reader: _Reader, argument: Any) -> None:
+    reader.stack.append(tuple(reader.pop_to_mark()))
+
+
+def _put(reader: _Reader, argument: Any) -> None:
+    reader.memo[argument] = reader.stack[-1]
+
+
+def _get(reader: _Reader, argument: Any) -> None:
+    reader.stack.append(reader.memo[argument])
+
+
+def _append(reader: _Reader, argument: Any) -> None:
+    item = reader.pop()
+    _last(reader, list).append(item)
+
+
+def _appends(reader: _Reader, argument: Any) -> None:
+    items = reader.pop_to_mark()
+    _last(reader, list).extend(items)
+
+
+def _set_item(reader: _Reader, argument: Any) -> None:
+    value, key = reader.pop(), reader.pop()
+    _set(_last(reader, dict), [key, value])
+
+
+def _set_items(reader: _Reader, argument: Any) -> None:
+    items = reader.pop_to_mark()
+    _set(_last(reader, dict), items)
+
+
+def _set(target: dict[Any, Any], items: list[Any]) -> None:
+    if len(items) % 2:
+        _refuse("a key without a value")
+    for key, value in zip(items[::2], items[1::2], strict=True):
+        if type(key) is not str or key in target:
+            _refuse(f"the key {key!r:.40}" + (", which is not a text" if type(key) is not str else " twice"))
+        target[key] = value
+
+
+def _last(reader: _Reader, kind: type) -> Any:
+    value = reader.stack[-1]
+    if not isinstance(value, kind):
+        _refuse(f"items that are added to a {type(value).__name__}")
+    return value
+
+
+def _name(reader: _Reader, argument: str) -> None:
+    module, _, name = argument.partition(" ")
+    known = argument in (_REBUILD, _REBUILD_V1, _PARAMETER, _ORDERED_DICT)
+    if not known and not (module == "torch" and name in _STORAGES):
+        _refuse(f"the name {module}.{name}")
+    reader.stack.append(_Name(argument))
+
+
+def _call(reader: _Reader, argument: Any) -> None:
+    arguments, function = reader.pop(), reader.pop()
+    if not isinstance(function, _Name) or type(arguments) is not tuple:
+        _refuse("a call of a value")
+    if function.name == _ORDERED_DICT and not arguments:
+        reader.stack.append(_Dict())
+    elif function.name in (_REBUILD, _REBUILD_V1):
+        reader.stack.append(_tensor(arguments))
+    elif function.name == _PARAMETER and len(arguments) == 3 and isinstance(arguments[0], StoredTensor):
+        reader.stack.append(arguments[0])
+    else:
+        _refuse(f"a call of {function.name.replace(' ', '.')} with {len(arguments)} arguments")
+
+
+def _tensor(arguments: tuple[Any, ...]) -> StoredTensor:
+    """Return the tensor of a call of _rebuild_tensor_v2(storage, offset, shape, stride, requires_grad, hooks)."""
+    if len(arguments) not in (4, 6):
+        _refuse(f"a tensor of {len(arguments)} arguments")
+    storage, offset, shape, stride = arguments[:4]
+    numbers = (offset, *shape, *stride)
+    if not isinstance(storage, Storage) or any(type(n) is not int or not 0 <= n < 2**48 for n in numbers):
+        _refuse("a tensor whose storage, offset, shape or strides are no numbers")
+    if len(shape) != len(stride) or len(shape) > 8:
+        _refuse(f"a tensor of {len(shape)} sizes and {len(stride)} strides")
+    if len(arguments) == 6 and (type(arguments[4]) is not bool or arguments[5] != {}):
+        _refuse("a tensor with hooks")
+    return StoredTensor(storage, offset, shape, stride)
+
+
+def _storage(reader: _Reader, argument: Any) -> None:
+    """Replace ("storage", type, key, device, elements) by a Storage. Older files add None, the view."""
+    claims = reader.pop()
+    if (
+        type(claims) is not tuple
+        or len(claims) not in (5, 6)
+        or claims[0] != "storage"
+        or claims[5:] not in ((), (None,))
+    ):
+        _refuse("an object outside of the pickle")
+    _, kind, key, device, elements = claims[:5]
+    if not isinstance(kind, _Name) or not kind.name.startswith("torch ") or type(key) is not str:
+        _refuse("a storage without type or name")
+    if type(device) is not str or type(elements) is not int or not 0 <= elements < 2**48:
+        _refuse(f"a storage of {elements!r:.40} elements on {device!r:.40}")
+    dtype, element_bytes = _STORAGES[kind.name.removeprefix("torch ")]
+    reader.stack.append(Storage(key, dtype, elements, element_bytes, device))
+
+
+def _build(reader: _Reader, argument: Any) -> None:
+    """Set the attributes of an OrderedDict, as torch does for the _metadata of a state_dict."""
+    attributes, target = reader.pop(), reader.stack[-1]
+    if not isinstance(target, _Dict) or type(attributes) is not dict:
+        _refuse(f"attributes of a {type(target).__name__}")
+    target.attributes = attributes
+
+
+_STEPS: dict[str, Callable[[_Reader, Any], None]] = {
+    "PROTO": lambda reader, argument: None,
+    "STOP": lambda reader, argument: None,
+    "NONE": _push(None),
+    "NEWTRUE": _push(True),
+    "NEWFALSE": _push(False),
+    "BININT": _push_argument,
+    "BININT1": _push_argument,
+    "BININT2": _push_argument,
+    "LONG1": _push_argument,
+    "BINFLOAT": _push_argument,
+    "BINUNICODE": _push_argument,
+    "SHORT_BINSTRING": _push_argument,
+    "EMPTY_DICT": lambda reader, argument: reader.stack.append({}),
+    "EMPTY_LIST": lambda reader, argument: reader.stack.append([]),
+    "EMPTY_TUPLE": _push(()),
+    "MARK": _mark,
+    "TUPLE": _tuple,
+    "TUPLE1": _tuple_of(1),
+    "TUPLE2": _tuple_of(2),
+    "TUPLE3": _tuple_of(3),
+    "BINPUT": _put,
+    "LONG_BINPUT": _put,
+    "BINGET": _get,
+    "LONG_BINGET": _get,
+    "APPEND": _append,
+    "APPENDS": _appends,
+    "SETITEM": _set_item,
+    "SETITEMS": _set_items,
+    "GLOBAL": _name,
+    "REDUCE": _call,
+    "BINPERSID": _storage,
+    "BUILD": _build,
+}

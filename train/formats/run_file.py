@@ -1,0 +1,157 @@
+"""run.json: the settings, recipe, architecture, store and length of a run, and their check.
+
+Rule for unknown fields: they are kept, because other versions write other settings, and `alextrain compare` and
+`report` show them. In the architecture, the recipe, and the settings and colours of the store they are refused, because
+they would change the network or its inputs.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from msgspec import Meta, Struct
+
+from prep.console import UserError
+from prep.schema import Count, Digest, Finite, NonNegative, Text, convert, parse_json, read_regular
+from train.formats.fields import (
+    AboveZero,
+    Ancestry,
+    ArchitectureFields,
+    Device,
+    EnvironmentFields,
+    IdentityFields,
+    Names,
+    PathText,
+    Positive,
+    Precision,
+    RecipeFields,
+    Seed,
+    Step,
+    check_identity_fields,
+    check_network,
+    checked_architecture,
+    checked_recipe,
+)
+
+MAX_BYTES = 256 << 20  # of run.json; for 1,000 classes it has 40 KB
+ADVICE = "Repeat the alextrain run command with its options to rewrite the file."
+
+Triple = tuple[Finite, Finite, Finite]
+
+
+class SettingsFields(Struct, frozen=True):
+    """The settings of a run (train.config.run_config.RunConfig). Version 0.1.0 wrote only those without a default."""
+
+    store: PathText
+    batch_size: Positive
+    seed: Seed
+    precision: Precision
+    accumulate: Positive
+    run_dir: PathText
+    devices: tuple[Device, Device]
+    epochs: Positive
+    steps: Step | None
+    log_every: Positive
+    checkpoint_every: Positive
+    keep: Positive
+    threads: Annotated[int, Meta(ge=1, le=65_536)] | None
+    deterministic: bool = False
+    stream_seed: Seed | None = None
+    replicas: Positive = 1
+    service: Text | None = None
+    service_fallback: Literal["local"] | None = None
+    store_absolute: PathText | None = None
+
+
+class StoreSettingsFields(Struct, frozen=True, forbid_unknown_fields=True):
+    """The settings with which the training store was built (prep.store.manifest.Settings)."""
+
+    side_px: Annotated[int, Meta(ge=1, le=65_535)]
+    keep_aspect: bool
+    format: Literal["jpeg", "ppm"]
+    quality: Annotated[int, Meta(ge=1, le=100)]
+    filter: Literal["area", "bilinear", "bicubic", "lanczos"]
+    seed: Seed
+    background: Literal["white", "black", "grey", "dropped"] = "dropped"
+    reduce_above: Count = 0
+
+
+class ColourFields(Struct, frozen=True, forbid_unknown_fields=True):
+    """Mean and principal components of the pixels of the training store (prep.store.manifest.ColorStats)."""
+
+    records: Positive
+    pixels: Count
+    mean_rgb: Triple
+    covariance: tuple[Triple, Triple, Triple]
+    eigenvalues: Triple
+    stdevs: tuple[NonNegative, NonNegative, NonNegative]
+    eigenvectors: tuple[Triple, Triple, Triple]
+    pixel_scale: AboveZero
+
+
+class SplitFields(Struct, frozen=True):
+    """The size of a split of the training store."""
+
+    records: Positive
+    bytes: Count
+    label_counts: list[Count]
+
+
+class StoreFields(Struct, frozen=True):
+    """What a run keeps of its training store."""
+
+    fingerprint: Digest
+    settings: StoreSettingsFields
+    tools: dict[str, Text]
+    splits: dict[str, SplitFields]
+    colour: ColourFields
+
+
+class LengthFields(Struct, frozen=True):
+    """The length of a run in steps."""
+
+    steps_per_epoch: Step
+    steps: Step
+
+
+class RunFile(Struct, frozen=True):
+    """The content of run.json."""
+
+    identity: IdentityFields
+    settings: SettingsFields
+    model: ArchitectureFields
+    recipe: RecipeFields
+    classes: Names
+    environment: EnvironmentFields
+    store: StoreFields
+    length: LengthFields
+    ancestry: Ancestry = []
+
+
+def read_run_file(path: Path) -> dict[str, Any]:
+    """Return the content of run.json, with the types of RunFile, and with the unknown fields of other versions.
+
+    Raises FileNotFoundError if there is no such file. Raises UserError if the file cannot be read, if a field is
+    missing or has another type or range, and if fields contradict each other.
+    """
+    content = read_regular(path, MAX_BYTES, ADVICE)
+    data = parse_json(content, str(path), ADVICE)
+    checked = convert(RunFile, data, str(path), ADVICE)
+    architecture = checked_architecture(data["model"], f"{path}: model", ADVICE)
+    recipe = checked_recipe(data["recipe"], f"{path}: recipe", ADVICE)
+    classes = len(checked.classes)
+    check_network(architecture, recipe, classes, f"{path}: model", ADVICE)
+    check_identity_fields(checked.identity, architecture, recipe, classes, str(path), ADVICE)
+    for field in ("batch_size", "accumulate", "seed", "precision"):
+        setting, value = getattr(checked.settings, field), getattr(checked.identity, field)
+        if setting != value:
+            raise UserError(f"{path}: settings.{field} is {setting}, expected {value}, as in identity. {ADVICE}")
+    for name, split in checked.store.splits.items():
+        counts = split.label_counts
+        if len(counts) != classes or sum(counts) != split.records:
+            raise UserError(
+                f"{path}: store.splits.{name}.label_counts has {len(counts):,} numbers with the sum {sum(counts):,}, "
+                f"expected {classes:,} with the sum {split.records:,}. {ADVICE}"
+            )
+    return dict(data)
