@@ -12,6 +12,10 @@ from msgspec import json as msgspec_json
 
 from prep.store.models import ColorStats, Manifest, Outcome
 from prep.store.work_files import MergeFile, PartsFile, PlanFile, Summary
+from train.formats.checkpoint_file import CheckpointFile
+from train.formats.lines import EvaluationLine, TrainLine, ValLine
+from train.formats.run_file import RunFile
+from train.formats.small_files import AblationFile, EnsembleFile, PredictionsAbout, StatusFile
 
 PAGE = Path(__file__).parents[2] / "docs" / "schemas.md"
 FOLDER = PAGE.with_suffix("")
@@ -25,6 +29,15 @@ SCHEMAS: dict[str, tuple[Any, str]] = {
     "shard-summary": (Summary, "`.build/NNNNN.json`, the summary of a finished shard"),
     "parts": (PartsFile, "`.build/parts.json` of a build in parts"),
     "merge": (MergeFile, "`.build/merge.json` of an unfinished merge"),
+    "run": (RunFile, "`run.json` of a run"),
+    "status": (StatusFile, "`status.json` of a run"),
+    "metrics-train-line": (TrainLine, "one line of `metrics.jsonl` of a run, with the kind `train`"),
+    "metrics-val-line": (ValLine, "one line of `metrics.jsonl` of a run, with the kind `val`"),
+    "evaluations-line": (EvaluationLine, "one line of `evaluations.jsonl` of a run"),
+    "ensemble": (EnsembleFile, "`ensemble.json` of an ensemble"),
+    "ablation": (AblationFile, "`ablation.json` of a run of `alextrain ablate`"),
+    "predictions-about": (PredictionsAbout, "the text `about` in a `.npz` file of class probabilities"),
+    "checkpoint": (CheckpointFile, "the values of a checkpoint that are no tensors"),
 }
 
 _TEXT = """# JSON Schema documents

@@ -13,9 +13,9 @@ from typing import Annotated, Any, Literal
 from msgspec import Meta, Struct
 
 from prep.console import UserError
-from prep.schema import Count, Digest, Finite, NonNegative, Text, convert, parse_json, read_regular
+from prep.schema import Count, Digest, Text, convert, parse_json, read_regular
+from prep.store.manifest import ColorStats, Settings
 from train.formats.fields import (
-    AboveZero,
     Ancestry,
     ArchitectureFields,
     Device,
@@ -36,8 +36,6 @@ from train.formats.fields import (
 
 MAX_BYTES = 256 << 20  # of run.json; for 1,000 classes it has 40 KB
 ADVICE = "Repeat the alextrain run command with its options to rewrite the file."
-
-Triple = tuple[Finite, Finite, Finite]
 
 
 class SettingsFields(Struct, frozen=True):
@@ -64,32 +62,6 @@ class SettingsFields(Struct, frozen=True):
     store_absolute: PathText | None = None
 
 
-class StoreSettingsFields(Struct, frozen=True, forbid_unknown_fields=True):
-    """The settings with which the training store was built (prep.store.manifest.Settings)."""
-
-    side_px: Annotated[int, Meta(ge=1, le=65_535)]
-    keep_aspect: bool
-    format: Literal["jpeg", "ppm"]
-    quality: Annotated[int, Meta(ge=1, le=100)]
-    filter: Literal["area", "bilinear", "bicubic", "lanczos"]
-    seed: Seed
-    background: Literal["white", "black", "grey", "dropped"] = "dropped"
-    reduce_above: Count = 0
-
-
-class ColourFields(Struct, frozen=True, forbid_unknown_fields=True):
-    """Mean and principal components of the pixels of the training store (prep.store.manifest.ColorStats)."""
-
-    records: Positive
-    pixels: Count
-    mean_rgb: Triple
-    covariance: tuple[Triple, Triple, Triple]
-    eigenvalues: Triple
-    stdevs: tuple[NonNegative, NonNegative, NonNegative]
-    eigenvectors: tuple[Triple, Triple, Triple]
-    pixel_scale: AboveZero
-
-
 class SplitFields(Struct, frozen=True):
     """The size of a split of the training store."""
 
@@ -102,10 +74,10 @@ class StoreFields(Struct, frozen=True):
     """What a run keeps of its training store."""
 
     fingerprint: Digest
-    settings: StoreSettingsFields
+    settings: Settings
     tools: dict[str, Text]
     splits: dict[str, SplitFields]
-    colour: ColourFields
+    colour: ColorStats
 
 
 class LengthFields(Struct, frozen=True):

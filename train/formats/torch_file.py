@@ -3,7 +3,7 @@
 Since version 1.6, torch.save writes a zip archive that is not compressed. Its entry `data.pkl` is the pickle of the
 value, and its entries `data/0`, `data/1` and so on are the storages of the tensors. Older versions wrote five pickles
 in a row, and the storages after them. `read_content` checks that each storage is in the file, in the size that the
-pickle states: torch.load does not compare the sizes, and would read other memory of the process.
+pickle states. torch 2.13 compares the sizes too; a version that does not would read other memory of the process.
 """
 
 from __future__ import annotations
