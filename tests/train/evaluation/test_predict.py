@@ -76,7 +76,7 @@ def test_predict_needs_the_description_of_the_store_in_run_json_but_not_the_stor
     assert "run.json: not a" in refusal("predict", trained_run, trained_run / "run.json")
     del description["store"]
     (trained_run / "run.json").write_text(json.dumps(description))
-    assert "run.json: has no store" in refusal("predict", trained_run, photograph)
+    assert "run.json: the content has no field store" in refusal("predict", trained_run, photograph)
 
 
 def test_bad_photographs_do_not_end_predict(small_run: Path, photo_folder: Path, tmp_path: Path) -> None:
