@@ -18,7 +18,7 @@ from train.monitor.step_counters import Counts
 
 
 class StreamWaits:
-    """Total wait times of a loader and its consumer, for several readers (TrainLoader.wait_times has one reader)."""
+    """Total wait times of a loader and its consumer. Unlike TrainLoader.wait_times, `read` may have several callers."""
 
     def __init__(self, loader: TrainLoader) -> None:
         self.loader, self._total = loader, WaitTimes(0, 0.0, 0.0)

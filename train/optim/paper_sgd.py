@@ -40,7 +40,7 @@ class PaperSGD(torch.optim.Optimizer):
     ) -> None:
         """Each group is a dict with "params" and optionally "lr", "weight_decay" and "name".
 
-        The default of "lr" and of "weight_decay" is 0. The class ignores "name".
+        The default of "lr" and of "weight_decay" is 0. PaperSGD ignores "name".
 
         local_rates  factors of the learning rates, for each layer (LARS); None: all factors are 1
         """

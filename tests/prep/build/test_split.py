@@ -156,9 +156,9 @@ def test_the_record_order_is_a_permutation_that_depends_on_the_seed_alone(
 
 
 def test_the_record_order_mixes_the_classes(small_store: Path, records_of: Records) -> None:
-    """For each class, the mean position of its records is near the middle.
+    """For each class, the mean position of its records is less than 5 standard deviations from the middle.
 
-    The middle is the expected value. The difference is less than 5 standard deviations.
+    The middle is the expected value of the mean position.
     """
     labels = np.array([datum.label for _, datum in records_of(small_store, "train")])
     n = len(labels)
