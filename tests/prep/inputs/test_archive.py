@@ -233,7 +233,7 @@ def test_unsafe_and_special_members_are_refused_by_name(name: str, tmp_path: Pat
 def test_sparse_members_are_refused_by_name(tmp_path: Path) -> None:
     """The stored bytes of a sparse member are not its content.
 
-    The member can therefore not be read directly from the archive.
+    A sparse member can therefore not be read directly from the archive.
     """
     old = header(b"n1/old.JPEG", b"00000000000\0", b"S")
     for fields in ({"GNU.sparse.map": "0,10", "GNU.sparse.size": "700", "GNU.sparse.name": "n1/new.JPEG"},):

@@ -16,8 +16,9 @@ from tests.helpers.torchrun.job import Job, TorchrunServer
 from tests.train.replicas.small_runs import SMALL_ALEXTRAIN, run_arguments, start_training
 from train.runs import checkpoint
 
-# Without this variable, torchrun (PyTorch 2.13) shares the store of its first start with its ranks. A machine that
-# joins later waits in vain for the address of this store (DynamicRendezvousHandler.next_rendezvous).
+# Without TORCH_DISABLE_SHARE_RDZV_TCP_STORE, torchrun (PyTorch 2.13) shares the store of its first start with its
+# ranks. A machine that joins later waits in vain for the address of the shared store
+# (DynamicRendezvousHandler.next_rendezvous).
 OWN_STORE = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 
 
