@@ -45,6 +45,7 @@ class EvalLoader(Loader):
         world_size: int = 1,
         service: str | None = None,
         service_fallback: str | None = None,
+        check: bool | None = None,
     ) -> None:
         """The docstring of eval_loader describes the arguments and the errors."""
         super().__init__(
@@ -60,6 +61,7 @@ class EvalLoader(Loader):
             shard=shard,
             world_size=world_size,
             from_windows=service is not None,
+            check=check,
         )
         if views not in (1, 10, SQUARE):
             raise WrongArgument(
@@ -92,7 +94,9 @@ class EvalLoader(Loader):
         Raises StoreError for a damaged record. The error names the location of the record.
         """
         self._start((partial(self._read_step, step) for step in range(len(self))), 0)
-        while (batch := self._next()) is not None:
+        for step in range(len(self)):
+            batch = self._get(step)
+            assert batch is not None  # there is a job for each step
             yield batch
         self._finish()
 
@@ -134,6 +138,7 @@ def eval_loader(
     world_size: int = 1,
     service: str | None = None,
     service_fallback: str | None = None,
+    check: bool | None = None,
 ) -> EvalLoader:
     """Evaluation batches of a store: every image of `split` exactly once, without random augmentation.
 
@@ -168,4 +173,5 @@ def eval_loader(
         world_size=world_size,
         service=service,
         service_fallback=service_fallback,
+        check=check,
     )

@@ -20,8 +20,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from functools import partial
+from itertools import count
 from pathlib import Path
-from typing import Any, SupportsIndex
+from typing import Any, NamedTuple, SupportsIndex
 
 import numpy as np
 import numpy.typing as npt
@@ -38,6 +39,14 @@ from prep.console import UserError, WrongArgument, usable_cores
 from prep.store.manifest import ChannelStats, Store
 
 __all__ = ["STREAM_VERSION", "Batch", "EvalLoader", "TrainLoader", "WaitTimes", "eval_loader", "train_loader"]
+
+
+class _Position(NamedTuple):
+    """Position of a TrainLoader. One assignment replaces all of the position."""
+
+    batch: int  # number of the next batch, counted from 0 since epoch 0
+    # Number of the batch with which the prefetcher has started; None if the prefetcher must be started again.
+    first_batch: int | None
 
 
 class TrainLoader(Loader):
@@ -68,6 +77,7 @@ class TrainLoader(Loader):
         world_size: int = 1,
         service: str | None = None,
         service_fallback: str | None = None,
+        check: bool | None = None,
     ) -> None:
         """The docstring of train_loader describes the arguments and the errors."""
         super().__init__(
@@ -83,6 +93,7 @@ class TrainLoader(Loader):
             shard=shard,
             world_size=world_size,
             from_windows=service is not None,
+            check=check,
         )
         if self.records < batch_size * world_size:
             step = "" if world_size == 1 else f", a step of {world_size:,} ranks takes {batch_size * world_size:,}"
@@ -93,9 +104,8 @@ class TrainLoader(Loader):
         if not 0 <= seed < 2**64:
             raise WrongArgument(f"seed {seed}: expected 0 to 2^64 - 1.")
         self.seed = seed
-        self.epoch, self.step = 0, 0
+        self._position = _Position(0, None)
         self._permutations = EpochPermutations(self.records, seed)
-        self._is_prefetching = False  # whether the prefetcher's next batch is the batch at (epoch, step)
         if service is not None:
             self._connect(service, service_fallback, seed, "random", augmentation.shared_by)
         self._open(1, augmentation.divisor)
@@ -121,17 +131,24 @@ class TrainLoader(Loader):
         Raises StoreError for a damaged record. The error names the location of the record.
         """
         while True:
-            if not self._is_prefetching:
-                jobs = (partial(self._read_step, epoch, step) for epoch, step in self._positions())
-                self._start(jobs, self.epoch * len(self) + self.step)
-                self._is_prefetching = True
-            batch = self._next()
-            assert batch is not None  # the jobs never end, because the number of epochs is unlimited
-            self.epoch, self.step = self._after(self.epoch, self.step)
-            epoch_ends = self.step == 0
+            batch, next_position = self._next()
+            epoch_ends = next_position.batch % len(self) == 0
+            # The position changes at the moment at which the batch is handed over. Python calls no signal handler
+            # between the next two lines, so a KeyboardInterrupt cannot separate them.
+            self._position = next_position
             yield batch
             if epoch_ends:
                 return
+
+    @property
+    def epoch(self) -> int:
+        """The epoch of the next batch, counted from 0."""
+        return self._position.batch // len(self)
+
+    @property
+    def step(self) -> int:
+        """The step of the next batch in its epoch, counted from 0."""
+        return self._position.batch % len(self)
 
     def set_epoch(self, epoch: int) -> None:
         """Begin epoch `epoch`, counted from 0, with the next iterator, as torch's DistributedSampler does.
@@ -151,8 +168,7 @@ class TrainLoader(Loader):
                 f"epoch {epoch}, step {step}: expected whole numbers, an epoch of at least 0 and a step of 0 to "
                 f"{len(self) - 1}."
             )
-        self.epoch, self.step = int(epoch), int(step)
-        self._is_prefetching = False
+        self._position = _Position(int(epoch) * len(self) + int(step), None)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position and the settings of the stream: a JSON-serializable dict of a few hundred bytes.
@@ -160,7 +176,8 @@ class TrainLoader(Loader):
         A loader that loads this state continues at this position, bit for bit. The states of all ranks are equal
         except for `shard`.
         """
-        return {**self._identity(), "shard": self.shard, "epoch": self.epoch, "step": self.step}
+        epoch, step = divmod(self._position.batch, len(self))
+        return {**self._identity(), "shard": self.shard, "epoch": epoch, "step": step}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Resume from a state of the same store, seed and settings. Raises UserError for any other state.
@@ -200,15 +217,17 @@ class TrainLoader(Loader):
             "dtype": self.dtype,
         }
 
-    def _positions(self) -> Iterator[tuple[int, int]]:
-        """Yield an endless sequence of positions (epoch, step), starting at the current position."""
-        position = self.epoch, self.step
-        while True:
-            yield position
-            position = self._after(*position)
-
-    def _after(self, epoch: int, step: int) -> tuple[int, int]:
-        return (epoch, step + 1) if step + 1 < len(self) else (epoch + 1, 0)
+    def _next(self) -> tuple[Batch, _Position]:
+        """Return the batch at the current position, and the position after it. Does not change what the batch is."""
+        position = self._position
+        if position.first_batch is None:
+            steps = (divmod(batch, len(self)) for batch in count(position.batch))
+            self._start((partial(self._read_step, *step) for step in steps), position.batch)
+            position = self._position = _Position(position.batch, position.batch)
+        assert position.first_batch is not None
+        batch = self._get(position.batch - position.first_batch)
+        assert batch is not None  # the jobs never end, because the number of epochs is unlimited
+        return batch, position._replace(batch=position.batch + 1)
 
     def _read_step(self, epoch: int, step: int) -> BatchInput:
         """Read this rank's records of a step."""
@@ -248,6 +267,7 @@ def train_loader(
     world_size: int = 1,
     service: str | None = None,
     service_fallback: str | None = None,
+    check: bool | None = None,
 ) -> TrainLoader:
     """Training batches of a store: random 224×224 crop, flip and colour noise (section 4.1), minus the mean.
 
@@ -276,6 +296,9 @@ def train_loader(
                   The batches are the same, bit for bit, except for JPEG records on a GPU, which DALI decodes
                   differently. The loader then reads only manifest.json, colour.json and mean_image.npy of its store
     service_fallback  "local": if the service is lost, the loader continues with the local store and the same batches
+    check         whether the checksum of each record is verified as it is read. A damaged record then always raises
+                  StoreError; without `check`, damage of single pixels can go unnoticed. The workers of a service always
+                  verify. None: True
 
     Batches are Batch(images, labels). Images are RGB in grey levels minus the mean, (N, 3, 224, 224); labels are int64
     (N,).
@@ -301,4 +324,5 @@ def train_loader(
         world_size=world_size,
         service=service,
         service_fallback=service_fallback,
+        check=check,
     )

@@ -118,6 +118,7 @@ class Loader:
         shard: int,
         world_size: int,
         from_windows: bool,
+        check: bool | None,
     ) -> None:
         """Check the arguments and open the split. Raises UserError and StoreError.
 
@@ -136,7 +137,7 @@ class Loader:
         _loaders.add(self)
         self._waits = WaitTimes(0, 0.0, 0.0)
         self._served_at: float | None = None  # time at which the last batch was served
-        self._records = Records(store, split)
+        self._records = Records(store, split, check)
         check_choice("dtype", self.dtype, tuple(_DTYPES))
         check_choice("layout", layout, LAYOUTS)
         self.normalize, self._std, mean_rgb = normalize, None, None
@@ -227,7 +228,7 @@ class Loader:
             engine = choose_engine(self._augmenter, self.placement, output, self.threads)
             read_ahead = READ_AHEAD if self._windows is None else self._windows.read_ahead
             self._prefetcher = Prefetcher(
-                engine, self.placement, self._records, self.batch_size, self.threads, read_ahead
+                engine, self.placement, self._records, self.batch_size, self.threads, read_ahead, self._std
             )
         except BaseException:
             if self._windows is not None:
@@ -261,27 +262,20 @@ class Loader:
         if self._windows is not None:
             self._windows.finish()
 
-    def _divided(self, images: torch.Tensor) -> torch.Tensor:
-        """Divide the images in place by the standard deviations of `normalize`, and return the images."""
-        if self._std is None:
-            return images
-        self._std = self._std.to(images.device, images.dtype)
-        return images.div_(self._std)
+    def _get(self, number: int) -> Batch | None:
+        """Return batch `number` since `_start`, counted from 0; None after the last batch.
 
-    def _next(self) -> Batch | None:
-        """Return the next batch; None after the last batch. Raises StoreError for a damaged record."""
+        A further call with the same number returns the same batch. Raises StoreError for a damaged record.
+        """
         self._check_process()
         self._prefetcher.wait_for_consumer()
         requested = time.perf_counter()
         since_served_s = 0.0 if self._served_at is None else requested - self._served_at
-        output = self._prefetcher.next()
-        batch = None
-        if output is not None:
-            batch = Batch(self._divided(output.images), output.labels)
+        output = self._prefetcher.get(number)
         now = self._served_at = time.perf_counter()
         self._waited_s += now - requested
         batches, consumer_wait_s, loader_wait_s = self._waits
         self._waits = WaitTimes(
-            batches + (batch is not None), consumer_wait_s + now - requested, loader_wait_s + since_served_s
+            batches + (output is not None), consumer_wait_s + now - requested, loader_wait_s + since_served_s
         )
-        return batch
+        return None if output is None else Batch(output.images, output.labels)

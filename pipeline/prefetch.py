@@ -6,6 +6,9 @@ third queue holds finished batches (FINISHED_AHEAD). An engine that uses DALI ge
 engine without DALI is started directly. A separate thread, the finisher, takes the images and calls Engine.finish while
 the engine works on the next batch.
 
+Only the finisher changes the queues. A KeyboardInterrupt, which Python raises in the main thread, can therefore end a
+call of `get` or `start` at any point: no batch is lost, and a repeated call gives the same batch.
+
 On a GPU, the finisher queues the last part of the work on the engine's stream, not on the consumer's stream. The
 consumer's thread takes a batch and an event. All work that this thread queues afterwards waits for the event on the
 GPU.
@@ -14,10 +17,11 @@ GPU.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from itertools import islice
+from queue import SimpleQueue
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -69,6 +73,14 @@ class _Finished(NamedTuple):
     event: Event
 
 
+class _Result(NamedTuple):
+    """Result of one job."""
+
+    number: int  # number of the job since `start`, counted from 0
+    batch: _Finished | None  # None after the last job, and after an error
+    error: BaseException | None = None
+
+
 Job = Callable[[], BatchInput]  # a function that reads the records of one batch; runs on a reader thread
 
 
@@ -83,8 +95,12 @@ class Prefetcher:
         batch_size: int,
         threads: int,
         read_ahead: int = READ_AHEAD,
+        divisor: torch.Tensor | None = None,
     ) -> None:
-        """`threads` is the number of DALI's threads. `read_ahead` is the number of jobs that run at the same time."""
+        """`threads` is the number of DALI's threads. `read_ahead` is the number of jobs that run at the same time.
+
+        If `divisor` is a tensor, each batch of images is divided by it, in place.
+        """
         self._engine, self._placement, self._records = engine, placement, records
         self._pipe = _build_pipeline(engine, batch_size, placement, threads) if engine.uses_dali else None
         self._read_ahead = read_ahead
@@ -97,7 +113,12 @@ class Prefetcher:
         self._reading: deque[Future[tuple[BatchInput, dict[str, Any]]]] = deque()
         # (input of a batch, result of Engine.start) of each batch in the engine.
         self._in_engine: deque[tuple[BatchInput, Any]] = deque()
-        self._finished: deque[Future[_Finished | None]] = deque()
+        self._finished: deque[_Result] = deque()  # only the finisher changes this queue
+        self._next_number = 0  # number of the next result
+        self._taken = 0  # number of results that `next` has returned since `start`
+        self._is_restarting = False  # whether `start` waits for the finisher
+        self._wake: SimpleQueue[None] = SimpleQueue()  # an item wakes the thread that waits in `get`
+        self._divisor = divisor
         self._last_event = engine.stream.record()  # the event of the batch that was finished last
         self._requests: deque[Event] = deque()  # for each request, an event in the work of the consumer
         # Every later call of `next` raises this error again, because skipping a batch would shift all later batches.
@@ -113,40 +134,46 @@ class Prefetcher:
 
     def start(self, jobs: Iterator[Job]) -> None:
         """Start new jobs. Batches of earlier jobs that have not been served are dropped."""
-        for future in self._finished:
-            future.cancel()
-        wait(self._finished)
-        self._finished.clear()
-        for future_input in self._reading:
-            future_input.cancel()
-        self._reading.clear()
-        with suppress(StoreError):  # `next` raises this error later
-            while self._in_engine and self._error is None:
-                self._take_outputs()
-        self._jobs = jobs
+        if self._closed:
+            return
+        self._is_restarting = True
+        self._taken = 0
+        self._finisher.submit(self._restart, jobs).result()
 
     def next(self) -> BatchOutput | None:
-        """Return the images of the next job; None after the last job.
+        """Return the images of the next job, as `get` does."""
+        output = self.get(self._taken)
+        self._taken += 1
+        return output
 
-        Raises StoreError for a damaged record, in this call and in every later call. The error names shard, key and
-        source of the record. Raises ValueError if the prefetcher was closed.
+    def get(self, number: int) -> BatchOutput | None:
+        """Return the images of job `number` since `start`, counted from 0; None after the last job.
+
+        A further call with the same number returns the same images. A call with a higher number drops the earlier
+        images. Raises StoreError for a damaged record, in this call and in every later call. The error names shard, key
+        and source of the record. Raises ValueError if the prefetcher was closed.
         """
-        if self._closed:
-            raise ValueError("the loader is closed")
         try:
-            while len(self._finished) < FINISHED_AHEAD:
-                self._finished.append(self._finisher.submit(self._finish_next))
-            wait((self._finished[0],))  # if a KeyboardInterrupt occurs during this wait, no batch is lost
-            finished = self._finished.popleft().result()
-        except (CancelledError, IndexError, RuntimeError):
+            self._finisher.submit(self._finish_batches, number)
+        except RuntimeError:
             if not self._closed:
                 raise
-            raise ValueError("the loader is closed") from None  # another thread closed the loader during this call
-        if finished is None:
+        while (result := self._result(number)) is None:
+            if self._closed:  # also if another thread has closed the loader during this call
+                raise ValueError("the loader is closed")
+            self._wake.get()  # if a KeyboardInterrupt occurs during this wait, no batch is lost
+        if self._closed:
+            raise ValueError("the loader is closed")
+        if result.error is not None:
+            raise result.error
+        if result.batch is None:
             return None
-        output = finished.output
-        finished.event.order(output.images, output.labels)
+        output = result.batch.output
+        result.batch.event.order(output.images, output.labels)
         return output
+
+    def _result(self, number: int) -> _Result | None:
+        return next((result for result in tuple(self._finished) if result.number == number), None)
 
     def wait_for_consumer(self) -> None:
         """Wait until the GPU has reached one of the last CONSUMER_AHEAD batches. Call this method before each `next`.
@@ -162,6 +189,7 @@ class Prefetcher:
     def close(self) -> None:
         """Stop the threads of DALI, the engine and the prefetcher, release memory, and unmap the files."""
         self._closed = True
+        self._wake.put(None)
         self._readers.shutdown(cancel_futures=True)
         self._finisher.shutdown(cancel_futures=True)
         self._finished.clear()
@@ -176,6 +204,35 @@ class Prefetcher:
         self._error = None  # the traceback of the error would keep batches in memory
         self._records.close()
 
+    def _restart(self, jobs: Iterator[Job]) -> None:
+        """Drop all batches, and begin with `jobs`. Runs on the finisher's thread."""
+        self._finished.clear()
+        for future in self._reading:
+            future.cancel()
+        self._reading.clear()
+        with suppress(StoreError):  # `get` raises this error later
+            while self._in_engine and self._error is None:
+                self._take_outputs()
+        self._jobs, self._next_number = jobs, 0
+        self._is_restarting = False
+
+    def _finish_batches(self, needed: int) -> None:
+        """Drop the results before number `needed`, and finish batches until FINISHED_AHEAD results are ready.
+
+        Runs on the finisher's thread.
+        """
+        while self._finished and self._finished[0].number < needed:
+            self._finished.popleft()
+        while len(self._finished) < FINISHED_AHEAD and not (self._is_restarting or self._closed):
+            try:
+                result = _Result(self._next_number, self._finish_next())
+            except BaseException as error:
+                result = _Result(self._next_number, None, error)
+            self._next_number += 1
+            self._finished.append(result)
+            if self._wake.empty():
+                self._wake.put(None)
+
     def _finish_next(self) -> _Finished | None:
         """Schedule more batches, then take and finish the oldest batch in the engine. Runs on the finisher's thread."""
         if self._error is None:
@@ -184,11 +241,12 @@ class Prefetcher:
             outputs, batch_input = self._take_outputs()
             try:
                 images = self._engine.finish(outputs, batch_input.records, batch_input.crops)
+                self._records.check_maps()
                 return self._record(images, batch_input)
             except DecodeError as error:
-                number = int(batch_input.records.numbers[error.index])
-                location, damage = self._records.location(number), self._records.find_damage(number)
-                self._error = StoreError(f"{location}: {damage or 'cannot be decoded'}. {self._records.advice}")
+                self._error = self._damage_of([int(batch_input.records.numbers[error.index])], "cannot be decoded")
+            except StoreError as error:
+                self._error = error
         if self._error is not None:
             raise self._error
         return None
@@ -201,6 +259,11 @@ class Prefetcher:
         measures the waiting time.
         """
         stream = self._engine.stream
+        if self._divisor is not None:
+            if (self._divisor.device, self._divisor.dtype) != (images.device, images.dtype):
+                self._divisor = stream.upload(self._divisor.to(images.dtype))
+            divisor = self._divisor
+            stream.run(lambda: images.div_(divisor))
         labels = stream.upload(torch.from_numpy(batch_input.records.labels))
         event = stream.record()
         self._last_event.wait()
@@ -255,12 +318,27 @@ class Prefetcher:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         after = [k + 1 for k, line in enumerate(lines) if line.endswith("encountered:")]
         cause = next((line for line in lines[after[0] if after else 0 :]), repr(error))
-        store, split = self._records.store, self._records.split
-        for number in (number for batch, _ in self._in_engine for number in batch.records.numbers.tolist()):
-            damage = self._records.find_damage(number)
-            if damage:
-                return StoreError(f"{self._records.location(number)}: {damage}. {self._records.advice}")
-        return StoreError(f"{store.root}, split {split}: DALI stopped ({cause}). {self._records.advice}")
+        numbers = [number for batch, _ in self._in_engine for number in batch.records.numbers.tolist()]
+        return self._damage_of(numbers, f"DALI stopped ({cause})")
+
+    def _damage_of(self, numbers: Sequence[int], otherwise: str) -> StoreError:
+        """Return the error for the first damaged record of `numbers`.
+
+        If all records are intact, the message contains the text `otherwise`, and the record if there is only one.
+        """
+        records = self._records
+        try:
+            records.check_maps()
+            for number in numbers:
+                damage = records.find_damage(number)
+                if damage:
+                    return StoreError(f"{records.location(number)}: {damage}. {records.advice}")
+            place = f"{records.store.root}, split {records.split}"
+            if len(numbers) == 1:
+                place = records.location(numbers[0])
+        except StoreError as error:
+            return error
+        return StoreError(f"{place}: {otherwise}. {records.advice}")
 
 
 def _build_pipeline(engine: Engine, batch_size: int, placement: Placement, threads: int) -> Any:

@@ -1,4 +1,8 @@
-"""Random access to the records of a split by number: zero-copy views of memory-mapped LMDB shards."""
+"""Random access to the records of a split by number: zero-copy views of memory-mapped LMDB shards.
+
+A store is not trusted. Before a record is used, its fields are compared with each other, with the manifest and with the
+header of its image. With `check`, its checksum is verified too.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +16,14 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from prep.images.jpeg import decode_jpeg
+from prep.images.jpeg import check_jpeg, decode_jpeg, file_kind
 from prep.store import kernels
 from prep.store.datum import CRC32_BYTES, SOURCE, DatumError, locate_image, parse_fields, verify_checksum
 from prep.store.lmdb_shard import ShardReader
 from prep.store.manifest import Store, StoreError
 
+# Whether the checksum of each record is verified as it is read, by default. The key is the format of the records.
+CHECK_BY_DEFAULT = {"jpeg": True, "ppm": True}
 _MAX_SIDE_PX = 2**31 - 1
 _READ_ONLY = 0x100  # PyBUF_READ
 _view = ctypes.pythonapi.PyMemoryView_FromMemory
@@ -49,7 +55,7 @@ class RecordBatch(NamedTuple):
     addresses: npt.NDArray[np.uint64]
     payload_bytes: npt.NDArray[np.int64]  # (N,): sizes of the payloads
     is_raw: bool  # True for PPM stores
-    memory: object = None  # the array that holds the payloads, if they are not in mapped files
+    memory: object = None  # the arrays that hold the payloads, if they are not in mapped files
 
     def payloads(self) -> list[npt.NDArray[np.uint8]]:
         """Return the payloads without copies.
@@ -70,9 +76,13 @@ class Records:
     Each shard is opened when it is first used.
     """
 
-    def __init__(self, store: Store, split: str) -> None:
-        """Raises StoreError if the store has no such split."""
+    def __init__(self, store: Store, split: str, check: bool | None = None) -> None:
+        """Raises StoreError if the store has no such split.
+
+        `check` is whether the checksum of each record is verified as it is read; None for CHECK_BY_DEFAULT.
+        """
         self.store, self.split = store, split
+        self.check = CHECK_BY_DEFAULT[store.settings.format] if check is None else check
         self._shards = store.split(split).shards
         self._ends = list(accumulate(shard.records for shard in self._shards))
         self._readers: dict[int, ShardReader] = {}
@@ -81,41 +91,69 @@ class Records:
         self._clear_index()
         self._lock = threading.Lock()
 
-    def __reduce__(self) -> tuple[type[Records], tuple[Store, str]]:
+    def __reduce__(self) -> tuple[type[Records], tuple[Store, str, bool]]:
         """A pickled copy opens the files again, for example in a spawned process."""
-        return Records, (self.store, self.split)
+        return Records, (self.store, self.split, self.check)
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
 
     def __getitem__(self, number: int) -> Record:
-        """Record `number`. Raises StoreError with the location of the record if a field is invalid.
+        """Record `number`. Raises StoreError with the location of the record if the record is not valid.
 
-        This method does not verify the checksum, because verification takes time. find_damage verifies the checksum.
+        The image is not decoded.
         """
         value = self._value(number)
         try:
             start, end, height, width, label = locate_image(value)
-            if not 0 <= label < len(self.store.classes):
-                raise DatumError(f"label {label}, the store has {len(self.store.classes):,} classes")
-            if self._is_raw:
-                start += 3 * width  # skip the PPM header, which is as long as a row of pixels (codec.ppm_header)
-                if end - start != 3 * width * height:
-                    raise DatumError(f"{end - start:,} bytes of pixels, expected {width}×{height}×3")
+            self._check_label(label)
+            header_bytes = 3 * width if self._is_raw else 0  # the PPM header is as long as a row (codec.ppm_header)
+            if self._is_raw and end - start - header_bytes != 3 * width * height:
+                raise DatumError(f"{end - start - header_bytes:,} bytes of pixels, expected {width}×{height}×3")
             if min(height, width) != self._side_px:
                 raise DatumError(f"{width}×{height} px, the shorter side of this store's images is {self._side_px} px")
+            if self.check:
+                verify_checksum(value)
+            content = value[start:end]
+            if self._is_raw:
+                from prep.images.codec import ppm_header  # loads Pillow, which --help must not load
+
+                if content[:header_bytes] != ppm_header(height, width):
+                    raise DatumError(f"{file_kind(content)}, expected a PPM file whose header fills one row")
+            elif reason := check_jpeg(content, height, width):
+                raise DatumError(reason)
         except DatumError as error:
+            self.check_maps()
             raise StoreError(f"{self.location(number)}: {error}. {self.advice}") from None
-        payload = np.frombuffer(value, np.uint8, end - start, start)
+        payload = np.frombuffer(value, np.uint8, end - start - header_bytes, start + header_bytes)
         return Record(payload.reshape(height, width, 3) if self._is_raw else payload, height, width, label)
+
+    def label(self, number: int) -> int:
+        """Return the label of record `number`. Raises StoreError if the record has no valid label.
+
+        The image of the record is not read.
+        """
+        try:
+            label = locate_image(self._value(number)).label
+            self._check_label(label)
+        except DatumError as error:
+            self.check_maps()
+            raise StoreError(f"{self.location(number)}: {error}. {self.advice}") from None
+        self.check_maps()
+        return label
+
+    def _check_label(self, label: int) -> None:
+        if label >= len(self.store.classes):
+            raise DatumError(f"label {label}, the store has {len(self.store.classes):,} classes")
 
     def batch(self, numbers: npt.NDArray[np.int64]) -> RecordBatch:
         """Return the records `numbers` (N,), in this order.
 
         Raises the same StoreError as `self[number]` for the first bad record.
 
-        With the C library, one call without the GIL finds all records, and NumPy checks them. A record that the library
-        does not find, or whose fields are not valid, is read again with `self[number]`, which explains the error.
+        With the C library, one call without the GIL finds and checks all records, and NumPy compares their sizes. A
+        record that the library does not find, or whose fields are not valid, is read again with `self[number]`, which
+        explains the error.
         """
         if numbers.size and not 0 <= numbers.min() <= numbers.max() < len(self):
             raise IndexError(f"records {numbers.min()} to {numbers.max()}: expected 0 to {len(self) - 1}")
@@ -125,7 +163,8 @@ class Records:
             shard_of = np.searchsorted(self._last_numbers, numbers)
             if not self._is_indexed[shard_of].all():
                 self._index_shards(np.unique(shard_of).tolist())
-            found = kernels.native.find_records(self._maps, shard_of, self._key_numbers[numbers])
+            format = self.store.settings.format
+            found = kernels.native.find_records(self._maps, shard_of, self._key_numbers[numbers], format, self.check)
         height, width, size = found["height"], found["width"], found["bytes"]
         labels = np.ascontiguousarray(found["label"])
         valid = (found["image"] != 0) & (np.minimum(height, width) == self._side_px)
@@ -136,10 +175,22 @@ class Records:
             valid &= size - header_bytes == 3 * width * height
         sizes = np.stack([height, width], axis=1).astype(np.int32)
         addresses, payload_bytes = found["image"] + header_bytes.astype(np.uint64), size - header_bytes
+        memory = []
         for k in np.flatnonzero(~valid).tolist():
             payload, *size_px, labels[k] = self[int(numbers[k])]
             sizes[k], addresses[k], payload_bytes[k] = size_px, payload.ctypes.data, payload.size
-        return RecordBatch(numbers, labels, sizes, addresses, payload_bytes, self._is_raw)
+            memory.append(payload)  # keeps the bytes of a file that is not mapped
+        self.check_maps()
+        return RecordBatch(numbers, labels, sizes, addresses, payload_bytes, self._is_raw, memory)
+
+    def check_maps(self) -> None:
+        """Raise ShardBroken, which is a StoreError, if a mapped file was cut or a page of it could not be read.
+
+        Bytes that cannot be read are zeros. Call this method after the payloads of a batch were used.
+        """
+        if kernels.native is not None and kernels.native.broken_pages:
+            for reader in list(self._readers.values()):
+                reader.check_map()
 
     def location(self, number: int) -> str:
         """Return the shard folder, key and source file of record `number`, for messages."""
@@ -168,7 +219,7 @@ class Records:
         Verifies the checksum and the fields, and that a JPEG has the size that is stored in the record.
         """
         try:
-            verify_checksum(bytes(self._value(number)))
+            verify_checksum(self._value(number))
             payload, height, width, _ = self[number]
             if not self._is_raw:
                 size = decode_jpeg(payload.tobytes()).shape[:2]
@@ -201,12 +252,12 @@ class Records:
             with self._lock:
                 if not self._is_indexed[shard]:
                     end, count = self._ends[shard], self._shards[shard].records
-                    self._maps[shard] = reader.map_file()
+                    self._maps[shard] = reader.map_entry()
                     self._key_numbers[end - count : end] = reader.key_numbers(np.arange(count))
                     self._is_indexed[shard] = True
 
     def _value(self, number: int) -> memoryview:
-        """Return the bytes of record `number` as a view of the mapped file."""
+        """Return the bytes of record `number`: a view of the mapped file, or a copy if the file is not mapped."""
         shard, index = self._locate(number)
         return self._reader(shard)[index]
 

@@ -122,13 +122,16 @@ class StoredImages:
             try:
                 pixels = decode_jpeg(pixels.tobytes())
             except ValueError as error:
+                self.records.check_maps()
                 location = self.records.location(number)
                 raise StoreError(f"{location}: cannot be decoded: {error}. {self.records.advice}") from None
-        return central_square(pixels, self._side_px).copy()
+        square = central_square(pixels, self._side_px).copy()
+        self.records.check_maps()
+        return square
 
     def label(self, number: int) -> int:
         """Return the class index of a record."""
-        return self.records[number].label
+        return self.records.label(number)
 
     def close(self) -> None:
         """Unmap the files. Images that were read before stay valid."""

@@ -103,6 +103,7 @@ class WindowMaker:
         shape = (len(request.numbers), request.window_px, request.window_px, 3)
         out = np.empty(shape, np.uint8) if new_array is None else new_array(shape)
         failed = self._cut(records, corner, out)
+        source.check_maps()
         if failed < len(request.numbers):
             number = int(request.numbers[failed])
             damage = source.find_damage(number) or "cannot be decoded"

@@ -57,7 +57,7 @@ def measure_shuffle_quality(
     with closing(Records(store, split)) as records:
         for step in chosen.tolist():
             numbers = permutation[step * batch : (step + 1) * batch].tolist()
-            distinct.append(len({records[number].label for number in numbers}))
+            distinct.append(len({records.label(number) for number in numbers}))
             progress.advance()
     ideal, mean = ideal_distinct(np.array(counts.label_counts), batch), float(np.mean(distinct))
     return ShuffleQuality(len(distinct), mean, ideal, mean / ideal)

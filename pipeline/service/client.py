@@ -35,7 +35,7 @@ from pipeline.service.protocol import (
 from pipeline.service.status import ServiceStatus
 from pipeline.windows import WindowRequest, Windows
 from prep.cluster import AUTO, NAMESPACE, connected
-from prep.store.manifest import StoreError
+from prep.store.lmdb_file import store_error
 from prep.version import package_version
 
 _POLL_S = 0.5  # interval at which a waiting call checks whether the loader was closed
@@ -158,7 +158,7 @@ class ServiceClient:
             fetch = Fetch(position, steps, request, digest, lost)
             answer: Answer = self._call(partial(self._ask, fetch))
             if answer.damage:
-                raise StoreError(answer.damage)
+                raise store_error(answer.damage)
             if answer.fault:
                 raise ServiceError(f"service {self.name}: {answer.fault}. See: alexstream status --name {self.name}")
             if not answer.pixels:

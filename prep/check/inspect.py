@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
-
-import lmdb
 
 from prep.console import bytes_text, count_noun
 from prep.inputs.classes import first_labels_text
 from prep.inputs.names import name_text
-from prep.store import lmdb_shard
+from prep.store import lmdb_file, lmdb_shard
 from prep.store.datum import Datum, DatumError
 from prep.store.input_log import IGNORED
 from prep.store.manifest import DROPPED, Split, Store, StoreError
 from prep.workers import Runner, TaskProgress, WorkerDied
+
+ADVICE = "Check the store with: alexprep verify"
 
 
 def describe_store(store: Store) -> dict[str, Any]:
@@ -117,9 +118,9 @@ def find_record(store: Store, split: str, key: str, runner: Runner) -> tuple[str
 
 def _read_record(task: tuple[str, bytes], task_progress: TaskProgress) -> Datum | None:
     path, key = task
+    with lmdb_file.LmdbFile(Path(path), ADVICE) as file:
+        value = file.pages.get(key)
     try:
-        with lmdb.open(path, readonly=True, lock=False) as env, env.begin() as txn:
-            value = txn.get(key)
-        return None if value is None else Datum.decode(value)
-    except (lmdb.Error, DatumError) as error:
-        raise StoreError(f"{path}, key {name_text(key)}: {error}. Check the store with: alexprep verify") from None
+        return None if value is None else Datum.decode(bytes(value))
+    except DatumError as error:
+        raise StoreError(f"{path}, key {name_text(key)}: {error}. {ADVICE}") from None

@@ -1,39 +1,33 @@
 """Verifies a store: checks every record, and compares every shard and file with the manifest.
 
-A record is compared with its own checksum and with the settings of the store. A fault is reported with the shard, the
-key and the source path of the record, if they are known. LMDB does not check its data file for damage, so a truncated
-or damaged file can crash the process that reads the file. Therefore worker processes read the shards.
+A record is compared with its own checksum and with the settings of the store (prep.check.verify_shard). A fault is
+reported with the shard, the key and the source path of the record, if they are known. Worker processes read the shards,
+so that a decoder that crashes ends only its own process.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
+from prep.check.verify_shard import Fault, ShardCheck, ShardFindings, check_shard
 from prep.console import Progress, UserError
-from prep.images.codec import BadImage, decode_image, ppm_header
-from prep.images.color_stats import Moments, PixelSums, compute_color_stats
-from prep.inputs.names import name_text
+from prep.images.color_stats import Moments, compute_color_stats
 from prep.schema import file_sha256
-from prep.store import lmdb_shard
-from prep.store.datum import CRC32_BYTES, SOURCE, Datum, DatumError, parse_fields
 from prep.store.input_log import read_outcomes, summarize_outcomes
 from prep.store.manifest import (
     SPLIT_FILES,
     ColorStats,
-    Settings,
-    Shard,
     Split,
     Store,
     StoreError,
 )
-from prep.workers import Runner, TaskProgress, WorkerDied
+from prep.workers import Runner, WorkerDied
 
 # The manifest of a jpeg store has the colour moments of the pixels before compression. The stored images have slightly
 # different moments. The two bounds below allow the largest errors that 4:2:0 chroma subsampling can cause. The largest
@@ -45,50 +39,26 @@ MAX_COVARIANCE_ERROR = 1.1  # largest error of a covariance entry, relative to t
 _MIN_QUALITY = 50  # below this JPEG quality, mean and covariance are not compared
 
 
-@dataclass(frozen=True)
-class Fault:
-    """One difference between a store and its manifest, or one damaged record."""
+def unverifiable_settings(store: Store) -> list[str]:
+    """Return the parts of a manifest that verification cannot compare with the records, as text.
 
-    where: str  # name of a shard, such as `train/00003`, or of a file of the store
-    key: str  # key of the record; empty if the fault does not concern a single record
-    source: str  # path of the record's input, if it can still be read
-    what: str
-
-    def text(self) -> str:
-        """Return the fault as one line of text."""
-        key = f", key {self.key}" if self.key else ""
-        source = f" ({self.source})" if self.source else ""
-        return f"{self.where}{key}{source}: {self.what}"
-
-
-@dataclass(frozen=True)
-class _ShardCheck:
-    """The task of verifying one shard. A task is pickled and sent to a worker process."""
-
-    root: Path
-    shard: Shard
-    settings: Settings
-    classes: int
-    decode: bool
-
-
-@dataclass
-class _ShardFindings:
-    """Result of the check of one shard."""
-
-    faults: list[Fault] = field(default_factory=list)
-    keys: tuple[int, int] = (-1, -1)  # keys of the first and the last record
-    records: int = 0
-    labels: Counter[int] = field(default_factory=Counter)
-    moments: Moments = field(default_factory=Moments)
-    square_sum: npt.NDArray[np.int64] | None = None
+    The records do not show them. Only the checksum and the fingerprints of the manifest protect them.
+    """
+    settings = store.settings
+    parts = ["filter", "background", "reduce_above", "tools", "names of the classes"]
+    if settings.format == "ppm":
+        parts.append("quality")
+    square_px = settings.side_px**2
+    if settings.keep_aspect and all(split.pixels == split.records * square_px for split in store.splits.values()):
+        parts.append("keep_aspect")  # all images are square, with and without this setting
+    return parts
 
 
 def verify_split(store: Store, split: str, runner: Runner, progress: Progress, decode: bool = True) -> list[Fault]:
     """Return all faults of a split, sorted by file and key. Images are decoded only if `decode` is true."""
     shards = store.split(split).shards
-    tasks = [_ShardCheck(store.root, shard, store.settings, len(store.classes), decode) for shard in shards]
-    findings: dict[str, _ShardFindings] = {}
+    tasks = [ShardCheck(store.root, shard, store.settings, len(store.classes), decode) for shard in shards]
+    findings: dict[str, ShardFindings] = {}
     square_sum = np.zeros((store.settings.side_px, store.settings.side_px, 3), np.int64)
     faults: list[Fault] = []
     done_before, bad_before = progress.done, progress.bad  # counts of the splits that were verified before this split
@@ -111,86 +81,6 @@ def verify_split(store: Store, split: str, runner: Runner, progress: Progress, d
         in_order = [findings[shard.path] for shard in shards]
         faults += _check_totals(store, split, in_order, square_sum if decode else None)
     return sorted(faults, key=lambda fault: (fault.where, fault.key))
-
-
-def check_shard(task: _ShardCheck, task_progress: TaskProgress) -> _ShardFindings:
-    """Check each record of one shard. If no record is damaged, compare the counts and the digest with the manifest."""
-    found, shard, digest, size, last_key = _ShardFindings(), task.shard, sha256(), 0, -1
-    sums = PixelSums(task.settings.side_px)
-    try:
-        for key, value in lmdb_shard.read(task.root / shard.path):
-            task_progress.begin(found.records)
-            found.records += 1
-            digest.update(key + len(value).to_bytes(8, "little"))
-            digest.update(value)
-            size += len(value)
-            fault_count = len(found.faults)
-            number = int(key) if len(key) == 8 and key.isdigit() else -1
-            try:
-                if number <= last_key:
-                    raise DatumError("the key is not a number of eight digits greater than the previous key")
-                last_key = number
-                found.keys = (number if found.keys[0] < 0 else found.keys[0], number)
-                label, pixels = _check_record(task, value)
-                found.labels[label] += 1
-                if pixels is not None:
-                    sums.add(pixels)
-            except (DatumError, BadImage) as error:
-                found.faults.append(Fault(shard.path, name_text(key), _readable_source(value), str(error)))
-            task_progress.count(len(value), bad=len(found.faults) > fault_count)
-    except StoreError as error:
-        found.faults.append(Fault(shard.path, "", "", str(error)))
-    if not found.faults:
-        for name, actual, expected in (
-            ("records", found.records, shard.records),
-            ("bytes", size, shard.bytes),
-            ("digest", digest.hexdigest(), shard.digest),
-        ):
-            if actual != expected:
-                found.faults.append(Fault(shard.path, "", "", f"{name} {actual}, the manifest says {expected}"))
-                break
-    if task.decode:
-        found.moments, found.square_sum = sums.moments, sums.square_sum()
-    return found
-
-
-def _check_record(task: _ShardCheck, value: bytes) -> tuple[int, npt.NDArray[np.uint8] | None]:
-    """Return (label, pixels) of a record.
-
-    Raises DatumError or BadImage if the record is damaged or contradicts `task`.
-    """
-    datum = Datum.decode(value)
-    side, shape = task.settings.side_px, (datum.height, datum.width)
-    if min(shape) != side or (not task.settings.keep_aspect and max(shape) != side):
-        raise DatumError(
-            f"{shape[1]}×{shape[0]} px, the store's shorter side is {side}; only --keep-aspect allows a longer side"
-        )
-    if not 0 <= datum.label < task.classes:
-        raise DatumError(f"label {datum.label}, the store has {task.classes} classes")
-    if not task.decode:
-        return datum.label, None
-    if task.settings.format == "ppm":
-        header = ppm_header(*shape)
-        if not datum.data.startswith(header) or len(datum.data) != len(header) * (shape[0] + 1):
-            raise DatumError("not a PPM whose header fills one row")
-        pixels = np.frombuffer(datum.data, np.uint8).reshape(shape[0] + 1, shape[1], 3)[1:]
-        return datum.label, pixels
-    image = decode_image(datum.data)
-    if image.pixels.shape[:2] != shape or image.converted:
-        raise DatumError(
-            f"decodes to shape {image.pixels.shape}, conversions {image.converted}; "
-            f"expected an RGB JPEG of shape {(*shape, 3)} without conversion"
-        )
-    return datum.label, image.pixels
-
-
-def _readable_source(value: bytes) -> str:
-    """Return the source path in a record that may be damaged; empty if the path cannot be read."""
-    try:
-        source = parse_fields(value, len(value) - CRC32_BYTES).get(SOURCE, b"")
-    except DatumError:
-        return ""
-    return name_text(source) if isinstance(source, bytes) else ""
 
 
 def _check_manifest(store: Store, name: str) -> Iterator[Fault]:
@@ -248,18 +138,21 @@ def _check_files(store: Store, name: str) -> Iterator[Fault]:
 
 
 def _check_totals(
-    store: Store, name: str, findings: Sequence[_ShardFindings], square_sum: npt.NDArray[np.int64] | None
+    store: Store, name: str, findings: Sequence[ShardFindings], square_sum: npt.NDArray[np.int64] | None
 ) -> Iterator[Fault]:
     """Compare keys, label counts and pixel statistics of the undamaged records with the manifest."""
     split = store.split(name)
     where = "manifest.json"
     labels: Counter[int] = Counter()
-    last_key = -1
+    last_key, last_hash = -1, b""
     for shard, found in zip(split.shards, findings, strict=True):
         labels += found.labels
-        if found.keys[0] <= last_key:
+        if found.records and found.keys[0] <= last_key:
             yield Fault(shard.path, f"{found.keys[0]:08d}", "", f"follows key {last_key:08d} of the shard before")
-        last_key = found.keys[1]
+        elif found.records and found.hashes[0] < last_hash:
+            what = f"not in the order of seed {store.settings.seed}: this record belongs before the previous shard"
+            yield Fault(shard.path, f"{found.keys[0]:08d}", "", what)
+        last_key, last_hash = (found.keys[1], found.hashes[1]) if found.records else (last_key, last_hash)
     counts = tuple(labels[label] for label in range(len(store.classes)))
     if counts != split.label_counts:
         label = next(k for k, (a, b) in enumerate(zip(counts, split.label_counts, strict=True)) if a != b)
@@ -292,6 +185,11 @@ def _check_pixel_statistics(
         return
     if exact and not np.array_equal((square_sum / split.records).astype(np.float32), mean_image):
         yield Fault(f"{name}/mean_image.npy", "", "", "not the mean of the stored images")
+    elif store.settings.quality >= _MIN_QUALITY and split.records:
+        difference = float(np.abs((square_sum / split.records - mean_image).mean(axis=(0, 1))).max())
+        if not difference <= MAX_MEAN_ERROR:
+            what = f"mean RGB is off by {difference:.2f} grey levels from the stored images, JPEG explains at most "
+            yield Fault(f"{name}/mean_image.npy", "", "", f"{what}{MAX_MEAN_ERROR}")
     if exact or store.settings.quality < _MIN_QUALITY:
         return
     actual, expected = compute_color_stats(split.records, moments), compute_color_stats(split.records, stated)

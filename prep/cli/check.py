@@ -49,7 +49,7 @@ def verify(store: Path, split: str | None, quick: bool, jobs: int | None, cluste
       alexprep verify --store store --quick --json | jq .faults
     """
     from prep.build.plan import tool_versions
-    from prep.check.verify import verify_split
+    from prep.check.verify import unverifiable_settings, verify_split
 
     opened = Store.open(path_for(cluster, store))
     names = [split] if split else list(opened.splits)
@@ -68,6 +68,7 @@ def verify(store: Path, split: str | None, quick: bool, jobs: int | None, cluste
                 "records": records,
                 "seconds": round(seconds, 3),
                 "faults": [asdict(fault) for fault in faults],
+                "not_verified": unverifiable_settings(opened),
             }
         )
     else:
@@ -83,6 +84,7 @@ def verify(store: Path, split: str | None, quick: bool, jobs: int | None, cluste
             f"{store}: {count_noun(records, 'record')} of {' and '.join(names)} agree with the manifest, "
             f"{duration_text(seconds)}, {records / max(seconds, 1e-9):,.0f} records/s"
         )
+        print_line(f"not verified, because records do not show them: {', '.join(unverifiable_settings(opened))}")
 
 
 @click.command("inspect")

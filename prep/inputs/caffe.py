@@ -3,8 +3,7 @@
 Bare pixels have the layout C,H,W, and the channels are blue, green, red (caffe/src/caffe/util/io.cpp, CVMatToDatum).
 The reader converts bare pixels to the layout H,W,C with the channels red, green, blue. An image from an LMDB is
 processed like an image file: it is rescaled if its shorter side differs from the store's side, then encoded and
-checksummed. The key of the Caffe record becomes the source path of the new record. Worker processes read the LMDBs,
-because a damaged LMDB can crash the process that reads it.
+checksummed. The key of the Caffe record becomes the source path of the new record.
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 
-import lmdb
 import numpy as np
 import numpy.typing as npt
 
@@ -26,11 +24,12 @@ from prep.inputs.classes import examples, numbered_classes, wanted_classes
 from prep.inputs.listing import Input, Listing
 from prep.inputs.names import name_text
 from prep.inputs.reader import Content, Source
-from prep.schema import check_regular
 from prep.store import lmdb_shard
 from prep.store.datum import CHANNELS, DATA, ENCODED, HEIGHT, LABEL, WIDTH, DatumError, parse_fields
+from prep.store.lmdb_file import LmdbFile
 from prep.workers import Counts, Runner, TaskProgress, WorkerDied
 
+ADVICE = "Check that the folder is a complete LMDB from Caffe."
 _NUMBERED_KEY = re.compile(rb"\d{8}_(.*)", re.DOTALL)  # key of convert_imageset: a line number, `_` and a path
 
 
@@ -50,11 +49,10 @@ class CaffeReader:
 
         Raises BadImage if the record has neither an encoded image nor pixels.
         """
-        with _environment(str(self.folders[item.location])).begin() as txn:
-            value = txn.get(item.path)
+        value = _opened(self.folders[item.location]).pages.get(item.path)
         if value is None:
             raise UserError(f"{self.folders[item.location]}: key {name_text(item.path)} was removed during reading.")
-        return _decode_datum(value)
+        return _decode_datum(bytes(value))
 
     def head(self, item: Input, size: int) -> bytes:
         """Returns a JPEG signature for every record. The check before a build (`probe`) therefore reads no record."""
@@ -62,9 +60,8 @@ class CaffeReader:
 
 
 @lru_cache(maxsize=8)
-def _environment(path: str) -> lmdb.Environment:
-    check_regular(f"{path}/data.mdb", "Name the folder of an LMDB.")
-    return lmdb.open(path, readonly=True, lock=False, subdir=True)
+def _opened(folder: Path) -> LmdbFile:
+    return LmdbFile(folder, ADVICE)
 
 
 def _decode_datum(value: bytes) -> Content:
@@ -193,7 +190,7 @@ def _list_lmdb(folder: str, task_progress: TaskProgress) -> tuple[list[bytes], l
     The label is None if the record is not a Datum with a label.
     """
     keys, labels, sizes = [], [], []
-    for key, value in lmdb_shard.read(Path(folder), "Check that the folder is a complete LMDB from Caffe."):
+    for key, value in lmdb_shard.read(Path(folder), ADVICE):
         try:
             label = parse_fields(value, len(value)).get(LABEL)
         except DatumError:

@@ -71,9 +71,12 @@ class Datum:
 
     @staticmethod
     def decode(value: bytes) -> Datum:
-        """Verify the checksum, then parse the fields. Raises DatumError if the checksum or a field is wrong."""
+        """Verify the checksum, then parse the fields. Raises DatumError if the checksum or a field is wrong.
+
+        A record with a repeated field is refused, because other readers could read another value from it.
+        """
         verify_checksum(value)
-        fields = parse_fields(value, len(value) - CRC32_BYTES)
+        fields = parse_fields(value, len(value) - CRC32_BYTES, may_repeat=False)
         numbers = [fields.get(field) for field in (HEIGHT, WIDTH, LABEL, CHANNELS)]
         data, source = fields.get(DATA), fields.get(SOURCE, b"")
         if not isinstance(data, bytes) or not isinstance(source, bytes) or fields.get(ENCODED) != 1:
@@ -112,7 +115,7 @@ def _varint_value(varint: bytes) -> int:
     return number
 
 
-def verify_checksum(value: bytes) -> None:
+def verify_checksum(value: bytes | memoryview) -> None:
     """Raise DatumError unless the record ends with a correct checksum."""
     if len(value) < CRC32_BYTES or value[-6:-4] != _CRC_TAG:
         raise DatumError("no checksum at the end of the record")
@@ -123,17 +126,20 @@ def verify_checksum(value: bytes) -> None:
         )
 
 
-def parse_fields(value: bytes, end: int) -> dict[int, int | bytes]:
+def parse_fields(value: bytes, end: int, may_repeat: bool = True) -> dict[int, int | bytes]:
     """Return the known fields of the message in `value[:end]` by field number.
 
     Varints are returned as int, strings as bytes. If a field is repeated, the last value is used. Unknown and
-    fixed-width fields are skipped. Raises DatumError if the bytes are not a protobuf message.
+    fixed-width fields are skipped. Raises DatumError if the bytes are not a protobuf message, and if a known field is
+    repeated although not `may_repeat`.
     """
     fields: dict[int, int | bytes] = {}
     offset = 0
     while offset < end:
         tag, offset = _read_varint(value, offset, end)
         number, wire_type = tag >> 3, tag & 7
+        if not may_repeat and number in fields:
+            raise DatumError(f"field {number} is repeated at byte {offset}")
         if wire_type == _VARINT:
             content, offset = _read_varint(value, offset, end)
             if number in _KNOWN:

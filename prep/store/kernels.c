@@ -1,7 +1,18 @@
-/* Look up many records in the memory maps of LMDB shards. kernels.py calls these functions and explains the formats. */
+/* Look up many records in the memory maps of LMDB shards, check the records, and survive pages that cannot be read.
+ * kernels.py calls these functions and explains the formats. Stores are not trusted: every offset and every size is
+ * compared with the memory that it refers to. */
 
+#define _GNU_SOURCE
+#include <errno.h>
+#include <signal.h>
 #include <stdint.h>
+#include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
+#ifdef __x86_64__
+#include <immintrin.h>
+#endif
 
 typedef struct {
     const uint8_t *map; /* the mapped file data.mdb */
@@ -17,6 +28,7 @@ typedef struct {
 } record;
 
 enum { PAGE_HEADER = 16, NODE_HEADER = 8, KEY = 8, MAX_DEPTH = 32, BRANCH = 1, LEAF = 2, PAGE_TYPES = 0x6f, IN_PAGES = 1 };
+enum { CRC_FIELD = 6, ANY = 0, JPEG = 1, PPM = 2, MAX_SEGMENTS = 10000, MAX_SCANS = 100 };
 
 static int64_t u16(const uint8_t *p) { return p[0] | p[1] << 8; }
 static int64_t u32(const uint8_t *p) { return u16(p) | u16(p + 2) << 16; }
@@ -112,16 +124,204 @@ static int parse(const uint8_t *value, int64_t size, record *out) {
     return *at++ == 0x28 && (out->label = varint(&at, end)) >= 0;
 }
 
-/* Look up `count` records. Record k has the key keys[k] of 8 digits, in shard shards[shard_of[k]]. */
-void find_records(const shard *shards, const int64_t *shard_of, const int64_t *keys, int64_t count, record *out) {
+/* CRC-32 of zlib and PNG: the remainder of the message, a polynomial over GF(2) whose first bit is the lowest bit of the
+ * first byte, modulo P. POLYNOMIAL holds the coefficients of x^31 to x^0 of P, with the coefficient of x^31 in bit 0. */
+#define POLYNOMIAL 0xedb88320u
+static uint32_t crc_of_byte[8][256]; /* [k][b]: remainder of the byte b followed by k bytes of zeros */
+
+__attribute__((constructor)) static void fill_crc_table(void) {
+    for (uint32_t b = 0; b < 256; b++) {
+        uint32_t crc = b;
+        for (int bit = 0; bit < 8; bit++)
+            crc = crc >> 1 ^ (crc & 1 ? POLYNOMIAL : 0);
+        crc_of_byte[0][b] = crc;
+    }
+    for (int k = 1; k < 8; k++)
+        for (int b = 0; b < 256; b++)
+            crc_of_byte[k][b] = crc_of_byte[k - 1][b] >> 8 ^ crc_of_byte[0][crc_of_byte[k - 1][b] & 0xff];
+}
+
+/* Continue a CRC, without the inversions at its beginning and end, eight bytes at a time. */
+static uint32_t crc_by_table(uint32_t crc, const uint8_t *p, int64_t size) {
+    for (; size >= 8; p += 8, size -= 8) {
+        uint32_t next = 0;
+        for (int k = 0; k < 4; k++)
+            next ^= crc_of_byte[7 - k][p[k] ^ (crc >> 8 * k & 0xff)] ^ crc_of_byte[3 - k][p[4 + k]];
+        crc = next;
+    }
+    for (; size > 0; p++, size--)
+        crc = crc >> 8 ^ crc_of_byte[0][(crc ^ *p) & 0xff];
+    return crc;
+}
+
+#ifdef __x86_64__
+/* Multiply both halves of 128 bits by constants, which moves the bits towards the end of the message, and add `next`.
+ * For a distance of n bits, `factors` holds x^(n+32) mod P and x^(n-32) mod P, in the bit order of POLYNOMIAL. */
+__attribute__((target("pclmul,sse4.1"))) static inline __m128i fold(__m128i bits, __m128i factors, __m128i next) {
+    const __m128i low = _mm_clmulepi64_si128(bits, factors, 0x00), high = _mm_clmulepi64_si128(bits, factors, 0x11);
+    return _mm_xor_si128(_mm_xor_si128(low, high), next);
+}
+
+/* The same as crc_by_table, 64 bytes at a time. The last 16 bytes are the remainder of all bytes before the tail. */
+__attribute__((target("pclmul,sse4.1"))) static uint32_t crc_by_multiplication(uint32_t crc, const uint8_t *p,
+                                                                               int64_t size) {
+    if (size < 64)
+        return crc_by_table(crc, p, size);
+    const __m128i by_512 = _mm_set_epi64x(0x1c6e41596, 0x154442bd4), by_128 = _mm_set_epi64x(0x0ccaa009e, 0x1751997d0);
+    __m128i part[4];
+    for (int k = 0; k < 4; k++)
+        part[k] = _mm_loadu_si128((const __m128i *)p + k);
+    part[0] = _mm_xor_si128(part[0], _mm_cvtsi32_si128((int)crc));
+    for (p += 64, size -= 64; size >= 64; p += 64, size -= 64)
+        for (int k = 0; k < 4; k++)
+            part[k] = fold(part[k], by_512, _mm_loadu_si128((const __m128i *)p + k));
+    for (int k = 1; k < 4; k++)
+        part[0] = fold(part[0], by_128, part[k]);
+    uint8_t rest[16];
+    _mm_storeu_si128((__m128i *)rest, part[0]);
+    return crc_by_table(crc_by_table(0, rest, sizeof rest), p, size);
+}
+#endif
+
+/* The CRC-32 of `size` bytes, as zlib.crc32 computes it. */
+uint32_t crc32_of(const uint8_t *p, int64_t size) {
+#ifdef __x86_64__
+    if (__builtin_cpu_supports("pclmul") && __builtin_cpu_supports("sse4.1"))
+        return ~crc_by_multiplication(~0u, p, size);
+#endif
+    return ~crc_by_table(~0u, p, size);
+}
+
+/* Compare the checksum at the end of a record with its bytes, as verify_checksum in datum.py does. */
+static int has_checksum(const uint8_t *value, int64_t size) {
+    if (size < CRC_FIELD || memcmp(value + size - CRC_FIELD, "\xd5\x3e", 2) != 0)
+        return 0;
+    return (uint32_t)u32(value + size - 4) == crc32_of(value, size - CRC_FIELD);
+}
+
+/* Return 1 if a file begins as a JPEG file of height * width pixels, 3 channels and 8 bits, with at most MAX_SCANS
+ * scans: the same rule as check_jpeg in prep/images/jpeg.py. The pixels are not decoded. */
+static int is_jpeg_of(const uint8_t *file, int64_t size, int64_t height, int64_t width) {
+    int frame = 0; /* the marker of the frame header; 0 before it */
+    if (size < 4 || file[0] != 0xff || file[1] != 0xd8)
+        return 0;
+    for (int64_t at = 2, segments = 0; at + 4 <= size && segments < MAX_SEGMENTS; segments++) {
+        const uint8_t *segment = file + at; /* FF, marker, length (2 bytes, includes itself), content */
+        const int64_t length = segment[2] << 8 | segment[3];
+        if (segment[0] != 0xff || length < 2 || at + 2 + length > size)
+            return 0;
+        if (segment[1] == 0xda) { /* the first scan */
+            if (!frame || length < 3)
+                return 0;
+            if (frame != 0xc2 && segment[4] == 3)
+                return 1; /* a baseline file whose first scan has all channels has one scan */
+            int64_t scans = 0;
+            for (const uint8_t *p = segment; (p = memchr(p, 0xff, (size_t)(file + size - 1 - p))); p++)
+                if (p[1] == 0xda && ++scans > MAX_SCANS)
+                    return 0;
+            return 1;
+        }
+        if (segment[1] >= 0xc0 && segment[1] <= 0xcf && segment[1] != 0xc4 && segment[1] != 0xc8 && segment[1] != 0xcc) {
+            if (frame || segment[1] > 0xc2 || length < 8 || segment[4] != 8 || segment[9] != 3)
+                return 0;
+            if ((segment[5] << 8 | segment[6]) != height || (segment[7] << 8 | segment[8]) != width)
+                return 0;
+            frame = segment[1];
+        }
+        at += 2 + length;
+    }
+    return 0;
+}
+
+/* Return 1 if a file begins as a PPM file with a header of 3 * width bytes (codec.ppm_header). */
+static int is_ppm_of(const uint8_t *file, int64_t size, int64_t width) {
+    if (width < 1 || width > size / 3 || size < 9)
+        return 0;
+    return 3 * width >= 9 && memcmp(file, "P6\n#", 4) == 0 && memcmp(file + 3 * width - 5, "\n255\n", 5) == 0;
+}
+
+/* Look up `count` records. Record k has the key keys[k] of 8 digits, in shard shards[shard_of[k]]. `format` says what the
+ * images must be: ANY, JPEG or PPM. If `check` is not 0, the checksums of the records are compared too. */
+void find_records(const shard *shards, const int64_t *shard_of, const int64_t *keys, int64_t count, int64_t format,
+                  int64_t check, record *out) {
     for (int64_t k = 0; k < count; k++) {
         uint8_t key[KEY];
-        int64_t digits = keys[k], size;
+        int64_t digits = keys[k], size = 0;
         for (int i = KEY - 1; i >= 0; i--, digits /= 10)
             key[i] = '0' + digits % 10;
         const shard *s = shards + shard_of[k];
         const uint8_t *value = keys[k] >= 0 && digits == 0 && s->root >= 0 ? find(s, key, &size) : 0;
-        if (!value || !parse(value, size, out + k))
-            out[k].image = 0;
+        record *r = out + k;
+        if (!value || !parse(value, size, r) || (check && !has_checksum(value, size)) ||
+            (format == JPEG && !is_jpeg_of(r->image, r->bytes, r->height, r->width)) ||
+            (format == PPM && !is_ppm_of(r->image, r->bytes, r->width)))
+            r->image = 0;
     }
 }
+
+/* Maps of files that are protected against SIGBUS. The kernel sends SIGBUS if a page of a map cannot be read: the file
+ * was cut while it was mapped, or the disk has an error. The handler puts a page of zeros in place of such a page, and
+ * marks the map. The reader continues with zeros, and the caller then asks map_is_broken before it uses the result. */
+typedef struct {
+    uintptr_t address;
+    uint64_t bytes; /* 0: this entry is free */
+    int64_t is_broken;
+} guarded_map;
+
+enum { FIRST_MAPS = 64, MAP_LISTS = 40 };
+static guarded_map first_maps[FIRST_MAPS], *map_lists[MAP_LISTS] = {first_maps}; /* list k has FIRST_MAPS << k entries */
+static int64_t list_count = 1, page_bytes;
+static struct sigaction action_before;
+int64_t broken_pages; /* number of pages that the handler has replaced in this process */
+
+static void on_sigbus(int number, siginfo_t *info, void *context) {
+    const int error = errno;
+    const uintptr_t address = (uintptr_t)info->si_addr;
+    (void)context;
+    for (int64_t list = 0; info->si_code > 0 && list < __atomic_load_n(&list_count, __ATOMIC_ACQUIRE); list++)
+        for (guarded_map *map = map_lists[list]; map < map_lists[list] + (FIRST_MAPS << list); map++)
+            if (address - map->address < __atomic_load_n(&map->bytes, __ATOMIC_ACQUIRE)) {
+                void *page = (void *)(address & ~(uintptr_t)(page_bytes - 1));
+                __atomic_store_n(&map->is_broken, 1, __ATOMIC_RELEASE);
+                __atomic_fetch_add(&broken_pages, 1, __ATOMIC_RELEASE);
+                if (mmap(page, page_bytes, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0) == page) {
+                    errno = error;
+                    return;
+                }
+            }
+    sigaction(number, &action_before, 0); /* another fault: it occurs again, with the earlier action */
+    if (info->si_code <= 0)
+        raise(number); /* the signal was sent by a program */
+    errno = error;
+}
+
+/* Protect a map. Returns its entry for the functions below, or null if there is no memory. One thread at a time. */
+guarded_map *guard_map(uintptr_t address, uint64_t bytes) {
+    if (!page_bytes) {
+        struct sigaction action = {.sa_sigaction = on_sigbus, .sa_flags = SA_SIGINFO | SA_ONSTACK};
+        page_bytes = sysconf(_SC_PAGESIZE);
+        sigemptyset(&action.sa_mask);
+        if (sigaction(SIGBUS, &action, &action_before) != 0)
+            return page_bytes = 0, (guarded_map *)0;
+    }
+    for (int64_t list = 0; list < MAP_LISTS; list++) {
+        if (list == list_count) {
+            if (!(map_lists[list] = calloc(FIRST_MAPS << list, sizeof(guarded_map))))
+                return 0;
+            __atomic_store_n(&list_count, list + 1, __ATOMIC_RELEASE);
+        }
+        for (guarded_map *map = map_lists[list]; map < map_lists[list] + (FIRST_MAPS << list); map++)
+            if (!map->bytes) {
+                map->address = address, map->is_broken = 0;
+                __atomic_store_n(&map->bytes, bytes, __ATOMIC_RELEASE);
+                return map;
+            }
+    }
+    return 0;
+}
+
+/* End the protection of a map, before it is unmapped. */
+void release_map(guarded_map *map) { __atomic_store_n(&map->bytes, 0, __ATOMIC_RELEASE); }
+
+/* Return 1 if a page of the map could not be read. */
+int64_t map_is_broken(const guarded_map *map) { return __atomic_load_n(&map->is_broken, __ATOMIC_ACQUIRE); }

@@ -1,26 +1,31 @@
 """Python interface of kernels.c, which looks up the records of a batch in mapped LMDB files without the GIL.
 
-`native` is None if the library cannot be used (prep/compiled.py). Without the library, records are looked up one by one
-with py-lmdb.
+`native` is None if the library cannot be used (prep/compiled.py). Without the library, lmdb_file.py looks up records
+one by one, and no file is mapped.
 
 kernels.c reads the files of LMDB 0.9 (MDB_DATA_VERSION 1) on little-endian machines: a B+ tree of pages. Numbers are
 little-endian. Every offset is compared with the size of the map before it is used.
 
-    meta page    pages 0 and 1. The page of the later transaction is valid, and has the number of the root page
+    header page  pages 0 and 1. The page of the later transaction is valid, and has the number of the root page
     page header  16 bytes: number, flags at byte 10 (1 branch, 2 leaf), end of the list of nodes at byte 12. The list
                  follows the header: the offset of each node in the page, 2 bytes, in ascending order of the keys
     node         8 bytes: branch: number of the child page (6 bytes); leaf: size of the value (4), flags (2).
                  Then size of the key (2), key, value. If the flags are 1, the node does not hold the value, but a page
                  number (8 bytes): the value is in pages from this page on, after one page header
+
+kernels.c also protects the maps: if a page of a mapped file cannot be read, because the file was cut or the disk has an
+error, the process would end with SIGBUS. A signal handler puts a page of zeros there instead, and marks the map.
 """
 
 from __future__ import annotations
 
 import ctypes
+import os
 import struct
 import sys
+import threading
+import zlib
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -33,56 +38,92 @@ SHARD_DTYPE = np.dtype([("map", np.uint64), ("bytes", np.int64), ("page_bytes", 
 FOUND_DTYPE = np.dtype(
     [("image", np.uint64), ("bytes", np.int64), ("height", np.int64), ("width", np.int64), ("label", np.int64)]
 )
-_META = struct.Struct("<16x II 16x 48x 40x q Q Q")  # signature, version, root of the main tree, last page, transaction
-_MAGIC, _VERSION = 0xBEEFC0DE, 1
+FORMATS = {"": 0, "jpeg": 1, "ppm": 2}  # format of the images -> number in kernels.c; "": any format
 
 
 class NativeKernels:
-    """The function of the compiled library. Raises AttributeError if the library lacks the function."""
+    """The functions of the compiled library. Raises AttributeError if the library lacks a function."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
         pointer, number = ctypes.c_void_p, ctypes.c_int64
         self._find_records = library.find_records
-        self._find_records.argtypes = [pointer, pointer, pointer, number, pointer]
+        self._find_records.argtypes = [pointer, pointer, pointer, number, number, number, pointer]
         self._find_records.restype = None
+        self.crc32_of = library.crc32_of
+        self.crc32_of.argtypes, self.crc32_of.restype = [ctypes.c_char_p, number], ctypes.c_uint32
+        self._guard_map = library.guard_map
+        self._guard_map.argtypes, self._guard_map.restype = [pointer, ctypes.c_uint64], pointer
+        self._release_map = library.release_map
+        self._release_map.argtypes, self._release_map.restype = [pointer], None
+        self._map_is_broken = library.map_is_broken
+        self._map_is_broken.argtypes, self._map_is_broken.restype = [pointer], number
+        self._broken_pages = ctypes.c_int64.in_dll(library, "broken_pages")
 
     def find_records(
-        self, shards: npt.NDArray[np.void], shard_of: npt.NDArray[np.int64], keys: npt.NDArray[np.int64]
+        self,
+        shards: npt.NDArray[np.void],
+        shard_of: npt.NDArray[np.int64],
+        keys: npt.NDArray[np.int64],
+        format: str = "",
+        check: bool = False,
     ) -> npt.NDArray[np.void]:
         """Look up N records.
 
         `keys` (N,) are the keys of the records, `shard_of` (N,) the indices of their shards in `shards`. `shards` is
         (S,) of SHARD_DTYPE. The result is (N,) of FOUND_DTYPE. The files must stay mapped during the call.
+
+        With a `format` of FORMATS, a record is found only if its image begins as a file of this format. A JPEG file
+        must also have the height and width of the record (prep.images.jpeg.check_jpeg). With `check`, a record is found
+        only if its checksum is correct.
         """
         found = np.empty(len(keys), FOUND_DTYPE)
         arrays = [np.ascontiguousarray(array, np.int64) for array in (shard_of, keys)]
-        self._find_records(shards.ctypes.data, *(array.ctypes.data for array in arrays), len(keys), found.ctypes.data)
+        addresses = [array.ctypes.data for array in (shards, *arrays)]
+        self._find_records(*addresses, len(keys), FORMATS[format], check, found.ctypes.data)
         return found
 
+    def guard_map(self, address: int, size_bytes: int) -> int | None:
+        """Protect the memory map of a file against SIGBUS. Returns a handle for the two functions below, or None."""
+        with _lock:
+            handle: int | None = self._guard_map(address, size_bytes)
+        return handle
 
-class Tree(NamedTuple):
-    """The B+ tree of an LMDB file."""
+    def release_map(self, handle: int) -> None:
+        """End the protection of a map. Call this function before the file is unmapped."""
+        with _lock:
+            self._release_map(handle)
 
-    page_bytes: int
-    root: int  # number of the page at the root of the tree
+    def map_is_broken(self, handle: int) -> bool:
+        """Return whether a page of a map could not be read, and is now a page of zeros."""
+        return bool(self._map_is_broken(handle))
+
+    @property
+    def broken_pages(self) -> int:
+        """Number of pages of protected maps that could not be read in this process."""
+        return self._broken_pages.value
 
 
-def find_tree(head: bytes, page_bytes: int, transaction: int) -> Tree | None:
-    """Return the tree after `transaction`, from the first two pages of a file.
+_lock = threading.Lock()
 
-    Returns None if the pages are not as expected.
-    """
-    for start in (0, page_bytes):
-        if len(head) >= start + _META.size:
-            magic, version, root, _, number = _META.unpack_from(head, start)
-            if (magic, version, number) == (_MAGIC, _VERSION, transaction):
-                return Tree(page_bytes, root)
-    return None
+
+def _renew_lock() -> None:
+    """Replace the lock in a forked child, because a thread of the parent may hold the lock."""
+    global _lock
+    _lock = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_renew_lock)
 
 
 def is_correct(kernels: NativeKernels) -> bool:
-    """Return True if the library finds the records of a small tree: a branch page, two leaf pages and a long value."""
+    """Return True if the library finds the records of a small tree: a branch page, two leaf pages and a long value.
+
+    Its checksums must also agree with zlib.
+    """
     if sys.byteorder != "little":
+        return False
+    message = bytes(range(251)) * 2
+    if any(kernels.crc32_of(message[k:], 502 - k) != zlib.crc32(message[k:]) for k in (0, 1, 300, 440, 497, 502)):
         return False
     page = 512
     head = b"\x08\x03\x10\x80\x02\x18\xac\x02\x22"  # height 256 and width 300, then the size of the image

@@ -4,6 +4,8 @@ LMDB sorts keys by their bytes. Keys are 8 decimal digits, so that this order is
 holds only Datums, because DALI takes the value of every key for a record. The digest of a shard is SHA-256 over its
 records in order. For each record, the digest covers the key, the length of the value (8 bytes, little-endian) and the
 value.
+
+The lmdb library writes the files. prep.store.lmdb_file reads them, because the library does not check what it reads.
 """
 
 from __future__ import annotations
@@ -12,10 +14,8 @@ import ctypes
 import hashlib
 import mmap
 import os
-import threading
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
-from itertools import islice
+from contextlib import suppress
 from pathlib import Path
 
 import lmdb
@@ -23,10 +23,12 @@ import numpy as np
 import numpy.typing as npt
 
 from prep.store import kernels
+from prep.store.lmdb_file import LmdbFile, LmdbPages, broken_error, open_data_file
 from prep.store.manifest import StoreError
 
 _COMMIT_BYTES = 64_000_000
 _FIRST_MAP_BYTES = 64 << 20
+_KEY_DIGITS = 8
 
 
 def record_key(index: int) -> bytes:
@@ -77,51 +79,46 @@ def _commit(env: lmdb.Environment, records: list[tuple[bytes, bytes]]) -> None:
 def read(folder: Path, advice: str = "Build the store again.") -> Iterator[tuple[bytes, bytes]]:
     """Yield the (key, value) pairs in order.
 
-    Raises StoreError, with `advice` in its message, if the LMDB is damaged.
+    Raises StoreError, with `advice` in its message, if the LMDB is damaged. Raises ShardBroken, which is a StoreError,
+    if the file is cut or cannot be read during the iteration.
     """
-    with _opened(folder, advice) as env, env.begin(buffers=False) as txn:
-        count, expected = 0, txn.stat()["entries"]  # DALI expects this number of records
-        for item in txn.cursor():
-            count += 1
-            if count > expected:
-                break  # damaged pages can form a cycle, in which the cursor would never end
-            yield item
-        if count != expected:
-            more = "more than " if count > expected else ""
-            raise StoreError(
-                f"{folder}: {more}{min(count, expected):,} records, the LMDB header says {expected:,}. {advice}"
-            )
+    with LmdbFile(folder, advice) as file:
+        yield from file.pages.items()
 
 
 class ShardReader:
     """Random access to the records of one shard by index, from 0 to records − 1.
 
-    A record is returned as a view of the memory-mapped file, without a copy. Raises StoreError, with `advice` in its
-    message, if the LMDB is damaged or does not have `records` records.
+    If the C library can be used, the file is mapped into memory, and a record is a view of the map, without a copy.
+    Without the C library, records are read with system calls, because a file that is cut while it is mapped would end
+    the process (SIGBUS).
+
+    Raises StoreError, with `advice` in its message, if the LMDB is damaged or does not have `records` records.
     """
 
     def __init__(self, folder: Path, records: int, advice: str = "Check the store with: alexprep verify") -> None:
         self.folder, self._advice = folder, advice
-        self._resources = ExitStack()
-        self._map: tuple[int, int, int, int] | None = None
+        self._map: _GuardedMap | None = None
+        self._file: LmdbFile | None = None
         # The keys as numbers, if some numbers are missing from the keys.
         self._numbers: npt.NDArray[np.int64] | None = None
-        with _lmdb_errors_as_store_errors(folder, advice):
-            env = self._resources.enter_context(_opened(folder, advice))
-            self._txn = self._resources.enter_context(env.begin(buffers=True))
-            entries = self._txn.stat()["entries"]
+        self._keys: list[bytes] | None = None
+        try:
+            self._pages = self._open()
+            entries = self._pages.tree.entries
             if entries != records:
-                self.close()
                 raise StoreError(f"{folder}: {entries:,} records, the manifest says {records:,}. {advice}")
-            with self._txn.cursor() as cursor:
-                first = bytes(cursor.key()) if cursor.first() else b""
-                last = bytes(cursor.key()) if cursor.last() else b""
-                self._first = int(first) if first.isdigit() else 0
-                self._keys: list[bytes] | None = None
-                # Numbers are missing from the keys if inputs were left out.
-                if last != record_key(self._first + records - 1):
-                    cursor.first()
-                    self._keys = [bytes(key) for key in islice(cursor.iternext(values=False), records)]
+            first, last = self._pages.edge_key(last=False), self._pages.edge_key(last=True)
+            self._first = int(first) if first.isdigit() and len(first) == _KEY_DIGITS else 0
+            # Numbers are missing from the keys if inputs were left out.
+            if last != record_key(self._first + records - 1):
+                self._keys = [key for key, _ in self._pages.items(with_values=False)]
+        except BaseException:
+            try:
+                self.check_map()
+            finally:
+                self.close()
+            raise
 
     def key(self, index: int) -> bytes:
         """Return the key of the record at `index`."""
@@ -130,45 +127,65 @@ class ShardReader:
     def __getitem__(self, index: int) -> memoryview:
         """Return the record's bytes, which are valid until `close`.
 
-        py-lmdb reads from the disk without holding the GIL.
+        After the bytes of a record were used, call `check_map`: bytes that could not be read from the disk are zeros.
         """
-        with _lmdb_errors_as_store_errors(self.folder, self._advice):
-            value: memoryview | None = self._txn.get(self.key(index))
+        try:
+            value = self._pages.get(self.key(index))
+        except StoreError:
+            self.check_map()
+            raise
         if value is None:
+            self.check_map()
             raise StoreError(f"{self.folder}: there is no key {self.key(index).decode()}. {self._advice}")
-        return value
+        return memoryview(value)
 
     def key_numbers(self, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Return the keys (N,) of the records at `indices` (N,), as numbers."""
         if self._keys is None:
             return indices + self._first
         if self._numbers is None:
-            self._numbers = np.array([int(key) if key.isdigit() else -1 for key in self._keys], np.int64)
+            numbers = [int(key) if key.isdigit() and len(key) == _KEY_DIGITS else -1 for key in self._keys]
+            self._numbers = np.array(numbers, np.int64)
         return self._numbers[indices]
 
-    def map_file(self) -> tuple[int, int, int, int]:
-        """Map the file for kernels.NativeKernels.find_records. Returns the values of one item of kernels.SHARD_DTYPE.
+    def map_entry(self) -> tuple[int, int, int, int]:
+        """Return the values of one item of kernels.SHARD_DTYPE, for kernels.NativeKernels.find_records.
 
-        This memory map is separate from the map of py-lmdb, whose address is not public. `close` unmaps the file. The
-        last value is the root of the tree. The root is −1 if kernels.c cannot search the file.
+        The last value is the root of the tree. The root is −1 if the file is not mapped.
         """
+        tree = self._pages.tree
         if self._map is None:
-            page_bytes = self._txn.stat()["psize"]
-            with open(self.folder / "data.mdb", "rb") as file:
-                tree = kernels.find_tree(file.read(2 * page_bytes), page_bytes, self._txn.id())
-                size = os.fstat(file.fileno()).st_size
-                address = None if tree is None else _map(file.fileno(), size)
-            if address is not None and tree is not None:
-                self._resources.callback(_unmap, address, size)
-                self._map = address, size, page_bytes, tree.root
-            else:
-                self._map = 0, 0, page_bytes, -1
-        return self._map
+            return 0, 0, tree.page_bytes, -1
+        return self._map.address, self._map.size, tree.page_bytes, tree.root
+
+    def check_map(self) -> None:
+        """Raise ShardBroken if a page of the memory map could not be read since the shard was opened.
+
+        Bytes of such a page are zeros (see kernels.c).
+        """
+        if self._map is not None and self._map.is_broken():
+            raise broken_error(self.folder, self._map.size, self._advice)
 
     def close(self) -> None:
-        """Unmap the file. After this call, views of records must not be used."""
-        self._map = None
-        self._resources.close()
+        """Unmap or close the file. After this call, views of records must not be used. A second call has no effect."""
+        if self._map is not None:
+            self._map.close()
+        if self._file is not None:
+            self._file.close()
+
+    def _open(self) -> LmdbPages:
+        """Map the file, or open it if it cannot be mapped."""
+        if kernels.native is not None:
+            descriptor, size = open_data_file(self.folder, self._advice)
+            try:
+                self._map = _GuardedMap.of(descriptor, size, kernels.native)
+            finally:
+                os.close(descriptor)
+            if self._map is not None:
+                view = self._map.view
+                return LmdbPages(self.folder, lambda offset, count: view[offset : offset + count], size, self._advice)
+        self._file = LmdbFile(self.folder, self._advice)
+        return self._file.pages
 
 
 _libc = ctypes.CDLL(None)
@@ -177,73 +194,36 @@ _libc.mmap.restype = ctypes.c_void_p
 _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 
 
-def _map(descriptor: int, size: int) -> int | None:
-    """Map a file for reading, and return the address of the map, or None if the file cannot be mapped.
+class _GuardedMap:
+    """A memory map of a file, which the C library protects against SIGBUS.
 
-    Python's mmap would keep a descriptor open.
+    Python's mmap would keep a descriptor open for each shard.
     """
-    address: int | None = _libc.mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, descriptor, 0)
-    return None if address == ctypes.c_void_p(-1).value else address
 
+    def __init__(self, address: int, size: int, guard: int, native: kernels.NativeKernels) -> None:
+        self.address, self.size = address, size
+        self.view = memoryview((ctypes.c_ubyte * size).from_address(address)).cast("B").toreadonly()
+        self._guard, self._native = guard, native
 
-def _unmap(address: int, size: int) -> None:
-    _libc.munmap(address, size)
+    @staticmethod
+    def of(descriptor: int, size: int, native: kernels.NativeKernels) -> _GuardedMap | None:
+        """Map a file of `size` bytes for reading. Returns None if the file cannot be mapped or protected."""
+        address: int | None = _libc.mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, descriptor, 0)
+        if address is None or address == ctypes.c_void_p(-1).value:
+            return None
+        guard = native.guard_map(address, size)
+        if guard is None:
+            _libc.munmap(address, size)
+            return None
+        return _GuardedMap(address, size, guard, native)
 
+    def is_broken(self) -> bool:
+        """Return whether a page of the map could not be read."""
+        return self._guard >= 0 and self._native.map_is_broken(self._guard)
 
-_lock = threading.Lock()
-
-
-def _renew_lock() -> None:
-    """Replace the lock in a forked child.
-
-    A thread of the parent may hold the lock, and would never release it in the child.
-    """
-    global _lock
-    _lock = threading.Lock()
-
-
-os.register_at_fork(after_in_child=_renew_lock)
-_environments: dict[str, tuple[lmdb.Environment, int]] = {}  # real path -> (environment, number of users)
-
-
-@contextmanager
-def _opened(folder: Path, advice: str) -> Iterator[lmdb.Environment]:
-    """Open the LMDB environment of `folder`, or share the environment that this process has already opened.
-
-    The environment is shared because LMDB forbids opening a file twice in a process.
-
-    LMDB maps the file without checking it. Reading past the end of a truncated file kills the process (SIGBUS). Before
-    any other page is read, the size of the file is therefore compared with the page count in its header.
-    """
-    with _lmdb_errors_as_store_errors(folder, advice):
-        path = os.path.realpath(folder)
-        with _lock:
-            if path not in _environments:
-                env = lmdb.open(path, readonly=True, lock=False, subdir=True, max_spare_txns=0)
-                expected_bytes = (env.info()["last_pgno"] + 1) * env.stat()["psize"]
-                file_bytes = os.stat(f"{path}/data.mdb").st_size
-                if file_bytes < expected_bytes:
-                    env.close()
-                    raise StoreError(
-                        f"{folder}: data.mdb has {file_bytes:,} bytes, expected {expected_bytes:,}. {advice}"
-                    )
-                _environments[path] = env, 0
-            env, users = _environments[path]
-            _environments[path] = env, users + 1
-        try:
-            yield env
-        finally:
-            with _lock:
-                env, users = _environments.pop(path)
-                if users > 1:
-                    _environments[path] = env, users - 1
-                else:
-                    env.close()
-
-
-@contextmanager
-def _lmdb_errors_as_store_errors(folder: Path, advice: str) -> Iterator[None]:
-    try:
-        yield
-    except lmdb.Error as error:
-        raise StoreError(f"{folder}: {str(error).removeprefix(f'{folder}: ')}. {advice}") from None
+    def close(self) -> None:
+        """Unmap the file. A second call has no effect."""
+        if self._guard >= 0:
+            self._native.release_map(self._guard)
+            _libc.munmap(self.address, self.size)
+            self._guard = -1

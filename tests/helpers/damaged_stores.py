@@ -13,7 +13,8 @@ from typing import Any
 
 import lmdb
 
-from prep.check.verify import Fault, verify_split
+from prep.check.verify import verify_split
+from prep.check.verify_shard import Fault
 from prep.console import Progress
 from prep.store.datum import Datum
 from prep.store.manifest import Store
@@ -101,8 +102,8 @@ def overwrite(file: Path, position: int, content: bytes) -> None:
         handle.write(content)
 
 
-def make_crashing(store: Path) -> None:
-    """Set the length of the first record to 200 MB. Linux then kills a process that reads the record."""
+def lengthen_first_record(store: Path) -> None:
+    """Set the length of the first record to 200 MB, which is beyond the end of the file."""
     file = store / "train" / "00000" / "data.mdb"
     content = file.read_bytes()
     # LMDB stores a record as a node: low and high half of the size of the value, flags, length of the key, key, value.

@@ -169,11 +169,11 @@ def test_wait_times_of_consumer_and_loader_add_up_to_the_time_that_passed(
     """The loader takes 3 s for each batch, and the consumer takes 5 s."""
     with train_loader(numbered_store, 6) as loader:
 
-        def take_3_s(next_batch: Callable[[], object] = loader._prefetcher.next) -> object:
+        def take_3_s(number: int, get: Callable[[int], object] = loader._prefetcher.get) -> object:
             clock[0] += 3
-            return next_batch()
+            return get(number)
 
-        monkeypatch.setattr(loader._prefetcher, "next", take_3_s)
+        monkeypatch.setattr(loader._prefetcher, "get", take_3_s)
         for _ in itertools.islice((batch for _ in itertools.count() for batch in loader), 20):
             clock[0] += 5
         assert loader.wait_times() == (20, 60, 100)

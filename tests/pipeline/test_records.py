@@ -8,6 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import lmdb
 import numpy as np
@@ -16,6 +17,7 @@ from PIL import Image
 
 from pipeline.loader import eval_loader, train_loader
 from pipeline.records import RecordBatch, Records
+from prep.images.codec import ppm_header
 from prep.store import kernels, lmdb_shard
 from prep.store.datum import Datum
 from prep.store.manifest import Shard, Store, StoreError
@@ -319,15 +321,99 @@ def test_sides_that_overflow_64_bits_are_refused(stores: dict[str, Path], tmp_pa
     records.close()
 
 
-def test_find_damage_verifies_the_checksum_and_reading_does_not(stores: dict[str, Path], tmp_path: Path) -> None:
-    """Checksums cost time, so they are verified only after DALI has failed."""
+@pytest.mark.usefixtures("search")
+@pytest.mark.parametrize("check", [True, False])
+def test_a_wrong_checksum_is_refused_if_records_are_checked(
+    stores: dict[str, Path], tmp_path: Path, check: bool
+) -> None:
+    """One bit of the compressed pixels is changed. find_damage always verifies the checksum."""
     store = Store.open(Path(shutil.copytree(stores["jpeg"], tmp_path / "store")))
     path, key, _ = stored(store, "val")[2]
     with lmdb.open(path, map_size=1 << 28, lock=False) as env, env.begin(write=True) as txn:
         value = bytearray(txn.get(key))
-        value[-20] ^= 1
+        value[-70] ^= 1
         txn.put(key, bytes(value))
-    records = Records(store, "val")
+    records = Records(store, "val", check)
     assert "checksum" in records.find_damage(2) and records.find_damage(1) == ""
-    records[2]
+    for read in (lambda: records[2], lambda: records.batch(np.array([1, 2]))):
+        if check:
+            with pytest.raises(StoreError, match=f"key {key.decode()}, source .*: checksum"):
+                read()
+        else:
+            read()
+    assert records.label(2) in range(3)
+    records.close()
+
+
+def jpeg_of(height: int, width: int, **options: Any) -> bytes:
+    content = io.BytesIO()
+    Image.fromarray(np.zeros((height, width, 3), np.uint8)).save(content, "JPEG", **options)
+    return content.getvalue()
+
+
+def png() -> bytes:
+    content = io.BytesIO()
+    Image.fromarray(np.zeros((256, 256, 3), np.uint8)).save(content, "PNG")
+    return content.getvalue()
+
+
+def grey() -> bytes:
+    content = io.BytesIO()
+    Image.fromarray(np.zeros((256, 256), np.uint8)).save(content, "JPEG")
+    return content.getvalue()
+
+
+def many_scans() -> bytes:
+    """A progressive JPEG file in which the last scan is repeated 200 times."""
+    content = jpeg_of(256, 256, progressive=True)
+    last = content.rindex(b"\xff\xda")
+    return content[:-2] + 200 * content[last:-2] + b"\xff\xd9"
+
+
+PICTURES: dict[str, tuple[str, Callable[[], bytes], str]] = {
+    "png": ("jpeg", png, "a PNG file, expected a JPEG file"),
+    "ppm": ("jpeg", lambda: ppm_header(256, 256) + bytes(256 * 256 * 3), "a PPM file, expected a JPEG file"),
+    "nothing": ("jpeg", lambda: b"", "an empty file, expected a JPEG file"),
+    "bomb": ("jpeg", lambda: jpeg_of(8, 8).replace(b"\0\x08\0\x08\x03", b"\xff\xdc\xff\xdc\x03"), "of 65500×65500 px"),
+    "larger": ("jpeg", lambda: jpeg_of(300, 256), "of 256×300 px, the record gives 256×256 px"),
+    "smaller": ("jpeg", lambda: jpeg_of(255, 256), "of 256×255 px"),
+    "zero height": ("jpeg", lambda: jpeg_of(8, 8).replace(b"\0\x08\0\x08\x03", b"\0\0\0\x08\x03"), "of 8×0 px"),
+    "grey": ("jpeg", grey, "1 channels of 8 bits"),
+    "scans": ("jpeg", many_scans, "scans, expected at most 100"),
+    "cut in its header": ("jpeg", lambda: jpeg_of(256, 256)[:90], "damaged or cut off before its first scan"),
+    "jpeg": ("ppm", lambda: jpeg_of(256, 256), "bytes of pixels"),
+    "other bytes": ("ppm", lambda: bytes(256 * 257 * 3), "expected a PPM file whose header fills one row"),
+}
+
+
+@pytest.mark.usefixtures("search")
+@pytest.mark.parametrize("picture", PICTURES)
+def test_a_record_with_another_kind_of_picture_is_refused(
+    stores: dict[str, Path], tmp_path: Path, picture: str
+) -> None:
+    """The fields and the checksum of the record are correct."""
+    kind, content, reason = PICTURES[picture]
+    root = Path(shutil.copytree(stores[kind], tmp_path / "store"))
+    store = Store.open(root)
+    path, key, datum = stored(store, "val")[7]
+    with lmdb.open(path, map_size=1 << 28, lock=False) as env, env.begin(write=True) as txn:
+        txn.put(key, replace(datum, data=content()).encode())
+    records = Records(store, "val")
+    for read in (lambda: records[7], lambda: records.batch(np.array([2, 7, 1]))):
+        with pytest.raises(StoreError) as refused:
+            read()
+        assert str(refused.value).startswith(f"{path}, key {key.decode()}, source {datum.source.decode()}: ")
+        assert reason in str(refused.value)
+    assert_batch_holds_records(records, [2, 1])
+    records.close()
+
+
+@pytest.mark.usefixtures("search")
+def test_a_progressive_jpeg_is_a_valid_record(stores: dict[str, Path], tmp_path: Path) -> None:
+    store = Store.open(Path(shutil.copytree(stores["jpeg"], tmp_path / "store")))
+    path, key, datum = stored(store, "val")[7]
+    with lmdb.open(path, map_size=1 << 28, lock=False) as env, env.begin(write=True) as txn:
+        txn.put(key, replace(datum, data=jpeg_of(256, 256, progressive=True)).encode())
+    records = Records(store, "val")
+    assert_batch_holds_records(records, [7, 2])
     records.close()

@@ -136,7 +136,7 @@ def write_features(
                     np.lib.format.write_array_header_1_0(file, header)
                 file.write(np.ascontiguousarray(batch, "<f4").tobytes())
         lines = [
-            "\t".join((stored.key(k), escaped(store.classes[stored[k].label]), escaped(stored.source(k))))
+            "\t".join((stored.key(k), escaped(store.classes[stored.label(k)]), escaped(stored.source(k))))
             for k in range(records)
         ]
         write_atomic(keys_path(out), "".join(line + "\n" for line in lines).encode())

@@ -71,7 +71,7 @@ def load_or_build_index(
             features[filled : filled + len(batch)] = batch
             filled += len(batch)
         stored = Records(store, "train")
-        labels = np.array([stored[k].label for k in range(records)], np.int64)
+        labels = np.array([stored.label(k) for k in range(records)], np.int64)
         index = NeighborIndex(features, labels, np.array([stored.key(k) for k in range(records)], "S8"))
         stored.close()
         try:

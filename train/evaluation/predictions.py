@@ -158,7 +158,7 @@ def predict_split(
         "classes": list(store.classes),
     }
     stored = Records(store, split)
-    labels = np.array([stored[number].label for number in range(len(probabilities))], np.int64)
+    labels = np.array([stored.label(number) for number in range(len(probabilities))], np.int64)
     keys = np.array([stored.key(number) for number in range(len(probabilities))], "S8")
     stored.close()
     return result, Predictions(probabilities, labels, keys, about)

@@ -6,7 +6,6 @@ Tests on a CPU use DeferredStream. The last test calls CudaStream with a mocked 
 from __future__ import annotations
 
 import time
-from concurrent.futures import wait
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -108,7 +107,7 @@ def test_the_finisher_is_at_most_one_batch_ahead_of_the_gpu(
     streams.append(DeferredStream())
     with train_loader(stores["ppm"], 5, seed=1) as loader:
         next(iter(loader))
-        wait(loader._prefetcher._finished)
+        loader._prefetcher._finisher.submit(lambda: None).result()  # waits for the batches that were requested
         one_batch = 5  # copies of pixels, windows, shifts and labels, and the finishing kernel
         assert streams[0].queued_work == one_batch and streams[0].waits >= 3
 

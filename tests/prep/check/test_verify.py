@@ -26,7 +26,7 @@ from tests.helpers.damaged_stores import (
     PAGE_BYTES,
     MakeStore,
     faults_of,
-    make_crashing,
+    lengthen_first_record,
     read_records,
     replace_records,
 )
@@ -41,7 +41,8 @@ def test_an_undamaged_store_passes(kind: str, stores: dict[str, Path]) -> None:
     result = alexprep("verify", "--store", stores[kind], "--jobs", "2")
     assert result.exit_code == 0, result.output
     assert f"{stores[kind]}: 42 records of train and val agree with the manifest" in result.stdout
-    assert result.stdout.count("\n") == 1 and "Error" not in result.stderr
+    assert "not verified, because records do not show them: filter, background" in result.stdout
+    assert result.stdout.count("\n") == 2 and "Error" not in result.stderr
 
 
 def test_one_split_is_verified_quickly_with_an_answer_in_json(stores: dict[str, Path]) -> None:
@@ -49,6 +50,7 @@ def test_one_split_is_verified_quickly_with_an_answer_in_json(stores: dict[str, 
     assert result.exit_code == 0, result.output
     answer = json.loads(result.stdout)
     assert answer.pop("seconds") > 0
+    assert {"filter", "quality"} < set(answer.pop("not_verified"))
     assert answer == {"ok": True, "splits": ["val"], "records": 12, "faults": []}
 
 
@@ -128,9 +130,9 @@ def test_a_shard_without_a_good_input_is_not_a_fault(tmp_path: Path, build: Buil
 
 
 def test_the_command_names_each_fault_on_a_line(copy_store: MakeStore) -> None:
-    """In the store, one shard crashes its reader, one is truncated, one has a bad record, and one is missing."""
+    """In the store, one shard has a record that is too long, one is truncated, one has a bad record, one is missing."""
     store = copy_store(300)
-    make_crashing(store)
+    lengthen_first_record(store)
     file = store / "train" / "00001" / "data.mdb"
     file.write_bytes(file.read_bytes()[:-PAGE_BYTES])
     records = read_records(store / "train" / "00002")
@@ -141,7 +143,9 @@ def test_the_command_names_each_fault_on_a_line(copy_store: MakeStore) -> None:
     assert plain.returncode == 1
     lines = plain.stdout.splitlines()
     assert len(lines) == 4
-    for number, (line, what) in enumerate(zip(lines, ("killed", "bytes, expected", "checksum", ""), strict=True)):
+    for number, (line, what) in enumerate(
+        zip(lines, ("a record of 200,000,000 bytes", "bytes, expected", "checksum", ""), strict=True)
+    ):
         assert line.startswith(f"train/{number:05d}") and what in line
     assert records[0][0].decode() in lines[2] and Datum.decode(records[0][1]).source.decode() in lines[2]
     assert plain.stderr == f"Error: {plain.stderr[7:-1]}\n" and f"{store}: 4 faults" in plain.stderr

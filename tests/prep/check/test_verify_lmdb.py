@@ -7,17 +7,18 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from prep.check.verify import Fault
-from prep.workers import WorkerPool
+from prep.check.verify_shard import Fault
+from prep.workers import WorkerDied, WorkerPool
 from tests.helpers.damaged_stores import (
     PAGE_BYTES,
     MakeStore,
     faults_of,
-    make_crashing,
+    lengthen_first_record,
     overwrite,
     read_records,
     replace_records,
@@ -93,18 +94,31 @@ def test_a_damaged_header_is_a_fault(offset: int, content: bytes, copy_store: Ma
     faults_of_the_shard(store, workers)
 
 
-def test_a_shard_that_crashes_its_reader_is_a_fault_and_the_others_are_checked(
-    copy_store: MakeStore, workers: WorkerPool
-) -> None:
+class CrashingPool(WorkerPool):
+    """A pool in which the worker that reads the first shard is killed at record 7."""
+
+    def map(self, work: Any, tasks: Any, on_progress: Any) -> Any:
+        first, *others = tasks
+        yield first, WorkerDied(7, -9)
+        yield from super().map(work, others, on_progress)
+
+
+def test_a_shard_that_crashes_its_reader_is_a_fault_and_the_others_are_checked(copy_store: MakeStore) -> None:
     store = copy_store(150)
-    make_crashing(store)
     folder = store / "train" / "00002"
     records = read_records(folder)
     replace_records(folder, [(records[0][0], b"damaged"), *records[1:]])
-    crashing, other = faults_of(store, workers)
+    with CrashingPool(1) as pool:
+        crashing, other = faults_of(store, pool)
     assert (crashing.where, crashing.key) == ("train/00000", "")
-    assert "was killed (SIG" in crashing.what and "at record 0" in crashing.what
+    assert "was killed (SIGKILL)" in crashing.what and "at record 7" in crashing.what
     assert (other.where, other.key) == ("train/00002", records[0][0].decode())
+
+
+def test_a_record_longer_than_its_file_is_a_fault(copy_store: MakeStore, workers: WorkerPool) -> None:
+    store = copy_store(64)
+    lengthen_first_record(store)
+    assert the_fault(store, workers, "a record of 200,000,000 bytes").where == "train/00000"
 
 
 def test_missing_and_additional_shards_are_faults(copy_store: MakeStore, workers: WorkerPool) -> None:

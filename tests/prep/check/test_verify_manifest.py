@@ -65,7 +65,8 @@ MANIFEST: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "shards exchanged": (lambda d: train_split(d)["shards"].reverse(), "fingerprint"),
     "shard left out": (lambda d: train_split(d)["shards"].pop(), "records of all shards"),
     "side": (lambda d: d["settings"].update(side_px=33), "pixels"),
-    "format": (lambda d: d["settings"].update(format="jpeg"), "expected an RGB JPEG"),
+    "format": (lambda d: d["settings"].update(format="jpeg"), "a PPM file, expected a JPEG file"),
+    "seed": (lambda d: d["settings"].update(seed=1), "not in the order of seed 1"),
     "pixels": (lambda d: train_split(d).update(pixels=1), "pixels"),
 }
 

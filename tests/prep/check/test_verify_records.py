@@ -64,8 +64,8 @@ def grey_jpeg(value: bytes) -> bytes:
     return changed_record(value, data=simplejpeg.encode_jpeg(np.zeros((32, 32, 1), np.uint8), 90, "GRAY"))
 
 
-def jpeg_of(height: int, width: int) -> bytes:
-    return bytes(simplejpeg.encode_jpeg(np.zeros((height, width, 3), np.uint8), 90, "RGB", "420"))
+def jpeg_of(height: int, width: int, quality: int = 90) -> bytes:
+    return bytes(simplejpeg.encode_jpeg(np.zeros((height, width, 3), np.uint8), quality, "RGB", "420"))
 
 
 def broken_scan(value: bytes) -> bytes:
@@ -75,17 +75,20 @@ def broken_scan(value: bytes) -> bytes:
 
 CONTRADICTIONS: dict[str, tuple[tuple[Callable[[bytes], bytes], str], ...]] = {
     "jpeg": (
-        (lambda v: changed_record(v, data=b"no picture"), "not an image"),
-        (lambda v: changed_record(v, data=b""), "empty file"),
+        (lambda v: changed_record(v, data=b"no picture"), "expected a JPEG file"),
+        (lambda v: changed_record(v, data=b""), "an empty file"),
         (broken_scan, "cannot be decoded"),
-        (grey_jpeg, "RGB JPEG"),
-        (lambda v: changed_record(v, data=jpeg_of(32, 40)), "(32, 40"),
+        (grey_jpeg, "1 channels of 8 bits"),
+        (lambda v: changed_record(v, data=jpeg_of(32, 40)), "a JPEG file of 40×32 px, the record gives 32×32 px"),
+        (lambda v: changed_record(v, data=jpeg_of(32, 32, quality=70)), "not encoded with quality"),
+        (lambda v: with_checksum(v[:-6] + b"\x28\x01"), "field 5 is repeated"),
+        (lambda v: with_checksum(v[:-6] + b"\x48\x01"), "other fields"),
         (lambda v: changed_record(v, data=jpeg_of(32, 40), width=40), "40×32 px"),
         (lambda v: changed_record(v, width=31), "31×32 px"),
         (lambda v: changed_record(v, height=64, width=64), "64×64 px"),
         (lambda v: changed_record(v, label=3), "label 3, the store has 3 classes"),
         (lambda v: with_checksum(b""), "no encoded image"),
-        (lambda v: with_checksum(v[:-17]), "ends at byte"),
+        (lambda v: with_checksum(v[:-17]), " at byte "),
         (lambda v: v[:-6], "no checksum"),
         (lambda v: b"", "no checksum"),
         (lambda v: v + b"\0", "no checksum"),
@@ -152,7 +155,6 @@ def rename_key(records: Records) -> None:
         (use_another, "the manifest says"),
         (rename_key, "digest"),
         (lambda records: records.pop(), "the manifest says"),
-        (lambda records: records.append((b"00099999", records[0][1])), "the manifest says"),
         (lambda records: records.clear(), "records 0, the manifest says"),
     ],
 )
@@ -168,6 +170,30 @@ def test_exchanged_records_are_found_by_the_digest_of_the_shard(
     replace_records(folder, records)
     (fault,) = faults_of(store, workers, decode=decode)
     assert (fault.where, fault.key) == ("train/00001", "") and what in fault.what
+
+
+def swap_values(records: Records) -> None:
+    (first, a), (second, b) = records[7:9]
+    records[7:9] = [(first, b), (second, a)]
+
+
+def append_first(records: Records) -> None:
+    records.append((b"00099999", records[0][1]))
+
+
+@pytest.mark.parametrize(("how", "index"), [(swap_values, 8), (append_first, -1)])
+def test_records_in_another_order_than_that_of_the_seed_are_found(
+    how: Callable[[Records], object], index: int, copy_store: MakeStore, workers: WorkerPool
+) -> None:
+    """Each single record is undamaged, and the keys ascend."""
+    store = copy_store(150)
+    folder = store / "train" / "00001"
+    records = read_records(folder)
+    how(records)
+    replace_records(folder, records)
+    (fault,) = faults_of(store, workers)
+    assert (fault.where, fault.key) == ("train/00001", records[index][0].decode())
+    assert "not in the order of seed 0" in fault.what
 
 
 @pytest.mark.parametrize("key", [b"0000000x", b"000000001", b"x", b"\xff" * 8, b"-0000001"])
