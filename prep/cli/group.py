@@ -28,7 +28,8 @@ def main() -> None:
       alexprep verify --store store
       alexprep pca-stats --store store
 
-    Exit codes: 0: done; 1: an error to correct; 2: wrong usage; 3: the disk is full; 130, 143: interrupted.
+    Exit codes: 0: done; 1: an error to correct; 2: wrong usage; 3: the disk is full; 74: a shard
+    became unreadable during reading; 130, 143: interrupted.
     """
 
 

@@ -11,12 +11,12 @@ one database with unique keys. kernels.py describes the pages. Numbers of a head
 from __future__ import annotations
 
 import os
-import stat
 import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import BinaryIO, NamedTuple, Self
 
+from prep.schema import open_regular
 from prep.store.manifest import StoreError
 
 DATA_FILE = "data.mdb"
@@ -208,21 +208,16 @@ class LmdbPages:
         return StoreError(f"{self.folder}: {what}. {self._advice}")
 
 
-def open_data_file(folder: Path, advice: str) -> tuple[int, int]:
-    """Open the data.mdb of a folder for reading. Returns its descriptor, and its size in bytes.
+def open_data_file(folder: Path, advice: str) -> BinaryIO:
+    """Open the data.mdb of a folder for reading.
 
     Raises StoreError, with `advice` in its message, if there is no such file, or if it is not a regular file.
     """
     try:
-        descriptor = os.open(folder / DATA_FILE, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a FIFO must not block
+        return open_regular(folder / DATA_FILE, advice, StoreError)
     except (OSError, ValueError) as error:  # a path with a zero byte is a ValueError
         text = error.strerror if isinstance(error, OSError) else str(error)
         raise StoreError(f"{folder}: {DATA_FILE} cannot be opened: {text}. {advice}") from None
-    facts = os.fstat(descriptor)
-    if not stat.S_ISREG(facts.st_mode):
-        os.close(descriptor)
-        raise StoreError(f"{folder}: {DATA_FILE} is not a regular file (mode {stat.filemode(facts.st_mode)}). {advice}")
-    return descriptor, facts.st_size
 
 
 class LmdbFile:
@@ -234,25 +229,23 @@ class LmdbFile:
     def __init__(self, folder: Path, advice: str) -> None:
         """Raises StoreError, with `advice` in its message, if the file cannot be opened or is no LMDB."""
         self._folder, self._advice = folder, advice
-        self._descriptor, size = open_data_file(folder, advice)
+        self._file = open_data_file(folder, advice)
         try:
-            self.pages = LmdbPages(folder, self._read_at, size, advice)
+            self.pages = LmdbPages(folder, self._read_at, os.fstat(self._file.fileno()).st_size, advice)
         except BaseException:
             self.close()
             raise
 
     def _read_at(self, offset: int, size: int) -> bytes:
         try:
-            return os.pread(self._descriptor, size, offset)
+            return os.pread(self._file.fileno(), size, offset)
         except OSError as error:
             text = f"{self._folder}: {_BROKEN}: byte {offset:,}: {error.strerror}. {self._advice}"
             raise ShardBroken(text) from None
 
     def close(self) -> None:
         """Close the file. A second call has no effect."""
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
+        self._file.close()
 
     def __enter__(self) -> Self:
         return self

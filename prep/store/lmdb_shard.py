@@ -176,11 +176,9 @@ class ShardReader:
     def _open(self) -> LmdbPages:
         """Map the file, or open it if it cannot be mapped."""
         if kernels.native is not None:
-            descriptor, size = open_data_file(self.folder, self._advice)
-            try:
-                self._map = _GuardedMap.of(descriptor, size, kernels.native)
-            finally:
-                os.close(descriptor)
+            with open_data_file(self.folder, self._advice) as file:
+                size = os.fstat(file.fileno()).st_size
+                self._map = _GuardedMap.of(file.fileno(), size, kernels.native)
             if self._map is not None:
                 view = self._map.view
                 return LmdbPages(self.folder, lambda offset, count: view[offset : offset + count], size, self._advice)

@@ -76,7 +76,8 @@ def main() -> None:
       alextrain run --gpus 0,1 --store store
       alextrain evaluate run --views 10
 
-    Exit codes: 0: done; 1: an error to correct; 2: wrong usage; 3: the disk is full; 130, 143: interrupted.
+    Exit codes: 0: done; 1: an error to correct; 2: wrong usage; 3: the disk is full; 74: a shard
+    became unreadable during reading; 130, 143: interrupted.
     """
 
 

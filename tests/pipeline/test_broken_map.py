@@ -1,0 +1,152 @@
+"""A data.mdb that is cut while it is read: each reader ends with ShardBroken, and the process is not killed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipeline.engines import kernels as engine_kernels
+from pipeline.loader import eval_loader, train_loader
+from pipeline.records import Records
+from pipeline.still_image import StoredImages
+from pipeline.windows import WindowMaker, WindowRequest
+from prep.store import kernels, lmdb_shard
+from prep.store.lmdb_file import ShardBroken, store_error
+from prep.store.manifest import Store
+
+PAGE_BYTES = 4096
+
+
+@pytest.fixture(params=["jpeg", "ppm"])
+def copied(stores: dict[str, Path], request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(stores[request.param], tmp_path / "store"))
+
+
+@pytest.fixture(params=["C library", "DALI", "without C libraries"])
+def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A test that uses this fixture runs with each engine of a CPU."""
+    if request.param != "C library":
+        monkeypatch.setattr(engine_kernels, "native", None)
+    if request.param == "without C libraries":
+        monkeypatch.setattr(kernels, "native", None)
+    elif kernels.native is None:
+        pytest.skip("the kernels were not compiled")
+    return str(request.param)
+
+
+def cut(store: Path, split: str) -> str:
+    """Cut the first shard of a split after its header pages, and return the beginning of the expected message."""
+    os.truncate(store / split / "00000" / "data.mdb", 2 * PAGE_BYTES)
+    return f"{store}/{split}/00000: data.mdb was changed or became unreadable during reading: now it has 8,192 bytes"
+
+
+def assert_names_the_shard(error: ShardBroken, store: Path, message: str) -> None:
+    assert str(error).startswith(message)
+    assert str(error).endswith(f"Check the store with: alexprep verify --store {store}")
+    assert "\n" not in str(error) and error.exit_code == 74
+
+
+@pytest.mark.usefixtures("engine")
+def test_a_stream_ends_with_an_error_that_names_the_shard(copied: Path) -> None:
+    with train_loader(copied, 3, threads=2) as loader:
+        batches = (batch for _ in range(1000) for batch in loader)
+        next(batches)
+        message = cut(copied, "train")
+        with pytest.raises(ShardBroken) as broken:
+            list(batches)
+        assert_names_the_shard(broken.value, copied, message)
+        with pytest.raises(ShardBroken):  # every later batch raises the error, too
+            next(iter(loader))
+
+
+def test_records_and_images_that_are_read_one_by_one_end_with_the_error(copied: Path) -> None:
+    store = Store.open(copied)
+    records, images = Records(store, "val"), StoredImages(store, "val")
+    maker = WindowMaker(store, 1)
+    request = WindowRequest("val", np.arange(4), np.zeros((4, 2), np.int32), 224)
+    maker.make(request)
+    records[0], images[0]
+    message = cut(copied, "val")
+    readers: list[Callable[[], object]] = [
+        lambda: records[1],
+        lambda: records.label(2),
+        lambda: records.batch(np.arange(8)),
+        lambda: images[1],
+        lambda: images.label(1),
+        lambda: maker.make(request),
+    ]
+    for read in readers:
+        with pytest.raises(ShardBroken) as broken:
+            read()
+        assert_names_the_shard(broken.value, copied, message)
+    for opened in (records, images, maker):
+        opened.close()
+
+
+def test_a_sequential_reader_ends_with_the_error(copied: Path) -> None:
+    records = lmdb_shard.read(copied / "val" / "00000")
+    next(records)
+    message = cut(copied, "val")
+    with pytest.raises(ShardBroken) as broken:
+        list(records)
+    assert str(broken.value).startswith(message)
+
+
+def test_a_restored_file_can_be_opened_again(copied: Path) -> None:
+    file = copied / "val" / "00000" / "data.mdb"
+    content = file.read_bytes()
+    with eval_loader(copied, 2) as loader:
+        expected = [batch.labels.tolist() for batch in loader]
+        cut(copied, "val")
+        with pytest.raises(ShardBroken):
+            list(loader)
+    file.write_bytes(content)
+    with eval_loader(copied, 2) as loader:
+        assert [batch.labels.tolist() for batch in loader] == expected
+
+
+def test_an_error_that_a_worker_of_a_service_sends_keeps_its_exit_code(copied: Path) -> None:
+    reader = lmdb_shard.read(copied / "val" / "00000")
+    next(reader)
+    cut(copied, "val")
+    with pytest.raises(ShardBroken) as broken:
+        list(reader)
+    assert store_error(str(broken.value)).exit_code == 74 and store_error("other").exit_code == 1
+
+
+OTHER_FAULTS = {
+    "sent by a program": "os.kill(os.getpid(), signal.SIGBUS)",
+    "in another map": "os.truncate('other', 0)\nprint(other[9000])",
+}
+
+
+@pytest.mark.skipif(kernels.native is None, reason="the kernels were not compiled")
+@pytest.mark.parametrize("handler", ["", "import faulthandler\nfaulthandler.enable()\n"], ids=["", "faulthandler"])
+@pytest.mark.parametrize("fault", OTHER_FAULTS)
+def test_another_sigbus_still_ends_the_process(
+    stores: dict[str, Path], tmp_path: Path, fault: str, handler: str
+) -> None:
+    """faulthandler, which is enabled first, still prints its traceback."""
+    (tmp_path / "other").write_bytes(bytes(10_000))
+    program = (
+        f"{handler}import mmap, os, signal, sys\n"
+        "from pipeline.records import Records\nfrom prep.store.manifest import Store\n"
+        "records = Records(Store.open(sys.argv[1]), 'val')\nrecords[0]\n"
+        "with open('other', 'rb') as file:\n    other = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)\n"
+        f"{OTHER_FAULTS[fault]}\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    process = subprocess.run(
+        [sys.executable, "-c", program, stores["jpeg"]],
+        capture_output=True, text=True, check=False, timeout=60, cwd=tmp_path, env=environment,
+    )  # fmt: skip
+    assert process.returncode == -signal.SIGBUS, process
+    assert ("Fatal Python error: Bus error" in process.stderr) == bool(handler)
