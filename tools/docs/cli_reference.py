@@ -38,7 +38,7 @@ also has `--json`, to print JSON instead.
 | 1 | an error that the user can correct; the message names the error and the next command to type |
 | 2 | the command line is wrong: an unknown command or option, or a value that the command cannot take |
 | 3 | the disk is full |
-| 74 | a `data.mdb` was cut, or could not be read from the disk, while a command read it; the message names the shard and the command that checks the store |
+| 74 | a `data.mdb` was cut or became unreadable while a command read it; the message names the shard |
 | 129, 130, 143 | interrupted by a closed terminal (129), by Ctrl-C (130) or by SIGTERM (143) |
 
 After an error is corrected, or after an interruption, run the same command again. Six commands then continue the work:
