@@ -228,24 +228,31 @@ class LmdbFile:
 
     def __init__(self, folder: Path, advice: str) -> None:
         """Raises StoreError, with `advice` in its message, if the file cannot be opened or is no LMDB."""
-        self._folder, self._advice = folder, advice
-        self._file = open_data_file(folder, advice)
+        self._folder, self._advice, self._descriptor = folder, advice, -1
+        with open_data_file(folder, advice) as file:
+            self._descriptor = os.dup(file.fileno())
         try:
-            self.pages = LmdbPages(folder, self._read_at, os.fstat(self._file.fileno()).st_size, advice)
+            self.pages = LmdbPages(folder, self._read_at, os.fstat(self._descriptor).st_size, advice)
         except BaseException:
             self.close()
             raise
 
     def _read_at(self, offset: int, size: int) -> bytes:
         try:
-            return os.pread(self._file.fileno(), size, offset)
+            return os.pread(self._descriptor, size, offset)
         except OSError as error:
             text = f"{self._folder}: {_BROKEN}: byte {offset:,}: {error.strerror}. {self._advice}"
             raise ShardBroken(text) from None
 
     def close(self) -> None:
         """Close the file. A second call has no effect."""
-        self._file.close()
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def __del__(self) -> None:
+        """Close a file that a cache has dropped."""
+        self.close()
 
     def __enter__(self) -> Self:
         return self
