@@ -10,7 +10,7 @@ The filter `area` computes the true area average: the weight of a source pixel i
 source pixel shares with the output pixel. OpenCV's INTER_AREA uses the same weights. The authors made their data set of
 2014 with INTER_AREA (cuda-convnet2, make-data/pyext/src/pyext.cpp). Pillow's filter BOX counts a source pixel either
 fully or not at all. For images of ILSVRC's sizes, BOX differs from `area` by 4 grey levels on average and by over 100
-at edges. The other filters are those of Pillow: the triangle (`bilinear`), Keys' cubic with a = −0.5, and Lanczos with
+at edges. The filters except `area` are Pillow's: the triangle (`bilinear`), Keys' cubic with a = −0.5, and Lanczos with
 three lobes. When an image is made smaller, Pillow's filters are widened by the scale factor. Unlike Pillow, this module
 does not round to 8 bits between the passes.
 """

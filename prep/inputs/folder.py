@@ -34,8 +34,8 @@ from prep.inputs.listing import Input, Listing
 from prep.inputs.names import name_text
 from prep.inputs.reader import FoundInputs
 
-# Number of class folders that eight threads list as one batch. Threads hide the latency of a slow file system. The
-# number is limited, because the listed files of a batch are held in memory.
+# Number of class folders that eight threads list as one batch. Threads hide the latency of a slow file system. A batch
+# is limited, because its listed files are held in memory.
 _FOLDERS_AT_ONCE = 32
 _CLASS_TAR = re.compile(r"(.*/)?n\d{8}\.tar")
 _KINDS = {stat.S_IFDIR: "folder", stat.S_IFIFO: "FIFO", stat.S_IFSOCK: "socket"}

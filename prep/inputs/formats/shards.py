@@ -75,7 +75,7 @@ def open_file(path: str) -> OpenFile:
 def _opened(path: str, device: int, inode: int, mtime_ns: int) -> OpenFile:
     """Return the open file `path`.
 
-    The other arguments identify the file, so that a new file at the same path is opened again.
+    device, inode and mtime_ns identify the file, so that a new file at the same path is opened again.
     """
     return OpenFile(path)
 

@@ -151,7 +151,9 @@ def _single_column(file: Path, lines: Sequence[tuple[int, str]], images: ImageNa
             notes.append(f"line {rows[0].line} is taken as a header: {rows[0].label[:60]}")
             rows = rows[1:]
     if all(images.find(row.label) is not None for row in rows) and not all(is_number(row.label) for row in rows):
-        raise UserError(f"--labels {file}: names of images without labels. Expected `name label` on each line.")
+        raise UserError(
+            f"--labels {file}: the lines are names of images without labels. Expected `name label` on each line."
+        )
     if any(is_number(row.label) for row in rows):
         wrong = next((row for row in rows if not is_number(row.label) or int(row.label) < 0), None)
         if wrong:

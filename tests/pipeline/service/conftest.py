@@ -24,7 +24,8 @@ from prep.cluster import NAMESPACE, connected, ray_module
 
 DEADLINE_S = 120.0  # longest time of each wait; on an idle machine, the longest wait takes 10 s
 _OBJECT_STORE_BYTES = 150_000_000
-_ATTEMPTS = 4  # tries to start a node; on a busy machine, Ray kills a new node if its agents need more than 15 s
+# Number of attempts to start a node. On a busy machine, Ray kills a new node if its agents need more than 15 s.
+_ATTEMPTS = 4
 
 
 class TestCluster:

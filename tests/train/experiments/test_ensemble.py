@@ -73,7 +73,7 @@ def test_members_have_the_bits_of_runs_trained_alone_from_a_stream_that_is_read_
     served, serve = [], TrainLoader._next
     monkeypatch.setattr(TrainLoader, "_next", lambda self: (served.append(self.step), serve(self))[1])
     folder = train_ensemble(members_of(stores["ppm"], tmp_path / "ensemble", 3))
-    assert len(served) == 6  # as many batches as for a single run
+    assert len(served) == 6  # the ensemble took as many batches as a single run
     assert_members_equal(folder, alone)
     parameters = [checkpoint.load(folder / f"member-{k}").parameters["fc8.weight"] for k in (1, 2)]
     assert not torch.equal(*parameters)

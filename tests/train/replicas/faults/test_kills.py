@@ -50,7 +50,7 @@ def kill_at_times(job: Job, generator: random.Random, run_s: float, kills: int) 
 
     run_s  time that a run without kills takes, in seconds
 
-    Returns the number of kills. The number is smaller than `kills` if the run ends before.
+    Returns the number of kills, which is smaller than `kills` if the run ends early.
     """
     killed: set[int] = set()
     for done in range(kills):
