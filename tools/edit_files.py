@@ -191,7 +191,7 @@ def main(
             made = subprocess.run(command, capture_output=True, text=True, check=False)
             if made.returncode:
                 raise click.ClickException(f"the examples could not be made: {made.stderr.strip()[-500:]}")
-        os.environ["ALEXNET_STORE"] = "store"
+        os.environ.pop("ALEXNET_STORE", None)  # otherwise some commands would not read run.json
         import_modules(large=not no_preload)
         use_small_networks()
         chosen = jobs_of(samples.resolve(), Choice(**choice))

@@ -137,6 +137,7 @@ RULES: Sequence[Rule] = (
         (),
         ("alextrain run",),
     ),
+    Rule("A further member of the archive is not read.", ("weights.pth", "exported.pth"), (), ("member outside",)),
     Rule(
         "The times of the inputs matter only if the inputs are built again.",
         ("ready/*/inputs.npz",),

@@ -101,12 +101,17 @@ def figures(
 def _open_run(
     run_dir: Path, store: Path | None, gpus: str | None, precision: str, checkpoint: str, no_images: bool
 ) -> TrainedRun:
-    """Return the run to draw. With `no_images`, the run is returned without its store."""
+    """Return the run to draw. With `no_images`, the run is returned without its store.
+
+    Raises UserError for a damaged run.json, before a figure is written.
+    """
     from dataclasses import replace
 
     from train.evaluation.trained_run import TrainedRun
+    from train.runs.run_dir import read_description
 
     trained = TrainedRun.open(run_dir, store, gpus, precision, checkpoint)
+    read_description(trained.run_dir)
     return replace(trained, store=None) if no_images else trained
 
 
