@@ -10,6 +10,7 @@ The user names a cluster by its address:
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import re
@@ -162,6 +163,8 @@ def _reason(error: Exception, address: str) -> str:
             "no Ray cluster runs on this machine. Start one (ray start --head), join one (ray start --address "
             "HOST:PORT), or pass local."
         )
+    if address == LOCAL and isinstance(error, OSError) and error.errno in (errno.EROFS, errno.EACCES, errno.ENOSPC):
+        return f"{text[:400]}. Set the variable TMPDIR to a folder in which you can write: Ray keeps its files there."
     if address == LOCAL:
         return f"{text[:400]} Run the command again when the machine is less busy."
     token = " If the cluster uses a token: export RAY_AUTH_MODE=token."

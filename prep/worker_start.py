@@ -5,6 +5,7 @@ The module also keeps what a worker prints while it starts, so that an error can
 
 from __future__ import annotations
 
+import mmap
 import multiprocessing.spawn
 import os
 import signal
@@ -74,6 +75,42 @@ def _one_blas_thread() -> Iterator[None]:
                 del os.environ[name]
             else:
                 os.environ[name] = value
+
+
+class SharedIntegers:
+    """Integers of 64 bits that this process shares with its workers, which get the object as an argument.
+
+    Unlike multiprocessing.RawArray, the memory needs no folder for temporary files.
+    """
+
+    def __init__(self, count: int, descriptor: int | None = None) -> None:
+        """Share `count` zeros. In a worker, `descriptor` is the memory of the parent."""
+        self._count = count
+        self._descriptor = os.memfd_create("counters") if descriptor is None else descriptor
+        os.ftruncate(self._descriptor, 8 * count)
+        self._values = memoryview(mmap.mmap(self._descriptor, 8 * count)).cast("q")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _inherited_integers, (self._count, DupFd(self._descriptor))
+
+    def __getitem__(self, index: int) -> int:
+        return self._values[index]
+
+    def __setitem__(self, index: int, value: int) -> None:
+        self._values[index] = value
+
+    def close(self) -> None:
+        """Close the descriptor of the memory. The integers stay readable."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def __del__(self) -> None:
+        self.close()
+
+
+def _inherited_integers(count: int, descriptor: Any) -> SharedIntegers:
+    return SharedIntegers(count, descriptor.detach())
 
 
 class WorkerNotStarted(UserError):

@@ -20,7 +20,7 @@ import signal
 import threading
 import time
 import traceback
-from collections.abc import Callable, Generator, Iterable, Iterator, MutableSequence
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -30,7 +30,7 @@ from types import TracebackType
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 from prep.console import UserError, keep_freed_memory, memory_error
-from prep.worker_start import StartOutput, WorkerNotStarted, start_error, start_options
+from prep.worker_start import SharedIntegers, StartOutput, WorkerNotStarted, start_error, start_options
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -53,14 +53,14 @@ class Counts(NamedTuple):
 class TaskProgress:
     """Current input and Counts of one worker.
 
-    The worker writes the index and the counts into memory that the parent can read at any time. `counters` is an array
-    that all workers share. The SIZE elements of this worker begin at index `first`. Without `counters` a new list of
-    SIZE elements is used.
+    The worker writes the index and the counts into memory that the parent can read at any time. `counters` are integers
+    that all workers share. The SIZE integers of this worker begin at index `first`. Without `counters` a new list of
+    SIZE integers is used.
     """
 
     SIZE = 5
 
-    def __init__(self, counters: MutableSequence[int] | None = None, first: int = 0) -> None:
+    def __init__(self, counters: list[int] | SharedIntegers | None = None, first: int = 0) -> None:
         self._counters = [0] * self.SIZE if counters is None else counters
         self._first = first
 
@@ -89,7 +89,8 @@ class TaskProgress:
     @property
     def counts(self) -> Counts:
         """Counts of all tasks so far."""
-        return Counts(*self._counters[self._first + 1 : self._first + 4])
+        done, bad, size_bytes = (self._counters[self._first + k] for k in (1, 2, 3))
+        return Counts(done, bad, size_bytes)
 
     @property
     def cpu_deadline_s(self) -> float:
@@ -151,7 +152,7 @@ class WorkerPool:
         self.jobs = jobs
         self._preload = preload
         self._context = multiprocessing.get_context("spawn")
-        self._counters = self._context.RawArray("q", TaskProgress.SIZE * jobs)
+        self._counters = SharedIntegers(TaskProgress.SIZE * jobs)
         self._workers: dict[int, tuple[BaseProcess, Connection]] = {}  # slot (0..jobs − 1) -> process and connection
         # slot -> what the worker printed so far, until its first result
         self._start_outputs: dict[int, StartOutput] = {}
@@ -311,9 +312,7 @@ def _cpu_time_s(pid: int | None) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def _serve(
-    connection: Connection, counters: MutableSequence[int], slot: int, preload: str, output: StartOutput
-) -> None:
+def _serve(connection: Connection, counters: SharedIntegers, slot: int, preload: str, output: StartOutput) -> None:
     """Main function of a worker: receive tasks and send results until the parent closes the connection."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     threading.Thread(target=_exit_with_parent, daemon=True).start()

@@ -76,7 +76,9 @@ def preview(out: Path, store: Path, rows: int, seed: int) -> None:
     "--world-size", type=click.IntRange(1), default=1, show_default=True, help="Number of loaders that share an epoch."
 )
 @_seed_option(2**63 - 1)
-@click.option("--epoch", type=click.IntRange(0), default=0, show_default=True, help="Epoch to inspect, counted from 0.")
+@click.option(
+    "--epoch", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Epoch to inspect, counted from 0."
+)
 @click.option(
     "--batches",
     type=click.IntRange(1),

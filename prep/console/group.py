@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -45,6 +46,10 @@ def _escaped_usage_errors() -> Iterator[None]:
         yield
     except click.MissingParameter as error:  # lists the choices of an option on lines of their own
         raise click.UsageError(" ".join(error.format_message().split()), error.ctx) from None
+    except ValueError as error:
+        if "embedded null" not in str(error):
+            raise
+        raise click.UsageError("An argument has the character NUL, which no name of a file can have.") from None
     except click.ClickException as error:
         vars(error)["message"] = escaped(error.message)  # click declares the attribute as final
         raise
@@ -70,7 +75,10 @@ def _system_error_text(error: OSError) -> str:
     text = error.strerror or str(error)
     if "usable temporary directory" in text:  # the message of tempfile, which lists the folders
         return f"{text}. Set the variable TMPDIR to a folder in which you can write."
-    return f"{error.filename or 'the system'}: {text}."  # most likely, the user passed the path that failed
+    place = error.filename or "the system"  # most likely, the user passed the path that failed
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return f"{place}: {text}. Ask the owner of the folder for permission, or name another folder."
+    return f"{place}: {text}."
 
 
 class Group(click.Group):

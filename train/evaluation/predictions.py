@@ -10,6 +10,7 @@ digest of the checkpoint, a SHA-256.
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,7 +24,7 @@ import numpy.typing as npt
 from pipeline.augment import SQUARE
 from pipeline.loader import eval_loader
 from pipeline.records import Records
-from prep.console import Progress, UserError, WrongArgument, count_noun, disk_error, progress
+from prep.console import Progress, UserError, WrongArgument, count_noun, disk_error, progress, say
 from prep.files import atomic_file, check_extension
 from prep.schema import ArrayShape, decode, read_npz
 from prep.store.manifest import Store
@@ -233,7 +234,8 @@ def views_text(views: int | str | None) -> str:
 def record_evaluation(run_dir: Path, about: Mapping[str, Any], result: EvalResult) -> None:
     """Append a line to the run's evaluations.jsonl, for the report. Raises UserError for a disk error.
 
-    Call read_evaluations before the evaluation, so that a damaged file is reported first.
+    If the user has no permission to write into the run folder, a warning is printed instead. Call read_evaluations
+    before the evaluation, so that a damaged file is reported first.
     """
     line = {name: about[name] for name in ("step", "split", "split_fingerprint", "views", "precision")}
     path = run_dir / _EVALUATIONS
@@ -242,7 +244,9 @@ def record_evaluation(run_dir: Path, about: Mapping[str, Any], result: EvalResul
         error = AppendLog(path).add(f"{json.dumps(line | vars(result))}\n".encode())
     except OSError as failure:
         error = failure
-    if error is not None:
+    if error is not None and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        say(f"{path}: cannot be written ({error.strerror}). The evaluation is not recorded for the report.")
+    elif error is not None:
         raise disk_error(error, f"{path}: cannot be written ({error.strerror}).")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.still_image import EvalTransform
-from prep.console import UserError
+from prep.console import UserError, say
 from prep.store.manifest import Store
 from train.config.devices import parse_devices
 from train.evaluation.predictions import (
@@ -82,7 +83,7 @@ class TrainedRun:
 
         For step 232 and the split val, the file is `scores-val-00000232.npz`. If there is no file for this checkpoint,
         split and precision, the probabilities are computed and saved, and the result is added to evaluations.jsonl. The
-        new file replaces all older files for this split.
+        new file replaces all older files for this split. In a folder that the user must not write, nothing is saved.
         """
         store = self.require_store(split)
         path = self.run_dir / f"scores-{split}-{self.checkpoint.step:08d}.npz"
@@ -102,6 +103,9 @@ class TrainedRun:
             self.network, self.checkpoint, store, split, 1, self.precision, str(self.run_dir)
         )
         record_evaluation(self.run_dir, predictions.about, result)
+        if not os.access(self.run_dir, os.W_OK):  # for example, the run of another user
+            say(f"{path}: the predictions are not saved, because you have no permission to write here.")
+            return predictions
         for old in self.run_dir.glob(f"scores-{split}-*.npz"):
             old.unlink()
         predictions.save(path)
