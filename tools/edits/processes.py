@@ -45,11 +45,10 @@ _OUT_OF_MEMORY = re.compile(
     r"MemoryError|[Mm]emory ran out|[Uu]nable to allocate|[Cc]an(no|')t allocate|not enough memory|bad_alloc"
 )
 _BIDI = set("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\u2028\u2029")
-# Files that a command may write although it then refuses to go on: locks, and the state of a run that has ended.
 _RESULT = re.compile(r"(^|/)manifest\.json$|(^|/)(out|record|features)[^/]*$|\.(png|svg|html|npz|safetensors|onnx)$")
-_MAY_CHANGE = re.compile(
-    r"^copy/|(^|/)(\.lock|part-\d+-of-\d+\.lock)$|(^|/)\.|(^|/)status\.json$|(^|/)tensorboard(/|$)"
-)
+# Files that a command may write although it then refuses to go on: locks and other hidden files, the files that have
+# arrived in an unfinished copy, and the settings, the state and the events of a run.
+_MAY_CHANGE = re.compile(r"^copy/|(^|/)\.|(^|/)part-\d+-of-\d+\.lock$|(^|/)(run|status)\.json$|(^|/)tensorboard(/|$)")
 
 ONE_LINE, ACCEPTED = "one line", "accepted"  # verdicts that are not faults by themselves
 FAULTS = ("traceback", "hang", "memory", "control characters", "several lines", "killed", "changed files")
