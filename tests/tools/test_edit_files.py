@@ -136,3 +136,11 @@ def test_edits_of_a_store_end_with_one_line(share: float, samples: Path) -> None
     words = ["--share", str(share), "--command", "alexprep inspect"]
     ended = subprocess.run([*program, *words], cwd=ROOT, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stdout + ended.stderr
+
+
+@pytest.mark.soak
+def test_edits_of_all_files_end_with_one_line() -> None:
+    """One command after each of a tenth of all edits. The tool makes the examples itself."""
+    program = [sys.executable, "-m", "tools.edit_files", "--share", "0.1", "--jobs", "2", "--limit", "60"]
+    ended = subprocess.run(program, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
