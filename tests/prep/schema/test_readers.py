@@ -15,6 +15,7 @@ ALLOWED = {
     ("prep/compiled.py", "read_bytes"): "kernels.c of the installed package",
     ("prep/version.py", "read_text"): "pyproject.toml of the checkout",
     ("prep/workers.py", "read_text"): "/proc",
+    ("prep/console/machine.py", "open"): "/proc",
     ("prep/files.py", "os.open"): "a folder, to sync the folder",
     ("prep/cluster_runner.py", "pickle.loads"): "results of this program's own workers in the Ray cluster",
     ("prep/inputs/folder.py", "open"): "a descriptor that was opened without blocking; the kind of the file is checked",
