@@ -152,6 +152,11 @@ WRONG_ARGUMENTS = [
     (["alextrain", "ablate", "--store", "STORE", "--out", "a-file"], "a-file is a file"),
     (["alexstream", "bench", "--store", "STORE", "--device", "gpu"], "device 'gpu': expected cpu or cuda:N"),
     (["alexstream", "inspect", "--store", "STORE", "--batch", "99"], "Choose a smaller --batch"),
+    (["alexstream", "inspect", "--store", "STORE", "--epoch", "9" * 30], "is not in the range 0<=x<="),
+    (["alexprep", "verify", "--store", ""], "--store: the value is empty"),
+    (["alexprep", "build-lmdb", "PHOTOS", "--time-limit", "nan"], "'nan' is not a number"),
+    (["alexprep", "build-lmdb", "PHOTOS", "--time-limit", "inf"], "inf is not in the range"),
+    (["alexstream", "bench", "--store", "STORE", "--seconds", "nan"], "'nan' is not a number"),
 ]
 
 

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import click
 
 from prep.console import (
+    FiniteRange,
     WrongArgument,
     json_option,
     print_json,
@@ -159,7 +160,7 @@ def inspect(
 )
 @click.option(
     "--seconds",
-    type=click.FloatRange(0.1),
+    type=FiniteRange(0.1, 1e6),
     default=5.0,
     show_default=True,
     help="Duration of the measurement of each stage, in seconds.",

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from prep.console import json_option, usable_cores
+from prep.console import FiniteRange, json_option, usable_cores
 from prep.files import no_lock_option
 from prep.images.limits import MAX_PIXELS, TIME_LIMIT_S
 from prep.store.manifest import BACKGROUNDS, DEFAULT_BACKGROUND, FILTERS, FORMATS, SPLITS
@@ -106,7 +106,7 @@ _RECORD_OPTIONS = (
     ),
     click.option(
         "--time-limit",
-        type=click.FloatRange(0),
+        type=FiniteRange(0, 1e9),
         default=TIME_LIMIT_S,
         show_default=True,
         metavar="SECONDS",

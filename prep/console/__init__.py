@@ -4,7 +4,7 @@ alexprep, alexstream and alextrain share this room.
 """
 
 from prep.console.errors import DiskFull, Terminated, UserError, WrongArgument, disk_error
-from prep.console.group import CONTEXT_SETTINGS, Group, json_option, store_option
+from prep.console.group import CONTEXT_SETTINGS, FiniteRange, Group, json_option, store_option
 from prep.console.machine import address_space_text, is_memory_error, keep_freed_memory, memory_error, usable_cores
 from prep.console.output import print_above, print_json, print_line, say
 from prep.console.progress_display import Progress, progress
@@ -13,6 +13,7 @@ from prep.console.text import bytes_text, count_noun, did_you_mean, duration_tex
 __all__ = [
     "CONTEXT_SETTINGS",
     "DiskFull",
+    "FiniteRange",
     "Group",
     "Progress",
     "Terminated",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import math
+import re
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -18,6 +20,17 @@ from prep.console.output import prepare_streams, say
 from prep.console.text import did_you_mean, escaped
 
 CONTEXT_SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
+
+
+class FiniteRange(click.FloatRange):
+    """A number in a range, as click.FloatRange. NaN, which compares with no bound, is refused."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the number. Raises click.BadParameter for a number outside of the range, and for NaN."""
+        number = super().convert(value, param, ctx)
+        if math.isnan(number):
+            self.fail(f"{value!r} is not a number.", param, ctx)
+        return number
 
 
 # Options that several commands have.
@@ -101,6 +114,18 @@ class Group(click.Group):
         """Parse the options before the name of the command. Raises click.UsageError for a wrong option."""
         with _escaped_usage_errors():
             return super().make_context(*args, **kwargs)
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        """Return the command that `args` names. Raises click.UsageError for an empty argument.
+
+        An empty argument is most likely a variable of the shell that is not set. As a path, it would mean the current
+        folder.
+        """
+        for before, arg in zip(["", *args], args, strict=False):
+            if not arg or re.fullmatch(r"--[a-z][a-z-]*=", arg):
+                option = arg.rstrip("=") or (before if before.startswith("--") else "an argument")
+                raise click.UsageError(f"{option}: the value is empty. Give a value, or leave out the option.", ctx)
+        return super().resolve_command(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command. Raises click.ClickException for UserError or OSError. Exits with 128 + n on signal n."""

@@ -45,7 +45,7 @@ def write(folder: Path, records: Iterable[tuple[bytes, bytes]]) -> tuple[int, in
     """
     digest, count, size = hashlib.sha256(), 0, 0
     folder.mkdir(parents=True)
-    with lmdb.open(str(folder), map_size=_FIRST_MAP_BYTES, subdir=True, lock=False) as env:
+    with lmdb.open(os.fsencode(folder), map_size=_FIRST_MAP_BYTES, subdir=True, lock=False) as env:
         pending: list[tuple[bytes, bytes]] = []
         pending_bytes = 0
         for key, value in records:

@@ -248,3 +248,13 @@ def test_a_plot_without_matplotlib_is_an_error_that_says_what_to_install(
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     fails(alexprep("pca-stats", "--store", store, "--plot", tmp_path / "pca.png"), "pip install 'matplotlib>=3.9'")
+
+
+def test_paths_with_undecodable_bytes_are_usable(photo_folder: Path, tmp_path: Path) -> None:
+    """The names of folders are bytes to the system. Python shows bytes that are not UTF-8 as surrogates."""
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/store\xff"))
+    options = ["--store", str(folder), "--jobs", "1"]
+    built = CliRunner().invoke(main, ["build-lmdb", str(photo_folder), *options])
+    verified = CliRunner().invoke(main, ["verify", *options])
+    assert built.exit_code == verified.exit_code == 0, built.output + verified.output
+    assert r"store\udcff: 42 records" in verified.output

@@ -280,3 +280,18 @@ def test_a_full_disk_at_standard_output_has_the_exit_code_3() -> None:
         process = subprocess.run(command, env=environment, stdout=full, stderr=subprocess.PIPE, check=False)
     assert process.returncode == 3
     assert process.stderr == b"Error: standard output cannot be written: No space left on device.\n"
+
+
+@pytest.mark.parametrize("args", [["show", "--store", ""], ["show", "--store="], ["show", ""], ["show", "a\x00b"]])
+def test_an_empty_argument_and_the_character_nul_are_wrong_usage(args: list[str]) -> None:
+    """An empty path would mean the current folder."""
+
+    @click.command("show")
+    @click.argument("path", type=click.Path(), required=False)
+    @click.option("--store", type=click.Path(exists=False, dir_okay=True, path_type=Path))
+    def show(path: Path | None, store: Path | None) -> None:
+        raise AssertionError
+
+    result = CliRunner().invoke(Group(commands=[show]), args)
+    assert result.exit_code == 2 and isinstance(result.exception, SystemExit)
+    assert ("the value is empty" if "a\x00b" not in args else "character NUL") in result.stderr
