@@ -297,8 +297,9 @@ def train_loader(
                   differently. The loader then reads only manifest.json, colour.json and mean_image.npy of its store
     service_fallback  "local": if the service is lost, the loader continues with the local store and the same batches
     check         whether the checksum of each record is verified as it is read. A damaged record then always raises
-                  StoreError; without `check`, damage of single pixels can go unnoticed. The workers of a service always
-                  verify. None: True
+                  StoreError; without `check`, damage of single pixels can go unnoticed. None: True for JPEG records,
+                  and False for raw records, for which the checksum takes a fifth of the time. The workers of a service
+                  ignore `check` and do as with None
 
     Batches are Batch(images, labels). Images are RGB in grey levels minus the mean, (N, 3, 224, 224); labels are int64
     (N,).

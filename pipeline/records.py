@@ -22,8 +22,9 @@ from prep.store.datum import CRC32_BYTES, SOURCE, DatumError, locate_image, pars
 from prep.store.lmdb_shard import ShardReader
 from prep.store.manifest import Store, StoreError
 
-# Whether the checksum of each record is verified as it is read, by default. The key is the format of the records.
-CHECK_BY_DEFAULT = {"jpeg": True, "ppm": True}
+# Whether the checksum of each record is verified as it is read, by default. The key is the format of the records. A
+# checksum takes less than 1 % of the time to decode a JPEG file, but 20 % of the time to crop a raw image.
+CHECK_BY_DEFAULT = {"jpeg": True, "ppm": False}
 _MAX_SIDE_PX = 2**31 - 1
 _READ_ONLY = 0x100  # PyBUF_READ
 _view = ctypes.pythonapi.PyMemoryView_FromMemory

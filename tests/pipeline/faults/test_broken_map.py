@@ -12,15 +12,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 from pipeline.engines import kernels as engine_kernels
 from pipeline.loader import eval_loader, train_loader
 from pipeline.records import Records
 from pipeline.still_image import StoredImages
 from pipeline.windows import WindowMaker, WindowRequest
+from prep.cli import main
 from prep.store import kernels, lmdb_shard
 from prep.store.lmdb_file import ShardBroken, store_error
-from prep.store.manifest import Store
+from prep.store.manifest import Store, StoreError
 
 PAGE_BYTES = 4096
 
@@ -150,3 +152,18 @@ def test_another_sigbus_still_ends_the_process(
     )  # fmt: skip
     assert process.returncode == -signal.SIGBUS, process
     assert ("Fatal Python error: Bus error" in process.stderr) == bool(handler)
+
+
+@pytest.mark.parametrize("command", ["stream", "verify", "export"])
+def test_a_named_pipe_in_place_of_a_shard_is_refused_at_once(copied: Path, tmp_path: Path, command: str) -> None:
+    file = copied / "val" / "00000" / "data.mdb"
+    file.unlink()
+    os.mkfifo(file)
+    if command == "stream":
+        with eval_loader(copied, 2) as loader, pytest.raises(StoreError, match=r"val/00000.*named pipe"):
+            list(loader)
+        return
+    words = {"verify": ["verify"], "export": ["export-files", str(tmp_path / "out")]}[command]
+    result = CliRunner().invoke(main, [*words, "--store", str(copied), "--split", "val", "--jobs", "1"])
+    assert result.exit_code == 1 and result.stderr.count("\n") == 1
+    assert "named pipe" in result.output or "is missing" in result.output
