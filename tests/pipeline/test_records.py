@@ -20,7 +20,7 @@ from pipeline.records import RecordBatch, Records
 from prep.images.codec import ppm_header
 from prep.store import kernels, lmdb_shard
 from prep.store.datum import Datum
-from prep.store.manifest import Shard, Store, StoreError
+from prep.store.manifest import Shard, Store, StoreError, split_fingerprint
 from tests.conftest import Build
 
 
@@ -42,7 +42,8 @@ def cut_into_shards(source: Path, target: Path, sizes: list[int]) -> Store:
         written = lmdb_shard.write(target / "train" / f"{count:05d}", part)
         shards.append(Shard(f"train/{count:05d}", *written))
     assert not records
-    split = replace(store.split("train"), shards=tuple(shards))
+    fingerprint = split_fingerprint(store.classes, shards)
+    split = replace(store.split("train"), shards=tuple(shards), fingerprint=fingerprint)
     replace(store, splits={**store.splits, "train": split}).save()
     return Store.open(target)
 
@@ -71,7 +72,7 @@ def test_a_record_is_the_datum_that_was_written(stores: dict[str, Path], kind: s
     assert_records_equal_datums(Store.open(stores[kind]), split)
 
 
-@pytest.mark.parametrize("sizes", [[30], [1, 29], [10, 10, 10], [0, 3, 0, 26, 1, 0], [1] * 30])
+@pytest.mark.parametrize("sizes", [[30], [1, 29], [10, 10, 10], [3, 26, 1], [1] * 30])
 def test_records_are_numbered_across_shards(stores: dict[str, Path], tmp_path: Path, sizes: list[int]) -> None:
     store = cut_into_shards(stores["ppm"], tmp_path / "store", sizes)
     assert_records_equal_datums(store, "train")
@@ -183,7 +184,7 @@ def test_a_batch_holds_the_records_in_the_given_order(stores: dict[str, Path], k
 
 
 @pytest.mark.usefixtures("search")
-@pytest.mark.parametrize("sizes", [[10, 10, 10], [0, 3, 0, 26, 1, 0], [1] * 30])
+@pytest.mark.parametrize("sizes", [[10, 10, 10], [3, 26, 1], [1] * 30])
 def test_a_batch_spans_shards(stores: dict[str, Path], tmp_path: Path, sizes: list[int]) -> None:
     records = Records(cut_into_shards(stores["jpeg-whole"], tmp_path / "store", sizes), "train")
     for numbers in ([29], [0, 29, 1], np.random.default_rng(1).permutation(30).tolist()):
