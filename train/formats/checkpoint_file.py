@@ -7,12 +7,13 @@ it. The content is therefore checked before torch allocates a tensor.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from msgspec import Meta, Struct
 
 from prep.console import UserError
-from prep.schema import Text, convert
+from prep.schema import Digest, convert
+from train.config.identity import stream_seed_of
 from train.formats.fields import (
     Ancestry,
     ArchitectureFields,
@@ -50,15 +51,15 @@ class StreamState(Struct, frozen=True):
     """The state of the training stream (TrainLoader.state_dict)."""
 
     graph_version: Annotated[int, Meta(ge=0, le=1_000_000)]
-    store_fingerprint: Text
-    split: Text
+    store_fingerprint: Digest
+    split: Literal["train", "val"]
     batch_size: Positive
     world_size: Positive
     shard: Annotated[int, Meta(ge=0, le=2**31)]
     seed: Annotated[int, Meta(ge=0)]
     augmentation: AugmentationFields
-    layout: Text
-    dtype: Text
+    layout: Literal["NCHW", "NHWC"]
+    dtype: Literal["float32", "float16", "bfloat16"]
     epoch: Annotated[int, Meta(ge=0, le=2**31)]
     step: Step
     normalize: list[Any] | None = None
@@ -100,6 +101,11 @@ def check_content(content: Mapping[str, Any], name: str, random_bytes: int) -> N
     architecture = checked_architecture(content["model"], f"{name}: model", ADVICE)
     recipe = checked_recipe(content["recipe"], f"{name}: recipe", ADVICE)
     check_identity_fields(checked.identity, architecture, recipe, len(checked.classes), name, ADVICE)
+    of_stream = {"store_fingerprint": checked.identity.store_fingerprint, "seed": stream_seed_of(content["identity"])}
+    for field, expected in of_stream.items():
+        found = getattr(checked.stream, field)
+        if found != expected:
+            raise UserError(f"{name}: stream.{field} is {found}, expected {expected}, as in identity. {ADVICE}")
     shapes = parameter_shapes(architecture, recipe.crossing, len(checked.classes))
     names_used: set[str] = set()
     for part in ("parameters", "velocity"):

@@ -29,7 +29,15 @@ AboveZero = Annotated[float, Meta(gt=0, le=1e300)]
 Names = Annotated[list[Annotated[str, Meta(min_length=1, max_length=4096)]], Meta(min_length=1, max_length=MAX_CLASSES)]
 # Text of a path; the operating system accepts no path with a NUL.
 PathText = Annotated[str, Meta(max_length=4096, pattern=r"^[^\x00]*$", extra={"expected": "a path without NUL"})]
-Device = Annotated[str, Meta(pattern="^(cpu|cuda:[0-9]{1,4})$", extra={"expected": "cpu, or cuda: and a number"})]
+_NO_CONTROL = {"expected": "a text without control characters"}
+# Text that programs print, without control characters.
+Line = Annotated[
+    str,
+    Meta(max_length=4096, pattern=r"^[^\x00-\x1f\x7f-\x9f]*(?![\s\S])", extra=_NO_CONTROL),
+]
+Device = Annotated[
+    str, Meta(pattern=r"^(cpu|cuda:[0-9]{1,4})(?![\s\S])", extra={"expected": "cpu, or cuda: and a number"})
+]
 Precision = Literal["fp32", "tf32", "bf16"]
 Layer = Literal["conv1", "conv2", "conv3", "conv4", "conv5", "fc6", "fc7", "fc8"]
 
@@ -49,8 +57,8 @@ class WidthFields(Struct, frozen=True, forbid_unknown_fields=True):
 class ArchitectureFields(Struct, frozen=True, forbid_unknown_fields=True):
     """An architecture (train.config.architecture.Architecture). An unknown field would change the network."""
 
-    name: Text
-    source: Text
+    name: Line
+    source: Line
     columns: Literal[1, 2]
     widths: WidthFields
     conv1_padding: Annotated[int, Meta(ge=0, le=112)] | None
@@ -120,7 +128,7 @@ class RecipeFields(Struct, frozen=True, forbid_unknown_fields=True):
     neither `lr_batch` nor `lars_trust`.
     """
 
-    name: Text
+    name: Line
     batch_size: Positive
     epochs: Positive
     input_divisor: AboveZero
@@ -144,7 +152,7 @@ class RecipeFields(Struct, frozen=True, forbid_unknown_fields=True):
     weight_decay: NonNegative
     decay_biases: bool
     schedule: Annotated[list[ScheduleChangeFields], Meta(max_length=10_000)] | dict[str, Finite]
-    sources: dict[str, Text]
+    sources: dict[str, Line]
     lr_batch: Positive | None = None
     lars_trust: AboveZero | None = None
 
@@ -168,10 +176,10 @@ class IdentityFields(Struct, frozen=True):
 class EnvironmentFields(Struct, frozen=True):
     """Versions of the software that wrote a file."""
 
-    alexnet: Text
-    torch: Text
-    python: Text
-    machine: Text
+    alexnet: Line
+    torch: Line
+    python: Line
+    machine: Line
 
 
 class DifferenceFields(Struct, frozen=True):

@@ -19,7 +19,7 @@ from train.formats.fields import AboveZero, Positive, Precision, Share, Step
 
 MAX_BYTES = 1 << 30  # of a file of lines; a run of 90 epochs of ImageNet writes about 60 MB
 
-LayerNorms = dict[Annotated[str, Meta(pattern="^[A-Za-z0-9_.]{1,64}$")], Finite]
+LayerNorms = dict[Annotated[str, Meta(pattern=r"^[A-Za-z0-9_.]{1,64}(?![\s\S])")], Finite]
 
 
 class TrainLine(Struct, frozen=True):

@@ -21,6 +21,7 @@ from train.formats.fields import (
     Device,
     EnvironmentFields,
     IdentityFields,
+    Line,
     Names,
     PathText,
     Positive,
@@ -35,7 +36,7 @@ from train.formats.fields import (
 )
 
 MAX_BYTES = 256 << 20  # of run.json; for 1,000 classes it has 40 KB
-ADVICE = "Repeat the alextrain run command with its options to rewrite the file."
+ADVICE = "Move the file away, and repeat the alextrain run command with its options to write the file again."
 
 
 class SettingsFields(Struct, frozen=True):
@@ -75,7 +76,7 @@ class StoreFields(Struct, frozen=True):
 
     fingerprint: Digest
     settings: Settings
-    tools: dict[str, Text]
+    tools: dict[str, Line]
     splits: dict[str, SplitFields]
     colour: ColorStats
 

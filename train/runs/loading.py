@@ -13,6 +13,7 @@ from train.model.alexnet import AlexNet
 from train.runs import checkpoint
 from train.runs.checkpoint import Checkpoint
 from train.runs.ensemble_dir import check_single_run
+from train.runs.run_dir import DESCRIPTION, read_description
 
 
 class TrainedNetwork(NamedTuple):
@@ -40,14 +41,17 @@ def load_trained(run_dir: Path, devices: Devices, which: str = "last") -> Traine
     which    "last", "best" or the path of a file; ignored if `run_dir` is a checkpoint file
 
     Architecture and recipe come from the checkpoint, even if this version of the program has other values under the
-    same names. Raises UserError if the run or the checkpoint does not exist or cannot be read, and for the folder of an
-    ensemble.
+    same names. Raises UserError if the run or the checkpoint does not exist or cannot be read, if the run.json beside
+    the checkpoint is damaged, and for the folder of an ensemble.
     """
     if devices[0] == "cpu":
         keep_freed_memory()
     if not run_dir.exists():
         raise UserError(f"{run_dir}: no such run. Train a run with: alextrain run --run-dir {shell_quoted(run_dir)}")
     check_single_run(run_dir)
+    folder = run_dir if run_dir.is_dir() else run_dir.parent
+    if (folder / DESCRIPTION).exists():
+        read_description(folder)  # a damaged run.json is reported before the checkpoint is read or a file is written
     state = checkpoint.load(run_dir, which) if run_dir.is_dir() else checkpoint.read(run_dir)
     architecture, recipe = architecture_from_json(state.model), recipe_from_json(state.recipe)
     network = AlexNet(len(state.classes), recipe, devices, architecture)

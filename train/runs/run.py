@@ -22,7 +22,7 @@ from prep.version import package_version
 from train.config.identity import as_json, identity_of
 from train.config.run_config import RunConfig, check_parts
 from train.runs.preprocessing import save_mean_image, store_facts
-from train.runs.run_dir import DESCRIPTION
+from train.runs.run_dir import DESCRIPTION, newest_checkpoint
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class Run:
 
 
 def make_run_dir(run_dir: Path) -> None:
-    """Create the run folder, or accept a folder that is empty or already holds a run.
+    """Create the run folder, or accept a folder that is empty or already holds a run: run.json or a checkpoint.
 
     Raises UserError if the folder cannot be created, or if it holds files but no run.
     """
@@ -109,7 +109,7 @@ def make_run_dir(run_dir: Path) -> None:
         raise UserError(f"--run-dir {run_dir}: {error.strerror or error}. Name another.") from None
     # A killed process may have left these files.
     names = [name for name in names if not (name.startswith(".") and name.endswith(".tmp"))]
-    if names and DESCRIPTION not in names:
+    if names and DESCRIPTION not in names and newest_checkpoint(run_dir) is None:
         raise UserError(f"{run_dir}: the folder holds files but no run. Name another --run-dir.")
 
 

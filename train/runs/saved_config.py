@@ -33,10 +33,11 @@ _SHOWN = ("epochs", "steps", "devices", "deterministic", "log_every", "checkpoin
 
 
 def saved_config(run_dir: Path, group: ReplicaGroup = ALONE) -> RunConfig | None:
-    """Return the configuration in run.json, without its service; None if `run_dir` has no run.json that can be read.
+    """Return the configuration in run.json, without its service; None if `run_dir` has no run.json.
 
     Only rank 0 of `group` reads run.json. The store is the training store, wherever it is found (training_store). If
-    the training store is not found, the store is its absolute path in run.json.
+    the training store is not found, the store is its absolute path in run.json. Raises UserError for a damaged
+    run.json.
     """
     description = group.on_first(lambda: _description(run_dir))
     if description is None:
@@ -59,14 +60,7 @@ def saved_config(run_dir: Path, group: ReplicaGroup = ALONE) -> RunConfig | None
 
 
 def _description(run_dir: Path) -> dict[str, Any] | None:
-    """Return the content of run.json. If there is none, or if it is damaged, return None after a message."""
-    if not (run_dir / DESCRIPTION).exists():
-        return None
-    try:
-        return read_description(run_dir)
-    except UserError as error:
-        say(f"Warning: {error} The settings in this file are not used.")
-        return None
+    return read_description(run_dir) if (run_dir / DESCRIPTION).exists() else None
 
 
 def requested_config(

@@ -90,7 +90,7 @@ EDITS: dict[str, tuple[Edit, str]] = {
     "number of classes": (put(["a", "b", "c"], "classes"), r"identity\.classes is 2, expected 3"),
     "ancestry": (put([{"path": "a\0b", "step": 1}], "ancestry"), r"ancestry\.0"),
     "stream": (put("x", "stream", "batch_size"), r'stream\.batch_size is "x", expected an integer'),
-    "environment": (put(3, "environment", "torch"), r"environment\.torch is 3, expected a string"),
+    "environment": (put(3, "environment", "torch"), r"environment\.torch is 3, expected a text"),
     "nested": (put(NESTED, "identity", "recipe_numbers"), "nested more than 32 deep"),
     "set": (put({1}, "best"), r"the name __builtin__\.set"),
     "key that is a number": (put({1: 2}, "best"), "the key 1, which is not a text"),

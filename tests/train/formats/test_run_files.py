@@ -14,13 +14,17 @@ import pytest
 from prep.console import UserError
 from tests.helpers.alextrain import refusal
 from tests.helpers.metrics import training_line, validation_line
-from tests.helpers.small_training import tiny_description
+from tests.helpers.small_training import SMALL_ALEXNET, tiny_description
+from train.config.recipes import SHORT
+from train.config.run_config import RunConfig
 from train.evaluation.evaluate import EvalResult
 from train.evaluation.predictions import Predictions, load_predictions, read_evaluations, record_evaluation
 from train.monitor.tensorboard import EventFile
 from train.runs.ensemble_dir import read_ensemble
+from train.runs.run import Run
 from train.runs.run_dir import read_description, read_metrics, tensorboard_scalars
 from train.runs.status import status_of
+from train.trainer.loop import fit
 
 STATUS = {"state": "finished", "said": "", "step": 3, "process": 7, "host": "far", "unix_time_s": 1.0}
 EVALUATION: dict[str, Any] = {
@@ -249,3 +253,22 @@ def test_a_damaged_ensemble_json_is_refused(tmp_path: Path, text: str) -> None:
 def test_gpu_numbers_without_bounds_are_refused_in_one_line() -> None:
     for gpus in ("9" * 25, "9" * 5000, "٣", "1e3", "-1", "0x1"):
         assert len(refusal("run", "--gpus", gpus, "--run-dir", "nowhere", "--store", "nowhere")) < 1000
+
+
+def test_run_refuses_a_damaged_run_json_and_goes_on_without_the_file(
+    trained_run: Path, store: Path, tmp_path: Path
+) -> None:
+    """The command writes run.json again, and continues from the newest checkpoint."""
+    path = trained_run / "run.json"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps(changed(content, "recipe.lr", "x")))
+    for command in ("run", "export", "evaluate", "figures", "status"):
+        words = ("run", "--run-dir") if command == "run" else (command,)
+        rest = ("--to", "safetensors") if command == "export" else ()
+        error = refusal(*words, trained_run, *rest)
+        assert 'recipe.lr is "x", expected a number' in error and "Move the file away" in error
+    assert not list(trained_run.glob("*.png"))
+    path.unlink()
+    config = RunConfig(store, SHORT, 10, model=SMALL_ALEXNET, run_dir=trained_run, epochs=2, log_every=1, threads=1)
+    assert fit(Run.open(config)) == trained_run
+    assert json.loads(path.read_text())["recipe"] == content["recipe"]
