@@ -20,6 +20,8 @@ from train.config.choices import (
     CHECKPOINTS_KEPT,
     EVAL_VIEWS,
     INDEX_RECORDS,
+    MAX_COUNT,
+    MAX_THREADS,
     POOLS_PX,
     PRECISIONS,
     SCHEDULES,
@@ -62,7 +64,7 @@ training_gpus_option = click.option(
 )
 threads_option = click.option(
     "--threads",
-    type=click.IntRange(1),
+    type=click.IntRange(1, MAX_THREADS),
     metavar="N",
     help="Number of CPU threads of a process: threads that prepare images, and with --gpus cpu also threads that "
     "compute the network.  [default: the usable cores; under torchrun, divided by the processes that share them]",
@@ -85,20 +87,20 @@ recipe_option = click.option(
 
 batch_option = click.option(
     "--batch",
-    type=click.IntRange(1),
+    type=click.IntRange(1, MAX_COUNT),
     metavar="N",
     help="Number of images in a batch. With the recipe large, the learning "
     "rate is proportional to this number.  [default: the recipe's]",
 )
 epochs_option = click.option(
     "--epochs",
-    type=click.IntRange(1),
+    type=click.IntRange(1, MAX_COUNT),
     metavar="N",
     help="Total number of passes over the training images.  [default: the recipe's]",
 )
 steps_option = click.option(
     "--steps",
-    type=click.IntRange(1),
+    type=click.IntRange(1, MAX_COUNT),
     metavar="N",
     help="Total number of batches after which training ends, even within an epoch.  [default: no limit]",
 )
@@ -165,7 +167,7 @@ deterministic_option = click.option(
 )
 accumulate_option = click.option(
     "--accumulate",
-    type=click.IntRange(1),
+    type=click.IntRange(1, MAX_COUNT),
     default=1,
     show_default=True,
     metavar="N",
@@ -175,7 +177,7 @@ accumulate_option = click.option(
 )
 keep_option = click.option(
     "--keep",
-    type=click.IntRange(1),
+    type=click.IntRange(1, MAX_COUNT),
     default=CHECKPOINTS_KEPT,
     show_default=True,
     metavar="K",

@@ -34,6 +34,7 @@ from train.cli.options import (
     training_precision_option,
 )
 from train.cli.replicas import check_same_run, replica_group, replica_timeout_option, set_threads
+from train.config.choices import MAX_COUNT
 from train.experiments.ensemble_options import open_members, requested_ensemble
 from train.replicas.group import ALONE, ReplicaGroup
 from train.replicas.torchrun import torchrun_rank, wait_for_message
@@ -66,7 +67,7 @@ if TYPE_CHECKING:
 @service_options
 @click.option(
     "--log-every",
-    type=click.IntRange(1),
+    type=click.IntRange(1, MAX_COUNT),
     default=20,
     show_default=True,
     metavar="STEPS",
@@ -74,7 +75,7 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--checkpoint-every",
-    type=click.IntRange(1),
+    type=click.IntRange(1, MAX_COUNT),
     default=1000,
     show_default=True,
     metavar="STEPS",

@@ -12,7 +12,7 @@ from typing import Any
 from pipeline.augment import Augmentation, check_choice
 from prep.console import UserError
 from train.config.architecture import LAYERS
-from train.config.choices import ACTIVATIONS, INITS, POOLS_PX
+from train.config.choices import ACTIVATIONS, INITS, MAX_COUNT, POOLS_PX
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Lrn:
 
     def __post_init__(self) -> None:
         """Raise UserError if `size` is even or not positive, or if `k` is not positive."""
-        if self.size < 1 or self.size % 2 == 0 or self.k <= 0:
+        if not 1 <= self.size <= MAX_COUNT or self.size % 2 == 0 or self.k <= 0:
             raise UserError(f"size {self.size}, k {self.k}: expected an odd size, and a k of more than 0.")
 
 
@@ -57,7 +57,8 @@ class Plateau:
 
     def __post_init__(self) -> None:
         """Raise UserError if a value is out of range."""
-        if not 0 < self.factor < 1 or self.patience_epochs < 1 or self.drops < 0:
+        counts_fit = 1 <= self.patience_epochs <= MAX_COUNT and 0 <= self.drops <= MAX_COUNT
+        if not 0 < self.factor < 1 or not counts_fit:
             raise UserError(
                 f"factor {self.factor}, patience_epochs {self.patience_epochs}, drops {self.drops}: expected a "
                 "factor between 0 and 1, patience_epochs of at least 1, and drops of at least 0."
@@ -172,14 +173,14 @@ class Recipe:
         check_choice("activation", self.activation, ACTIVATIONS)
         check_choice("init", self.init, INITS)
         ranges: dict[str, tuple[bool, str]] = {
-            "batch_size": (self.batch_size >= 1, "at least 1"),
-            "epochs": (self.epochs >= 1, "at least 1"),
+            "batch_size": (1 <= self.batch_size <= MAX_COUNT, f"1 to {MAX_COUNT:,}"),
+            "epochs": (1 <= self.epochs <= MAX_COUNT, f"1 to {MAX_COUNT:,}"),
             "input_divisor": (self.input_divisor > 0, "more than 0"),
             "pool_px": (self.pool_px in POOLS_PX, " or ".join(map(str, POOLS_PX))),
             "dropout": (0 <= self.dropout < 1, "at least 0, less than 1"),
             "label_smoothing": (0 <= self.label_smoothing < 1, "at least 0, less than 1"),
             "lr": (self.lr > 0, "more than 0"),
-            "lr_batch": (self.lr_batch is None or self.lr_batch >= 1, "at least 1, or none"),
+            "lr_batch": (self.lr_batch is None or 1 <= self.lr_batch <= MAX_COUNT, "at least 1, or none"),
             "lr_bias_factor": (self.lr_bias_factor > 0, "more than 0"),
             "momentum": (0 <= self.momentum < 1, "at least 0, less than 1"),
             "weight_decay": (self.weight_decay >= 0, "at least 0"),

@@ -10,6 +10,7 @@ from prep.console import UserError
 from prep.schema import Digest, Finite, NonNegative, Text, convert
 from prep.schema.check import shown
 from train.config.architecture import LAYERS, Architecture, architecture_from_json, architecture_values
+from train.config.choices import MAX_COUNT
 from train.config.identity import as_json, differing_leaves, recipe_values
 from train.config.recipe import Recipe, recipe_fields, recipe_from_json
 
@@ -20,12 +21,12 @@ MAX_CLASSES = 1_000_000
 # million.
 MAX_PARAMETERS = 2**28
 
-Positive = Annotated[int, Meta(ge=1, le=2**31)]
+Positive = Annotated[int, Meta(ge=1, le=MAX_COUNT)]
 Step = Annotated[int, Meta(ge=0, le=MAX_STEP)]
 Seed = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 Width = Annotated[int, Meta(ge=1, le=MAX_WIDTH)]
 Share = Annotated[float, Meta(ge=0, le=1)]
-AboveZero = Annotated[float, Meta(gt=0, le=1e300)]
+AboveZero = Annotated[float, Meta(gt=0, le=1.7976931348623157e308)]
 Names = Annotated[list[Annotated[str, Meta(min_length=1, max_length=4096)]], Meta(min_length=1, max_length=MAX_CLASSES)]
 # Text of a path; the operating system accepts no path with a NUL.
 PathText = Annotated[str, Meta(max_length=4096, pattern=r"^[^\x00]*$", extra={"expected": "a path without NUL"})]
@@ -70,7 +71,7 @@ class ArchitectureFields(Struct, frozen=True, forbid_unknown_fields=True):
 class LrnFields(Struct, frozen=True, forbid_unknown_fields=True):
     """Parameters of local response normalization."""
 
-    size: Annotated[int, Meta(ge=1, le=MAX_WIDTH)]
+    size: Positive
     alpha: Finite
     beta: Finite
     k: AboveZero
@@ -101,7 +102,7 @@ class PlateauFields(Struct, frozen=True, forbid_unknown_fields=True):
 
     factor: AboveZero
     patience_epochs: Positive
-    drops: Annotated[int, Meta(ge=0, le=1000)]
+    drops: Annotated[int, Meta(ge=0, le=2**31)]
 
 
 class CosineFields(Struct, frozen=True, forbid_unknown_fields=True):
@@ -142,11 +143,11 @@ class RecipeFields(Struct, frozen=True, forbid_unknown_fields=True):
     dropout: Share
     dropout_scales_training: bool
     init: Literal["normal", "he"]
-    init_std: dict[Layer, NonNegative]
+    init_std: dict[Layer, Finite]
     init_bias: dict[Layer, Finite]
     label_smoothing: Share
     lr: AboveZero
-    lr_bias: NonNegative | None
+    lr_bias: Finite | None
     lr_bias_factor: AboveZero
     momentum: Share
     weight_decay: NonNegative

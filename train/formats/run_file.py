@@ -15,6 +15,7 @@ from msgspec import Meta, Struct
 from prep.console import UserError
 from prep.schema import Count, Digest, Text, convert, parse_json, read_regular
 from prep.store.manifest import ColorStats, Settings
+from train.config.choices import MAX_THREADS
 from train.formats.fields import (
     Ancestry,
     ArchitectureFields,
@@ -54,7 +55,7 @@ class SettingsFields(Struct, frozen=True):
     log_every: Positive
     checkpoint_every: Positive
     keep: Positive
-    threads: Annotated[int, Meta(ge=1, le=65_536)] | None
+    threads: Annotated[int, Meta(ge=1, le=MAX_THREADS)] | None
     deterministic: bool = False
     stream_seed: Seed | None = None
     replicas: Positive = 1

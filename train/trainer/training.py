@@ -68,7 +68,9 @@ class Training:
             self._keeper = self._begin_in_folder() if group.is_first else None
         gradient_sum = None if group.link is None else GradientSum(self.network.parameters(), group.link)
         train_step = TrainingStep(self.network, self.optimizer, config.precision, config.accumulate, gradient_sum)
-        self._counters = StepCounters(self.network.devices[0], config.log_every)
+        # A log line is written after log_every steps, before each checkpoint and at the end of each epoch.
+        longest_interval = min(config.log_every, config.checkpoint_every, max(run.steps_per_epoch, 1))
+        self._counters = StepCounters(self.network.devices[0], longest_interval)
         self._counted_step = CountedStep(train_step, self._counters, graph_for(self.network.devices))
         self._watchdog = Watchdog(run, self.network, view.warn)
         self._log: MetricsLog | SilentLog | None = None

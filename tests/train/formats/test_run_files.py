@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from prep.console import UserError
-from tests.helpers.alextrain import refusal
+from tests.helpers.alextrain import alextrain, refusal
 from tests.helpers.metrics import training_line, validation_line
 from tests.helpers.small_training import SMALL_ALEXNET, tiny_description
 from train.config.recipes import SHORT
@@ -73,7 +73,7 @@ def changed(data: Any, path: str, value: object) -> Any:
         ("settings.store", "a\0b", "a path without NUL"),
         ("settings.batch_size", 10**30, "an integer"),
         ("settings.seed", 4, "0, as in identity"),
-        ("settings.threads", 10**9, "65,536"),
+        ("settings.threads", 10**9, "4,096"),
         ("model.widths.fc6", 1_000_000, "16,384"),
         ("model.columns", 3, "1 or 2"),
         ("recipe.lr", "delete", "no field lr"),
@@ -248,6 +248,12 @@ def test_a_damaged_ensemble_json_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "ensemble.json").write_text(text)
     with pytest.raises(UserError, match=r"ensemble\.json: .*repeat the alextrain run command with --members"):
         read_ensemble(tmp_path)
+
+
+def test_numbers_of_threads_without_bounds_are_refused_in_one_line() -> None:
+    for threads in ("9" * 25, "1000000", "0"):
+        result = alextrain("run", "--threads", threads)
+        assert result.exit_code == 2 and "--threads" in result.stderr.splitlines()[-1]
 
 
 def test_gpu_numbers_without_bounds_are_refused_in_one_line() -> None:
