@@ -42,7 +42,7 @@ __all__ = ["STREAM_VERSION", "Batch", "EvalLoader", "TrainLoader", "WaitTimes", 
 
 
 class _Position(NamedTuple):
-    """Position of a TrainLoader. One assignment replaces all of the position."""
+    """Position of a TrainLoader, as one object, so that one assignment replaces the whole position."""
 
     batch: int  # number of the next batch, counted from 0 since epoch 0
     # Number of the batch with which the prefetcher has started; None if the prefetcher must be started again.
@@ -218,7 +218,7 @@ class TrainLoader(Loader):
         }
 
     def _next(self) -> tuple[Batch, _Position]:
-        """Return the batch at the current position, and the position after it. Does not change what the batch is."""
+        """Return the batch at the current position, and the next position. A repeated call returns the same batch."""
         position = self._position
         if position.first_batch is None:
             steps = (divmod(batch, len(self)) for batch in count(position.batch))

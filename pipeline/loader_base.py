@@ -212,7 +212,7 @@ class Loader:
         if self._process != os.getpid():
             raise UserError(
                 f"this loader was made in process {self._process} and is used in process {os.getpid()}, which was "
-                f"forked from it and has no copy of its threads. {_ADVICE}"
+                f"forked from process {self._process} and has no copy of the loader's threads. {_ADVICE}"
             )
 
     def __enter__(self) -> Self:

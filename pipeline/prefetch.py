@@ -273,7 +273,7 @@ class Prefetcher:
     def _schedule(self) -> None:
         """Start batches until the engine has enough batches and READ_AHEAD further batches are being read.
 
-        Stops earlier if no jobs remain.
+        Starts fewer batches if no jobs remain.
         """
         while len(self._in_engine) < self._ahead:
             for job in islice(self._jobs, self._read_ahead - len(self._reading)):

@@ -1,7 +1,7 @@
 """Random access to the records of a split by number: zero-copy views of memory-mapped LMDB shards.
 
 A store is not trusted. Before a record is used, its fields are compared with each other, with the manifest and with the
-header of its image. With `check`, its checksum is verified too.
+header of its image. With `check`, the checksum of the record is also verified.
 """
 
 from __future__ import annotations
@@ -187,7 +187,7 @@ class Records:
     def check_maps(self) -> None:
         """Raise ShardBroken, which is a StoreError, if a mapped file was cut or a page of it could not be read.
 
-        Bytes that cannot be read are zeros. Call this method after the payloads of a batch were used.
+        Bytes that cannot be read appear as zeros. Call check_maps after the payloads of a batch were used.
         """
         if kernels.native is not None and kernels.native.broken_pages:
             for reader in list(self._readers.values()):

@@ -200,7 +200,7 @@ def lock_is_held(folder: Path) -> bool | None:
     try:
         with open_regular(folder / ".lock", "Remove it.") as handle:
             fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:  # no process has ever locked the folder, or a process with --no-lock works in it
+    except FileNotFoundError:  # no process has ever locked the folder, or a process with --no-lock works in the folder
         return None if not _uses_locks else False
     except BlockingIOError:
         return True

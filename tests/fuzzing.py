@@ -1,7 +1,7 @@
-"""Fuzzing of readers with hypothesis: changed files, and the property that every reader must have.
+"""Fuzzing with hypothesis: makes changed files, and checks that readers accept or refuse each file without a fault.
 
 Hypothesis draws the changes from a fixed seed, so a test always tries the same files. A long test (marker `soak`) tries
-more files. Put a file that makes a reader fail into a test of its own, with the change written out.
+more files. If a file makes a reader fail, write a separate test with this file, which states the change.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def examples(quick: int, soak: int) -> pytest.MarkDecorator:
 
 
 def changed_bytes(content: bytes) -> st.SearchStrategy[bytes]:
-    """Return a strategy of copies of a file in which up to 6 places are changed, or which are cut."""
+    """Return a strategy of copies of a file. A copy is cut, or changed in up to 6 places."""
     end = len(content)
     # Formats have their headers at the beginning or at the end.
     place = st.one_of(st.integers(0, end), st.integers(0, min(end, 200)), st.integers(max(0, end - 200), end))
@@ -108,7 +108,7 @@ def try_files(
     read: Callable[[bytes], object],
     *allowed: type[Exception],
 ) -> None:
-    """Assert that `read` returns a value or raises UserError, or one of `allowed`, with one line, for `count` files.
+    """Assert that `read` accepts each of `count` files, or raises UserError or one of `allowed` with one line.
 
     A call may take MAX_CPU_S of CPU time and 1 GB of memory.
     """

@@ -1,4 +1,4 @@
-"""Checks that no edit of a file makes a command fail with more than one line of error.
+"""Edits files, and checks that commands refuse each edited file with one line of error, if the edit matters.
 
     python -m tools.edit_files
     python -m tools.edit_files --only store/manifest.json --share 0.1 --json
@@ -8,10 +8,10 @@ each file. tools/edits/targets.py lists the files, the edits and the commands. A
 that reads the file. Every command must do one of two things within the time limit and with less than 1 GB of memory:
 
 -   end with an exit code other than 0 and with one line that begins with `Error: `. The command may print notes before
-    this line. The command must not change files other than locks, hidden files, and the status of a run;
+    the line of error. The command must not change files other than locks, hidden files, and the status of a run;
 -   end with the exit code 0, if a rule in tools/edits/rules.py says that the edit does not matter.
 
-In both cases the output must not contain control characters. The exit code of the tool is 0 if all commands did so.
+The output must never contain control characters. The exit code of the tool is 0 if all commands ended as required.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ from tools.edits.targets import TARGETS, UNCHANGED, Edit, Target, edits_of
 
 @dataclass(frozen=True)
 class Choice:
-    """The edits and commands to try. An empty tuple means all."""
+    """The edits and commands to try. An empty tuple selects all files, all kinds or all commands."""
 
-    only: tuple[str, ...] = ()  # texts of which a file's path, or FILE:FIELD, must contain one
+    only: tuple[str, ...] = ()  # a file is selected if its path or FILE:FIELD contains one of these texts
     kinds: tuple[str, ...] = ()  # kinds of edits
-    commands: tuple[str, ...] = ()  # texts of which a command line must contain one
-    every_command: bool = False  # True: all commands that read the file; False: one of them for each edit
+    commands: tuple[str, ...] = ()  # a command is selected if its command line contains one of these texts
+    every_command: bool = False  # True: run all commands that read the file; False: run one command for each edit
     share: float = 1.0  # share of the edits, 0 to 1
     seed: int = 0  # seed of the choice of edits and commands
 

@@ -3,7 +3,7 @@
 The images are first written one after another into one file in the store, because a build reads them in the order of
 the records. At the end of the build the file with the images is removed. An image that is given in encoded form takes
 its own number of bytes in this file. An image that is given as pixels (a PIL image of mode RGB, or an array) is first
-rescaled if it is larger than the records. The build then does not rescale these pixels again.
+rescaled if it is larger than the records. The build does not rescale the pixels a second time.
 """
 
 from __future__ import annotations

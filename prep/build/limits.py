@@ -1,8 +1,8 @@
 """Limits that decide which inputs a build keeps: number of pixels, warnings of the decoder, decoding time.
 
-These limits may change between two runs of a build. A finished shard is built again only if one of its inputs would be
-kept or left out differently under the new limits. For example, if --max-pixels is raised, all finished shards from
-which no picture was left out are kept.
+These limits may change between two runs of a build. A finished shard is built again only if the new limits keep an
+input that was left out, or leave out an input that was kept. For example, if --max-pixels is raised, all finished
+shards from which no picture was left out are kept.
 """
 
 from __future__ import annotations

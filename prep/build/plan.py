@@ -212,7 +212,7 @@ def bad_outcomes(outcomes: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any
 
 
 def no_image_error(source: Source, first_reason: str) -> UserError:
-    """Return the error for a split of which all inputs are bad; `first_reason` is the reason for the first of them."""
+    """Return the error for a split of which all inputs are bad; `first_reason` is the first reason."""
     inputs = len(source.inputs) + len(source.refused)
     return UserError(f"{source.reader.root}: not one of {inputs:,} inputs is an image (first: {first_reason}).")
 

@@ -3,9 +3,9 @@
 The content of a shard depends only on its inputs and the settings. The shard is written to a temporary folder and
 synced to disk, and then its data.mdb is renamed to the final path. If there is an older data.mdb, the rename replaces
 it. Two processes, even on two machines, can therefore build the same shard at the same time, and data.mdb is always
-complete. Then the two summary files of the shard are written atomically into store/SPLIT/.build. NNNNN.npy holds the
-sum of the central squares of the images. NNNNN.json holds counts, digest, colour moments and outcomes of inputs. A
-shard without a summary is built again.
+complete. After data.mdb, the two summary files of the shard are written atomically into store/SPLIT/.build. NNNNN.npy
+holds the sum of the central squares of the images. NNNNN.json holds counts, digest, colour moments and outcomes of
+inputs. A shard without a summary is built again.
 """
 
 from __future__ import annotations
@@ -84,10 +84,10 @@ def store_shard(
     records: Iterable[tuple[bytes, bytes]],
     results: Callable[[Shard], tuple[npt.NDArray[np.int64], dict[str, Any]]],
 ) -> None:
-    """Write the (key, value) pairs `records` as shard `number` into the split's folder.
+    """Write the (key, value) pairs `records` as shard `number` into the split's folder, and then two summary files.
 
-    Then write the two summary files of the shard. `results` is called after the shard is written, and returns the sum
-    of the central squares and the summary. Raises UserError for a failing disk, DiskFull for a full disk.
+    `results` is called after the shard is written, and returns the sum of the central squares and the summary. Raises
+    UserError for a failing disk, DiskFull for a full disk.
     """
     temporary = folder / ".build" / f"{number:05d}.{unique_suffix()}"
     final = folder / f"{number:05d}"

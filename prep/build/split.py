@@ -256,7 +256,7 @@ def open_existing(store: Path, plan: BuildPlan) -> Store | None:
 
 
 def _check_same_limits(store: Store, split: str, limits: InputLimits) -> None:
-    """Raise UserError if these limits would treat an input of a complete split differently."""
+    """Raise UserError if new limits would keep or leave out other inputs than the build of a complete split did."""
     changed = ""
     with suppress(OSError, ValueError, KeyError):  # alexprep verify reports a damaged inputs.jsonl
         outcomes = read_outcomes(store.root / split / "inputs.jsonl")

@@ -3,7 +3,7 @@
 The colour noise of the paper (section 4.1) adds α·σ·v to every pixel of a training image, for each principal component.
 v is the eigenvector of the component, and σ its standard deviation. α is drawn from a normal distribution with standard
 deviation 0.1, so three standard deviations of α are 0.3. A shift by 0.3 σ along the second or third component is hard
-to see in a photograph. Therefore the plot also shows the mean colour with shifts of up to 3 σ.
+to see in a photograph, so the plot also shows the mean colour with shifts of up to 3 σ.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from prep.workers import Runner, TaskProgress, WorkerDied
 
 _EXTENSIONS = {"jpeg": (".jpg", ".jpeg"), "ppm": (".ppm",)}
 _MAX_NAME_BYTES = 255
-MARKER = ".alexprep-export.json"  # hidden, so a build from the exported folder leaves it out
+MARKER = ".alexprep-export.json"  # a hidden file, which a build from the exported folder leaves out
 
 
 @dataclass(frozen=True)

@@ -29,10 +29,10 @@ from prep.store.manifest import (
 from prep.workers import Runner, WorkerDied
 
 # The manifest of a jpeg store has the colour moments of the pixels before compression. The stored images have slightly
-# different moments. The two bounds below allow the largest errors that 4:2:0 chroma subsampling can cause. The largest
-# errors occur in images of alternating lines of two saturated colours. In stores of hundreds of photographs with
-# quality 50 or more, the mean is wrong by at most 0.1 grey levels. The covariance is wrong by at most 1 %. If the
-# moments in the manifest are changed later, the manifest's checksum is wrong.
+# different moments. MAX_MEAN_ERROR and MAX_COVARIANCE_ERROR allow the largest errors that 4:2:0 chroma subsampling can
+# cause. The largest errors occur in images of alternating lines of two saturated colours. In stores of hundreds of
+# photographs with quality 50 or more, the mean is wrong by at most 0.1 grey levels. The covariance is wrong by at most
+# 1 %. If the moments in the manifest are changed later, the manifest's checksum is wrong.
 MAX_MEAN_ERROR = 64.0  # largest error of a channel's mean, in grey levels
 MAX_COVARIANCE_ERROR = 1.1  # largest error of a covariance entry, relative to the largest entry of the covariance
 _MIN_QUALITY = 50  # below this JPEG quality, mean and covariance are not compared
@@ -41,7 +41,7 @@ _MIN_QUALITY = 50  # below this JPEG quality, mean and covariance are not compar
 def unverifiable_settings(store: Store) -> list[str]:
     """Return the parts of a manifest that verification cannot compare with the records, as text.
 
-    The records do not show them. Only the checksum and the fingerprints of the manifest protect them.
+    Records do not show these parts. Only the checksum and the fingerprints of the manifest protect these parts.
     """
     settings = store.settings
     parts = ["filter", "background", "reduce_above", "tools", "names of the classes"]
@@ -49,7 +49,7 @@ def unverifiable_settings(store: Store) -> list[str]:
         parts.append("quality")
     square_px = settings.side_px**2
     if settings.keep_aspect and all(split.pixels == split.records * square_px for split in store.splits.values()):
-        parts.append("keep_aspect")  # all images are square, with and without this setting
+        parts.append("keep_aspect")  # all images are square, with and without keep_aspect
     return parts
 
 

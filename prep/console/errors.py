@@ -24,7 +24,7 @@ class UserError(ValueError):
 class WrongArgument(UserError):
     """An option or argument that the command cannot take: malformed, out of range, or in conflict with another option.
 
-    click exits with the same code for unknown commands and options.
+    click also exits with code 2 for unknown commands and options.
     """
 
     exit_code = 2

@@ -54,10 +54,10 @@ def _on_sigterm(signum: int, frame: FrameType | None) -> NoReturn:
 
 @contextmanager
 def _escaped_usage_errors() -> Iterator[None]:
-    """Make click's own errors one line, with control characters escaped. These errors repeat arguments."""
+    """Make click's own errors one line, and escape control characters in the arguments that an error repeats."""
     try:
         yield
-    except click.MissingParameter as error:  # lists the choices of an option on lines of their own
+    except click.MissingParameter as error:  # has a line for each choice of an option
         raise click.UsageError(" ".join(error.format_message().split()), error.ctx) from None
     except ValueError as error:
         if "embedded null" not in str(error):

@@ -1,6 +1,6 @@
 """Progress of a command on standard error, with rate and estimated time left (ETA).
 
-Progress is a bar on a terminal, and otherwise lines.
+On a terminal, progress is a bar. In a file or a pipe, progress is a series of lines.
 """
 
 from __future__ import annotations

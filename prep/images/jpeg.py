@@ -82,7 +82,7 @@ def file_kind(content: bytes | memoryview) -> str:
 
 
 def check_jpeg(content: bytes | memoryview, height: int, width: int) -> str:
-    """Return why `content` is not a JPEG file of this size; empty if it is such a file.
+    """Return why `content` is not a JPEG file of `height` × `width` pixels; empty if `content` is such a file.
 
     Only the header is read: `content` must begin as a baseline or progressive JPEG file of `height` × `width` pixels
     with three channels of 8 bits. A file of several scans may have at most MAX_SCANS scans, because each scan takes as
@@ -121,8 +121,8 @@ def quantization_tables(content: bytes) -> list[bytes]:
 def _segments(content: bytes | memoryview) -> Iterator[tuple[int, int, bytes]]:
     """Yield (offset, marker, content) of the segments of a JPEG file, up to the header of its first scan.
 
-    Ends earlier if a segment is damaged or cut off. Only the first 64 bytes are returned of the content of a segment
-    that holds no quantization tables.
+    Ends earlier if a segment is damaged or cut off. If a segment holds no quantization tables, only the first 64 bytes
+    of its content are returned.
     """
     offset = 2
     for _ in range(_MAX_SEGMENTS):

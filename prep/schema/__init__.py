@@ -1,14 +1,14 @@
-"""The gate: every file that a disk, a copy or another program provides is opened, bounded and checked here, once.
+"""Opens, bounds and checks every file that a disk, a copy or another program provides.
 
 A reader opens a file with `read_regular` or `open_regular`, and turns the bytes into a typed model with `decode`,
 `read_npy` or `read_npz`. Python objects that another library has read, such as the metadata of a checkpoint, go through
-`convert`. All these functions raise an error of one line that names the file, the field, the value that was found, the
-value that was expected, and the next step.
+`convert`. Every function for reading raises an error of one line that names the file, the field, the value that was
+found, the value that was expected, and the next step.
 
-A model is a `msgspec.Struct`, a frozen dataclass or a TypedDict. Bounds are part of the types of the fields. Rule for
-unknown fields: manifest.json and colour.json, whose format has a schema number, refuse unknown fields
-(`forbid_unknown_fields=True`, see also prep/schema/unknown_fields.py). Files of a run folder, work files and files of
-other programs have no such number. Their models ignore unknown fields.
+A model is a `msgspec.Struct`, a frozen dataclass or a TypedDict. Bounds are part of the types of the fields. The models
+of manifest.json and colour.json, whose format has a schema number, refuse unknown fields (`forbid_unknown_fields=True`,
+see also prep/schema/unknown_fields.py). Files of a run folder, work files and files of other programs have no schema
+number, so the models of such files ignore unknown fields.
 """
 
 from prep.schema.arrays import ArrayShape, decode_npy, read_npy, read_npz

@@ -35,7 +35,7 @@ class ArrayShape:
     shape: tuple[int | None, ...]
 
     def allows(self, dtype: np.dtype[Any], shape: tuple[int, ...]) -> bool:
-        """Return whether an array of this type and shape is expected. Types that hold Python objects never are."""
+        """Return whether an array of this type and shape is expected. A type that holds Python objects never is."""
         is_type = not dtype.hasobject and dtype.names is None and (dtype.str in self.types or dtype.kind in self.types)
         return (
             is_type

@@ -50,7 +50,7 @@ def convert(type_: type[T], data: object, name: str, advice: str, error: Callabl
 
 
 def parse_json(content: bytes, name: str, advice: str, error: Callable[[str], UserError] = UserError) -> Any:
-    """Return the value of a JSON text that no model describes. `decode` is the function for all other JSON texts.
+    """Return the value of a JSON text that no model describes. If there is a model, use `decode` instead.
 
     Raises `error` unless the content is UTF-8 without byte order mark, strict JSON (no NaN, no infinite number, no lone
     surrogate, no control character in a string), nested at most MAX_DEPTH levels, without the same key twice in an
@@ -174,7 +174,7 @@ class _Path(list[str | int]):
 
 
 def _resolved_path(type_: Any, data: Any, message: str, location: str) -> _Path:
-    """Return the path to the wrong value. msgspec writes `[...]` for each key of a mapping: find these keys."""
+    """Return the path to the wrong value, with the keys of mappings, for which msgspec writes only `[...]`."""
     path = _Path()
     for match in _PATH_PART.finditer(location):
         name, index = match.groups()
@@ -190,7 +190,7 @@ def _resolved_path(type_: Any, data: Any, message: str, location: str) -> _Path:
 
 
 def _wrong_key(type_: Any, data: Any, message: str, path: _Path) -> Any:
-    """Return the first key of the mapping at `path` with which the model raises this error, by bisection."""
+    """Return the first key of the mapping at `path` with which the model raises the error `message`, by bisection."""
     keys = list(_value_at(data, path))
     low, high = 0, len(keys)  # the first `high` entries raise the error, the first `low` entries do not
     while high - low > 1:

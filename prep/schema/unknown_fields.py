@@ -1,7 +1,8 @@
-"""Finds unknown fields of dataclasses and TypedDicts, which msgspec ignores. Of a Struct, msgspec refuses them itself.
+"""Finds unknown fields of dataclasses and TypedDicts, which msgspec ignores. msgspec itself refuses unknown fields only
+of Structs.
 
-A dataclass with the class variable `refuses_unknown = True` allows only its own fields. So does a TypedDict whose type
-in a model is `Annotated[T, REFUSES_UNKNOWN]`.
+A dataclass with the class variable `refuses_unknown = True` allows only its own fields. A TypedDict allows only its own
+fields if its type in a model is `Annotated[T, REFUSES_UNKNOWN]`.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def finder(type_: Any) -> _Find | None:
 
 
 def _finder(node: Any, known: dict[int, list[_Find | None]]) -> _Find | None:
-    """Return the function for a type of msgspec.inspect. `known` has the objects above: models can be recursive."""
+    """Return the function for a type of msgspec.inspect. `known`: functions of the outer objects (for recursion)."""
     is_strict = False
     while type(node).__name__ == "Metadata":
         is_strict |= bool((node.extra or {}).get("refuses_unknown"))

@@ -73,7 +73,7 @@ class Datum:
     def decode(value: bytes) -> Datum:
         """Verify the checksum, then parse the fields. Raises DatumError if the checksum or a field is wrong.
 
-        A record with a repeated field is refused, because other readers could read another value from it.
+        A record with a repeated field is refused, because readers may differ in which of the values they use.
         """
         verify_checksum(value)
         fields = parse_fields(value, len(value) - CRC32_BYTES, may_repeat=False)
@@ -131,7 +131,7 @@ def parse_fields(value: bytes, end: int, may_repeat: bool = True) -> dict[int, i
 
     Varints are returned as int, strings as bytes. If a field is repeated, the last value is used. Unknown and
     fixed-width fields are skipped. Raises DatumError if the bytes are not a protobuf message, and if a known field is
-    repeated although not `may_repeat`.
+    repeated although `may_repeat` is false.
     """
     fields: dict[int, int | bytes] = {}
     offset = 0

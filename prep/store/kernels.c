@@ -289,7 +289,7 @@ static void on_sigbus(int number, siginfo_t *info, void *context) {
                     return;
                 }
             }
-    sigaction(number, &action_before, 0); /* another fault: it occurs again, with the earlier action */
+    sigaction(number, &action_before, 0); /* any other fault occurs again, and then meets the earlier action */
     if (info->si_code <= 0)
         raise(number); /* the signal was sent by a program */
     errno = error;

@@ -9,12 +9,13 @@ little-endian. Every offset is compared with the size of the map before it is us
     header page  pages 0 and 1. The page of the later transaction is valid, and has the number of the root page
     page header  16 bytes: number, flags at byte 10 (1 branch, 2 leaf), end of the list of nodes at byte 12. The list
                  follows the header: the offset of each node in the page, 2 bytes, in ascending order of the keys
-    node         8 bytes: branch: number of the child page (6 bytes); leaf: size of the value (4), flags (2).
-                 Then size of the key (2), key, value. If the flags are 1, the node does not hold the value, but a page
-                 number (8 bytes): the value is in pages from this page on, after one page header
+    node         8 bytes: branch: number of the child page (6 bytes); leaf: size of the value (4), flags (2). The rest
+                 of a node is the size of the key (2), the key and the value. If the flags are 1, the node does not hold
+                 the value, but a page number (8 bytes): the value is in pages from this page on, after one page header
 
-kernels.c also protects the maps: if a page of a mapped file cannot be read, because the file was cut or the disk has an
-error, the process would end with SIGBUS. A signal handler puts a page of zeros there instead, and marks the map.
+kernels.c also protects the maps. If a page of a mapped file cannot be read, because the file was cut or the disk has an
+error, the kernel sends SIGBUS, which would end the process. A signal handler puts a page of zeros in place of the
+unreadable page, and marks the map.
 """
 
 from __future__ import annotations
@@ -83,7 +84,7 @@ class NativeKernels:
         return found
 
     def guard_map(self, address: int, size_bytes: int) -> int | None:
-        """Protect the memory map of a file against SIGBUS. Returns a handle for the two functions below, or None."""
+        """Protect the memory map of a file against SIGBUS. Returns a handle for the next two functions, or None."""
         with _lock:
             handle: int | None = self._guard_map(address, size_bytes)
         return handle
@@ -118,7 +119,7 @@ os.register_at_fork(after_in_child=_renew_lock)
 def is_correct(kernels: NativeKernels) -> bool:
     """Return True if the library finds the records of a small tree: a branch page, two leaf pages and a long value.
 
-    Its checksums must also agree with zlib.
+    The checksums of the library must also agree with zlib.
     """
     if sys.byteorder != "little":
         return False

@@ -1,8 +1,8 @@
 """Reads LMDB data files (data.mdb) page by page. Every number of the file is checked before it is used.
 
-The lmdb library trusts its files: a damaged page makes it read outside of its memory map, which can end the process.
-This module reads files of LMDB 0.9 (MDB_DATA_VERSION 1) of little-endian machines, as alexprep and Caffe write them:
-one database with unique keys. kernels.py describes the pages. Numbers of a header page, from its beginning:
+The lmdb library trusts its files: a damaged page makes the library read outside of its memory map, which can end the
+process. This module reads files of LMDB 0.9 (MDB_DATA_VERSION 1) of little-endian machines, as alexprep and Caffe write
+them: one database with unique keys. kernels.py describes the pages. Numbers of a header page, from its beginning:
 
     16 magic number   20 version   40 page size   92 flags of the main database   120 number of its records
     128 number of the page at the root of its tree   136 number of the last page   144 number of the transaction
@@ -28,7 +28,8 @@ _BRANCH, _LEAF, _META, _PAGE_TYPES, _IN_PAGES = 1, 2, 8, 0x6F, 1
 _BROKEN = f"{DATA_FILE} was changed or became unreadable during reading"
 _NO_PAGE = 2**64 - 1
 _MAX_DEPTH = 32
-# Limit for a record. A raw image of prep.images.limits.MAX_RESCALED_PIXELS has 300 MB. A record can state any size.
+# Largest size of a record, because a damaged record can state any size. A raw image of
+# prep.images.limits.MAX_RESCALED_PIXELS has 300 MB.
 _MAX_VALUE_BYTES = 400_000_000
 
 Bytes = bytes | memoryview
@@ -55,7 +56,7 @@ def broken_error(folder: Path, expected_bytes: int, advice: str) -> ShardBroken:
 
 
 def store_error(text: str) -> StoreError:
-    """Return the error with this text that another process has sent: ShardBroken, or another StoreError."""
+    """Return the error with the text that another process has sent: ShardBroken, or another StoreError."""
     return ShardBroken(text) if _BROKEN in text else StoreError(text)
 
 
@@ -71,16 +72,16 @@ class Tree(NamedTuple):
 class LmdbPages:
     """The records of one data.mdb. The methods raise StoreError, with `advice` in its message, for a damaged file.
 
-    Several threads may use an object at the same time if they may call `read_at` at the same time.
+    Several threads may use an object at the same time if `read_at` allows calls from several threads.
     """
 
     def __init__(self, folder: Path, read_at: ReadAt, file_bytes: int, advice: str) -> None:
-        """Read the header pages. Raises StoreError if the file is no LMDB, or has fewer bytes than its header says."""
+        """Read the header pages. Raises StoreError if the file is no LMDB, or is shorter than its header states."""
         self.folder, self._read_at, self.file_bytes, self._advice = folder, read_at, file_bytes, advice
         self.tree = self._find_tree()
 
     def items(self, with_values: bool = True) -> Iterator[tuple[bytes, bytes]]:
-        """Yield (key, value) of each record, in the order of the keys. Values are empty if not `with_values`."""
+        """Yield (key, value) of each record, in the order of the keys. Values are empty if `with_values` is false."""
         count = pages = 0
         stack = [self.tree.root] if self.tree.root >= 0 else []
         while stack:
@@ -221,9 +222,10 @@ def open_data_file(folder: Path, advice: str) -> BinaryIO:
 
 
 class LmdbFile:
-    """An open data.mdb, which is read with system calls, not through a memory map. Use it in a `with` statement.
+    """An open data.mdb, which is read with system calls, not through a memory map.
 
-    If the file is cut while it is open, the methods of `pages` raise ShardBroken.
+    Use an LmdbFile in a `with` statement. If the file is cut while it is open, the methods of `pages` raise
+    ShardBroken.
     """
 
     def __init__(self, folder: Path, advice: str) -> None:

@@ -5,7 +5,8 @@ holds only Datums, because DALI takes the value of every key for a record. The d
 records in order. For each record, the digest covers the key, the length of the value (8 bytes, little-endian) and the
 value.
 
-The lmdb library writes the files. prep.store.lmdb_file reads them, because the library does not check what it reads.
+The lmdb library writes the files. prep.store.lmdb_file reads the files, because the library does not check what it
+reads.
 """
 
 from __future__ import annotations
@@ -100,7 +101,7 @@ class ShardReader:
         self.folder, self._advice = folder, advice
         self._map: _GuardedMap | None = None
         self._file: LmdbFile | None = None
-        # The keys as numbers, if some numbers are missing from the keys.
+        # The keys as numbers, if the keys are not consecutive numbers.
         self._numbers: npt.NDArray[np.int64] | None = None
         self._keys: list[bytes] | None = None
         try:
@@ -110,7 +111,7 @@ class ShardReader:
                 raise StoreError(f"{folder}: {entries:,} records, the manifest says {records:,}. {advice}")
             first, last = self._pages.edge_key(last=False), self._pages.edge_key(last=True)
             self._first = int(first) if first.isdigit() and len(first) == _KEY_DIGITS else 0
-            # Numbers are missing from the keys if inputs were left out.
+            # The keys are not consecutive numbers if inputs were left out.
             if last != record_key(self._first + records - 1):
                 self._keys = [key for key, _ in self._pages.items(with_values=False)]
         except BaseException:
@@ -127,7 +128,8 @@ class ShardReader:
     def __getitem__(self, index: int) -> memoryview:
         """Return the record's bytes, which are valid until `close`.
 
-        After the bytes of a record were used, call `check_map`: bytes that could not be read from the disk are zeros.
+        After the bytes of a record were used, call `check_map`, because bytes that could not be read from the disk
+        appear as zeros.
         """
         try:
             value = self._pages.get(self.key(index))
@@ -174,7 +176,7 @@ class ShardReader:
             self._file.close()
 
     def _open(self) -> LmdbPages:
-        """Map the file, or open it if it cannot be mapped."""
+        """Map the file, or open the file if it cannot be mapped."""
         if kernels.native is not None:
             with open_data_file(self.folder, self._advice) as file:
                 size = os.fstat(file.fileno()).st_size

@@ -19,7 +19,7 @@ from prep.schema import REFUSES_UNKNOWN, Count, Digest, Finite, NonNegative, con
 
 MAX_MANIFEST_BYTES = 64 << 20  # a manifest of ImageNet has 0.5 MB
 MAX_COLOR_STATS_BYTES = 1 << 16
-MAX_CLASSES = 1_000_000  # a larger label is taken for a mistake, because each class needs memory
+MAX_CLASSES = 1_000_000  # more classes are taken for a mistake, because each class needs memory
 MAX_RECORDS = 100_000_000  # keys have eight digits
 MAX_SHARDS = 100_000
 MAX_SIDE_PX = 4096
@@ -100,7 +100,7 @@ class MomentsJson(TypedDict):
 
 
 class Origin(TypedDict):
-    """A split that was merged into this split, with the splits from which it was merged itself."""
+    """A split that was merged into another split. If the split was itself merged, `sources` lists its own origins."""
 
     fingerprint: Digest
     records: Records
@@ -170,7 +170,7 @@ class ColorStats:
     pixels: Annotated[int, Meta(ge=2)]  # number of pixels
     mean_rgb: Annotated[tuple[_Level, ...], _OF_3]
     covariance: Annotated[tuple[Annotated[tuple[Finite, ...], _OF_3], ...], _OF_3]  # grey levels squared
-    eigenvalues: Annotated[tuple[_Variance, ...], _OF_3]  # descending
+    eigenvalues: Annotated[tuple[_Variance, ...], _OF_3]  # in descending order
     stdevs: Annotated[tuple[_Level, ...], _OF_3]  # grey levels
     # column j for eigenvalue j, with first nonzero entry > 0
     eigenvectors: Annotated[tuple[Annotated[tuple[_Unit, ...], _OF_3], ...], _OF_3]
@@ -208,7 +208,7 @@ class Outcome(TypedDict):
 
 
 def outcome_fault(outcome: Mapping[str, Any]) -> str:
-    """Return what a line of inputs.jsonl lacks for its fate, as text; empty if it has all fields."""
+    """Return which field a line of inputs.jsonl lacks for its fate, as text; empty if the line has all fields."""
     needed = {"bad": "why", "ignored": "why", "kept, with warnings": "warnings"}.get(outcome["fate"], "source")
     also = {"max_pixels": "pixels", "time_limit": "seconds"}.get(outcome.get("limit", ""), "source")
     missing = next((name for name in (needed, also) if name not in outcome), "")

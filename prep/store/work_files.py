@@ -1,6 +1,6 @@
 """Typed models of the files in .build, the work folder of an unfinished build or merge, and functions that read them.
 
-Any release may change these files, so their models ignore unknown fields.
+Any release may change the files in .build, so their models ignore unknown fields.
 """
 
 from __future__ import annotations
@@ -33,14 +33,15 @@ class PlanFile(Struct, frozen=True):
     classes: Annotated[tuple[ClassName, ...], Meta(min_length=1, max_length=MAX_CLASSES)]
     edges: Annotated[list[Count], Meta(min_length=1, max_length=MAX_SHARDS + 1)]  # boundaries of the shards
     id: _Text = ""  # identity of the build
-    digest: Digest | None = None  # BuildPlan.digest: settings, classes and inputs; older versions did not write it
+    # BuildPlan.digest: settings, classes and inputs; older versions did not write the digest
+    digest: Digest | None = None
     source: _Text = ""  # absolute path of the inputs
     refused: tuple[tuple[_Text, _Text], ...] = ()  # (name, reason) of inputs that are bad without being read
     ignored: tuple[tuple[_Text, _Text], ...] = ()  # (name, reason) of entries that are no inputs
 
 
 class BuiltShard(TypedDict):
-    """A shard in its summary. It has the fields of prep.store.models.Shard, and may be empty."""
+    """A shard in its summary, with the fields of prep.store.models.Shard. Unlike a Shard, a BuiltShard may be empty."""
 
     path: ShardPath
     records: Annotated[int, Meta(ge=0, le=MAX_RECORDS)]
@@ -72,14 +73,16 @@ class MergeFile(Struct, frozen=True):
     digest: Digest
 
 
-CrashCounts = dict[_Text, Count]  # deaths.json: {path of an input: worker processes that crashed at it}
-SlowInputs = dict[_Text, NonNegative]  # slow.json: {path of an input: seconds of CPU time after which it was stopped}
+# deaths.json: {path of an input: number of worker processes that crashed at the input}
+CrashCounts = dict[_Text, Count]
+# slow.json: {path of an input: seconds of CPU time after which decoding was stopped}
+SlowInputs = dict[_Text, NonNegative]
 
 
 def read_plan(work_dir: Path, advice: str = RESTART) -> PlanFile:
     """Return the content of plan.json in a work folder.
 
-    Raises OSError if the file cannot be read, and UserError, with `advice` in its message, if it is damaged.
+    Raises OSError if the file cannot be read, and UserError, with `advice` in its message, if the file is damaged.
     """
     path = work_dir / "plan.json"
     data = parse_json(read_regular(path, _MAX_PLAN_BYTES, advice), str(path), advice)
@@ -94,8 +97,8 @@ def read_plan(work_dir: Path, advice: str = RESTART) -> PlanFile:
 def read_summary(path: Path, split: str, classes: int) -> Summary:
     """Return the summary of a shard, whose file name is the number of the shard.
 
-    Raises OSError if the file cannot be read. Raises UserError if the file is damaged, if it names another shard, or if
-    its labels are not those of its records.
+    Raises OSError if the file cannot be read. Raises UserError if the file is damaged, if the file names another shard,
+    or if the counts of its labels do not fit the shard.
     """
     advice = "Run the same command again."
     summary = decode(Summary, read_regular(path, _MAX_SUMMARY_BYTES, advice), str(path), advice)
@@ -112,5 +115,5 @@ def read_summary(path: Path, split: str, classes: int) -> Summary:
 
 
 def read_work_file(type_: type[T], path: Path, advice: str = RESTART, max_bytes: int = _MAX_SMALL_BYTES) -> T:
-    """Return the content of another file of a work folder, checked against `type_`. Raises the errors of read_plan."""
+    """Return the content of a file of a work folder, checked against `type_`. Raises the errors of read_plan."""
     return decode(type_, read_regular(path, max_bytes, advice), str(path), advice)

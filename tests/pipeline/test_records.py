@@ -179,7 +179,7 @@ def test_a_batch_holds_the_records_in_the_given_order(stores: dict[str, Path], k
     for numbers in (order, order[:1], [7, 3, 3, 7], []):
         assert_batch_holds_records(records, numbers)
     records.close()
-    assert_batch_holds_records(records, order)  # this call maps the shards again
+    assert_batch_holds_records(records, order)  # `batch` maps the shards again
     records.close()
 
 

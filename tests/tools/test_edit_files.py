@@ -1,4 +1,4 @@
-"""Tests of tools.edit_files: it finds faults that are put into a command, and a sample of the edits finds no fault."""
+"""tools.edit_files finds faults that are put into a command. A sample of the edits finds no fault in the commands."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def samples(store: Path, tmp_path: Path) -> Path:
 
 
 def outcome_with(command: Callable[[Any], object], samples: Path, patch: pytest.MonkeyPatch) -> Outcome:
-    """Return the outcome of `alexprep inspect` if `command` runs in place of the opening of the store."""
+    """Return the outcome of `alexprep inspect` if `command` runs instead of Store.open."""
     patch.setattr(prep.cli.check.Store, "open", staticmethod(command))
     target = Target("store/manifest.json", "json", ("store",), (INSPECT,))
     return check_edit(target, Edit(target.file, "", "x", lambda path: None), target.commands, samples, 2.0)[0]

@@ -42,12 +42,12 @@ SCHEMAS: dict[str, tuple[Any, str]] = {
 
 _TEXT = """# JSON Schema documents
 
-These documents describe the JSON files that the programs read, in [JSON Schema](https://json-schema.org) 2020-12. They
-are generated from the models in the code. Each reader compares a file with the same model once, before it uses any
-field of the file.
+The documents in the table describe the JSON files that the programs read, in [JSON Schema](https://json-schema.org)
+2020-12. The documents are generated from the models in the code. A reader compares a file with its model once, before
+the reader uses any field of the file.
 
-A document has the type and the bounds of each field. A file must also fulfil the rules that JSON Schema cannot express,
-such as sums that agree. [Store format](store-format.md) describes these rules.
+A document has the type and the bounds of each field. A file must also fulfil rules that JSON Schema cannot express,
+such as sums that agree. [Store format](store-format.md) describes the rules between fields.
 
 All files must be UTF-8 without byte order mark. NaN, infinite numbers, the same key twice in an object, and more than
 64 levels of nested objects and arrays are refused. `additionalProperties` is `false` where unknown fields are refused.

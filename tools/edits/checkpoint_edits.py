@@ -17,7 +17,7 @@ from torch import Tensor
 from tools.edits.byte_edits import Apply
 from tools.edits.json_edits import Nested, plain, value_edits
 
-_NESTED_LISTS = 900  # a pickle of deeper lists cannot be read by torch.load
+_NESTED_LISTS = 900  # torch.load cannot read a pickle of deeper lists
 _HUGE = 10**9  # numbers in a tensor of 4 GB
 _CODE = b"\x80\x02cos\nsystem\nX\x0e\0\0\0touch executedq\x01\x85R."  # os.system("touch executed")
 TENSOR_GROUPS = ("parameters", "velocity")
@@ -171,7 +171,7 @@ def archive_edits() -> Iterator[tuple[str, Apply]]:
 
 
 def _growing_pickle() -> bytes:
-    """Return a pickle of a list in which each of 40 levels has the previous level twice: 2^40 items if printed."""
+    """Return a pickle of a nested list, which prints 2^40 items: each of 40 levels has the previous level twice."""
     body = b"]q\0"
     for _ in range(40):
         body += b"h\0h\0\x86q\0"
@@ -218,7 +218,7 @@ def _edit_metadata(name: str, value: Any) -> Apply:
 
 
 def signed(apply: Apply) -> Apply:
-    """Return an edit that also writes a correct digest."""
+    """Return an edit that makes the edit `apply`, and then writes a correct digest."""
 
     def apply_and_sign(path: Path) -> None:
         apply(path)

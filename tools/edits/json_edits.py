@@ -1,6 +1,6 @@
 """Edits of JSON values: each field deleted, of a wrong type, out of range, huge, nested, or with hostile text.
 
-The same edits apply to the plain values in a checkpoint, which is a pickle.
+The same edits apply to the plain values (texts, numbers, lists and dicts) in a checkpoint, which is a pickle.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ Path = tuple[str | int, ...]
 
 NESTED_LISTS = 10_000
 _LONG_TEXT = 100_000  # characters
-_SHOWN_ITEMS = 2  # only the first and the last items of a longer list are edited
+_SHOWN_ITEMS = 2  # of a list with more items, only the first and the last item are edited
 
 
 @dataclass(frozen=True)
 class Nested:
-    """A list in a list in a list, `depth` times."""
+    """Lists nested in each other, `depth` levels deep."""
 
     depth: int
 
@@ -60,14 +60,14 @@ def encode(value: Any) -> str:
 def value_edits(root: Any, skipped: Callable[[Path, Any], bool] = lambda path, value: False) -> Iterator[ValueEdit]:
     """Yield all edits of all fields of a value made of objects, lists, texts, numbers, booleans and null.
 
-    A field for which `skipped` returns True is not edited, and neither are the fields in it.
+    If `skipped` returns True for a field, the field and all fields inside the field are not edited.
     """
     for path, value in _fields(root, (), skipped):
         name = ".".join(map(str, path))
         for kind, changed in _replacements(value):
             if path:
                 yield ValueEdit(name, kind, _replaced(root, path, changed))
-            elif kind not in ("null", "true", "text", "list", "object"):  # byte_edits has these edits of a whole file
+            elif kind not in ("null", "true", "text", "list", "object"):  # byte_edits replaces whole files by these
                 yield ValueEdit(name, kind, changed)
         if path and isinstance(path[-1], str):
             yield ValueEdit(name, "delete", _deleted(root, path))
@@ -180,9 +180,9 @@ def plain(value: Any, depth: int) -> Any:
 
 
 def field_matches(field: str, patterns: Sequence[str]) -> bool:
-    """Return whether a field is named by a pattern, in which `*` stands for any one part: `splits.*.account`.
+    """Return whether a pattern names a field. In a pattern, `*` stands for any one part: `splits.*.account`.
 
-    A pattern also names all fields inside the field that it names.
+    A pattern also names all fields inside a field that the pattern names.
     """
     parts = field.split(".")
     for pattern in patterns:

@@ -1,8 +1,9 @@
 """Runs commands in forks of a process that has imported all libraries, and judges how each command ends.
 
-A command runs in a fork of its own, so it costs milliseconds. Limits of a command, above what its process has before
-it begins: 1 GB of writable memory (RLIMIT_DATA), 1 GB of resident memory (ru_maxrss, also of its worker processes), and
-the time limit. The libraries, such as torch, are loaded before, so their memory does not count.
+Each command runs in its own fork, and a fork takes milliseconds. A command may use 1 GB of writable memory
+(RLIMIT_DATA) and 1 GB of resident memory (ru_maxrss, also of its worker processes) more than the fork has at its start.
+The libraries, such as torch, are loaded before the fork, so their memory does not count. A command that exceeds the
+time limit is ended.
 """
 
 from __future__ import annotations
@@ -46,8 +47,8 @@ _OUT_OF_MEMORY = re.compile(
 )
 _BIDI = set("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\u2028\u2029")
 _RESULT = re.compile(r"(^|/)manifest\.json$|(^|/)(out|record|features)[^/]*$|\.(png|svg|html|npz|safetensors|onnx)$")
-# Files that a command may write although it then refuses to go on: locks and other hidden files, the files that have
-# arrived in an unfinished copy, and the settings, the state and the events of a run.
+# Files that a command may write before it ends with an error: locks and other hidden files, the files that have arrived
+# in an unfinished copy, and run.json, status.json and tensorboard/ of a run.
 _MAY_CHANGE = re.compile(r"^copy/|(^|/)\.|(^|/)part-\d+-of-\d+\.lock$|(^|/)(run|status)\.json$|(^|/)tensorboard(/|$)")
 
 ONE_LINE, ACCEPTED = "one line", "accepted"  # verdicts that are not faults by themselves
@@ -125,7 +126,7 @@ def _copy(samples: Path, names: Sequence[str], work: Path) -> None:
     """Copy the files and folders `names` that `samples` has."""
     work.mkdir()
     for name in names:
-        if name == "photos":  # no command writes here
+        if name == "photos":  # no command writes into photos
             (work / name).symlink_to(samples / name)
         elif not (samples / name).exists():
             continue
@@ -170,7 +171,8 @@ def _run(command: str, work: Path, log: Path, limit_s: float) -> _Ended:
     os.close(writing)
     handle = os.pidfd_open(pid)
     ready: list[int] = []
-    for _ in range(int(limit_s / _SLICE_S)):  # if all processes are suspended meanwhile, this takes one slice only
+    # The wait is divided into slices, so that a time in which all processes are suspended counts as only one slice.
+    for _ in range(int(limit_s / _SLICE_S)):
         ready, _, _ = select.select([handle], [], [], _SLICE_S)
         if ready:
             break
@@ -181,7 +183,7 @@ def _run(command: str, work: Path, log: Path, limit_s: float) -> _Ended:
     start_bytes = int(os.read(reading, 32) or b"0")
     os.close(reading)
     try:
-        os.killpg(pid, signal.SIGKILL)  # worker processes that are left
+        os.killpg(pid, signal.SIGKILL)  # ends worker processes that are still running
     except (ProcessLookupError, PermissionError):
         pass
     memory_bytes = usage.ru_maxrss * 1024 - start_bytes

@@ -135,7 +135,7 @@ def shard_edits() -> Iterator[tuple[str, Apply]]:
 
 
 def page_edits() -> Iterator[tuple[str, Apply]]:
-    """Yield (kind, edit) for the pages of a data.mdb. The two first pages are the headers."""
+    """Yield (kind, edit) for the pages of a data.mdb. The first two pages are the headers."""
     # Offsets in a header page (LMDB's lmdb.h and mdb.c, version 0.9): magic 16, version 20, map size 32, then two
     # databases of 48 bytes from 40 and 88. In a database: pad 0, flags 4, depth 6, branch pages 8, leaf pages 16,
     # overflow pages 24, entries 32, root 40.
@@ -160,7 +160,7 @@ def payloads() -> dict[str, bytes]:
         return file.getvalue()
 
     jpeg = image("JPEG", (256, 256))
-    header = jpeg.index(b"\xff\xc0") + 5  # height and width, two bytes each
+    header = jpeg.index(b"\xff\xc0") + 5  # position of height and width, two bytes each
     bomb = jpeg[:header] + b"\xff\xdc\xff\xdc" + jpeg[header + 4 :]
     return {
         "PNG": image("PNG", (256, 256)),

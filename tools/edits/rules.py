@@ -1,7 +1,7 @@
 """Rules that say which edits a command may accept, because no reader can know that the new content is wrong.
 
 A rule names files, fields and kinds of edits. An edit that no rule names must be refused by every command that reads
-the file. Control characters in the output, tracebacks and the other faults are never allowed.
+the file. No rule allows control characters in the output, tracebacks or other faults.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Edited(Protocol):
         """Command line."""
 
 
-# Values of the same type and in the same range: another number, or another text.
+# Kinds of edits whose value has the same type and range as the intact value.
 _OTHER_NUMBERS = ("plus 1", "minus 1", "zero", "number", "fraction", "negative")
 _OTHER_TEXTS = ("other text", "long text", "outside", "absolute")
 _ODD_TEXTS = ("escape code", "C1 control", "newline", "NUL", "bidi", "empty text")
@@ -62,7 +62,7 @@ class Rule:
     files: tuple[str, ...]  # patterns as of fnmatch
     fields: tuple[str, ...] = ()  # patterns of json_edits.field_matches
     kinds: tuple[str, ...] = ()
-    commands: tuple[str, ...] = ()  # texts of which the command line contains one
+    commands: tuple[str, ...] = ()  # the rule holds for command lines that contain one of these texts
 
     def allows(self, edited: Edited) -> bool:
         """Return whether the rule allows a command to accept an edit."""
@@ -77,13 +77,13 @@ class Rule:
 RULES: Sequence[Rule] = (
     Rule("A link to a file with the same content gives the same result.", ("*",), ("",), ("link out of the folder",)),
     Rule(
-        "Versions are for people, and are compared only when a build is resumed.",
+        "Versions of tools are for information, and are compared only when a build is resumed.",
         ("store/manifest.json",),
         ("tools",),
         (*_OTHER_TEXTS, *_ODD_TEXTS, "delete", "unknown field", "empty"),
     ),
     Rule(
-        "No other field tells which value is right; `alexprep verify` compares the records with it where it can.",
+        "No other field tells which value is right. `alexprep verify` compares some values with the records.",
         ("store/manifest.json",),
         ("settings", "classes", "splits.*.account", "splits.*.moments", "splits.*.pixels", "splits.*.label_counts"),
         (*_OTHER_NUMBERS, *_OTHER_TEXTS, "items reversed"),
@@ -95,16 +95,19 @@ RULES: Sequence[Rule] = (
         ("delete",),
     ),
     Rule(
-        "The name of a count is any text.", ("store/manifest.json",), ("splits.*.account",), ("unknown field", "empty")
+        "A count may have any text as its name.",
+        ("store/manifest.json",),
+        ("splits.*.account",),
+        ("unknown field", "empty"),
     ),
     Rule("The command does not read the file again.", ("store/train/*",), (), (), ("alexprep inspect --store store",)),
     Rule(
-        "`alexprep verify` compares all records with their digests, so these bytes belong to no record.",
+        "`alexprep verify` compares all records with their digests, so the edited bytes belong to no record.",
         ("store/*/data.mdb",),
         ("pages",),
     ),
     Rule(
-        "The field has no effect on the result of the command; `alexprep verify` finds the edit.",
+        "The field has no effect on the result of the command, and `alexprep verify` finds the edit.",
         ("store/*/data.mdb", "store/train/mean_image.npy", "store/train/inputs.jsonl", "store/train/colour.json"),
         (),
         (),
@@ -112,7 +115,9 @@ RULES: Sequence[Rule] = (
     ),
     Rule("A summary that cannot be used is built again.", ("parts/*", "merge/*")),
     Rule(
-        "The counts of a finished build are for people.", ("ready/*",), ("fates", "ignored", "refused", "source", "id")
+        "The counts of a finished build are for information.",
+        ("ready/*",),
+        ("fates", "ignored", "refused", "source", "id"),
     ),
     Rule("No other field tells which value is right.", ("ready/*",), (), (*_OTHER_NUMBERS, *_OTHER_TEXTS)),
     Rule("A journal that cannot be used is left out, and the file is copied again.", ("copy/*",)),
@@ -166,5 +171,5 @@ RULES: Sequence[Rule] = (
 
 
 def reason_to_accept(edited: Edited) -> str | None:
-    """Return why a command may accept an edit; None if it must refuse the edit."""
+    """Return why a command may accept an edit; None if the command must refuse the edit."""
     return next((rule.reason for rule in RULES if rule.allows(edited)), None)

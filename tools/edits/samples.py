@@ -96,7 +96,7 @@ def make_photographs(folder: Path, seed: int) -> Path:
 
 
 def make_samples(folder: Path) -> None:
-    """Write all examples into `folder`, which must be empty. This takes about a quarter of a minute on one core."""
+    """Write all examples into `folder`, which must be empty. Writing takes about a quarter of a minute on one core."""
     use_small_networks()
     before = Path.cwd()
     os.chdir(folder)

@@ -21,7 +21,7 @@ from tools.edits.byte_edits import (
 from tools.edits.json_edits import encode, value_edits
 from tools.edits.record_edits import digest_of, page_edits, record_edits, shard_edits
 
-UNCHANGED = "unchanged"  # kind of the edit that changes nothing; the commands must accept the file
+UNCHANGED = "unchanged"  # kind of an edit that changes nothing, after which the commands must accept the file
 PACKAGES = {"alexprep": "prep", "alexstream": "pipeline", "alextrain": "train"}
 
 
@@ -31,7 +31,7 @@ class Edit:
 
     file: str  # path relative to the folder of the examples
     field: str  # field of a JSON document, member of an archive, or empty for the whole file
-    kind: str  # what is done, for example `delete`
+    kind: str  # what the edit does, for example `delete`
     apply: Apply
 
 
@@ -179,7 +179,7 @@ TARGETS = (
 
 
 def is_further_source(path: tuple[str | int, ...], value: Any) -> bool:
-    """Return whether a field is the source of a field of a recipe. Only the first of these texts is edited."""
+    """Return whether a field is the source of a recipe's field other than `lr`. Only the source of `lr` is edited."""
     return "sources" in path[:-1] and path[-1] != "lr"
 
 
@@ -194,7 +194,7 @@ def real_path(samples: Path, file: str) -> str:
 
 def edits_of(target: Target, samples: Path) -> Iterator[Edit]:
     """Yield all edits of a target. `samples` is the folder of the intact examples."""
-    if target.format in ("checkpoint", "archive", "state_dict"):  # these edits load torch
+    if target.format in ("checkpoint", "archive", "state_dict"):  # edits of checkpoints load torch
         from tools.edits.checkpoint_edits import archive_edits, checkpoint_edits, signed, state_dict_edits
     file = real_path(samples, target.file)
     path = samples / file

@@ -11,8 +11,9 @@ is the channel:
     export   Normalize gets mean_c = m_c / 255. Then t = u · input_divisor / (255 std_c), and conv1's weights are
              multiplied by 255 std_c / input_divisor. The result is exact, also at the border of the image. Both
              networks pad the input with zeros, and a zero in the input stands for a pixel of value m. If m is a mean
-             image, the weights are exact for the input t = (p − m) / (255 std_c). But Normalize can subtract only one
-             value for each channel, the average of the mean image. The input from Normalize is therefore approximate.
+             image, the weights are exact for the input t = (p − m) / (255 std_c). Normalize, however, can subtract only
+             one value for each channel, the average of the mean image. The input from Normalize is therefore
+             approximate.
     import   m comes from the store. mean_c comes from the imported file if `alextrain export` wrote the file; otherwise
              it is torchvision's mean for ImageNet. Then t = (u · input_divisor + m_c − 255 mean_c) / (255 std_c).
              conv1's weights are multiplied by input_divisor / (255 std_c). The constant (m_c − 255 mean_c) / (255

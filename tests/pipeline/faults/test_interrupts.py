@@ -1,7 +1,7 @@
-"""A KeyboardInterrupt at any point of `next(loader)` loses no batch, and the state agrees with what was served.
+"""A KeyboardInterrupt at any point of `next(loader)` loses no batch, and the state agrees with the served batches.
 
 Python calls signal handlers at the beginning of a function, after a call, at a jump backwards, and when a generator
-continues. A trace function raises KeyboardInterrupt at the n-th of these points in this project's code, for each n.
+continues. A trace function raises KeyboardInterrupt at the n-th such point in this project's code, for each n.
 """
 
 from __future__ import annotations

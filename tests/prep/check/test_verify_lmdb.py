@@ -27,7 +27,7 @@ from tests.helpers.damaged_stores import (
 
 
 def faults_of_the_shard(store: Path, workers: WorkerPool) -> list[Fault]:
-    """Return the faults of a store that has one shard. Asserts that each fault names this shard."""
+    """Return the faults of a store that has one shard. Asserts that each fault names the shard."""
     faults = faults_of(store, workers)
     assert faults and {fault.where for fault in faults} == {"train/00000"}
     return faults

@@ -22,6 +22,7 @@ from prep.remote.urls import open_folder
 from prep.store import kernels, lmdb_shard
 from prep.store.datum import Datum, DatumError, locate_image
 from prep.store.input_log import read_outcomes
+from prep.store.lmdb_file import LmdbFile
 from prep.store.manifest import Store
 from tests.fuzzing import changed_bytes, changed_json, examples, reader_of, try_files
 
@@ -87,7 +88,7 @@ def a_record(store: Path) -> bytes:
 
 @examples(150, 50_000)
 def test_record(count: int, store: Path) -> None:
-    """Both parsers of a record: the parser that checks everything, and the parser of the streams."""
+    """Two parsers read a record: the parser that checks everything, and the parser of the streams."""
     value = a_record(store)
     at = value.index(b"\xff\xd8\xff")
     head, rest = value[: at + 4], value[at + 4 :]
@@ -132,17 +133,18 @@ def test_image_in_a_record(count: int, store: Path) -> None:
 
 @examples(100, 20_000)
 def test_search_in_the_pages_of_a_shard(count: int, store: Path) -> None:
-    """The search finds a record only within the file, whatever the pages hold. The last page ends where memory ends."""
+    """The search finds records only within the file, whatever the pages hold. The buffer ends with the last page."""
     if kernels.native is None:
         pytest.skip("the C kernels are not compiled")
     content = (store / "train" / "00000" / "data.mdb").read_bytes()
     page = 4096
-    tree = next(tree for n in range(10) if (tree := kernels.find_tree(content[: 2 * page], page, n)) is not None)
+    with LmdbFile(store / "train" / "00000", "") as file:
+        root = file.pages.tree.root
     buffer = (ctypes.c_char * len(content))()
     address = ctypes.addressof(buffer)
-    shards = np.array([(address, len(content), page, tree.root)], kernels.SHARD_DTYPE)
+    shards = np.array([(address, len(content), page, root)], kernels.SHARD_DTYPE)
     keys = np.arange(30)
-    # The pages of the tree: the branch pages and leaf pages have these bits in their flags.
+    # The pages of the tree. The flags of a page are 1 for a branch page and 2 for a leaf page.
     pages = [
         n for n in range(2, len(content) // page) if content[n * page + 10] in (1, 2) and content[n * page + 11] == 0
     ]
