@@ -11,7 +11,7 @@ from tests.helpers.project import ROOT
 
 # Modules whose functions run code that is in a file, or build any object from it.
 UNSAFE_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
-# Calls that are safe only with this argument.
+# Call -> argument without which the call is unsafe.
 NEEDED_ARGUMENTS = {("np", "load"): ("allow_pickle", False), ("torch", "load"): ("weights_only", True)}
 
 # Modules that may import an unsafe module, with the reason.

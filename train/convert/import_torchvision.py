@@ -102,7 +102,7 @@ def create_run(run: Run, network: AlexNet) -> None:
 
 
 def _read(file: Path, architecture: Architecture) -> tuple[dict[str, Tensor], _Metadata | None]:
-    """Return the state_dict and the metadata in a file. The metadata is None if `alextrain export` did not write it.
+    """Return the state_dict and the metadata in a file; None for metadata that `alextrain export` did not write.
 
     Names, shapes and types of the tensors are compared with torchvision's AlexNet before a tensor is allocated.
     """

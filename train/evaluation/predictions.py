@@ -74,7 +74,7 @@ def load_predictions(path: Path) -> Predictions:
     """
     advice = "Save the probabilities again with: alextrain evaluate --out"
     try:
-        size_bytes = path.stat().st_size  # an intact file is not compressed, so its arrays are not larger
+        size_bytes = path.stat().st_size  # an intact file is not compressed, so its arrays are not larger than the file
         arrays = read_npz(path, _ARRAYS, size_bytes, advice)
     except OSError as error:
         raise UserError(f"{path}: not a file of saved probabilities ({error.strerror or error}). {advice}") from None

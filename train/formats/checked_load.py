@@ -1,4 +1,4 @@
-"""torch.load of a file whose content has been checked, and checks of the numbers in its tensors."""
+"""Loads the tensors of a file whose content has been checked, and checks the numbers in the tensors."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from train.formats.torch_file import tensors_in
 
 
 def load_tensors(file: BinaryIO, content: Any, name: str, advice: str) -> Any:
-    """Return `content` with the tensors of the file in the place of each StoredTensor. The tensors are on the CPU.
+    """Return `content` with a tensor of the file in place of each StoredTensor. The tensors are on the CPU.
 
     file     an open file of torch.save
     content  the content of this file (train.formats.torch_file.read_content), or a part of it
@@ -28,7 +28,7 @@ def load_tensors(file: BinaryIO, content: Any, name: str, advice: str) -> Any:
         return _joined(content, loaded)
     except _OtherTensors as error:
         raise UserError(f"{name}: torch loads {error}. {advice}") from None
-    except Exception as error:  # torch raises many types of errors, for damage and if memory runs out
+    except Exception as error:  # torch raises many types of errors for damage, and if memory runs out
         reason = str(error).strip().split("\n")[0][:200] or type(error).__name__
         raise UserError(
             f"{name}: torch cannot load its {bytes_text(needed_bytes)} of tensors ({reason}). {advice}"

@@ -1,7 +1,7 @@
 """The content of a checkpoint file: types and ranges of its values, and its tensors compared with its architecture.
 
-The digest of a checkpoint shows that the file was not altered after it was written. The digest does not show who wrote
-it. The content is therefore checked before torch allocates a tensor.
+The digest of a checkpoint shows that the file was not altered after it was written, but not who wrote the file. The
+content is therefore checked before torch allocates a tensor.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from train.formats.fields import (
 from train.formats.pickled_values import StoredTensor
 
 ADVICE = "Use another checkpoint of the run, or a copy of this file."
-CUDA_STATE_BYTES = 16  # state of the generator of a GPU: seed and offset
+CUDA_STATE_BYTES = 16  # size of the state of a GPU's generator, which is seed and offset
 TENSORS = ("parameters", "velocity", "random", "random_cuda")
 
 
@@ -91,7 +91,7 @@ class CheckpointFile(Struct, frozen=True):
 
 
 def check_content(content: Mapping[str, Any], name: str, random_bytes: int) -> None:
-    """Raise UserError if the content of a checkpoint is not that of a run.
+    """Raise UserError if the content of a checkpoint is not the content that a run writes.
 
     content       the values by name, with a StoredTensor for each tensor
     name          the file, for errors

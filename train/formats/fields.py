@@ -15,10 +15,10 @@ from train.config.identity import as_json, differing_leaves, recipe_values
 from train.config.recipe import Recipe, recipe_fields, recipe_from_json
 
 MAX_STEP = 10**12
-MAX_WIDTH = 16_384  # maps or units of a layer; the paper's network has at most 4,096
+MAX_WIDTH = 16_384  # largest number of maps or units of a layer; the paper's network has at most 4,096
 MAX_CLASSES = 1_000_000
-# Parameters of a network that is built from a file without tensors, such as run.json. The paper's network has 61
-# million.
+# Largest number of parameters of a network that is built from a file without tensors, such as run.json. The paper's
+# network has 61 million.
 MAX_PARAMETERS = 2**28
 
 Positive = Annotated[int, Meta(ge=1, le=MAX_COUNT)]

@@ -1,7 +1,7 @@
 """metrics.jsonl and evaluations.jsonl: the models of their lines, and a reader of such files.
 
-Rule for unknown fields: they are kept, because other versions write other metrics. Rule for cut lines: a power cut can
-leave a partly written last line, without its newline. This line is left out. Every other line must be complete.
+Unknown fields are kept, because other versions write other metrics. A power cut can leave a partly written last line,
+without its newline. A reader leaves out such a last line; every other line must be complete.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from msgspec import Meta, Struct
 from prep.schema import Finite, NonNegative, Text, convert, parse_json, read_regular
 from train.formats.fields import AboveZero, Positive, Precision, Share, Step
 
-MAX_BYTES = 1 << 30  # of a file of lines; a run of 90 epochs of ImageNet writes about 60 MB
+MAX_BYTES = 1 << 30  # largest size of a file of lines; a run of 90 epochs of ImageNet writes about 60 MB
 
 LayerNorms = dict[Annotated[str, Meta(pattern=r"^[A-Za-z0-9_.]{1,64}(?![\s\S])")], Finite]
 
@@ -80,9 +80,9 @@ METRICS: Models = {"train": TrainLine, "val": ValLine}
 def read_lines(path: Path, models: Models, advice: str) -> list[tuple[bytes, dict[str, Any]]]:
     """Return the lines of a file, each as text and as an object that has the types of its model.
 
-    Empty if the file does not exist. A last line without newline that is no JSON is left out. Raises UserError for
-    every other line that is wrong, with its number, and if the file is no regular file or too large. Raises OSError if
-    the file cannot be read.
+    The list is empty if the file does not exist. A last line without newline that is no JSON is left out. Raises
+    UserError with the number of the line for every other wrong line. Also raises UserError if the file is no regular
+    file or is larger than MAX_BYTES. Raises OSError if the file cannot be read.
     """
     try:
         content = read_regular(path, MAX_BYTES, advice)
@@ -116,7 +116,7 @@ def _parse(text: bytes, models: Models, name: str, advice: str) -> dict[str, Any
 
 
 def _parse_slowly(text: bytes, models: Models, name: str, advice: str) -> Any:
-    """Return the object of a line that has NaN or infinite numbers. Raises UserError for any other fault."""
+    """Return the object of a line that has NaN or infinite numbers. Raises UserError for all other faults."""
     try:
         line = json.loads(text.decode())  # unlike msgspec, json reads NaN and infinite numbers
     except (ValueError, RecursionError):

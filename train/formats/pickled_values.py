@@ -1,10 +1,9 @@
-"""Plain values and descriptions of tensors in the pickle of a file that torch.save wrote. Nothing in it is called.
+"""Reads plain values and descriptions of tensors from the pickle of a file of torch.save, without any call.
 
-torch.load(weights_only=True) executes no code of a file, but it allocates what the file asks for: `bytearray(10**11)`,
-or a tensor of any size. This module therefore reads the instructions of the pickle first, with Python's pickletools. It
-knows only the instructions and names that torch.save writes for dicts, lists, tuples, strings, numbers and dense
-tensors. It refuses every other instruction and name. A tensor becomes a StoredTensor, which holds what the file says
-about the tensor.
+torch.load(weights_only=True) executes no code of a file, but allocates what the file asks for: `bytearray(10**11)`, or
+a tensor of any size. This module therefore reads the instructions of the pickle first, with Python's pickletools. The
+module accepts only the instructions and names that torch.save writes for dicts, lists, tuples, strings, numbers and
+dense tensors. A tensor becomes a StoredTensor, which holds what the file says about the tensor.
 """
 
 from __future__ import annotations
@@ -14,9 +13,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, BinaryIO, NoReturn
 
-MAX_INSTRUCTIONS = 2_000_000  # in a pickle; a checkpoint of a network with 1,000 classes has about 5,000
-MAX_VALUES = 2_000_000  # in a value, counted with repetitions, because a pickle can name one list many times
-MAX_DEPTH = 32  # of lists and dicts in each other
+MAX_INSTRUCTIONS = 2_000_000  # largest number in a pickle; a checkpoint for 1,000 classes has about 5,000
+MAX_VALUES = 2_000_000  # largest number, counted with repetitions, because a pickle can name one list many times
+MAX_DEPTH = 32  # levels of nested lists and dicts
 
 # Storage types of dense real tensors: name in the pickle -> (dtype, bytes of an element).
 _STORAGES = {
@@ -36,7 +35,7 @@ _PARAMETER, _ORDERED_DICT = "torch._utils _rebuild_parameter", "collections Orde
 
 
 class UnsafeFile(ValueError):
-    """Raised for a pickle or an archive that torch.save has not written in this form. The text says what is wrong."""
+    """Raised for a pickle or an archive that torch.save would not write. The text says what is wrong."""
 
 
 @dataclass(frozen=True)
@@ -101,13 +100,13 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class _Name:
-    """A name in the pickle that torch.load would look up."""
+    """A name of a class or function in the pickle, which torch.load would look up."""
 
     name: str
 
 
 class _Dict(dict[Any, Any]):
-    """A dict that the pickle makes by OrderedDict(); its attributes (torch's _metadata) are in `attributes`."""
+    """A dict that the pickle makes by OrderedDict(). `attributes` holds its attributes, such as torch's _metadata."""
 
     attributes: Mapping[str, Any] = {}
 
@@ -115,7 +114,8 @@ class _Dict(dict[Any, Any]):
 def read_pickle(file: BinaryIO) -> Any:
     """Return the value of the pickle at the current position of `file`: plain values and StoredTensor.
 
-    An OrderedDict becomes a dict, with the attributes that the pickle sets in `attributes`. Raises UnsafeFile.
+    An OrderedDict becomes a dict whose `attributes` are the attributes that the pickle sets. Raises UnsafeFile for any
+    other pickle.
     """
     reader = _Reader()
     try:
@@ -138,7 +138,7 @@ def read_pickle(file: BinaryIO) -> Any:
 
 
 def _refuse(what: str) -> NoReturn:
-    raise UnsafeFile(f"{what}, which no file of tensors of torch.save has")
+    raise UnsafeFile(f"{what}, which torch.save writes into no file of tensors")
 
 
 def _check_size(value: Any) -> None:
@@ -287,7 +287,7 @@ def _tensor(arguments: tuple[Any, ...]) -> StoredTensor:
 
 
 def _storage(reader: _Reader, argument: Any) -> None:
-    """Replace ("storage", type, key, device, elements) by a Storage. Older files add None, the view."""
+    """Replace ("storage", type, key, device, elements) by a Storage. In older files, the tuple ends with None."""
     claims = reader.pop()
     if (
         type(claims) is not tuple

@@ -1,8 +1,8 @@
 """run.json: the settings, recipe, architecture, store and length of a run, and their check.
 
-Rule for unknown fields: they are kept, because other versions write other settings, and `alextrain compare` and
-`report` show them. In the architecture, the recipe, and the settings and colours of the store they are refused, because
-they would change the network or its inputs.
+Unknown fields are kept, because other versions write other settings, which `alextrain compare` and `report` show.
+Unknown fields of the architecture, the recipe, and the settings and colours of the store are refused, because such
+fields would change the network or its inputs.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ from train.formats.fields import (
     checked_recipe,
 )
 
-MAX_BYTES = 256 << 20  # of run.json; for 1,000 classes it has 40 KB
+MAX_BYTES = 256 << 20  # largest size of run.json; for 1,000 classes the file has 40 KB
 ADVICE = "Move the file away, and repeat the alextrain run command with its options to write the file again."
 
 
 class SettingsFields(Struct, frozen=True):
-    """The settings of a run (train.config.run_config.RunConfig). Version 0.1.0 wrote only those without a default."""
+    """The settings of a run (RunConfig). Version 0.1.0 wrote only the fields without a default."""
 
     store: PathText
     batch_size: Positive
@@ -106,7 +106,7 @@ class RunFile(Struct, frozen=True):
 def read_run_file(path: Path) -> dict[str, Any]:
     """Return the content of run.json, with the types of RunFile, and with the unknown fields of other versions.
 
-    Raises FileNotFoundError if there is no such file. Raises UserError if the file cannot be read, if a field is
+    Raises FileNotFoundError if there is no run.json. Raises UserError if the file cannot be read, if a field is
     missing or has another type or range, and if fields contradict each other.
     """
     content = read_regular(path, MAX_BYTES, ADVICE)

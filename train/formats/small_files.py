@@ -1,6 +1,6 @@
 """status.json, ensemble.json and ablation.json of a run folder, and the text `about` in files of arrays.
 
-Rule for unknown fields: they are ignored, except in ensemble.json, whose fields are the identity of the ensemble.
+Unknown fields are ignored, except in ensemble.json, whose fields are the identity of the ensemble.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from msgspec import Meta, Struct
 from prep.schema import NonNegative, Text
 from train.formats.fields import IdentityFields, Names, Precision, Seed, Share, Step
 
-MAX_BYTES = 64 << 20  # of a file of this module
-MAX_MEMBERS = 1000  # of an ensemble, as --members
+MAX_BYTES = 64 << 20  # largest size of a file
+MAX_MEMBERS = 1000  # largest number of members of an ensemble, as for --members
 
 
 class StatusFile(Struct, frozen=True):

@@ -1,9 +1,10 @@
-"""The content of a file that torch.save wrote, read without torch, without allocating a tensor, and without calls.
+"""Reads the content of a file that torch.save wrote, without torch, without tensors in memory, and without any call.
 
 Since version 1.6, torch.save writes a zip archive that is not compressed. Its entry `data.pkl` is the pickle of the
 value, and its entries `data/0`, `data/1` and so on are the storages of the tensors. Older versions wrote five pickles
 in a row, and the storages after them. `read_content` checks that each storage is in the file, in the size that the
-pickle states. torch 2.13 compares the sizes too; a version that does not would read other memory of the process.
+pickle states. torch 2.13 also compares the sizes. A version of torch that does not compare the sizes would read other
+memory of the process.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ from typing import Any, BinaryIO
 
 from train.formats.pickled_values import Storage, StoredTensor, UnsafeFile, read_pickle
 
-MAX_PICKLE_BYTES = 64 << 20  # of `data.pkl`; a checkpoint of a network with 1,000 classes has about 50 KB
-MAX_ENTRIES = 10_000  # of the archive
-_OLD_MAGIC = 0x1950A86A20F9469CFC6C  # first value of a file of an older version
+MAX_PICKLE_BYTES = 64 << 20  # largest size of `data.pkl`, which has about 50 KB for a network with 1,000 classes
+MAX_ENTRIES = 10_000  # largest number of entries of the archive
+_OLD_MAGIC = 0x1950A86A20F9469CFC6C  # first value of a file of torch before version 1.6
 _OLD_PROTOCOL = 1001
 _ZIP = b"PK\3\4"
 
@@ -27,8 +28,9 @@ _ZIP = b"PK\3\4"
 def read_content(file: BinaryIO) -> Any:
     """Return the value in a file of torch.save: plain values, and a StoredTensor for each tensor.
 
-    `file` is an open regular file. Its position changes. Raises UnsafeFile if the file is not one of torch.save, holds
-    anything but plain values and dense tensors, or has not the bytes that it states. Raises OSError for a read error.
+    `file` is an open regular file, whose position changes. Raises UnsafeFile if torch.save did not write the file, if
+    the file holds anything but plain values and dense tensors, or if the file lacks bytes that the pickle states.
+    Raises OSError for a read error.
     """
     file.seek(0)
     is_zip = file.read(4) == _ZIP
@@ -74,7 +76,7 @@ def _read_archive(file: BinaryIO) -> Any:
 
 
 def _check_directory(file: BinaryIO, size_bytes: int) -> None:
-    """Raise UnsafeFile if the directory of the archive is larger than that of MAX_ENTRIES entries."""
+    """Raise UnsafeFile if the directory of the archive is larger than the directory of MAX_ENTRIES entries would be."""
     tail = min(size_bytes, 22 + 65535)
     file.seek(size_bytes - tail)
     end = file.read(tail)
@@ -82,7 +84,7 @@ def _check_directory(file: BinaryIO, size_bytes: int) -> None:
     if position < 0 or len(end) - position < 22:
         raise UnsafeFile("an incomplete archive")
     directory_bytes = struct.unpack_from("<L", end, position + 12)[0]
-    if directory_bytes == 0xFFFFFFFF:  # the size is in the end record of zip64, which comes before
+    if directory_bytes == 0xFFFFFFFF:  # the size is in the end record of zip64, which comes before this end record
         record = end.rfind(b"PK\6\6", 0, position)
         if record < 0:
             raise UnsafeFile("an incomplete archive")
@@ -94,8 +96,8 @@ def _check_directory(file: BinaryIO, size_bytes: int) -> None:
 def _entries(archive: zipfile.ZipFile, size_bytes: int) -> dict[str, int]:
     """Return the names and sizes in bytes of the entries.
 
-    The entries must not be compressed or overlap, and must begin at the start of the file. The archive then has the
-    same entries for every reader, and cannot become larger when it is unpacked.
+    The entries must not be compressed or overlap, and must begin at the start of the file. Every reader therefore finds
+    the same entries, and the archive cannot become larger when it is unpacked.
     """
     entries: dict[str, int] = {}
     end = 0

@@ -1,7 +1,8 @@
 """Append-only log files. A killed process or a full disk leaves no partly written entry in the file.
 
-A power cut can leave a partly written last entry. Readers of lines leave out such an entry (train/formats/lines.py).
-MetricsLog removes it from metrics.jsonl, and `remove_cut_line` from evaluations.jsonl.
+A power cut can leave a partly written last entry. Readers of lines leave out a partly written entry
+(train/formats/lines.py). MetricsLog removes a partly written entry from metrics.jsonl, and `remove_cut_line` removes a
+partly written entry from evaluations.jsonl.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from pathlib import Path
 def remove_cut_line(path: Path) -> None:
     """Remove the last line of a file of lines if a power cut left the line without its newline.
 
-    Otherwise the next entry would be on the same line. Does nothing if the file does not exist. Raises OSError.
+    If the cut line stayed, the next entry would be on the same line. Does nothing if the file does not exist. Raises
+    OSError.
     """
     try:
         content = path.read_bytes()

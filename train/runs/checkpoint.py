@@ -163,7 +163,7 @@ def _check_format(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def _read_intact(path: Path, file: BinaryIO, digest: str) -> Checkpoint:
-    """Return the checkpoint of a file whose digest is correct. Anyone can write such a file."""
+    """Return the checkpoint of a file whose digest is correct. Anyone can write a digest, so check the content."""
     try:
         content = read_content(file)
     except UnsafeFile as error:

@@ -1,4 +1,4 @@
-"""Writes checkpoint files with correct digests and any content, as someone could who knows the format."""
+"""Writes checkpoint files with any content and a correct digest, as anyone who knows the format can do."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def write_signed(path: Path, content: object) -> Path:
 
 
 def write_signed_pickle(path: Path, pickle_bytes: bytes, **records: bytes) -> Path:
-    """Write an archive with these bytes as data.pkl, and other entries by name, and add the digest."""
+    """Write an archive with `pickle_bytes` as data.pkl and `records` as other entries, and add the digest."""
     with open(path, "w+b") as file:
         with zipfile.ZipFile(file, "w") as archive:
             entries = {"data.pkl": pickle_bytes, "byteorder": b"little", "version": b"3\n", **records}

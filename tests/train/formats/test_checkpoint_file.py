@@ -118,7 +118,7 @@ def test_wrong_content_with_a_correct_digest_is_refused_in_one_line(tmp_path: Pa
         checkpoint.read(path)
     text = str(raised.value)
     assert text.startswith(f"{path}: ") and "\n" not in text and text.endswith(".")
-    assert not isinstance(raised.value, UnreadableCheckpoint)  # such a file is not skipped for an older checkpoint
+    assert not isinstance(raised.value, UnreadableCheckpoint)  # load_latest does not skip the file
 
 
 class Call:
