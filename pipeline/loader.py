@@ -299,7 +299,7 @@ def train_loader(
     check         whether the checksum of each record is verified as it is read. A damaged record then always raises
                   StoreError; without `check`, damage of single pixels can go unnoticed. None: True for JPEG records,
                   and False for raw records, for which the checksum takes a fifth of the time. The workers of a service
-                  ignore `check` and do as with None
+                  ignore `check`, and verify the checksums of JPEG records only
 
     Batches are Batch(images, labels). Images are RGB in grey levels minus the mean, (N, 3, 224, 224); labels are int64
     (N,).

@@ -131,7 +131,7 @@ class StartOutput:
     def keep(self) -> Iterator[None]:
         """Keep the standard error of a process that is started in the `with` block.
 
-        What another thread of this process prints meanwhile is also kept, and therefore not shown.
+        Text that another thread of this process prints during the block is also kept, and therefore not shown.
         """
         self._stderr = os.dup(2)
         os.dup2(self._kept, 2)
@@ -164,7 +164,7 @@ class StartOutput:
         """
         content = os.pread(self._kept, 1 << 20, 0) if self._kept >= 0 else b""
         lines = [line.strip() for line in content.decode("utf-8", "backslashreplace").splitlines()]
-        # Python's resource tracker warns that it did not start either.
+        # Lines of Python's resource tracker, which does not start either, are left out.
         lines = [line for line in lines if line and "resource_tracker" not in line and "warnings.warn(" not in line]
         if lines:
             return lines[-1]

@@ -23,7 +23,7 @@ CONTEXT_SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 
 
 
 class FiniteRange(click.FloatRange):
-    """A number in a range, as click.FloatRange. NaN, which compares with no bound, is refused."""
+    """A number in a range, as click.FloatRange, but NaN is refused."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """Return the number. Raises click.BadParameter for a number outside of the range, and for NaN."""

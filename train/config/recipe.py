@@ -193,7 +193,7 @@ class Recipe:
                 raise UserError(f"{name} {getattr(self, name)}: expected {expected}.")
 
 
-# Fields that version 0.1.0 did not have. The value None of each field gives the training of that version.
+# Fields that version 0.1.0 did not have. With None as the value of each field, training is as in version 0.1.0.
 ADDED_FIELDS = ("lr_batch", "lars_trust")
 
 
@@ -238,10 +238,10 @@ def recipe_fields() -> list[str]:
 
 
 def insensitive_at_init(recipe: Recipe) -> bool:
-    """Return True if the logits of a newly initialized network hardly depend on the image. Learning then starts late.
+    """Return True if the logits of a newly initialized network hardly depend on the image.
 
-    The paper's own initialization has this effect. The standard deviation of the initial weights is 0.01 in conv3 to
-    conv5, and the initial biases are 1 in conv4 and conv5 (measured: docs/measurements.md).
+    Learning then starts late, as with the paper's own initialization. The standard deviation of the initial weights is
+    0.01 in conv3 to conv5, and the initial biases are 1 in conv4 and conv5 (measured: docs/measurements.md).
     """
     middle = ("conv3", "conv4", "conv5")
     small = all(recipe.init_std[layer] <= 0.01 for layer in middle)
