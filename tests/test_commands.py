@@ -157,6 +157,7 @@ WRONG_ARGUMENTS = [
     (["alexprep", "build-lmdb", "PHOTOS", "--time-limit", "nan"], "'nan' is not a number"),
     (["alexprep", "build-lmdb", "PHOTOS", "--time-limit", "inf"], "inf is not in the range"),
     (["alexstream", "bench", "--store", "STORE", "--seconds", "nan"], "'nan' is not a number"),
+    (["alexstream", "bench", "--store", "STORE", "--threads", "9" * 30], "is not in the range 1<=x<=1024"),
 ]
 
 

@@ -147,7 +147,7 @@ def inspect(
 @click.option("--batch", type=click.IntRange(1), default=128, show_default=True, help="Number of images in a batch.")
 @click.option(
     "--threads",
-    type=click.IntRange(1),
+    type=click.IntRange(1, 1024),
     metavar="N",
     help="Number of CPU threads that decode and augment.  [default: number of usable cores]",
 )
