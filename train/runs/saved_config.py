@@ -35,9 +35,8 @@ _SHOWN = ("epochs", "steps", "devices", "deterministic", "log_every", "checkpoin
 def saved_config(run_dir: Path, group: ReplicaGroup = ALONE) -> RunConfig | None:
     """Return the configuration in run.json, without its service; None if `run_dir` has no run.json.
 
-    Only rank 0 of `group` reads run.json. The store is the training store, wherever it is found (training_store). If
-    the training store is not found, the store is its absolute path in run.json. Raises UserError for a damaged
-    run.json.
+    Only rank 0 of `group` reads run.json. The store of the configuration is the training store, if training_store finds
+    this store, and otherwise the absolute path in run.json. Raises UserError for a damaged run.json.
     """
     description = group.on_first(lambda: _description(run_dir))
     if description is None:

@@ -203,7 +203,7 @@ def test_splits_of_a_repository(tmp_path: Path) -> None:
 
 
 def test_digits_in_a_column_of_texts_are_names_of_classes(tmp_path: Path) -> None:
-    """As positions, 1 and 2 would be the second and third class of the store."""
+    """As positions from 0, 1 and 2 would be the second and third class of the store."""
     three = images("a.jpg", "b.jpg", "c.jpg")
     texts = write(tmp_path / "texts.parquet", {"image": three, "label": ["1", "10", "2"]})
     assert list_source(texts, "train").classes == ("1", "2", "10")
