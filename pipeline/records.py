@@ -164,6 +164,7 @@ class Records:
             shard_of = np.searchsorted(self._last_numbers, numbers)
             if not self._is_indexed[shard_of].all():
                 self._index_shards(np.unique(shard_of).tolist())
+            kernels.native.renew_protection()
             format = self.store.settings.format
             found = kernels.native.find_records(self._maps, shard_of, self._key_numbers[numbers], format, self.check)
         height, width, size = found["height"], found["width"], found["bytes"]
@@ -206,8 +207,12 @@ class Records:
         return self._reader(shard).key(index).decode()
 
     def source(self, number: int) -> str:
-        """Return the input file of record `number`, relative to the split's input folder; empty if it is unknown."""
+        """Return the input file of record `number`, relative to the split's input folder; empty if it is unknown.
+
+        Raises ShardBroken, which is a StoreError, if the record cannot be read from the disk.
+        """
         value = bytes(self._value(number))
+        self.check_maps()
         with suppress(DatumError):
             source = parse_fields(value, len(value) - CRC32_BYTES).get(SOURCE)
             if isinstance(source, bytes):

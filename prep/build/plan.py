@@ -23,7 +23,9 @@ from prep.console import UserError
 from prep.files import write_atomic
 from prep.images.codec import BadImage
 from prep.inputs.reader import Source
+from prep.schema import shown
 from prep.store.manifest import Settings, digest_json
+from prep.store.models import MAX_CLASS_NAME, MAX_CLASSES
 from prep.store.work_files import CrashCounts, SlowInputs, Summary, read_summary, read_work_file
 from prep.version import package_version
 
@@ -62,7 +64,11 @@ class BuildPlan:
     def __init__(
         self, source: Source, folder: Path, settings: Settings, skip_bad: bool, limits: InputLimits | None = None
     ) -> None:
-        """If `limits` is None, a shard counts as finished whatever limits it was built with."""
+        """If `limits` is None, a shard counts as finished whatever limits it was built with.
+
+        Raises UserError if a store cannot have the classes of `source`.
+        """
+        _check_classes(source.classes)
         self.source, self.folder, self.settings, self.skip_bad = source, folder, settings, skip_bad
         self.limits = limits
         self.work_dir = folder / ".build"
@@ -197,6 +203,18 @@ class BuildPlan:
         for folder in (self.folder, self.work_dir):
             if folder.exists():
                 os.listdir(folder)
+
+
+def _check_classes(classes: Sequence[str]) -> None:
+    """Raise UserError for more classes, or a longer or shorter name, than Store.open allows."""
+    if len(classes) > MAX_CLASSES:
+        raise UserError(f"{len(classes):,} classes, expected at most {MAX_CLASSES:,}. Join some of the classes.")
+    name = next((name for name in classes if not 1 <= len(name) <= MAX_CLASS_NAME), None)
+    if name is not None:
+        raise UserError(
+            f"the class {shown(name)} has a name of {len(name):,} characters, expected 1 to {MAX_CLASS_NAME:,}. Change "
+            "the name of the class."
+        )
 
 
 def shard_boundaries(count: int) -> list[int]:

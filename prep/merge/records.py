@@ -51,7 +51,7 @@ class CopyTask:
 def list_shard(task: tuple[int, SourceShard], task_progress: TaskProgress) -> Listing:
     """Return the records of one shard, with their new labels.
 
-    Raises UserError if a record is not a Datum of a store.
+    Raises UserError if a record is not a Datum of a store, and ShardBroken if the shard cannot be read from the disk.
     """
     number, shard = task
     listing = Listing()
@@ -65,7 +65,9 @@ def list_shard(task: tuple[int, SourceShard], task_progress: TaskProgress) -> Li
                 tail = bytes(value[span.end :])  # the image itself is not parsed
                 path = parse_fields(tail, len(tail) - CRC32_BYTES).get(SOURCE, b"")
                 label = shard.labels[span.label]
+                reader.check_map()
             except (DatumError, IndexError) as error:
+                reader.check_map()
                 raise UserError(f"{shard.folder}, key {name_text(reader.key(index))}: {error}. {ADVICE}") from None
             crc32 = int.from_bytes(tail[-4:], "little")
             location = pack_location(number, index)
@@ -76,7 +78,11 @@ def list_shard(task: tuple[int, SourceShard], task_progress: TaskProgress) -> Li
 
 
 def copy_shard(task: CopyTask, task_progress: TaskProgress) -> None:
-    """Write one shard of the new store. Raises UserError if a record is damaged, and DiskFull if the disk is full."""
+    """Write one shard of the new store.
+
+    Raises UserError if a record is damaged, ShardBroken if a shard cannot be read from the disk, and DiskFull if the
+    disk is full.
+    """
     labels: Counter[int] = Counter()
     sums = PixelSums(task.settings.side_px)
     opened: dict[int, lmdb_shard.ShardReader] = {}
@@ -88,6 +94,7 @@ def copy_shard(task: CopyTask, task_progress: TaskProgress) -> None:
             if shard_index not in opened:
                 opened[shard_index] = lmdb_shard.ShardReader(shard.folder, shard.records)
             value = bytes(opened[shard_index][record_index])
+            opened[shard_index].check_map()
             try:
                 verify_checksum(value)
                 datum = Datum.decode(value)

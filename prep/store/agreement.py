@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -25,8 +26,8 @@ def split_fingerprint(classes: Sequence[str], shards: Sequence[Shard]) -> str:
 
 def disagreements(manifest: Manifest, data: dict[str, Any]) -> Iterator[str]:
     """Yield a text for each rule that a manifest breaks; `data` is the same manifest as JSON objects."""
-    if len(set(manifest.classes)) < len(manifest.classes):
-        name = next(name for number, name in enumerate(manifest.classes) if name in manifest.classes[:number])
+    name = next((name for name, count in Counter(manifest.classes).items() if count > 1), None)
+    if name is not None:
         yield f"classes has the name {shown(name)} twice, expected different names"
     for name, split in manifest.splits.items():
         for what, found, expected in _split_pairs(manifest, name, split):

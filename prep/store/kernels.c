@@ -272,7 +272,8 @@ enum { FIRST_MAPS = 64, MAP_LISTS = 40 };
 static guarded_map first_maps[FIRST_MAPS], *map_lists[MAP_LISTS] = {first_maps}; /* list k has FIRST_MAPS << k entries */
 static int64_t list_count = 1, page_bytes;
 static struct sigaction action_before;
-int64_t broken_pages; /* number of pages that the handler has replaced in this process */
+static int is_passed_on; /* whether another fault was passed on to action_before since the handler was installed */
+int64_t broken_pages;    /* number of pages that the handler has replaced in this process */
 
 static void on_sigbus(int number, siginfo_t *info, void *context) {
     const int error = errno;
@@ -289,21 +290,35 @@ static void on_sigbus(int number, siginfo_t *info, void *context) {
                     return;
                 }
             }
-    sigaction(number, &action_before, 0); /* any other fault occurs again, and then meets the earlier action */
+    /* Any other fault occurs again, and then meets the earlier action. The earlier action may be a handler that was
+     * installed after this handler and that now passes the fault back to this handler. The process then ends. */
+    const struct sigaction end = {.sa_handler = SIG_DFL};
+    sigaction(number, __atomic_exchange_n(&is_passed_on, 1, __ATOMIC_RELAXED) ? &end : &action_before, 0);
     if (info->si_code <= 0)
         raise(number); /* the signal was sent by a program */
     errno = error;
 }
 
+/* Install the handler, unless the handler is installed. Returns 0 if this fails. Other code can install its own handler
+ * at any time: faulthandler.enable() and ray.init() do. Call this function before each use of the maps. */
+int64_t install_handler(void) {
+    struct sigaction action = {.sa_sigaction = on_sigbus, .sa_flags = SA_SIGINFO | SA_ONSTACK}, now;
+    if (sigaction(SIGBUS, 0, &now) != 0)
+        return 0;
+    if ((now.sa_flags & SA_SIGINFO) && now.sa_sigaction == on_sigbus)
+        return 1;
+    if (!page_bytes)
+        page_bytes = sysconf(_SC_PAGESIZE);
+    action_before = now; /* two threads that install the handler at the same time both write the same action */
+    __atomic_store_n(&is_passed_on, 0, __ATOMIC_RELAXED);
+    sigemptyset(&action.sa_mask);
+    return sigaction(SIGBUS, &action, 0) == 0;
+}
+
 /* Protect a map. Returns its entry for the functions below, or null if there is no memory. One thread at a time. */
 guarded_map *guard_map(uintptr_t address, uint64_t bytes) {
-    if (!page_bytes) {
-        struct sigaction action = {.sa_sigaction = on_sigbus, .sa_flags = SA_SIGINFO | SA_ONSTACK};
-        page_bytes = sysconf(_SC_PAGESIZE);
-        sigemptyset(&action.sa_mask);
-        if (sigaction(SIGBUS, &action, &action_before) != 0)
-            return page_bytes = 0, (guarded_map *)0;
-    }
+    if (!install_handler())
+        return 0;
     for (int64_t list = 0; list < MAP_LISTS; list++) {
         if (list == list_count) {
             if (!(map_lists[list] = calloc(FIRST_MAPS << list, sizeof(guarded_map))))

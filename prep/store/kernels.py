@@ -52,6 +52,8 @@ class NativeKernels:
         self._find_records.restype = None
         self.crc32_of = library.crc32_of
         self.crc32_of.argtypes, self.crc32_of.restype = [ctypes.c_char_p, number], ctypes.c_uint32
+        self._install_handler = library.install_handler
+        self._install_handler.argtypes, self._install_handler.restype = [], number
         self._guard_map = library.guard_map
         self._guard_map.argtypes, self._guard_map.restype = [pointer, ctypes.c_uint64], pointer
         self._release_map = library.release_map
@@ -82,6 +84,13 @@ class NativeKernels:
         addresses = [array.ctypes.data for array in (shards, *arrays)]
         self._find_records(*addresses, len(keys), FORMATS[format], check, found.ctypes.data)
         return found
+
+    def renew_protection(self) -> None:
+        """Protect the maps again if other code, such as faulthandler.enable() or ray.init(), has replaced the handler.
+
+        Takes less than a microsecond. Call this method before a batch is read from maps.
+        """
+        self._install_handler()
 
     def guard_map(self, address: int, size_bytes: int) -> int | None:
         """Protect the memory map of a file against SIGBUS. Returns a handle for the next two functions, or None."""

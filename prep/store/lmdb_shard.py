@@ -131,6 +131,8 @@ class ShardReader:
         After the bytes of a record were used, call `check_map`, because bytes that could not be read from the disk
         appear as zeros.
         """
+        if self._map is not None:
+            self._map.renew_protection()
         try:
             value = self._pages.get(self.key(index))
         except StoreError:
@@ -220,6 +222,10 @@ class _GuardedMap:
     def is_broken(self) -> bool:
         """Return whether a page of the map could not be read."""
         return self._guard >= 0 and self._native.map_is_broken(self._guard)
+
+    def renew_protection(self) -> None:
+        """Protect the map again if other code has replaced the handler of SIGBUS."""
+        self._native.renew_protection()
 
     def close(self) -> None:
         """Unmap the file. A second call has no effect."""

@@ -20,6 +20,7 @@ from prep.schema import REFUSES_UNKNOWN, Count, Digest, Finite, NonNegative, con
 MAX_MANIFEST_BYTES = 64 << 20  # a manifest of ImageNet has 0.5 MB
 MAX_COLOR_STATS_BYTES = 1 << 16
 MAX_CLASSES = 1_000_000  # more classes are taken for a mistake, because each class needs memory
+MAX_CLASS_NAME = 4096  # characters
 MAX_RECORDS = 100_000_000  # keys have eight digits
 MAX_SHARDS = 100_000
 MAX_SIDE_PX = 4096
@@ -32,7 +33,7 @@ ShardPath = Annotated[
     str,
     Meta(pattern=r"^(train|val)/[A-Za-z0-9_-]{1,100}(?![\s\S])", extra={"expected": "a path such as train/00000"}),
 ]
-ClassName = Annotated[str, Meta(min_length=1, max_length=4096)]
+ClassName = Annotated[str, Meta(min_length=1, max_length=MAX_CLASS_NAME)]
 _Reason = Annotated[str, Meta(max_length=65_536)]
 Counts = Annotated[dict[_Reason, Count], Meta(max_length=10_000)]
 _OF_3 = Meta(min_length=3, max_length=3)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import zlib
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from prep.check.verify import verify_split
 from prep.check.verify_shard import Fault
 from prep.console import Progress
 from prep.store.datum import Datum
+from prep.store.lmdb_file import LmdbFile
 from prep.store.manifest import Store
 from prep.workers import WorkerPool
 
@@ -61,6 +63,14 @@ def sign_again(store: Path) -> None:
         data["fingerprint"] = canonical_digest({name: split["fingerprint"] for name, split in data["splits"].items()})
 
     change_manifest(store, sign)
+
+
+def cut_after_tree(shard: Path) -> None:
+    """Cut data.mdb after the root of its tree. The tree, which has one page, remains; longer values are lost."""
+    with LmdbFile(shard, "") as file:
+        root = file.pages.tree.root
+    assert root == 2, "the tree has more than one page"
+    os.truncate(shard / "data.mdb", (root + 1) * PAGE_BYTES)
 
 
 def canonical_digest(data: object) -> str:

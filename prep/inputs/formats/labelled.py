@@ -7,6 +7,7 @@ in class folders.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -90,8 +91,8 @@ class LabelledRows:
                 "the classes of the other images are all classes."
             )
         texts = list(self.texts)
-        if len(set(names)) < len(names):
-            twice = next(name for name in names if list(names).count(name) > 1)
+        twice = next((name for name, count in Counter(names).items() if count > 1), None)
+        if twice is not None:
             raise UserError(f"{self.origin}: two classes have the name {twice}. Every class needs a unique name.")
         if not names and not self.labels_are_names:
             labels, classes = self._read_texts(options, store_classes, are_positions)

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from prep.cli import main
 from prep.store import kernels, lmdb_shard
 from prep.store.lmdb_file import ShardBroken, store_error
 from prep.store.manifest import Store, StoreError
+from tests.helpers.damaged_stores import cut_after_tree
 
 PAGE_BYTES = 4096
 
@@ -93,6 +95,14 @@ def test_records_and_images_that_are_read_one_by_one_end_with_the_error(copied: 
         opened.close()
 
 
+def test_the_name_of_a_source_file_that_cannot_be_read_is_not_empty(copied: Path) -> None:
+    with closing(Records(Store.open(copied), "val")) as records:
+        assert records.source(0)
+        cut_after_tree(copied / "val" / "00000")
+        with pytest.raises(ShardBroken):
+            records.source(1)
+
+
 def test_a_sequential_reader_ends_with_the_error(copied: Path) -> None:
     records = lmdb_shard.read(copied / "val" / "00000")
     next(records)
@@ -124,34 +134,51 @@ def test_an_error_that_a_worker_of_a_service_sends_keeps_its_exit_code(copied: P
     assert store_error(str(broken.value)).exit_code == 74 and store_error("other").exit_code == 1
 
 
+FAULTHANDLER = "import faulthandler\nfaulthandler.enable()\n"
 OTHER_FAULTS = {
     "sent by a program": "os.kill(os.getpid(), signal.SIGBUS)",
     "in another map": "os.truncate('other', 0)\nprint(other[9000])",
 }
 
 
-@pytest.mark.skipif(kernels.native is None, reason="the kernels were not compiled")
-@pytest.mark.parametrize("handler", ["", "import faulthandler\nfaulthandler.enable()\n"], ids=["", "faulthandler"])
-@pytest.mark.parametrize("fault", OTHER_FAULTS)
-def test_another_sigbus_still_ends_the_process(
-    stores: dict[str, Path], tmp_path: Path, fault: str, handler: str
-) -> None:
-    """faulthandler, which is enabled first, still prints its traceback."""
-    (tmp_path / "other").write_bytes(bytes(10_000))
-    program = (
-        f"{handler}import mmap, os, signal, sys\n"
-        "from pipeline.records import Records\nfrom prep.store.manifest import Store\n"
-        "records = Records(Store.open(sys.argv[1]), 'val')\nrecords[0]\n"
-        "with open('other', 'rb') as file:\n    other = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)\n"
-        f"{OTHER_FAULTS[fault]}\n"
-    )
+def run_program(program: str, store: Path, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run Python code in `folder`. The code begins after record 0 of the split val was read from `store`."""
+    (folder / "other").write_bytes(bytes(10_000))
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    process = subprocess.run(
-        [sys.executable, "-c", program, stores["jpeg"]],
-        capture_output=True, text=True, check=False, timeout=60, cwd=tmp_path, env=environment,
+    return subprocess.run(
+        [sys.executable, "-c", program, store],
+        capture_output=True, text=True, check=False, timeout=60, cwd=folder, env=environment,
     )  # fmt: skip
+
+
+READ = (
+    "import mmap, os, signal, sys\nimport numpy as np\n"
+    "from pipeline.records import Records\nfrom prep.store.manifest import Store\n"
+    "records = Records(Store.open(sys.argv[1]), 'val')\nrecords[0]\n"
+    "with open('other', 'rb') as file:\n    other = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)\n"
+)
+
+
+@pytest.mark.skipif(kernels.native is None, reason="the kernels were not compiled")
+@pytest.mark.parametrize("order", ["no faulthandler", "faulthandler first", "faulthandler later"])
+@pytest.mark.parametrize("fault", OTHER_FAULTS)
+def test_another_sigbus_still_ends_the_process(stores: dict[str, Path], tmp_path: Path, fault: str, order: str) -> None:
+    """faulthandler still prints its traceback, also if faulthandler was enabled after a shard was mapped."""
+    before = FAULTHANDLER if order == "faulthandler first" else ""
+    after = f"{FAULTHANDLER}records[1]\n" if order == "faulthandler later" else ""
+    process = run_program(f"{before}{READ}{after}{OTHER_FAULTS[fault]}\n", stores["jpeg"], tmp_path)
     assert process.returncode == -signal.SIGBUS, process
-    assert ("Fatal Python error: Bus error" in process.stderr) == bool(handler)
+    assert process.stderr.count("Fatal Python error: Bus error") == (order != "no faulthandler")
+
+
+@pytest.mark.skipif(kernels.native is None, reason="the kernels were not compiled")
+@pytest.mark.parametrize("read", ["records[1]", "records.batch(np.arange(4))"])
+def test_maps_stay_protected_if_other_code_installs_its_handler_later(copied: Path, tmp_path: Path, read: str) -> None:
+    """faulthandler.enable, which ray.init calls, replaces the handler of SIGBUS."""
+    message = f"{copied}/val/00000: data.mdb was changed or became unreadable"
+    program = f"{FAULTHANDLER}os.truncate(sys.argv[1] + '/val/00000/data.mdb', {2 * PAGE_BYTES})\n{read}\n"
+    process = run_program(READ + program, copied, tmp_path)
+    assert process.returncode == 1 and f"ShardBroken: {message}" in process.stderr, process
 
 
 @pytest.mark.parametrize("command", ["stream", "verify", "export"])

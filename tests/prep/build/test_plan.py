@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from prep.build.plan import MAX_SHARD_RECORDS, BuildPlan
+from prep.console import UserError
 from prep.inputs.folder import FolderReader
 from prep.inputs.listing import Listing
 from prep.inputs.reader import Source
@@ -37,6 +38,23 @@ def test_shards_are_cut_evenly(count: int) -> None:
         plan.source.inputs[k] for k in plan.permutation.tolist()
     ]
     assert [plan.count_inputs([number]) for number in range(plan.shard_count)] == lengths
+
+
+def plan_with(*classes: str) -> BuildPlan:
+    source = Source(FolderReader(Path("/data")), "train", classes, Listing())
+    return BuildPlan(source, Path("/store/train"), PPM, False)
+
+
+@pytest.mark.parametrize(("name", "characters"), [("", "0"), ("x" * 4097, "4,097")])
+def test_class_names_that_no_store_may_have_are_refused_before_the_build(name: str, characters: str) -> None:
+    plan_with("n1", "x" * 4096)
+    with pytest.raises(UserError, match=f"has a name of {characters} characters, expected 1 to 4,096"):
+        plan_with("n1", name)
+
+
+def test_more_classes_than_a_store_may_have_are_refused_before_the_build() -> None:
+    with pytest.raises(UserError, match="1,000,001 classes, expected at most 1,000,000"):
+        plan_with(*map(str, range(1_000_001)))
 
 
 def test_a_plan_without_inputs_has_no_shards() -> None:

@@ -16,9 +16,11 @@ from PIL import Image
 from prep.check.verify import verify_split
 from prep.cli import main
 from prep.console import Progress, UserError
-from prep.merge.records import copy_shard
+from prep.merge.records import CopyTask, SourceShard, copy_shard, list_shard
 from prep.merge.stores import merge_stores
+from prep.store.lmdb_file import ShardBroken
 from prep.store.manifest import Settings, Store, StoreError
+from prep.workers import TaskProgress
 from tests.helpers.building import (
     PPM,
     SKIP,
@@ -29,6 +31,7 @@ from tests.helpers.building import (
     make_pictures,
     run_interrupted_builds,
 )
+from tests.helpers.damaged_stores import cut_after_tree
 
 JPEG = replace(PPM, format="jpeg")
 
@@ -118,6 +121,34 @@ def test_classes_are_joined_by_name_and_no_image_changes(
     account = merged.split("train").account
     assert account["inputs"] == account["kept"] + 1 and sum(account["bad"].values()) == 1
     assert b"a0/broken.jpg" in files_of(merged.root)["inputs.jsonl"]
+
+
+class CutsTheShard(TaskProgress):
+    """Cuts a shard when record 1 begins. The pages of the tree remain, and the values of the records are lost."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.folder = folder
+
+    def begin(self, index: int, cpu_limit_s: float = 0) -> None:
+        if index == 1:
+            cut_after_tree(self.folder)
+
+
+@pytest.mark.parametrize("work", ["list", "copy"])
+def test_a_shard_that_is_cut_during_a_merge_gives_its_own_error(
+    make_store: MakeStore, tmp_path: Path, work: str
+) -> None:
+    """Pages that cannot be read appear as zeros, which must not be taken for a damaged record."""
+    store = Store.open(shutil.copytree(make_store("two"), tmp_path / "two"))
+    folder = Path(store.shard_paths("train")[0])
+    shard = SourceShard(folder, store.split("train").shards[0].records, tuple(range(len(store.classes))))
+    with pytest.raises(ShardBroken, match=r"train/00000: data\.mdb was changed or became unreadable"):
+        if work == "list":
+            list_shard((0, shard), CutsTheShard(folder))
+        else:
+            task = CopyTask(0, 0, ((0, 0), (0, 1)), (shard,), tmp_path / "new", store.settings, "")
+            copy_shard(task, CutsTheShard(folder))
 
 
 def raw_records(store: Path) -> Iterator[tuple[bytes, bytes]]:

@@ -66,6 +66,13 @@ def test_fields_that_do_not_agree_are_refused_although_all_digests_are_right(cop
     assert expected in refused(copied)
 
 
+@pytest.mark.timeout(20)
+def test_a_name_that_occurs_twice_among_many_classes_is_found_at_once(copied: Path) -> None:
+    """A comparison of each name with all names before it would take an hour."""
+    change_manifest(copied, lambda data: data.update(classes=[*map(str, range(400_000)), "399999"]))
+    assert 'classes has the name "399999" twice' in refused(copied)
+
+
 @pytest.mark.parametrize(
     "path",
     ["/etc", "../x", "train/../../x", "train/..", "train", "train//0", "train/0/1", "train/a\0", "train/\x1b[2J"],
