@@ -69,6 +69,7 @@ class EvalLoader(Loader):
                 "central square)."
             )
         self.views = views
+        self._iteration = object()  # identity of the iterator that began last
         first, end = (self.records * part // world_size for part in (shard, shard + 1))
         self._record_numbers = np.arange(first, end)
         if service is not None:
@@ -91,14 +92,23 @@ class EvalLoader(Loader):
     def __iter__(self) -> Iterator[Batch]:
         """Serve this rank's range of the split once, from the beginning of the range, in the order of the store.
 
-        Raises StoreError for a damaged record. The error names the location of the record.
+        Several iterators may take turns, although each turn then reads its records again. Raises StoreError for a
+        damaged record. The error names the location of the record.
         """
-        self._start((partial(self._read_step, step) for step in range(len(self))), 0)
+        first, iteration = 0, self._begin(0)
         for step in range(len(self)):
-            batch = self._get(step)
+            if self._iteration is not iteration:  # another iterator has begun since the last batch
+                first, iteration = step, self._begin(step)
+            batch = self._get(step - first)
             assert batch is not None  # there is a job for each step
             yield batch
         self._finish()
+
+    def _begin(self, first: int) -> object:
+        """Start the jobs of an iterator at step `first`. Returns the identity of the iterator."""
+        self._iteration = object()
+        self._start((partial(self._read_step, step) for step in range(first, len(self))), first)
+        return self._iteration
 
     def _read_step(self, step: int) -> BatchInput:
         if self._windows is None:

@@ -221,9 +221,11 @@ class Prefetcher:
 
         Runs on the finisher's thread.
         """
-        while self._finished and self._finished[0].number < needed:
-            self._finished.popleft()
-        while len(self._finished) < FINISHED_AHEAD and not (self._is_restarting or self._closed):
+        while not (self._is_restarting or self._closed):
+            while self._finished and self._finished[0].number < needed:
+                self._finished.popleft()
+            if len(self._finished) >= FINISHED_AHEAD:
+                return
             try:
                 result = _Result(self._next_number, self._finish_next())
             except BaseException as error:

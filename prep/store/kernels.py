@@ -88,7 +88,7 @@ class NativeKernels:
     def renew_protection(self) -> None:
         """Protect the maps again if other code, such as faulthandler.enable() or ray.init(), has replaced the handler.
 
-        Takes less than a microsecond. Call this method before a batch is read from maps.
+        Takes a few microseconds. Call this method before a batch is read from maps.
         """
         self._install_handler()
 

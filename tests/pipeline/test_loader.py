@@ -56,6 +56,19 @@ def test_a_pass_that_is_not_finished_does_not_shift_the_next(
         assert batches_equal(part, whole[:batches_taken])
 
 
+@pytest.mark.timeout(60)
+def test_two_iterators_over_one_evaluation_loader_may_take_turns(numbered_store: Path) -> None:
+    with eval_loader(numbered_store, 3) as loader:
+        expected = [batch.labels.tolist() for batch in loader]
+        first, second = iter(loader), iter(loader)
+        turns = [first] * 5 + [second] * 2 + [first, second, first]
+        served: dict[int, list[list[int]]] = {id(first): [], id(second): []}
+        for iterator in turns:
+            served[id(iterator)].append(next(iterator).labels.tolist())
+        assert served[id(first)] == expected[:7] and served[id(second)] == expected[:3]
+        assert [batch.labels.tolist() for batch in second] == expected[3:]
+
+
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 5, VAL_RECORDS, 30])
 @pytest.mark.parametrize("batch_size", [4, VAL_RECORDS + 5])
 def test_several_ranks_together_evaluate_every_image_once(
