@@ -87,6 +87,7 @@ class Records:
         self._shards = store.split(split).shards
         self._ends = list(accumulate(shard.records for shard in self._shards))
         self._readers: dict[int, ShardReader] = {}
+        self._size_checks = 0  # number of files whose size check_maps has compared
         self._is_raw, self._side_px = store.settings.format == "ppm", store.settings.side_px
         self._last_numbers = np.array(self._ends, np.int64) - 1  # (S,): number of the last record of each shard
         self._clear_index()
@@ -189,10 +190,18 @@ class Records:
         """Raise ShardBroken, which is a StoreError, if a mapped file was cut or a page of it could not be read.
 
         Bytes that cannot be read appear as zeros. Call check_maps after the payloads of a batch were used.
+
+        If a file was cut within a page, the rest of this page appears as zeros without a signal. Each call therefore
+        also compares the size of one file, in turn: of all files in each call would take too long.
         """
-        if kernels.native is not None and kernels.native.broken_pages:
-            for reader in list(self._readers.values()):
+        readers = list(self._readers.values())  # a copy, because other threads open shards
+        if kernels.native is None or not readers:
+            return
+        if kernels.native.broken_pages:
+            for reader in readers:
                 reader.check_map()
+        self._size_checks += 1
+        readers[self._size_checks % len(readers)].check_size()
 
     def location(self, number: int) -> str:
         """Return the shard folder, key and source file of record `number`, for messages."""

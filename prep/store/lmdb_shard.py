@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from prep.store import kernels
-from prep.store.lmdb_file import LmdbFile, LmdbPages, broken_error, open_data_file
+from prep.store.lmdb_file import DATA_FILE, LmdbFile, LmdbPages, broken_error, open_data_file
 from prep.store.manifest import StoreError
 
 _COMMIT_BYTES = 64_000_000
@@ -99,7 +99,9 @@ class ShardReader:
 
     def __init__(self, folder: Path, records: int, advice: str = "Check the store with: alexprep verify") -> None:
         self.folder, self._advice = folder, advice
+        self._path = os.path.join(folder, DATA_FILE)
         self._map: _GuardedMap | None = None
+        self._inode = (0, 0)  # device and inode of the mapped file
         self._file: LmdbFile | None = None
         # The keys as numbers, if the keys are not consecutive numbers.
         self._numbers: npt.NDArray[np.int64] | None = None
@@ -170,6 +172,18 @@ class ShardReader:
         if self._map is not None and self._map.is_broken():
             raise broken_error(self.folder, self._map.size, self._advice)
 
+    def check_size(self) -> None:
+        """Raise ShardBroken if the mapped file is shorter now than it was when the shard was opened.
+
+        The map stays complete if the file was removed, or if another file has replaced it.
+        """
+        if self._map is None:
+            return
+        with suppress(OSError):
+            now = os.stat(self._path)
+            if (now.st_dev, now.st_ino) == self._inode and now.st_size < self._map.size:
+                raise broken_error(self.folder, self._map.size, self._advice)
+
     def close(self) -> None:
         """Unmap or close the file. After this call, views of records must not be used. A second call has no effect."""
         if self._map is not None:
@@ -181,7 +195,8 @@ class ShardReader:
         """Map the file, or open the file if it cannot be mapped."""
         if kernels.native is not None:
             with open_data_file(self.folder, self._advice) as file:
-                size = os.fstat(file.fileno()).st_size
+                status = os.fstat(file.fileno())
+                size, self._inode = status.st_size, (status.st_dev, status.st_ino)
                 self._map = _GuardedMap.of(file.fileno(), size, kernels.native)
             if self._map is not None:
                 view = self._map.view

@@ -103,6 +103,30 @@ def test_the_name_of_a_source_file_that_cannot_be_read_is_not_empty(copied: Path
             records.source(1)
 
 
+def test_a_file_that_is_cut_within_its_last_page_is_noticed(copied: Path) -> None:
+    """The rest of the last page appears as zeros, and there is no signal. Raw records have no checksum by default."""
+    file = copied / "val" / "00000" / "data.mdb"
+    shards = len(Store.open(copied).split("val").shards)
+    with closing(Records(Store.open(copied), "val", check=False)) as records:
+        records.batch(np.arange(len(records)))
+        records.check_maps()
+        os.truncate(file, file.stat().st_size - 50)
+        with pytest.raises(ShardBroken, match=r"val/00000: data\.mdb was changed"):
+            for _ in range(shards):
+                records.check_maps()
+
+
+def test_a_file_that_is_removed_or_replaced_is_read_to_its_end(copied: Path) -> None:
+    """The map keeps the pages of the first file, also if the new file of the same name is shorter."""
+    file = copied / "val" / "00000" / "data.mdb"
+    with closing(Records(Store.open(copied), "val")) as records:
+        expected = records.batch(np.arange(len(records))).labels.tolist()
+        file.unlink()
+        assert records.batch(np.arange(len(records))).labels.tolist() == expected
+        file.write_bytes(b"another file")
+        assert records.batch(np.arange(len(records))).labels.tolist() == expected
+
+
 def test_a_sequential_reader_ends_with_the_error(copied: Path) -> None:
     records = lmdb_shard.read(copied / "val" / "00000")
     next(records)
