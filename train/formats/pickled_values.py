@@ -77,25 +77,17 @@ class StoredTensor:
         return product
 
     def is_dense(self) -> bool:
-        """Return whether the tensor fills its storage without gaps and overlaps: contiguous or channels last."""
-        orders = [list(range(len(self.shape))), *([[0, 2, 3, 1]] if len(self.shape) == 4 else [])]
-        return (
-            self.offset == 0
-            and self.elements == self.storage.elements
-            and any(self._strides_follow(order) for order in orders)
-        )
+        """Return whether the tensor fills its storage without gaps and overlaps.
 
-    def _strides_follow(self, order: list[int]) -> bool:
-        """Return whether the elements lie in the storage with the dimensions in this order, the last one fastest.
-
-        The stride of a dimension of size 1 has no effect, so torch may have written any number there.
+        The dimensions may lie in the storage in any order: contiguous, channels last or transposed. The stride of a
+        dimension of size 1 has no effect, so torch may have written any number there.
         """
         expected = 1
-        for axis in reversed(order):
-            if self.shape[axis] != 1 and self.stride[axis] != expected:
+        for stride, size in sorted(zip(self.stride, self.shape, strict=True)):
+            if size != 1 and stride != expected:
                 return False
-            expected *= self.shape[axis]
-        return True
+            expected *= size
+        return self.offset == 0 and self.elements == self.storage.elements
 
 
 @dataclass(frozen=True)

@@ -125,6 +125,19 @@ def test_exported_weights_are_the_same_after_import(make_run: MakeRun, store: Pa
         import_torchvision(out, replace(config, run_dir=tmp_path / "third"))
 
 
+def test_transposed_weights_are_imported(
+    weights: Path, torchvision_net: torch.nn.Module, store: Path, tmp_path: Path
+) -> None:
+    """A program that stores weights as (inputs, outputs) transposes them, and torch.save keeps the strides."""
+    state = torch.load(weights, weights_only=True)
+    for name in ("features.0.weight", "classifier.1.weight"):
+        state[name] = state[name].transpose(0, -1).contiguous().transpose(0, -1)
+    torch.save(state, weights)
+    config = RunConfig(store, MODERN, 8, model=SMALL["torchvision"], run_dir=tmp_path / "run")
+    network = import_torchvision(weights, config)
+    assert torch.equal(network.columns[0].fc6.weight, torchvision_net.classifier[1].weight)
+
+
 def test_weights_for_other_classes_need_a_new_last_layer(store: Path, tmp_path: Path) -> None:
     torchvision_net = torchvision_alexnet(WIDTHS, 7)
     torch.save(torchvision_net.state_dict(), tmp_path / "seven.pth")
