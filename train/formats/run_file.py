@@ -14,6 +14,7 @@ from msgspec import Meta, Struct
 
 from prep.console import UserError
 from prep.schema import Count, Digest, Text, convert, parse_json, read_regular
+from prep.schema.fields import MAX_INT
 from prep.store.manifest import ColorStats, Settings
 from train.config.choices import MAX_THREADS
 from train.formats.fields import (
@@ -37,6 +38,7 @@ from train.formats.fields import (
 )
 
 MAX_BYTES = 256 << 20  # largest size of run.json; for 1,000 classes the file has 40 KB
+OneOrMore = Annotated[int, Meta(ge=1, le=MAX_INT)]
 ADVICE = "Move the file away, and repeat the alextrain run command with its options to write the file again."
 
 
@@ -50,11 +52,12 @@ class SettingsFields(Struct, frozen=True):
     accumulate: Positive
     run_dir: PathText
     devices: tuple[Device, Device]
-    epochs: Positive
-    steps: Step | None
-    log_every: Positive
-    checkpoint_every: Positive
-    keep: Positive
+    # Earlier versions had no upper bound for these numbers, and a large number means "never" or "without end".
+    epochs: OneOrMore
+    steps: Count | None
+    log_every: OneOrMore
+    checkpoint_every: OneOrMore
+    keep: OneOrMore
     threads: Annotated[int, Meta(ge=1, le=MAX_THREADS)] | None
     deterministic: bool = False
     stream_seed: Seed | None = None
@@ -86,7 +89,7 @@ class LengthFields(Struct, frozen=True):
     """The length of a run in steps."""
 
     steps_per_epoch: Step
-    steps: Step
+    steps: Count
 
 
 class RunFile(Struct, frozen=True):

@@ -107,6 +107,15 @@ def test_settings_of_another_version_are_kept(run_dir: Path) -> None:
     assert read_description(run_dir)["settings"]["newer"] == {"a": [1]}
 
 
+def test_a_run_may_be_longer_than_it_can_ever_be_trained(run_dir: Path) -> None:
+    """`--epochs 2147483648` means that a person ends the run. Version 0.1.0 had no limit of epochs and intervals."""
+    description = changed(tiny_description(), "settings.epochs", 10**10)
+    description = changed(description, "settings.checkpoint_every", 10**12)
+    steps = {"steps_per_epoch": 10_009, "steps": 10_009 * 2**31}  # about ImageNet's steps in an epoch
+    (run_dir / "run.json").write_text(json.dumps(changed(description, "length", steps)))
+    assert read_description(run_dir)["length"] == steps
+
+
 DAMAGED: dict[str, tuple[bytes, str]] = {
     "broken UTF-8": (b'{"kind": "\xff"}\n', "UTF-8"),
     "nested": (b"[" * 10_000 + b"]" * 10_000 + b"\n", "nested"),
