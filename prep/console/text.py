@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -23,6 +24,22 @@ def escaped(text: str) -> str:
 
 def _escape(character: str) -> str:
     return character.encode("unicode_escape").decode()
+
+
+def encodable(text: str) -> str:
+    r"""Return `text` with each lone surrogate replaced by its escape, so that UTF-8 and JSON can hold the text.
+
+    Python has a lone surrogate in a path for each byte that is not UTF-8. Strict readers of JSON refuse surrogates.
+    The path `run-\xff` becomes the text `run-\udcff`. `path_of` returns the path again.
+    """
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def path_of(text: str) -> Path:
+    r"""Return the path whose text `encodable` returned. A path that has such an escape in its own name is kept."""
+    if "\\udc" not in text or os.path.lexists(text):
+        return Path(text)
+    return Path(re.sub(r"\\udc([89a-f][0-9a-f])", lambda escape: chr(0xDC00 + int(escape[1], 16)), text))
 
 
 def did_you_mean(value: object, allowed: Sequence[str]) -> str:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from prep.console import UserError, count_noun, json_option, print_json, print_line, say
+from prep.console import UserError, count_noun, encodable, json_option, print_json, print_line, say
 from prep.files import output_file
 from prep.store.manifest import Store
 from train.cli.options import (
@@ -135,7 +135,11 @@ def evaluate(
         if len(members) > 1:
             mean = average_probabilities([member.probabilities for member in members], member_weights)
             combined_result = error_rates(mean, combined.labels)
-            about = {**combined.about, "run": names, "step": [member.about["step"] for member in members]}
+            about = {
+                **combined.about,
+                "run": [encodable(name) for name in names],
+                "step": [member.about["step"] for member in members],
+            }
             about |= {key: _common_value(members, key) for key in ("views", "precision")}
             if weights is None:
                 row = paper_row(len(members), len(about["classes"]), about["views"], about["split"])

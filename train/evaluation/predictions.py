@@ -24,7 +24,7 @@ import numpy.typing as npt
 from pipeline.augment import SQUARE
 from pipeline.loader import eval_loader
 from pipeline.records import Records
-from prep.console import Progress, UserError, WrongArgument, count_noun, disk_error, progress, say
+from prep.console import Progress, UserError, WrongArgument, count_noun, disk_error, encodable, progress, say
 from prep.files import atomic_file, check_extension
 from prep.schema import ArrayShape, decode, read_npz
 from prep.store.manifest import Store
@@ -149,7 +149,7 @@ def predict_split(
         result = evaluate(network, loader, counter, precision, own, group)
     probabilities = group.stack_on_first(own)
     about = {
-        "run": run,
+        "run": encodable(run),
         "step": checkpoint.step,
         "checkpoint": checkpoint.digest,
         "split": split,

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from prep.console import Terminated, UserError, disk_error
+from prep.console import Terminated, UserError, disk_error, encodable
 from prep.files import write_atomic
 from train.evaluation.evaluate import EvalResult
 from train.model.alexnet import AlexNet
@@ -123,7 +123,7 @@ class MetricsLog:
     def _write_status(self, state: str, reason: str = "") -> None:
         """Replace status.json. `state` is "training", "finished", "stopped" or "failed"."""
         process = {"process": os.getpid(), "host": platform.node(), "unix_time_s": round(time.time(), 3)}
-        status = {"state": state, "said": reason, "step": self.step, **process}
+        status = {"state": state, "said": encodable(reason), "step": self.step, **process}
         write_atomic(self.path.with_name(STATUS), json.dumps(status).encode())
 
 

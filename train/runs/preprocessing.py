@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.still_image import EvalTransform
-from prep.console import UserError, say
+from prep.console import UserError, path_of, say
 from prep.files import write_atomic
 from prep.schema import ArrayShape, read_npy
 from prep.store.manifest import ColorStats, Settings, Store, StoreError
@@ -95,8 +95,8 @@ def training_store(run_dir: Path, description: Mapping[str, Any]) -> Store | Non
     moved together with its runs.
     """
     settings = description["settings"]
-    given, saved_dir, folder = Path(settings["store"]), Path(settings.get("run_dir", run_dir)), run_dir.resolve()
-    paths = [given, *(Path(path) for path in [settings.get("store_absolute")] if path is not None)]
+    given, saved_dir, folder = path_of(settings["store"]), path_of(settings["run_dir"]), run_dir.resolve()
+    paths = [given, *(path_of(path) for path in [settings.get("store_absolute")] if path is not None)]
     depth = len(saved_dir.parts)
     if not saved_dir.is_absolute() and folder.parts[-depth:] == saved_dir.parts:
         paths.append(Path(*folder.parts[:-depth]) / given)
@@ -113,7 +113,7 @@ def training_store(run_dir: Path, description: Mapping[str, Any]) -> Store | Non
 def saved_store_path(description: Mapping[str, Any]) -> Path:
     """Return the absolute path of the training store in run.json. A run of version 0.1.0 has only the path as given."""
     settings = description["settings"]
-    return Path(settings.get("store_absolute") or settings["store"])
+    return path_of(settings.get("store_absolute") or settings["store"])
 
 
 def missing_store_text(run_dir: Path, store: Path) -> str:

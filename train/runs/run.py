@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from prep.console import UserError, WrongArgument, count_noun, disk_error
+from prep.console import UserError, WrongArgument, count_noun, disk_error, encodable
 from prep.files import check_output_folder, write_atomic
 from prep.store.manifest import Store
 from prep.version import package_version
@@ -124,8 +124,8 @@ def write_description(run: Run, ancestry: Sequence[Mapping[str, Any]] = ()) -> N
     description = {
         "identity": run.identity,
         "settings": {
-            **{name: str(value) if isinstance(value, Path) else value for name, value in settings.items()},
-            "store_absolute": os.path.abspath(run.config.store),
+            **{name: encodable(str(value)) if isinstance(value, Path) else value for name, value in settings.items()},
+            "store_absolute": encodable(os.path.abspath(run.config.store)),
         },
         **run.training_facts(),
         "store": store_facts(run.store),

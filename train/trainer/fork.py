@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from prep.console import UserError, WrongArgument, count_noun, say
+from prep.console import UserError, WrongArgument, count_noun, encodable, path_of, say
 from prep.files import hold_lock
 from train.config.identity import Difference, check_identity, differences
 from train.model.alexnet import AlexNet
@@ -109,7 +109,7 @@ def _check_origin(resumed: Checkpoint, new_dir: Path, origin: Path) -> None:
     renamed to `origin`.
     """
     parent = resumed.ancestry[-1]["path"] if resumed.ancestry else None
-    if parent != str(origin.resolve()) and (parent is None or Path(parent).exists()):
+    if parent != encodable(str(origin.resolve())) and (parent is None or path_of(parent).exists()):
         held = (
             f"a run that was forked from {parent}, not from {origin}"
             if parent
@@ -143,7 +143,7 @@ def _begin(run: Run, origin: Path) -> None:
         loader.seek(position.epoch, position.step_of_epoch)
         stream = loader.state_dict()
     ancestor: dict[str, Any] = {
-        "path": str(origin.resolve()),
+        "path": encodable(str(origin.resolve())),
         "step": parent.step,
         "checkpoint_digest": parent.digest,
         "differences": [difference._asdict() for difference in changed],

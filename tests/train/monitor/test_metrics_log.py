@@ -54,6 +54,7 @@ def test_a_disk_that_is_full_at_the_start_is_an_error_and_loses_no_line(
         (KeyboardInterrupt(), "stopped", "by Ctrl-C"),
         (Terminated(), "stopped", "by SIGTERM"),
         (ValueError("no\nroom"), "failed", "no\nroom"),
+        (ValueError("photos-\udcff"), "failed", "photos-\\udcff"),  # a path with the byte 0xff
     ],
 )
 def test_status_json_holds_how_the_run_ended(

@@ -10,11 +10,16 @@ import pytest
 
 from prep.console import UserError
 from prep.files import hold_lock
+from tests.helpers.alextrain import json_lines
 from tests.helpers.small_training import SMALL_ALEXNET, small_config
 from train.config.architecture import HALF
 from train.config.recipes import SHORT
 from train.config.run_config import RunConfig
+from train.evaluation.predictions import load_predictions
 from train.runs.run import Run
+from train.runs.run_dir import read_description
+from train.runs.saved_config import saved_config
+from train.trainer.fork import fork
 from train.trainer.loop import fit
 
 WIDER = replace(SMALL_ALEXNET, widths=replace(SMALL_ALEXNET.widths, fc7=18))
@@ -82,3 +87,30 @@ def test_a_run_that_never_reached_a_checkpoint_may_be_started_with_other_setting
         fit(Run.open(small_config(stores["jpeg"], run_dir, batch_size=64)))
     fit(Run.open(small_config(stores["jpeg"], run_dir, steps=1)))
     assert json.loads((run_dir / "run.json").read_text())["settings"]["batch_size"] == 8
+
+
+def test_a_run_in_a_folder_whose_name_is_not_utf_8_is_read_and_forked(
+    stores: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "photos-\udcff"  # the byte 0xff
+    folder.mkdir()
+    (folder / "store").symlink_to(stores["jpeg"])
+    monkeypatch.chdir(folder)
+    fit(Run.open(small_config(Path("store"), Path("run"), steps=1)))
+    config = saved_config(Path("run"))
+    assert config is not None and config.store == Path("store")
+    for _ in range(2):  # the second call accepts the fork that the first call began
+        fit(fork(Run.open(replace(config, steps=2)), Path("fork")))
+    path = read_description(Path("fork"))["ancestry"][0]["path"]
+    assert path == f"{tmp_path}/photos-\\udcff/run"
+    with pytest.raises(UserError, match="holds a run that was forked from"):  # the origin is found by its path
+        fork(Run.open(replace(config, run_dir=Path("other"))), Path("fork"))
+    monkeypatch.chdir(tmp_path)
+    config = saved_config(folder / "run")  # finds the store by its absolute path
+    assert config is not None and config.store == folder / "store"
+    monkeypatch.chdir(folder)
+    args = ["evaluate", folder / "fork", "--store", "store", "--gpus", "cpu", "--views", 1]
+    json_lines(*args, "--out", "scores.npz")
+    assert load_predictions(Path("scores.npz")).about["run"].endswith("photos-\\udcff/fork")
+    json_lines("evaluate", folder / "fork", "scores.npz", *args[2:], "--out", "average.npz")
+    assert load_predictions(Path("average.npz")).about["run"][0].endswith("photos-\\udcff/fork")
