@@ -104,14 +104,15 @@ class LabelledRows:
                     f"the labels 0 to {len(classes) - 1}."
                 )
         else:
-            unknown = [text for text in texts if text not in set(names)]
+            known = set(names)
+            unknown = [text for text in texts if text not in known]
             if names and unknown:
                 raise UserError(
                     f"{self.origin}: {len(unknown):,} of the labels ({examples(unknown)}) not among the {len(names):,} "
                     f"class names ({examples(names)}). Correct the labels or the list of class names."
                 )
             classes = tuple(names) or order_classes(texts, self.origin)
-            labels = [classes.index(text) for text in texts]
+            labels = _positions(texts, classes)
         listing = Listing()
         for row in self.rows:
             item = replace(row, label=labels[row.label])
@@ -146,11 +147,17 @@ class LabelledRows:
         if are_positions and not label_texts.are_numbers:
             refuse_odd_labels(self.origin, texts, classes, example)
             classes = order_classes(texts, self.origin)
-            return [classes.index(text) for text in texts], classes
+            return _positions(texts, classes), classes
         if are_positions and order is None and not any(map(is_number, classes)):
             order = "sorted-from-0"  # in a store whose classes are numbers, a number in the source could also be a name
         label_of, classes, _ = label_texts.resolve(order, False)
         return [label_of[text] for text in texts], classes
+
+
+def _positions(texts: Sequence[str], classes: Sequence[str]) -> list[int]:
+    """Return the position of each text in `classes`, in which each text occurs once."""
+    position = {name: label for label, name in enumerate(classes)}
+    return [position[text] for text in texts]
 
 
 def _first_reason(refused: Sequence[tuple[str, str]]) -> str:
