@@ -15,6 +15,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from prep.schema import Finite, NonNegative, Text, convert, parse_json, read_regular
+from train.config.architecture import LAYERS
 from train.formats.fields import AboveZero, Positive, Precision, Share, Step
 
 MAX_BYTES = 1 << 30  # largest size of a file of lines; a run of 90 epochs of ImageNet writes about 60 MB
@@ -39,6 +40,13 @@ class TrainLine(Struct, frozen=True):
     memory_mb: NonNegative = 0.0
     gpu_memory_mb: list[NonNegative] = []
     unix_time_s: NonNegative = 0.0
+
+
+class _LineOfKnownLayers(TrainLine, frozen=True):
+    """A TrainLine whose layers are in LAYERS. The pattern of their names took a third of the time to read a line."""
+
+    gradient_norm: dict[str, Finite] = {}
+    weight_norm: dict[str, Finite] = {}
 
 
 class ValLine(Struct, frozen=True):
@@ -109,10 +117,18 @@ def _is_json(text: bytes) -> bool:
 def _parse(text: bytes, models: Models, name: str, advice: str) -> dict[str, Any]:
     try:
         line = msgspec.json.decode(text)
-        msgspec.convert(line, models if isinstance(models, type) else models[line["kind"]])
-    except (ValueError, TypeError, KeyError, RecursionError):
+        model = models if isinstance(models, type) else models[line["kind"]]
+        if model is TrainLine and _has_known_layers(line):
+            model = _LineOfKnownLayers
+        msgspec.convert(line, model)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         line = _parse_slowly(text, models, name, advice)
     return dict(line)
+
+
+def _has_known_layers(line: dict[str, Any]) -> bool:
+    """Return whether all layers in the norms of a line have the names of LAYERS."""
+    return all(line.get(part, {}).keys() <= set(LAYERS) for part in ("gradient_norm", "weight_norm"))
 
 
 def _parse_slowly(text: bytes, models: Models, name: str, advice: str) -> Any:

@@ -142,12 +142,27 @@ def test_a_damaged_line_is_named_with_its_number(run_dir: Path, name: str, damag
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("loss", None), ("top1_error", 2), ("images_per_s", 0), ("gradient_norm", {"a\nb": 1.0}), ("step", "delete")],
+    [
+        ("loss", None),
+        ("top1_error", 2),
+        ("images_per_s", 0),
+        ("gradient_norm", {"a\nb": 1.0}),
+        ("gradient_norm", {"conv1": 1.0, "a\nb": 1.0}),
+        ("weight_norm", {"conv1": "1"}),
+        ("weight_norm", [1.0]),
+        ("step", "delete"),
+    ],
 )
 def test_a_wrong_field_of_metrics_is_named(run_dir: Path, field: str, value: object) -> None:
     write_lines(run_dir / "metrics.jsonl", changed(training_line(10), field, value))
     error = refusal("status", run_dir)
     assert "metrics.jsonl: line 1: " in error and field in error
+
+
+def test_norms_of_layers_that_alexnet_does_not_have_are_read(run_dir: Path) -> None:
+    norms = {"conv1": 1.0, "fc9.other": 2.0}
+    write_lines(run_dir / "metrics.jsonl", {**training_line(10), "weight_norm": norms})
+    assert read_metrics(run_dir)[0]["weight_norm"] == norms
 
 
 def test_a_loss_of_nan_is_read_and_a_number_too_large_for_tensorboard_is_left_out(run_dir: Path) -> None:
