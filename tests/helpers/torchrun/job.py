@@ -85,8 +85,10 @@ class Job:
             time.sleep(0.005)
 
     def ranks(self) -> list[int]:
-        """Return the process IDs of the ranks that have not ended, in their order."""
+        """Return the process IDs of the ranks that have not ended, in their order; none if torchrun has ended."""
         parent = _stat(self.pid)[1]  # the process that also forks the ranks
+        if not parent:
+            return []
         children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
         return [pid for pid in map(int, children) if pid != self.pid and _stat(pid)[0] not in "ZX"]
 
