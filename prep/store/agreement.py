@@ -74,7 +74,8 @@ def impossible_moments(moments: MomentsJson) -> Iterator[str]:
         if total[i] > 255 * n:
             yield f"total.{i} is {total[i]}, expected at most 255·pixels, {255 * n}"
         if not total[i] ** 2 <= n * outer[i][i] <= 255 * n * total[i]:
-            yield f"outer.{i}.{i} is {outer[i][i]}, expected total²/pixels to 255·total (total.{i} is {total[i]})"
+            expected = f"at least total²/pixels and at most 255·total (total.{i} is {total[i]})"
+            yield f"outer.{i}.{i} is {outer[i][i]}, expected {expected}"
         for j in range(i):
             if outer[i][j] != outer[j][i]:
                 yield f"outer.{i}.{j} is {outer[i][j]}, expected the value of outer.{j}.{i}, {outer[j][i]}"

@@ -253,8 +253,8 @@ def record_evaluation(run_dir: Path, about: Mapping[str, Any], result: EvalResul
 def read_evaluations(run_dir: Path) -> list[dict[str, Any]]:
     """Return the lines of evaluations.jsonl.
 
-    If several evaluations are of the same kind, only the last one is returned. Evaluations are of the same kind if
-    their step, views and precision and the fingerprint of their split are equal. Raises UserError if a line is wrong.
+    If several evaluations are of the same kind, only the last one is returned. Evaluations of the same kind have equal
+    steps, views, precisions and fingerprints of the split. Raises UserError if a line is wrong.
     """
     path = run_dir / _EVALUATIONS
     try:

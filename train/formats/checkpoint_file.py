@@ -34,7 +34,7 @@ from train.formats.fields import (
 from train.formats.pickled_values import StoredTensor
 
 ADVICE = "Use another checkpoint of the run, or a copy of this file."
-CUDA_STATE_BYTES = 16  # size of the state of a GPU's generator, which is seed and offset
+CUDA_STATE_BYTES = 16  # a GPU's random number generator has a state of two integers: seed and offset
 TENSORS = ("parameters", "velocity", "random", "random_cuda")
 
 

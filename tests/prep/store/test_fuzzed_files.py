@@ -1,6 +1,6 @@
 """Fuzzing of the files of a store: each reader returns a value or raises an error of one line.
 
-The examples are the files of a store that a test builds. See tests.fuzzing.py for the changes and the property.
+A test builds a small store. Hypothesis then changes bytes and fields of its files, as tests/fuzzing.py describes.
 """
 
 from __future__ import annotations

@@ -267,7 +267,7 @@ def pointwise_backward(
     BEFORE: tl.constexpr, NORM: tl.constexpr, REACH: tl.constexpr, THREE_QUARTERS: tl.constexpr, TERMS: tl.constexpr,
     TILES: tl.constexpr, POSITIONS: tl.constexpr, MAPS: tl.constexpr,
 ):  # fmt: skip
-    """Write the gradient of x at TILES · POSITIONS positions.
+    """Write the gradient of the input x. Each program writes TILES tiles of POSITIONS positions of the feature maps.
 
     `bias_sums` (programs, maps) gets the sum of the gradient. Without a normalization, the gradient of the nonlinearity
     is computed from `out`, and x is not read.
