@@ -9,10 +9,10 @@ bounds             threads that only decode the JPEG records (libjpeg-turbo), or
 
 The option --threads is the number of threads and of cores of each of these contestants. All loaders give float32 NCHW
 batches. The loader with a service shares its cores with Ray's processes and the workers. Both nodes are raylets (Ray's
-process of a node) of one Ray cluster on this machine. Only one service runs at a time. For each service, the benchmark starts a cluster,
-and then runs the loader with the service, the loader without a service and the bound in turn. Each node has an object
-store of the size that `alexstream serve --cluster local` chooses. Before the measurement, the benchmark compares the
-first batches of the loader with those of the loader without a service, bit for bit.
+process of a node) of one Ray cluster on this machine. Only one service runs at a time. For each service, the benchmark
+starts a cluster, and then runs the loader with the service, the loader without a service and the bound in turn. Each
+node has an object store of the size that `alexstream serve --cluster local` chooses. Before the measurement, the
+benchmark compares the first batches of the loader with those of the loader without a service, bit for bit.
 """
 
 from __future__ import annotations
