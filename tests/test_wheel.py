@@ -111,6 +111,7 @@ def test_commands_run_with_the_wheel_alone(installed: Path, tmp_path: Path) -> N
         assert result.returncode == 0 and f"Usage: {script}" in result.stdout, result.stderr
 
 
+@pytest.mark.soak
 def test_a_users_program_has_the_types_of_the_wheel(installed: Path, tmp_path: Path) -> None:
     """mypy --strict sees installed packages, and reads the types of a package only if it contains py.typed."""
     program = Path(shutil.copy(typed_program.__file__, tmp_path / "program.py"))

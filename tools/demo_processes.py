@@ -18,7 +18,6 @@ from typing import Any
 
 from prep.cluster import ray_module
 from prep.console import UserError, duration_text
-from train.runs.run_dir import read_metrics
 
 NODE_BYTES = 150_000_000  # size of the object store of a node, in shared memory
 LIMIT_S = 900.0  # longest time of each wait
@@ -96,6 +95,8 @@ class Trainer:
     @property
     def step(self) -> int:
         """Number of steps that the run has logged so far."""
+        from train.runs.run_dir import read_metrics  # loads NumPy, which --help does not need
+
         lines = read_metrics(self.run_dir)
         return int(lines[-1]["step"]) if lines else 0
 

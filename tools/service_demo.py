@@ -33,7 +33,6 @@ from prep.cluster import connected, ray_module
 from prep.console import CONTEXT_SETTINGS, UserError, count_noun, print_json, say
 from tools.demo_processes import LIMIT_S, cluster_of_nodes, running, script, wait_for_trainers, wait_until
 from tools.tree_bits import run_hashes
-from train.runs.run_dir import read_metrics
 
 SERVICE = "demo"
 SEEDS, STREAM_SEED = (1, 2), 7
@@ -196,6 +195,7 @@ def images_of_a_run(store: Path, folder: Path) -> int:
     Both runs receive the same images.
     """
     from prep.store.manifest import Store
+    from train.runs.run_dir import read_metrics  # loads NumPy, which --help does not need
 
     kinds = [line["kind"] for line in read_metrics(folder / f"service-{SEEDS[0]}")]
     return kinds.count("train") * BATCH + kinds.count("val") * Store.open(store).split("val").records

@@ -1,7 +1,7 @@
 """metrics.jsonl and evaluations.jsonl: the models of their lines, and a reader of such files.
 
-Unknown fields are kept, because other versions write other metrics. A power cut can leave a partly written last line,
-without its newline. A reader leaves out such a last line; every other line must be complete.
+Unknown fields are kept, because other versions write other metrics. A power cut can leave any bytes at the end of the
+file, without a newline. A reader leaves these bytes out; every other line must be complete.
 """
 
 from __future__ import annotations
@@ -88,8 +88,9 @@ METRICS: Models = {"train": TrainLine, "val": ValLine}
 def read_lines(path: Path, models: Models, advice: str) -> list[tuple[bytes, dict[str, Any]]]:
     """Return the lines of a file, each as text and as an object that has the types of its model.
 
-    The list is empty if the file does not exist. A last line without newline that is no JSON is left out. Raises
-    UserError with the number of the line for every other wrong line. Also raises UserError if the file is no regular
+    The list is empty if the file does not exist. If the last line has no newline and is no JSON, the last line is
+    left out, together with the lines directly before it that are no JSON either. Raises UserError with the number of
+    the line for every other wrong line. Also raises UserError if the file is no regular
     file or is larger than MAX_BYTES. Raises OSError if the file cannot be read.
     """
     try:
@@ -98,10 +99,14 @@ def read_lines(path: Path, models: Models, advice: str) -> list[tuple[bytes, dic
         return []
     lines = []
     *complete, cut = content.split(b"\n")
+    if cut and not _is_json(cut):
+        cut = b""
+        while complete and not _is_json(complete[-1]):
+            complete.pop()
     for number, text in enumerate(complete, start=1):
         if text.strip():
             lines.append((text, _parse(text, models, f"{path}: line {number}", advice)))
-    if cut and _is_json(cut):
+    if cut:
         lines.append((cut, _parse(cut, models, f"{path}: line {len(complete) + 1}", advice)))
     return lines
 

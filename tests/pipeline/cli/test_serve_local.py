@@ -125,6 +125,7 @@ def serving(store: Path) -> Iterator[tuple[Program, dict[str, Any]]]:
         program.end()
 
 
+@pytest.mark.soak
 def test_processes_of_this_machine_use_a_local_service_until_it_is_interrupted(
     store: Path, serving: tuple[Program, dict[str, Any]]
 ) -> None:

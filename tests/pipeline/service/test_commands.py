@@ -91,12 +91,14 @@ def test_status_without_a_name_shows_all_services_of_the_cluster(alexstream: Com
     assert alexstream.names() == ["first", "second"]
 
 
+@pytest.mark.soak
 def test_the_largest_number_of_workers_is_what_fits_on_the_nodes(alexstream: Commands) -> None:
     """The nodes have two and three cores. Each node has room for one worker with two cores."""
     assert json.loads(alexstream.serve("narrow", "--json").stdout)["max_workers"] == 5
     assert json.loads(alexstream.serve("wide", "--threads", "2", "--json").stdout)["max_workers"] == 2
 
 
+@pytest.mark.soak
 def test_a_name_that_is_taken_is_refused_and_its_service_goes_on(alexstream: Commands) -> None:
     assert alexstream.serve("taken").exit_code == 0
     before = alexstream.run("status", "--name", "taken", "--json").stdout
@@ -118,6 +120,7 @@ def test_workers_that_fit_on_no_node_are_refused_unless_the_service_may_have_non
     assert alexstream.serve("later", "--threads", "9", "--workers", "0:2").exit_code == 0
 
 
+@pytest.mark.soak
 def test_a_store_that_differs_on_all_nodes_ends_the_start_with_the_reason(
     alexstream: Commands, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -90,6 +90,7 @@ def test_five_consumers_wait_for_each_other_and_share_what_is_decoded(
         at_end.callback(lambda: [process.do("close") for process in processes])
 
 
+@pytest.mark.soak
 def test_the_fastest_consumer_waits_for_the_slowest(store: Path, serve: Serve, loaders: list[TrainLoader]) -> None:
     """The slow consumer pauses.
 
@@ -112,6 +113,7 @@ def test_the_fastest_consumer_waits_for_the_slowest(store: Path, serve: Serve, l
     assert service.status()["images_made"] <= (60 + PREFETCHED) * BATCH
 
 
+@pytest.mark.soak
 def test_a_consumer_that_left_or_is_far_away_is_not_waited_for(
     store: Path, serve: Serve, loaders: list[TrainLoader]
 ) -> None:

@@ -111,6 +111,7 @@ def test_a_store_that_is_cut_while_workers_read_it_ends_in_an_error(
     assert "\n" not in str(stopped.value)
 
 
+@pytest.mark.soak
 def test_a_record_that_kills_every_worker_ends_in_an_error(cluster: TestCluster, numbered_store: Path) -> None:
     """Other consumers continue, because the service replaces every dead worker."""
     ray, name = cluster.ray, "deadly"

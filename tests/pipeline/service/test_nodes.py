@@ -42,6 +42,7 @@ def test_the_least_number_of_workers_stays(store: Path, serve: Serve) -> None:
         service.wait_for("no worker", lambda status: not status["workers"], limit_s=3.0)
 
 
+@pytest.mark.soak
 def test_workers_that_find_no_core_are_given_up_without_load(store: Path, serve: Serve) -> None:
     """The cluster has five cores, and the service may start up to nine workers."""
     service = serve(store, 0, 9, idle_s=1.0, ahead=20)
@@ -52,6 +53,7 @@ def test_workers_that_find_no_core_are_given_up_without_load(store: Path, serve:
     assert not status["last_fault"]
 
 
+@pytest.mark.soak
 def test_a_node_without_the_store_and_a_node_with_another_store_are_not_used(
     cluster: TestCluster, stores: dict[str, Path], serve: Serve
 ) -> None:

@@ -132,9 +132,11 @@ def test_a_key_of_a_later_shard_is_found(stores: dict[str, Path], tmp_path: Path
 
 def test_a_key_that_no_record_has_is_a_one_line_error(stores: dict[str, Path], tmp_path: Path) -> None:
     store = stores["jpeg"]
-    for key in ("000000001", "x", "-1", "1" * 600, "é", "\udcff", ""):
+    for key in ("000000001", "x", "-1", "1" * 600, "é", "\udcff"):
         fails(alexprep("inspect", "--store", store, "--key", key, "--out", tmp_path / "out"))
         assert not (tmp_path / "out").exists()
+    empty = alexprep("inspect", "--store", store, "--key", "")
+    assert empty.exit_code == 2 and "--key: the value is empty" in empty.stderr
     fails(alexprep("inspect", "--store", store, "--key", "30"), "no key 00000030 in train (30 records)")
     fails(alexprep("inspect", "--store", store, "--split", "val", "--key", "12"), "in val (12 records)")
     fails(alexprep("inspect", "--store", store, "--out", tmp_path / "out"), "--out", "--key", code=2)

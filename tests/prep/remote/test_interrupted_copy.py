@@ -115,7 +115,8 @@ def test_a_copy_that_is_killed_again_and_again_transfers_no_verified_file_twice(
     code, stdout, stderr = CopyCommand(source, target, "--json").end()
     assert code == 0, stderr
     result = json.loads(stdout)
-    assert result["copied_files"] == 11 - kept[-1]
+    # A request that was on its way to the server at the last kill may have arrived after the files were counted.
+    assert 11 - kept[-1] - 1 <= result["copied_files"] <= 11 - kept[-1]
     assert f"resuming; {kept[-1]} of 10 files have arrived" in stderr
     assert {path: proxy.count(method, f"{prefix}/{path}") for path in first} == dict.fromkeys(first, 0)
     files = arrived()

@@ -14,6 +14,7 @@ from tests.helpers.project import ROOT
 from tools.gpu import compile_report
 
 
+@pytest.mark.soak
 def test_the_kernels_compile_for_a_gpu_and_their_values_fit_into_registers() -> None:
     """The test runs in a process without TRITON_INTERPRET, in which Triton compiles the kernels."""
     pytest.importorskip("triton", reason="Triton is not installed")

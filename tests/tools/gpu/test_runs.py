@@ -70,6 +70,7 @@ def test_the_command_names_devices_batch_and_precision(settings: GpuCheckSetting
     assert "--model" not in command
 
 
+@pytest.mark.soak
 def test_runs_from_each_store_are_measured_and_a_failure_is_a_row(
     settings: GpuCheckSettings, stores: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

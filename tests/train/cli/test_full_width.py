@@ -6,11 +6,13 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from tests.helpers.alextrain import alextrain, json_lines
 
 
+@pytest.mark.soak
 def test_the_full_network_trains_resumes_is_evaluated_and_drawn(store: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     args = ["run", "--store", store, "--run-dir", run_dir, "--gpus", "cpu", "--batch", "10"]

@@ -30,6 +30,7 @@ def with_full_paths(words: list[str], folder: Path) -> list[str]:
     return [str(folder / word) if before in options else word for before, word in pairwise(["", *words])]
 
 
+@pytest.mark.soak
 def test_the_commands_for_a_cpu_work_and_replicas_train_like_one_process(
     torchrun: Torchrun, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

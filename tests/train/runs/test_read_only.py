@@ -68,6 +68,7 @@ def read_only(store: Path, tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.soak
 def test_a_store_of_another_user_is_read(read_only: Path, photo_folder: Path) -> None:
     commands = [
         "alexprep verify --store store --jobs 1",

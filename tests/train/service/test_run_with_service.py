@@ -120,6 +120,7 @@ def test_a_run_whose_service_is_lost_goes_on_with_the_local_store(
         assert any(line.endswith("  service stopped lost, this machine decodes") for line in lines)
 
 
+@pytest.mark.soak
 def test_a_run_without_a_fallback_stops_with_a_log_line_and_a_checkpoint_of_its_last_step_and_resumes(
     stores: dict[str, Path], service: Service, tmp_path: Path, after_step: Any
 ) -> None:
@@ -196,6 +197,7 @@ def test_a_signal_during_a_run_with_a_service_leaves_a_checkpoint(
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
 
 
+@pytest.mark.soak
 def test_a_signal_while_a_run_waits_for_a_silent_service_leaves_a_checkpoint_at_once(
     stores: dict[str, Path], service: Service, tmp_path: Path, after_step: Any
 ) -> None:
@@ -226,6 +228,7 @@ def test_a_signal_while_a_run_waits_for_a_silent_service_leaves_a_checkpoint_at_
         service.stop()
 
 
+@pytest.mark.soak
 def test_sigterm_ends_the_command_with_its_exit_code_and_a_checkpoint(
     stores: dict[str, Path], lasting_service: Service, tmp_path: Path
 ) -> None:

@@ -79,6 +79,7 @@ def test_the_schedule_ends_colour_noise_during_a_run_and_after_resuming(
     assert checkpoint.load(tmp_path / "a").stream["augmentation"]["colour"] == "off"
 
 
+@pytest.mark.soak
 def test_a_small_network_memorizes_30_training_images(stores: dict[str, Path], tmp_path: Path) -> None:
     recipe = replace(SHORT, schedule=(), dropout=0.0, lr=0.003)
     changes = {"recipe": recipe, "epochs": 30, "log_every": 4, "checkpoint_every": 1000, "seed": 0}

@@ -103,11 +103,13 @@ def machine(store: Path, certificates: dict[str, str], tmp_path_factory: pytest.
         started.switch_off()
 
 
+@pytest.mark.soak
 def test_a_service_works_with_tls_and_a_token(store: Path, machine: Path) -> None:
     with train_loader(store, 4, threads=1) as local:
         assert (machine / "good").read_text().split() == digests(take_batches(local, 10))
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize("client", ["no-certificate", "no-token", "wrong-token"])
 def test_a_program_without_certificate_or_token_is_refused_in_one_line(machine: Path, client: str) -> None:
     lines = (machine / client).read_text().splitlines()

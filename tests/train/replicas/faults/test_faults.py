@@ -11,6 +11,8 @@ import shutil
 import signal
 from pathlib import Path
 
+import pytest
+
 from pipeline.sampling import epoch_permutation
 from tests.helpers.damaged_stores import read_records, replace_records
 from tests.helpers.small_training import assert_same_result
@@ -56,6 +58,7 @@ def test_torchrun_restarts_a_run_after_a_signal_to_one_rank(
     assert_same_result(tmp_path / "run", undisturbed_pair)
 
 
+@pytest.mark.soak
 def test_rank_0_that_hangs_is_named_after_the_time_out(
     torchrun: TorchrunServer, stores: dict[str, Path], undisturbed_pair: Path, tmp_path: Path
 ) -> None:
