@@ -30,10 +30,11 @@ import torch
 
 from pipeline.augment import Crops
 from pipeline.engines.cpu_engine import DecodeError
+from pipeline.engines.dali_engine import build_pipeline
 from pipeline.engines.dali_shutdown import shut_down
 from pipeline.engines.device_stream import Event
 from pipeline.engines.engine import Engine
-from pipeline.placement import Placement, dali
+from pipeline.placement import Placement
 from pipeline.records import RecordBatch, Records
 from prep.store.manifest import StoreError
 
@@ -102,7 +103,7 @@ class Prefetcher:
         If `divisor` is a tensor, each batch of images is divided by it, in place.
         """
         self._engine, self._placement, self._records = engine, placement, records
-        self._pipe = _build_pipeline(engine, batch_size, placement, threads) if engine.uses_dali else None
+        self._pipe = build_pipeline(engine.define_graph, batch_size, placement, threads) if engine.uses_dali else None
         self._read_ahead = read_ahead
         self._readers = ThreadPoolExecutor(max(_READER_THREADS, read_ahead), "alexstream")
         self._finisher = ThreadPoolExecutor(1, "alexstream")
@@ -341,18 +342,3 @@ class Prefetcher:
         except StoreError as error:
             return error
         return StoreError(f"{place}: {otherwise}. {records.advice}")
-
-
-def _build_pipeline(engine: Engine, batch_size: int, placement: Placement, threads: int) -> Any:
-    """Build a DALI pipeline with the engine's graph."""
-    pipe = dali().Pipeline(
-        batch_size=batch_size,
-        num_threads=threads,
-        device_id=placement.device_id,
-        exec_dynamic=True,  # every batch gets its own memory
-        prefetch_queue_depth=1,  # the Prefetcher, not DALI, schedules batches ahead
-    )
-    with pipe:
-        pipe.set_outputs(engine.define_graph())
-    pipe.build()
-    return pipe

@@ -8,7 +8,7 @@ additional pass over the pixels.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -223,3 +223,18 @@ def _relative(
     """
     relative = (offset_px / np.maximum(max_offset_px, 1)).astype(np.float32)
     return np.ascontiguousarray(relative[:, 0]), np.ascontiguousarray(relative[:, 1])
+
+
+def build_pipeline(define_graph: Callable[[], Any], batch_size: int, placement: Placement, threads: int) -> Any:
+    """Build an `nvidia.dali.Pipeline` whose outputs are the nodes that `define_graph` returns."""
+    pipe = dali().Pipeline(
+        batch_size=batch_size,
+        num_threads=threads,
+        device_id=placement.device_id,
+        exec_dynamic=True,  # every batch gets its own memory
+        prefetch_queue_depth=1,  # the Prefetcher, not DALI, schedules batches ahead
+    )
+    with pipe:
+        pipe.set_outputs(define_graph())
+    pipe.build()
+    return pipe

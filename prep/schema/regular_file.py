@@ -55,8 +55,8 @@ def read_regular(path: Path | str, max_bytes: int, advice: str, error: Callable[
     """Return the content of a regular file of at most `max_bytes` bytes.
 
     Raises FileNotFoundError or another OSError, with the path as its filename, if the file cannot be read. Raises
-    `error`, with `advice` in its message, if `path` is no regular file or if the file is larger than `max_bytes`. The
-    size is compared before memory is allocated.
+    `error`, with `advice` in its message, if `path` is not a regular file, or if the file is larger than `max_bytes`.
+    The size is compared before memory is allocated.
     """
     with open_regular(path, advice, error) as file:
         size = os.fstat(file.fileno()).st_size

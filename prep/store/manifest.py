@@ -162,7 +162,7 @@ class Store:
         for shard in self.split(split).shards:
             file = self.root / shard.path / "data.mdb"
             if not file.is_file():
-                raise StoreError(f"{file} is missing from the store, or is no regular file. Build the store again.")
+                raise StoreError(f"{file} is missing from the store, or is not a regular file. Build the store again.")
             if not os.path.realpath(file).startswith(f"{root}/"):
                 raise StoreError(
                     f"{file} is a link to {os.path.realpath(file)}, expected a file in the store. {ADVICE}"

@@ -270,7 +270,7 @@ def _tensor(arguments: tuple[Any, ...]) -> StoredTensor:
     storage, offset, shape, stride = arguments[:4]
     numbers = (offset, *shape, *stride)
     if not isinstance(storage, Storage) or any(type(n) is not int or not 0 <= n < 2**48 for n in numbers):
-        _refuse("a tensor whose storage, offset, shape or strides are no numbers")
+        _refuse("a tensor whose storage, offset, shape or strides are not numbers")
     if len(shape) != len(stride) or len(shape) > 8:
         _refuse(f"a tensor of {len(shape)} sizes and {len(stride)} strides")
     if len(arguments) == 6 and (type(arguments[4]) is not bool or arguments[5] != {}):

@@ -106,7 +106,7 @@ def test_a_shard_that_is_a_pipe_or_a_link_out_of_the_store_is_refused(copied: Pa
     opened, file = Store.open(copied), copied / "train" / "00000" / "data.mdb"
     file.rename(tmp_path / "outside.mdb")
     os.mkfifo(file)
-    with pytest.raises(StoreError, match=r"data\.mdb is missing from the store, or is no regular file"):
+    with pytest.raises(StoreError, match=r"data\.mdb is missing from the store, or is not a regular file"):
         opened.shard_paths("train")
     file.unlink()
     file.symlink_to(tmp_path / "outside.mdb")
