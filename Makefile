@@ -35,7 +35,7 @@ bench: .venv/ready  ## Measure the build, the stream, the training step and othe
 clean:  ## Remove .venv, demo and site
 	rm -rf .venv demo site
 
-.venv/ready: pyproject.toml constraints.txt $(wildcard */*/kernels.c) tools/compile_native.py
+.venv/ready: pyproject.toml constraints.txt $(wildcard */*/kernels.c */*/*.h) tools/compile_native.py
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or later is needed; this is " + sys.version.split()[0] + ". Name a later Python: make PYTHON=python3.12")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[cuda13,figures,dev,docs]'

@@ -4,7 +4,8 @@ The kernels are optional: without them, NumPy, PyTorch or DALI do the same work 
 these cases:
 
 - if no C compiler was available at installation,
-- if kernels.c has changed since installation (the library's file name contains a digest of kernels.c),
+- if kernels.c or one of its headers has changed since installation (the library's file name contains a digest of these
+  files),
 - if a self-test on small arrays gives a wrong result, for example because the compiler has a bug,
 - if the environment has ALEXNET_NATIVE=0.
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
@@ -22,11 +24,15 @@ Kernels = TypeVar("Kernels")
 
 
 def library_path(source: Path) -> Path:
-    """Return the path of the library that is compiled from the current text of `source`.
+    """Return the path of the library that is compiled from the current text of `source` and of its headers.
 
-    The library need not exist at this path.
+    The headers are the files of the same folder that `source` includes: `#include "NAME.h"`. The library need not exist
+    at this path.
     """
-    return source.with_name(f"{source.stem}-{sha256(source.read_bytes()).hexdigest()[:16]}.so")
+    text = source.read_bytes()
+    headers = re.findall(rb'^#include "(\w+\.h)"', text, re.MULTILINE)
+    text += b"".join(source.with_name(name.decode()).read_bytes() for name in headers)
+    return source.with_name(f"{source.stem}-{sha256(text).hexdigest()[:16]}.so")
 
 
 def load(path: Path, wrap: Callable[[ctypes.CDLL], Kernels], is_correct: Callable[[Kernels], bool]) -> Kernels | None:

@@ -209,12 +209,15 @@ def records_of(caffe_datum: Callable[[], Any]) -> Callable[[Path, str], list[tup
 
 
 def compile_changed(source: Path, folder: Path, right: str, wrong: str) -> Path:
-    """Compile a copy of a C file in which `wrong` replaces `right`, and return the library. `right` must occur once."""
-    text = source.read_text()
-    assert text.count(right) == 1
-    changed = folder / "kernels.c"
-    changed.write_text(text.replace(right, wrong))
-    library = compile_native(changed)
+    """Compile a copy of a C file and its headers in which `wrong` replaces `right`, and return the library.
+
+    `right` must occur once.
+    """
+    texts = {path.name: path.read_text() for path in (source, *source.parent.glob("*.h"))}
+    assert sum(text.count(right) for text in texts.values()) == 1
+    for name, text in texts.items():
+        (folder / name).write_text(text.replace(right, wrong))
+    library = compile_native(folder / source.name)
     assert library is not None
     return library
 

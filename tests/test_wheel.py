@@ -70,7 +70,7 @@ def test_the_wheel_holds_every_file_of_the_three_packages_and_no_other(wheel: Pa
     """Python files, py.typed, C sources, and the libraries that were compiled from them."""
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info" not in name}
     files = [path for package in PACKAGES for path in (ROOT / package).rglob("*")]
-    expected = {path for path in files if path.suffix in (".py", ".c") or path.name == "py.typed"}
+    expected = {path for path in files if path.suffix in (".py", ".c", ".h") or path.name == "py.typed"}
     if shutil.which("cc"):
         expected |= {library_path(path) for path in files if path.name == "kernels.c"}
     assert names == {path.relative_to(ROOT).as_posix() for path in expected}

@@ -7,6 +7,7 @@ the compiler supports target_clones, each function is compiled twice, so that th
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import subprocess
 import sysconfig
@@ -28,7 +29,10 @@ def compile_native(source: Path) -> Path | None:
     The library has the name that prep.compiled.library_path returns. library_path cannot be imported here, because the
     package is not yet installed when pip runs this hook. Libraries of earlier versions of `source` are removed.
     """
-    library = source.with_name(f"{source.stem}-{sha256(source.read_bytes()).hexdigest()[:16]}.so")
+    text = source.read_bytes()
+    headers = re.findall(rb'^#include "(\w+\.h)"', text, re.MULTILINE)
+    text += b"".join(source.with_name(name.decode()).read_bytes() for name in headers)
+    library = source.with_name(f"{source.stem}-{sha256(text).hexdigest()[:16]}.so")
     compiler = shlex.split(os.environ.get("CC", "cc"))
     try:
         with tempfile.TemporaryDirectory(dir=source.parent) as folder:

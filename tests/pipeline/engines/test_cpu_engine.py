@@ -57,7 +57,8 @@ def test_all_compiler_flags_give_the_same_bits(
             return next(iter(loader)).images
 
     expected = [batch(layout) for layout in ("NCHW", "NHWC")]
-    shutil.copy(kernels.SOURCE, tmp_path)
+    for path in (kernels.SOURCE, *kernels.SOURCE.parent.glob("*.h")):
+        shutil.copy(path, tmp_path)
     monkeypatch.setenv("CC", f"cc {flags}")
     library = compile_native(tmp_path / "kernels.c")
     assert library

@@ -213,6 +213,18 @@ def test_compiling_replaces_libraries_of_earlier_sources(tmp_path: Path, monkeyp
 
 
 @pytest.mark.usefixtures("c_compiler")
+def test_a_changed_header_changes_the_name_of_the_library(tmp_path: Path) -> None:
+    source, header = tmp_path / "kernels.c", tmp_path / "number.h"
+    source.write_text('#include <stdint.h>\n#include "number.h"\nint64_t number(void) { return NUMBER; }\n')
+    header.write_text("#define NUMBER 3\n")
+    library = compile_native(source)
+    assert library and library == compiled.library_path(source)
+    header.write_text("#define NUMBER 4\n")
+    assert not compiled.library_path(source).exists()
+    assert compile_native(source) == compiled.library_path(source) and not library.exists()
+
+
+@pytest.mark.usefixtures("c_compiler")
 def test_every_kind_of_cpu_gives_the_same_pixels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Compiles the kernels in four ways: as usual, unoptimized, without fused multiply-add, and for this CPU only."""
     images = [noise(375, 500), noise(257, 300), noise(900, 700)]
