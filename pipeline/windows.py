@@ -1,9 +1,10 @@
 """Windows: squares of uint8 pixels that are decoded and cropped from the records of a store.
 
-A service sends windows to its loaders. The window of a training image is its random crop of 224 × 224 pixels. For ten
-views and for views="square", the window is the complete central square. The engine of the loader makes the image from
-its window: it flips, adds the colour noise, subtracts the mean and converts to float32. A training image is therefore
-sent as 150,528 bytes of uint8 instead of 602,112 bytes of float32.
+A service sends windows to its loaders. The window of a training image is its random crop of 224 × 224 pixels. In
+evaluation, the window is the centre crop for views=1, and the complete central square for ten views and for
+views="square". The engine of the loader makes the image from the window: the engine flips the window, adds the colour
+noise, subtracts the mean and converts to float32. A training image is therefore sent as 150,528 bytes of uint8 instead
+of 602,112 bytes of float32.
 
 The workers of the service use WindowMaker. A loader that has lost its service also uses WindowMaker, but with the local
 store.
@@ -91,9 +92,9 @@ class WindowMaker:
     def make(self, request: WindowRequest, new_array: NewArray | None = None) -> Windows:
         """Decode and crop the windows of a batch.
 
-        `new_array(shape)` returns the uint8 array for the pixels; None: a new array of NumPy.
+        `new_array(shape)` returns the uint8 array for the pixels. If `new_array` is None, NumPy allocates the array.
 
-        Raises the same StoreError for a damaged record as a loader without a service.
+        Raises StoreError for a damaged record, with the same text as a loader without a service.
         """
         source = self._records.get(request.split)
         if source is None:

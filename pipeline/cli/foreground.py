@@ -40,9 +40,9 @@ def serve_until_stopped(ray: ModuleType, config: ServiceConfig, as_json: bool) -
 def _stop(ray: ModuleType, name: str) -> None:
     """Stop the service, and wait until its consumers have left the cluster.
 
-    If consumers had not left, Ray would kill their processes when the cluster ends.
+    When the cluster ends, Ray kills the processes of consumers that have not left.
     """
-    # The calls raise an error if a signal to all processes has already ended the cluster.
+    # The calls raise an error if Ctrl-C, which signals all processes of the terminal, has already ended the cluster.
     with suppress(ServiceError, TimeoutError, ray.exceptions.RayError):
         if name in service_names(ray):
             consumers = service_status(ray, name, LOCAL)["consumers"]

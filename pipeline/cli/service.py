@@ -101,9 +101,9 @@ def serve(
 ) -> None:
     """Start a service: workers on the nodes of a Ray cluster that decode and crop images for training runs.
 
-    With --cluster local, the command runs until Ctrl-C or SIGTERM, then stops the service and exits with code 0. In
-    another cluster, the command returns when the workers are ready, and the service runs until `alexstream stop`. Every
-    node with workers needs the store at the same path.
+    With --cluster local, the command runs until Ctrl-C or SIGTERM, then stops the service and exits with code 0. With
+    --cluster auto or HOST:PORT, the command returns when the workers are ready, and the service runs until `alexstream
+    stop`. Every node with workers needs the store at the same path.
 
     \b
     Example:
@@ -146,7 +146,7 @@ def serve(
 @_running_cluster_option
 @json_option
 def status(name: str | None, cluster: str, as_json: bool) -> None:
-    """Print the state of the services in a cluster: workers, consumers, queue, counts, and nodes that cannot be used.
+    """Print the state of the services in a cluster: workers, consumers, queue, images made, and unusable nodes.
 
     \b
     Example:
@@ -175,8 +175,8 @@ def status(name: str | None, cluster: str, as_json: bool) -> None:
 def stop(name: str, cluster: str) -> None:
     """Stop a service and its workers.
 
-    Training runs that use the service end with an error. Runs with --service-fallback local continue without the
-    service.
+    Training runs with --service-fallback local continue without the service. Other training runs that use the service
+    end with an error.
 
     \b
     Example:

@@ -169,8 +169,9 @@ def inspect(
 def bench(store: Path, batch: int, threads: int | None, device: str, seconds: float, as_json: bool) -> None:
     """Measure the speed of the stream, stage by stage.
 
-    The upper bound is the speed at which libjpeg-turbo decodes records (JPEG stores) or at which records are copied
-    (PPM stores), on --threads threads.
+    The command also measures an upper bound. In a JPEG store, the upper bound is the speed at which libjpeg-turbo
+    decodes records on --threads threads. In a PPM store, the upper bound is the speed at which records are copied on
+    --threads threads.
 
     \b
     Example:

@@ -108,7 +108,7 @@ class ServiceClient:
         self._lost = ""  # why the service is lost; empty while the service answers
         self._health = Health(0, 0)
         self._calls_changed = threading.Condition()
-        self._running_calls = 0  # number of threads that are in a call of Ray
+        self._running_calls = 0  # number of threads that are calling Ray
         self._has_left = False  # whether this consumer has left the cluster
         self._exit = ExitStack()
         self._ray = self._exit.enter_context(connected(self._address))
@@ -221,8 +221,8 @@ class ServiceClient:
     def _method(self, name: str) -> Callable[..., Any]:
         """Return a function that calls a method of the coordinator.
 
-        The function returns Ray's reference to the result of the call. Ray does not repeat a failed call: `_call`
-        repeats the call. If Ray repeats a call while this process leaves the cluster, Ray can end the process.
+        The function returns Ray's reference to the result of the call. The method `_call` repeats a failed call. Ray
+        must not repeat the call: if Ray did so while this process leaves the cluster, Ray could end the process.
         """
         return cast(Callable[..., Any], getattr(self._coordinator, name).options(max_task_retries=0).remote)
 
@@ -235,7 +235,10 @@ class ServiceClient:
             return Call(self._consumer, self._stream, self._first_needed, 0.0, self._calls)
 
     def _call(self, method: Callable[[], Any]) -> Any:
-        """Call the coordinator and return the result. Raises ServiceLost if no answer comes within LOST_S seconds."""
+        """Call the coordinator and return the result.
+
+        Raises ServiceLost if the service was stopped, or if no answer comes within LOST_S seconds.
+        """
         exceptions = self._ray.exceptions
         reference = None
         while not self._closed.is_set() and not self._lost:
@@ -267,7 +270,7 @@ class ServiceClient:
         )
 
     def _get(self, reference: Any) -> Any:
-        """Return the pixels to which a reference points; None if they are lost or do not arrive within _TRANSFER_S."""
+        """Return the pixels of a reference; None if the pixels are lost or do not arrive within _TRANSFER_S."""
         exceptions = self._ray.exceptions
         deadline = time.monotonic() + _TRANSFER_S
         while time.monotonic() < deadline and not self._closed.is_set() and not self._lost:

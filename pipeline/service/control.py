@@ -21,8 +21,9 @@ from prep.store.manifest import Store
 CALL_S = 30.0  # a service that does not answer a call within this time is reported as an error
 BEGIN_S = 120.0  # limit for the first call of a new service, whose process must start first
 READY_S = 60.0  # longest time for which `alexstream serve` waits until the workers are ready
-FAULT_S = 10.0  # `alexstream serve` ends with an error if all starts of workers have failed for this time
-# The default object store has room for two streams (training and validation) with batches of 512 images.
+# `alexstream serve` ends with an error if no worker is ready after this time and the last start of a worker failed.
+FAULT_S = 10.0
+# With --cluster local, the object store has room for two streams (training and validation) with batches of 512 images.
 _STREAMS, _BATCH_IMAGES = 2, 512
 _IN_USE = 4  # number of batches in the object store that a consumer has received and still uses
 _LEAST_BYTES = 80_000_000  # Ray refuses object stores with fewer bytes
@@ -72,7 +73,10 @@ def most_workers(ray: ModuleType, threads: int) -> int:
 
 
 def check_cores(ray: ModuleType, config: ServiceConfig, address: str) -> None:
-    """Raise ServiceError if no node has enough cores for one worker, unless `min_workers` is 0."""
+    """Raise ServiceError if no node has enough cores for one worker.
+
+    If `min_workers` is 0, nothing is checked, because an autoscaler may add a larger node later.
+    """
     largest = max(_cores(ray), default=0)
     if config.min_workers and largest < config.threads:
         advice = f"Choose --threads {largest} or less, or start" if largest else "Start"
@@ -109,7 +113,8 @@ def object_store_bytes(ahead: int) -> int:
     """Return the size in bytes of the object store for a Ray cluster that has only this machine.
 
     The object store has room for the batches of two streams with 512 images in each batch. The object store takes at
-    most 30 % of the memory and 90 % of the free space in /dev/shm. `ahead` is the field of ServiceConfig.
+    most 30 % of the memory and 90 % of the free space in /dev/shm, but at least 80 MB. Prints a warning if /dev/shm has
+    less than 80 MB. `ahead` is the field of ServiceConfig.
     """
     wanted = _STREAMS * (ahead + _IN_USE) * _BATCH_IMAGES * (3 * 224**2 + LABEL_BYTES)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -117,7 +122,7 @@ def object_store_bytes(ahead: int) -> int:
     if 0.9 * free < _LEAST_BYTES:
         say(
             f"Warning: /dev/shm has {bytes_text(free)} free, expected {bytes_text(_LEAST_BYTES)} or more. Ray "
-            "therefore keeps batches in files, which is slow. Start a container with --shm-size 4gb."
+            "therefore keeps batches in files, which is slow. In a container: start the container with --shm-size 4gb."
         )
         free = memory
     return max(_LEAST_BYTES, min(wanted, int(0.3 * memory), int(0.9 * free)))

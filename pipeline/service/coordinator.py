@@ -1,7 +1,7 @@
 """Coordinator of a service, a named Ray actor.
 
-The coordinator lets a worker make each block once, and gives the block to every consumer. A consumer is a loader that
-reads from the service. A block is one batch of a stream, or several consecutive batches
+The coordinator lets a worker make each block once, and gives the block to every consumer that requests it. A consumer
+is a loader that reads from the service. A block is one batch of a stream, or several consecutive batches
 (pipeline.service.protocol.block_steps).
 
     loader ── Fetch: record numbers and window positions ──▶ coordinator ── request ──▶ worker, on any node
@@ -86,7 +86,8 @@ class Coordinator:
         self._made = 0  # number of images made since the start
         self._retried = 0  # number of batches made again since the start
         self._started_s = time.time()
-        self._worked_s = time.monotonic()  # last time at which a worker was ready or no block was waiting for a worker
+        # Last time at which a worker was ready, no block was waiting for a worker, or no start of a worker had failed.
+        self._worked_s = time.monotonic()
         self._group: WorkerGroup | None = None
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -210,9 +211,9 @@ class Coordinator:
     def _dispatch(self) -> None:
         """Give blocks from the queue to free workers.
 
-        If a worker has died, one of the blocks that it was making may be the cause. A block that may be the cause is
-        then made by a worker that makes no other block at the same time. A block that crashes its worker therefore
-        stops no other block.
+        If a worker has died, one of the blocks that the worker was making may be the cause. Each of these blocks is
+        then given to a worker that makes no other block at the same time. A block that crashes its worker therefore
+        does not affect other blocks.
         """
         assert self._group is not None
         while self._queue and (worker := self._group.free(alone=self._queue[0].tries > 0)) is not None:

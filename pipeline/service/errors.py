@@ -6,7 +6,10 @@ from prep.console import UserError
 
 
 def last_line(error: Exception) -> str:
-    """Return the last line of one of Ray's errors, which names the cause. Longer lines are cut after 300 characters."""
+    """Return the last line of the text of an error of Ray. This line names the cause.
+
+    A line of more than 300 characters is cut after 300 characters.
+    """
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return (lines or [repr(error)])[-1][:300]
 

@@ -35,7 +35,7 @@ class ServiceConfig:
     max_workers: int = 1  # largest number of workers
     threads: int = 1  # number of decoding threads in each worker; Ray reserves the same number of cores for a worker
     ahead: int = 16  # number of steps by which the fastest consumer of a stream may be ahead of the slowest
-    # A stream makes its first batch when this number of consumers have connected, or after patience_s.
+    # The first batch of a stream is made when this number of consumers have connected, or after patience_s.
     consumers: int = 1
     patience_s: float = 60.0  # other consumers stop waiting for a consumer that has made no progress for this time
     forget_s: float = 15.0  # a consumer that has sent no call for this time is removed
@@ -77,14 +77,15 @@ class Call(NamedTuple):
     stream: StreamKey
     first_needed: int  # lowest position whose batch the consumer has not received yet
     waited_s: float  # time for which the training loop waited for batches since the consumer's previous call
-    number: int = 0  # number of the call, counted by the consumer, because calls can arrive in another order
+    # Number of the call, counted by the consumer. Calls can arrive in another order than they were sent.
+    number: int = 0
 
 
 def block_steps(batch_size: int, ahead: int, max_workers: int) -> int:
-    """Return the number of consecutive batches in a block. A loader requests one block at a time from the coordinator.
+    """Return the number of consecutive batches in a block. With each call, a loader requests one block.
 
-    The blocks are small enough that `ahead` batches make at least two blocks for each worker. With two blocks for each
-    worker, all workers have work.
+    A block has at most 512 images, but at least one batch. If `ahead` is at least 2 · `max_workers`, `ahead` batches
+    make at least two blocks for each worker. With two blocks for each worker, all workers have work.
     """
     return max(1, min(_BLOCK_IMAGES // batch_size, ahead // (2 * max_workers)))
 
@@ -98,7 +99,7 @@ class Fetch(NamedTuple):
     steps: int  # number of batches in the block
     request: WindowRequest  # request for the windows of all batches
     digest: bytes  # request_digest(request)
-    lost: str  # reference (hex) of an earlier answer whose pixels were lost; empty in the first request
+    lost: str  # Ray's reference (hex) to the pixels of an earlier answer, which were lost; empty in the first request
 
 
 class Answer(NamedTuple):

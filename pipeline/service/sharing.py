@@ -10,8 +10,8 @@ outside of the group are made for this consumer alone. A consumer is outside of 
 - The consumer has made no progress for `patience_s` seconds, and another consumer would have to wait for it.
 
 A consumer that comes within `ahead` steps of the group's fastest consumer joins the group. A consumer that has sent no
-call for `forget_s` seconds is removed. A batch is kept while it may still be requested: its position is at most `ahead`
-steps after the lowest position that some consumer has not received yet.
+call for `forget_s` seconds is removed. A batch is kept while at least one consumer may still request it. A consumer may
+request the batches from the lowest position that it has not received yet to `ahead` steps after this position.
 
 The class Sharing has no clock and does not use Ray. The callers pass the time to Sharing.
 """
@@ -49,7 +49,7 @@ class Sharing:
     def touch(self, call: Call, now_s: float) -> bool:
         """Record a call of a consumer.
 
-        Returns True if the consumer has moved in the stream, so that batches may be unneeded.
+        Returns True if the consumer has moved in the stream. Some batches may then no longer be needed.
         """
         known = self.consumers.get(call.consumer)
         if known is None or known.stream != call.stream:

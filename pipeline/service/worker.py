@@ -22,7 +22,7 @@ CONCURRENCY = 2  # blocks that a worker has at a time: it decodes one block whil
 
 
 class WorkerInfo(NamedTuple):
-    """Location of a worker. If the worker cannot serve the store, also the reason."""
+    """Location of a worker, and the reason if the worker cannot serve the store."""
 
     node: str  # Ray's id of the node
     host: str  # name of the machine

@@ -1,8 +1,9 @@
-"""Starts, checks and stops the workers of a service, whose number stays between `min_workers` and `max_workers`.
+"""Starts, checks and stops the workers of a service.
 
-Ray spreads the workers evenly over the nodes. If no node has enough free cores for a worker, the worker waits. If the
-cluster has an autoscaler, the autoscaler then adds a node. A node on which the store is missing or different gets no
-worker for _BAD_NODE_S, and `alexstream status` shows the reason.
+The number of workers stays between `min_workers` and `max_workers` of ServiceConfig. Ray spreads the workers evenly
+over the nodes. If no node has enough free cores for a worker, the worker waits. If the cluster has an autoscaler, the
+autoscaler then adds a node. A node on which the store is missing or different gets no worker for _BAD_NODE_S, and
+`alexstream status` shows the reason.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ class WorkerGroup:
         wanted = max(least, min(most, -(-load // CONCURRENCY)))
         self.bad_nodes = {node: bad for node, bad in self.bad_nodes.items() if now - bad[2] < _BAD_NODE_S}
         for actor, (task, excluded) in list(self.starting.items()):
-            # A node is no longer excluded: start this worker again, so that Ray may also choose this node.
+            # A node that the worker must avoid can be used again. Start the worker anew, so that Ray may choose it.
             if excluded - self.bad_nodes.keys():
                 self._cancel_start(actor, task)
         for _ in range(wanted - len(self.ready) - len(self.starting)):
