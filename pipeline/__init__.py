@@ -1,9 +1,9 @@
-"""Streams augmented, mean-subtracted image batches of a store with NVIDIA DALI, on a GPU or a CPU.
+"""Streams augmented, mean-subtracted image batches of a store, on a GPU or a CPU.
 
     from pipeline import train_loader, eval_loader
 
-Importing a name from `pipeline` loads torch and DALI. `import pipeline` alone loads neither torch nor DALI, so
-`alexstream --help` stays fast.
+Importing a loader from `pipeline` loads torch. `import pipeline` alone does not load torch, so `alexstream --help`
+stays fast. DALI is loaded only by a loader whose engine uses DALI.
 """
 
 from __future__ import annotations

@@ -14,8 +14,8 @@ For a record whose central square is S (side_px × side_px × 3, RGB, 0..255), a
   (width − side_px) // 2 of the record.
 
 An evaluation image has no shift. An evaluation image is divided by eval_divisor if eval_divisor is a number, and
-otherwise by the divisor. The authors' code divides only training images, because the colour noise enlarges their values
-(convdata_jpeg.py:155-179). The recipe `released` therefore has an eval_divisor of 1.
+otherwise by the divisor. The authors' code divides only training images, because only training images have colour
+noise, which enlarges the values (convdata_jpeg.py:155-179). The recipe `released` therefore has an eval_divisor of 1.
 
 The centre crop of an evaluation image begins at row and column (side_px − 224) // 2. The ten views are the crops at top
 left, top right, centre, bottom left and bottom right, then the same five crops mirrored. convdata_jpeg.py uses the same
@@ -183,9 +183,9 @@ class Augmenter:
         )
 
     def _origin(self, records: RecordBatch, offset: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
-        """Return (N, 2): row and column of the central square in each record.
+        """Return (N, 2): row and column at which the central square begins in each record.
 
-        In a window, row and column can be 0 or less.
+        For a window, row and column are 0 or negative, because a window lies within the central square.
         """
         if not self.from_windows:
             return central_offset(records.sizes, self.side_px)

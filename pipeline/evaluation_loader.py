@@ -92,8 +92,8 @@ class EvalLoader(Loader):
     def __iter__(self) -> Iterator[Batch]:
         """Serve this rank's range of the split once, from the beginning of the range, in the order of the store.
 
-        Several iterators may take turns, although each turn then reads its records again. Raises StoreError for a
-        damaged record. The error names the location of the record.
+        Several iterators may be used alternately. After each change to another iterator, the loader reads records
+        again. Raises StoreError for a damaged record. The error names the location of the record.
         """
         first, iteration = 0, self._begin(0)
         for step in range(len(self)):
@@ -165,8 +165,8 @@ def eval_loader(
 
     The loader yields Batch(images, labels). Images are RGB in grey levels (0 to 255) minus the mean. The shape of the
     images is (N, 3, 224, 224) for one view and (N, 10, 3, 224, 224) for ten views. For views="square" the shape is (N,
-    3, side, side), with the side of the store's images. The ten views of an image take 6 MB in float32, so choose a
-    small batch_size for ten views. Labels are int64 (N,). The last batch can be smaller.
+    3, side, side), where `side` is the side of the store's images in px. The ten views of an image take 6 MB in
+    float32, so choose a small batch_size for ten views. Labels are int64 (N,). The last batch can be smaller.
     """
     return EvalLoader(
         Store.open(store),

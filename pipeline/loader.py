@@ -293,8 +293,9 @@ def train_loader(
     world_size    number of ranks that share an epoch. Each rank has a loader. Together these loaders serve the same
                   records as one loader with batch size batch_size · world_size
     service       "NAME" or "NAME@HOST:PORT": workers of this service decode and crop the images (`alexstream serve`).
-                  The batches are the same, bit for bit, except for JPEG records on a GPU, which DALI decodes
-                  differently. The loader then reads only manifest.json, colour.json and mean_image.npy of its store
+                  The batches are the same as without a service, bit for bit, with one exception: without a service, a
+                  GPU decodes JPEG records with DALI, whose pixels differ slightly. The loader then reads only
+                  manifest.json, colour.json and mean_image.npy of its store
     service_fallback  "local": if the service is lost, the loader continues with the local store and the same batches
     check         whether the checksum of each record is verified as it is read. A damaged record then always raises
                   StoreError; without `check`, damage of single pixels can go unnoticed. None: True for JPEG records,

@@ -74,8 +74,8 @@ def grey_levels(normalize: ChannelStats, augmentation: Augmentation) -> tuple[li
         is_allowed = False
     if not is_allowed:
         raise WrongArgument(
-            f"normalize {normalize!r}: expected ChannelStats(mean, std, max_value) with three means, and three std and "
-            "a max_value of more than 0. loader.channel_stats() returns the numbers of the store."
+            f"normalize {normalize!r}: expected ChannelStats(mean, std, max_value) with three means, three std of more "
+            "than 0 and a max_value of more than 0. loader.channel_stats() returns the numbers of the store."
         )
     if augmentation.mean != "channel" or augmentation.divisor != 1 or augmentation.divisor_in_evaluation != 1:
         raise WrongArgument(
@@ -90,17 +90,17 @@ class WaitTimes(NamedTuple):
 
     batches: int  # number of batches served
     consumer_wait_s: float  # time for which the consumer (the training loop) waited for batches
-    # Time between a served batch and the consumer's next request. On a GPU, the wait time of the loader includes the
-    # time until the GPU is close enough to the consumer (Prefetcher.wait_for_consumer).
+    # Time between a served batch and the consumer's next request. On a GPU, this time includes the time for which the
+    # loader waits until the GPU has few batches left to process (Prefetcher.wait_for_consumer).
     loader_wait_s: float
 
 
 class Loader:
     """Base of TrainLoader and EvalLoader. `close` or a `with` statement releases the threads and files of a loader.
 
-    A loader can be used only in the process that made it, because only this process has its threads. In a forked child,
-    iteration raises UserError. `close` and the end of the child do not affect the parent's loader. A loader cannot be
-    pickled.
+    A loader can be used only in the process that made the loader, because only this process has the loader's threads.
+    In a forked child, iteration raises UserError, and `close` does nothing. The end of a forked child does not affect
+    the loader of the parent. A loader cannot be pickled.
     """
 
     def __init__(

@@ -78,7 +78,7 @@ class Placement:
     def tensor_from_dali(self, output: Any) -> Any:
         """Convert an output of DALI to a torch tensor that shares the output's memory.
 
-        On a GPU, torch's current stream must be the stream of `outputs`.
+        On a GPU, torch's current stream must be the stream that was passed to the method `outputs`.
         """
         from torch.utils.dlpack import from_dlpack
 

@@ -39,11 +39,11 @@ from pipeline.records import RecordBatch, Records
 from prep.store.manifest import StoreError
 
 READ_AHEAD = 4  # number of batches whose records are read from disk while earlier batches are decoded
-DALI_AHEAD = 2  # number of batches in DALI: one that is being decoded, and one that is decoded
+DALI_AHEAD = 2  # number of batches in DALI: one that is being decoded, and one that has been decoded
 DALI_GPU_AHEAD = 4  # number of batches in DALI on a GPU, which decodes several batches at the same time
 # Number of batches in an engine without DALI. While the first batch is being finished, the engine computes the second
-# batch without a pause. A third batch bridges delays: another thread can hold the GIL for 5 ms, in which 16 cores make
-# a batch.
+# batch without a pause. A third batch keeps the engine busy during delays: another thread can hold the GIL for 5 ms,
+# and 16 cores compute a batch in this time.
 ENGINE_AHEAD = 3
 FINISHED_AHEAD = 2  # number of batches that are finished before they are requested
 # Number of served batches that a GPU may still have to process when the consumer requests the next batch. Two batches
@@ -121,7 +121,8 @@ class Prefetcher:
         self._wake: SimpleQueue[None] = SimpleQueue()  # an item wakes the thread that waits in `get`
         self._divisor = divisor
         self._last_event = engine.stream.record()  # the event of the batch that was finished last
-        self._requests: deque[Event] = deque()  # for each request, an event in the work of the consumer
+        # For each of the last requests, an event that passes when the consumer's work before this request is done.
+        self._requests: deque[Event] = deque()
         # Every later call of `next` raises this error again, because skipping a batch would shift all later batches.
         self._error: StoreError | None = None
         self._closed = False
@@ -160,7 +161,7 @@ class Prefetcher:
             if not self._closed:
                 raise
         while (result := self._result(number)) is None:
-            if self._closed:  # also if another thread has closed the loader during this call
+            if self._closed:  # another thread can close the loader during this call
                 raise ValueError("the loader is closed")
             self._wake.get()  # if a KeyboardInterrupt occurs during this wait, no batch is lost
         if self._closed:
@@ -177,11 +178,11 @@ class Prefetcher:
         return next((result for result in tuple(self._finished) if result.number == number), None)
 
     def wait_for_consumer(self) -> None:
-        """Wait until the GPU has reached one of the last CONSUMER_AHEAD batches. Call this method before each `next`.
+        """Wait until the GPU has at most CONSUMER_AHEAD batches left to process. Call this method before each `next`.
 
         The consumer's thread only queues work for the GPU. Without this wait, the thread could request batches far
-        ahead of the GPU, and all these batches would need memory. Without this wait, the time of waiting for the GPU
-        would also be counted as waiting for the loader.
+        ahead of the GPU, and all these batches would need memory. The time for which the consumer's thread waits for
+        the GPU would then also be counted as time for which it waits for the loader.
         """
         self._requests.append(self._engine.stream.record_consumer())
         if len(self._requests) > CONSUMER_AHEAD:
@@ -255,11 +256,10 @@ class Prefetcher:
         return None
 
     def _record(self, images: torch.Tensor, batch_input: BatchInput) -> _Finished:
-        """Queue the copy of the labels, and record the event of a batch.
+        """Queue the division by `divisor` and the copy of the labels, and record the event of a batch.
 
-        The finisher waits until the previous batch is complete, before it continues. The finisher is therefore at most
-        one batch ahead of the GPU. If the stream is too slow, the consumer's thread then waits in `next`, which
-        measures the waiting time.
+        The finisher then waits until the previous batch is complete. The finisher is therefore at most one batch ahead
+        of the GPU. If the stream is too slow, the consumer's thread waits in `get`, and the loader measures this time.
         """
         stream = self._engine.stream
         if self._divisor is not None:

@@ -44,19 +44,19 @@ class Record(NamedTuple):
 class RecordBatch(NamedTuple):
     """N records as arrays.
 
-    The addresses are valid until Records.close is called. If `memory` is set, the addresses are valid while `memory`
+    The addresses in mapped files are valid until Records.close is called. The other addresses are valid while `memory`
     exists.
     """
 
     numbers: npt.NDArray[np.int64]  # (N,): numbers of the records in the order of the store
     labels: npt.NDArray[np.int64]  # (N,)
     sizes: npt.NDArray[np.int32]  # (N, 2): height and width of the images in px
-    # (N,): addresses of the payloads in mapped files. In JPEG stores, the addresses of the JPEG files; in PPM stores,
-    # the addresses of the first pixels.
+    # (N,): addresses of the payloads. In JPEG stores, the addresses of the JPEG files; in PPM stores, the addresses of
+    # the first pixels.
     addresses: npt.NDArray[np.uint64]
     payload_bytes: npt.NDArray[np.int64]  # (N,): sizes of the payloads
     is_raw: bool  # True for PPM stores
-    memory: object = None  # the arrays that hold the payloads, if they are not in mapped files
+    memory: object = None  # arrays that hold the payloads that are not in mapped files
 
     def payloads(self) -> list[npt.NDArray[np.uint8]]:
         """Return the payloads without copies.
@@ -153,9 +153,9 @@ class Records:
 
         Raises the same StoreError as `self[number]` for the first bad record.
 
-        With the C library, one call without the GIL finds and checks all records, and NumPy compares their sizes. A
-        record that the library does not find, or whose fields are not valid, is read again with `self[number]`, which
-        explains the error.
+        With the C library, one call without the GIL finds and checks all records, and NumPy compares their sizes. If
+        the library does not find a record, or if the fields of a record are not valid, the record is read with
+        `self[number]`, whose error gives the reason. Without the C library, every record is read with `self[number]`.
         """
         if numbers.size and not 0 <= numbers.min() <= numbers.max() < len(self):
             raise IndexError(f"records {numbers.min()} to {numbers.max()}: expected 0 to {len(self) - 1}")
@@ -192,7 +192,8 @@ class Records:
         Bytes that cannot be read appear as zeros. Call check_maps after the payloads of a batch were used.
 
         If a file was cut within a page, the rest of this page appears as zeros without a signal. Each call therefore
-        also compares the size of one file, in turn: of all files in each call would take too long.
+        also compares the present size of one file with the mapped size. To compare all files in each call would take
+        too long, so each call takes the next file.
         """
         readers = list(self._readers.values())  # a copy, because other threads open shards
         if kernels.native is None or not readers:

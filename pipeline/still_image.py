@@ -77,7 +77,7 @@ class EvalTransform:
         return np.stack([self._crop(square, y, x, flip) for (y, x), flip in positions])
 
     def _crop(self, square: Pixels, y: int, x: int, flip: int) -> npt.NDArray[np.float32]:
-        """Return float32 (3, 224, 224): the crop at row y and column x, mirrored if `flip`, minus the mean, divided."""
+        """Return the crop at row y and column x, float32 (3, 224, 224): mirrored if `flip`, minus mean, divided."""
         crop = _crop_at(square, y, x).astype(np.float32)
         if self.mean == "aligned":
             crop -= _crop_at(self._mean_image, y, x)
@@ -89,7 +89,7 @@ class EvalTransform:
             middle = central_offset(len(square), CROP_PX)
             crop = crop - _crop_at(self._mean_image, middle, middle)
         if self.divisor != 1:
-            crop = crop * np.float32(1 / self.divisor)  # as kernels.c
+            crop = crop * np.float32(1 / self.divisor)  # kernels.c multiplies by the same number
         return np.ascontiguousarray(crop.transpose(2, 0, 1))
 
     @property

@@ -26,7 +26,7 @@ AUGMENTED = 8  # number of columns with random augmentations
 NOISE_FACTOR = 10.0  # factor of the colour noise in the last column
 
 _GAP_PX, _HEADER_PX = 6, 34
-# Width of the class names in px and in characters, and their number of lines.
+# Width of the class names in px and in characters, and the largest number of lines of a class name.
 _CLASS_PX, _CLASS_CHARS, _CLASS_LINES = 170, 17, 9
 
 
@@ -36,8 +36,8 @@ def save_preview(store: Store, out: Path, rows: int, seed: int, split: str = "tr
     A row shows the class, the stored image, eight random augmentations, and the eighth augmentation again with ten
     times the colour noise.
 
-    Raises WrongArgument if the extension of `out` is not one of an image format, UserError if the file cannot be
-    written, and StoreError for a damaged record.
+    Raises WrongArgument if no image format has the extension of `out`, UserError if the file cannot be written, and
+    StoreError for a damaged record.
     """
     Image.init()
     formats = {extension: format for extension, format in Image.EXTENSION.items() if format in Image.SAVE}

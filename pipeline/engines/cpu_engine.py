@@ -22,8 +22,8 @@ from pipeline.engines.device_stream import DeviceStream, InOrderStream
 from pipeline.engines.kernels import BatchJob, NativeKernels, address
 from pipeline.records import RecordBatch
 
-# Number of free memory blocks that are kept for later batches. Without spare blocks, allocation takes a fifth of the
-# engine's time.
+# Largest number of free memory blocks that are kept for later batches. Without free blocks, allocation takes a fifth of
+# the engine's time.
 _SPARE_BLOCKS = 3
 _ALIGNMENT_BYTES = 64
 
@@ -106,10 +106,11 @@ class CpuEngine:
         return _Started(job, images, futures)
 
     def finish(self, started: _Started, records: RecordBatch, crops: Crops) -> torch.Tensor:
-        """Wait for a batch that `start` started: images (N, 3, side, side), or (N, 10, 3, side, side) for ten views.
+        """Wait for a batch that `start` queued, and return the images of the batch.
 
-        With layout "NHWC", the channels are the last axis. The memory of the images is not reused while a tensor
-        refers to it. Raises DecodeError for a JPEG file that is damaged.
+        The images are (N, 3, side, side), or (N, 10, 3, side, side) for ten views. With layout "NHWC", the channels are
+        the last axis. The memory of the images is not reused while a tensor refers to it. Raises DecodeError for a JPEG
+        file that is damaged.
         """
         for future in started.futures:
             future.result()
@@ -128,10 +129,10 @@ class CpuEngine:
         self._memory.close()
 
     def _mean_addresses(self, crops: Crops) -> npt.NDArray[np.uint64]:
-        """Return addresses (N, V).
+        """Return addresses (N, V): for each crop, where the part of the mean image that is subtracted begins.
 
-        Each address is that of the upper left pixel of the part of the mean image that is subtracted from the crop. If
-        the mean is "aligned", a mirrored crop gets the mirrored mean.
+        An address points to the upper left pixel of this part. If the mean is "aligned", the mirrored mean is
+        subtracted from a mirrored crop.
         """
         assert self._mean is not None
         y = x = np.full(crops.flip.shape, self._max_offset_px // 2)

@@ -52,7 +52,7 @@ def decode_crop(placement: Placement, size_px: int) -> Node:
         shape=[size_px] * 2,
         axes=[0, 1],
         output_type=types.RGB,
-        jpeg_fancy_upsampling=True,  # upsample the colour channels like libjpeg-turbo; used for decoding on a GPU
+        jpeg_fancy_upsampling=True,  # a GPU then interpolates the colour channels as libjpeg-turbo does
         adjust_orientation=False,
         **on_gpu,
     )
@@ -123,8 +123,8 @@ class DaliEngine:
     def finish(self, outputs: tuple[Any, ...], records: RecordBatch, crops: Crops) -> torch.Tensor:
         """Return the images as a tensor. The memory of the images is not reused while a tensor refers to it.
 
-        On a CPU, float32 images share the memory of DALI's output. On a GPU, the images are copied. DALI would reuse
-        the memory of its output in the order of `stream`, while the consumer's stream still reads the images. Torch
+        On a CPU, float32 images share the memory of DALI's output. On a GPU, the images are copied. Without the copy,
+        DALI could write a later batch into this memory while the consumer's stream still reads the images. Torch
         converts the images to half precision, because DALI has no bfloat16. DALI has float16, but on a CPU a float16
         output takes four times as long as a float32 output.
         """

@@ -3,13 +3,14 @@
 On a GPU, the loader queues copies and kernels on its own CUDA stream (a side stream). The copies and kernels of the
 side stream run while the consumer's kernels run. Two rules keep the results correct:
 
-- The user of a result first waits for an event that was recorded after the work. `Event.wait` waits on the host, and
-  `Event.order` makes the kernels that the consumer queues afterwards wait.
+- The user of a result first waits for an event that was recorded after the work. `Event.wait` lets a thread of the host
+  wait. `Event.order` lets the kernels wait that the consumer queues afterwards.
 - `Event.order` also tells torch that the consumer's stream uses the memory of the tensors. Without `Event.order`, torch
   could give the memory to the loader's next batch while the consumer's kernels still read it.
 
-On a CPU, InOrderStream does all work immediately. In tests on a CPU, tests/pipeline/engines/deferred_stream.py does
-work only when the code waits for an event after the work. If a wait is missing, a test finds wrong values.
+On a CPU, InOrderStream does all work immediately. The stream in tests/pipeline/engines/deferred_stream.py, which tests
+use on a CPU, does work only when the code waits for an event that was recorded after the work. If the code lacks a
+wait, a test finds wrong values.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class Event(Protocol):
         """Let the calling thread wait until all work before this event is done."""
 
     def order(self, *tensors: Tensor) -> None:
-        """Make work that the caller queues from now on in its current stream wait for this event.
+        """Make all work that the caller queues later in its current stream wait for this event.
 
         The memory of `tensors` is not reused before the waiting work is done, even if no tensor refers to this memory
         any more.
@@ -82,7 +83,7 @@ class CudaStream:
 
     def __init__(self, device_id: int) -> None:
         self.device = torch.device("cuda", device_id)
-        self._stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        self._stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]  # torch's class has no types
         self.dali_stream = self._stream
 
     def run(self, work: Work) -> None:

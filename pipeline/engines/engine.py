@@ -27,7 +27,7 @@ class Engine(Protocol):
     """
 
     uses_dali: bool
-    stream: DeviceStream  # the CUDA stream, or its stand-in on a CPU, on which the images are computed
+    stream: DeviceStream  # computes the images: a CUDA stream, or InOrderStream on a CPU
 
     def define_graph(self) -> Any:
         """Return the DALI nodes for `Pipeline.set_outputs`. This method is called only if the engine uses DALI."""

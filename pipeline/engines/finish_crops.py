@@ -1,4 +1,4 @@
-"""Computes augmented images from raw squares on the device: crop, flip, shift, mean, divisor, layout and type.
+"""Computes augmented images from uint8 squares on the device: crop, flip, shift, mean, divisor, layout and type.
 
 A Triton kernel computes all steps in one pass. If the kernel cannot be used, PyTorch operators compute the same values,
 with several passes over the pixels.
@@ -21,7 +21,7 @@ _ELEMENTS = 1024  # number of elements that a program of the Triton kernel write
 
 
 class CropFinisher:
-    """Computes (pixel + shift − mean) / divisor, the formula of pipeline.augment, for V windows of each square."""
+    """Computes (pixel + shift − mean) / divisor, the formula of pipeline.augment, for V crops of each square."""
 
     def __init__(self, augmenter: Augmenter, output: OutputFormat, square_px: int, stream: DeviceStream) -> None:
         """Compile the Triton kernel and compare it with the operators. `square_px` is the side of the squares."""

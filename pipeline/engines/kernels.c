@@ -1,5 +1,5 @@
-/* Decode JPEG files, crop, flip and normalize on the CPU: the formula of pipeline/augment.py; copy squares of records
- * unchanged, for a GPU or for the service. Called by kernels.py. */
+/* Decode, crop, flip and normalize images on the CPU, by the formula of pipeline/augment.py. Other functions of this
+ * file copy squares of records unchanged, for a GPU or for the service. kernels.py calls all functions. */
 
 #include <setjmp.h>
 #include <stdint.h>
@@ -16,7 +16,7 @@
 typedef struct {
     const uint8_t *pixels; /* address of the crop's upper left pixel, RGB */
     int64_t stride;        /* number of bytes from one row to the next */
-    const float *mean;     /* upper left of the mean to subtract, in the layout of the output; null: no mean */
+    const float *mean;     /* upper left pixel of the mean to subtract, in the layout of the output; null: no mean */
     float shift[3];        /* numbers that are added to R, G, B */
     int32_t flip;          /* 1: the crop is mirrored left to right */
 } crop;
@@ -27,7 +27,7 @@ INLINE void split(const uint8_t *restrict pixels, int64_t side, uint8_t *restric
         rows[j] = pixels[3 * j], rows[side + j] = pixels[3 * j + 1], rows[2 * side + j] = pixels[3 * j + 2];
 }
 
-/* The product is the last operation, so there is no multiply-add to fuse: every compiler gives the same bits. */
+/* The product is the last operation, so no compiler fuses it with an addition: every compiler gives the same bits. */
 INLINE float augment(uint8_t pixel, float shift, float mean, float scale) { return (pixel + shift - mean) * scale; }
 
 /* Write `count` crops of side * side pixels to `out` (count, 3, side, side). In the mean image, rows are mean_side
@@ -69,7 +69,7 @@ EACH_CPU void crop_nhwc(const crop *crops, int64_t count, int64_t side, int64_t 
         for (int64_t i = 0; i < side; i++, out += 3 * side) {
             const uint8_t *restrict row = cur->pixels + i * cur->stride;
             const float *restrict mean = cur->mean + 3 * i * mean_side;
-            if (cur->flip) { /* Splitting the row into channels first takes half the time of mirroring it pixel by pixel. */
+            if (cur->flip) { /* Mirroring the three split rows takes half the time of mirroring pixel by pixel. */
                 split(row, side, rows);
                 for (int64_t j = 0; j < side; j++)
                     for (int64_t c = 0; c < 3; c++)
@@ -143,8 +143,9 @@ static void fail_if_damaged(void *decoder, int level) {
 }
 
 /* Decode the rectangle of rows top..bottom - 1 and columns left..right - 1. Returns the address of the rectangle's
- * upper left pixel, RGB, and sets *stride; null if the file is damaged or the rectangle is not within the image. A
- * decoding of the complete image gives the same pixels. Decoding stops after the last row of the rectangle. */
+ * upper left pixel, RGB, and sets *stride. Returns null if the file is damaged or the rectangle is not within the
+ * image. The pixels are the same as those of the complete decoded image. Decoding stops after the last row of the
+ * rectangle. */
 static const uint8_t *decode(worker *self, const uint8_t *file, int64_t bytes, int64_t top, int64_t bottom, int64_t left,
                              int64_t right, int64_t *stride) {
     const jpeg_library *jpeg = self->jpeg;
@@ -166,7 +167,7 @@ static const uint8_t *decode(worker *self, const uint8_t *file, int64_t bytes, i
     jpeg->start(decoder);
     if (top < 0 || left < 0 || bottom > decoder->output_height || right > decoder->output_width)
         fail(decoder);
-    /* At the edges of a cropped decoding, upsampling lacks the next column: decode one more column on each side. */
+    /* The colours of a pixel also depend on the column to its left or right: decode one more column on each side. */
     unsigned first = left > 0 ? left - 1 : 0, width = (right < decoder->output_width ? right + 1 : right) - first;
     if (width < decoder->output_width)
         jpeg->crop(decoder, &first, &width); /* moves `first` to the left, to a multiple of the block size */
@@ -246,7 +247,8 @@ static int make_record(worker *self, const batch *b, int64_t k) {
     return 1;
 }
 
-/* Copy the crops of record k unchanged to `out`, as bytes (V, side, side, 3). Returns 0 if copying fails. */
+/* Copy the crops of record k unchanged to `out`, as bytes (V, side, side, 3). Returns 0 if the record cannot be
+ * decoded. */
 static int copy_record(worker *self, const batch *b, int64_t k) {
     const int64_t row_bytes = 3 * b->side;
     int64_t stride, top, left;

@@ -3,10 +3,10 @@
 `native` is None if the library is not compiled, fails its self-test or is switched off (prep/compiled.py). Streams on a
 CPU then use DALI, whose operator crop_mirror_normalize takes two to three times as long as the C kernel.
 
-The libjpeg-turbo in Pillow's wheels decodes JPEG files. kernels.c calls the functions of this library directly. Through
-Python, the GIL would be held for each image, and simplejpeg decodes only complete images. `NativeKernels.jpeg` is None
-if there is no such library, or if the library fails the self-test `_decodes_correctly`. Streams of JPEG records on a
-CPU then also use DALI.
+The libjpeg-turbo in Pillow's wheels decodes JPEG files. kernels.c calls the functions of this library directly. With
+simplejpeg, a thread would need Python's GIL before and after each image, and would decode complete images.
+`NativeKernels.jpeg` is None if libjpeg-turbo is not found, or if it fails the self-test `_decodes_correctly`. Streams
+of JPEG records on a CPU then also use DALI.
 """
 
 from __future__ import annotations

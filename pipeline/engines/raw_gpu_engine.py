@@ -1,4 +1,4 @@
-"""Raw records on a GPU: threads copy the pixels into pinned memory, and the GPU computes the images from them.
+"""Raw records on a GPU: threads copy pixels into pinned memory, and the GPU computes the images from these pixels.
 
 For one crop of each record, the threads copy only this crop. For ten views, the threads copy the complete central
 square. A side stream (device_stream.py) copies the pixels to the GPU and computes the images from them
@@ -28,7 +28,7 @@ from pipeline.records import RecordBatch
 # On the CPU of an H200 machine, one thread copies 24,000 images/s. Four threads copy 77,000 images/s, which is more
 # than a GPU needs.
 _MAX_THREADS = 8
-_WAITING_BLOCKS = 2  # the oldest block is reused when this number of blocks have been given back
+_WAITING_BLOCKS = 2  # when this number of blocks have been given back, the oldest of these blocks is reused
 
 
 class _Started(NamedTuple):
@@ -99,7 +99,7 @@ class BlockPool:
 
     def __init__(self, stream: DeviceStream) -> None:
         self._stream = stream
-        # Blocks that were given back, with the events of their copies.
+        # Blocks that were given back. The event of a block passes when the device has copied the block.
         self._copied: deque[tuple[Tensor, Event]] = deque()
 
     def take(self, size_bytes: int) -> Tensor:
