@@ -65,11 +65,12 @@ from train.replicas.group import ReplicaGroup
 @no_lock_option
 @json_option
 def ablate(replica_timeout: float, **options: Any) -> None:
-    """Train networks with one part removed or replaced, and print the measured and the reported increase of the errors.
+    """Train networks with one part removed or replaced.
 
-    An ablation that was trained before is not trained again. To continue after a stop or a kill, run the same command
-    again. All ablations have the same seeds, so they have the same record order and crops. Ablations with the same
-    parameter shapes also start with the same parameters.
+    The command prints how much the errors increase, and the increase that the paper reports. An ablation that was
+    trained before is not trained again. To continue after a stop or a kill, run the same command again. All ablations
+    have the same seeds, so they have the same record order and crops. Ablations with the same parameter shapes also
+    start with the same parameters.
 
     \b
     Example:

@@ -77,7 +77,8 @@ def export(run_dir: Path, format: str, out: Path | None, checkpoint: str, as_jso
     type=click.Path(path_type=Path),
     envvar="ALEXNET_STORE",
     show_envvar=True,
-    help="Folder of the store.  [default: the training store of the run in whose folder FILE is, else store]",
+    help="Folder of the store.  [default: if FILE is in the folder of a run, the training store of this run; otherwise "
+    "store]",
 )
 @run_dir_option
 @click.option(
@@ -104,7 +105,7 @@ def import_(file: Path, layout: str, new_fc8: bool, as_json: bool, **options: An
     """Create a run at step 0 from FILE, which is a state_dict of torchvision's AlexNet.
 
     `alextrain evaluate` accepts the new run. To train the run further, use `alextrain run --run-dir` with the folder of
-    the run. The training continues with the settings of this command.
+    the run. The training continues with the settings that you give to this command.
 
     \b
     Example:

@@ -72,9 +72,9 @@ def evaluate(
 ) -> None:
     """Measure the error rates of a run on a split. Every image is counted exactly once.
 
-    An argument can also be a file that --out saved, or the folder of an ensemble, which means all members. For several
-    networks, the command prints the errors of each network, and the errors of the (weighted) average of all
-    probabilities. The paper averages the probabilities of five and of seven networks.
+    An argument can also be a file that --out saved, or the folder of an ensemble. The folder of an ensemble stands for
+    all members of the ensemble. For several networks, the command prints the errors of each network, and the errors of
+    the (weighted) average of all probabilities. The paper averages the probabilities of five and of seven networks.
 
     Under torchrun, each process evaluates a part of the images, and the first process prints the result.
 
@@ -217,13 +217,13 @@ def _evaluate_run(
         service_fallback=service_fallback,
         group=group,
     )
-    if group.is_first and (run_dir / DESCRIPTION).exists():  # no run.json: a checkpoint file outside a run folder
+    if group.is_first and (run_dir / DESCRIPTION).exists():  # a checkpoint file outside of a run folder has no run.json
         record_evaluation(run_dir, predictions.about, result)
     return result, predictions
 
 
 def check_same_inputs(group: ReplicaGroup, digests: dict[str, str]) -> None:
-    """Raise UserError if a rank has another checkpoint or another split than rank 0, by their digests."""
+    """Raise UserError if the digest of the checkpoint or of the split differs between a rank and rank 0."""
     of_ranks = group.gather_json(digests)
     for rank, of_rank in enumerate(of_ranks):
         for name, digest in of_rank.items():

@@ -56,8 +56,8 @@ class TorchrunGroup(Group):
     def say_interrupted(self, ctx: click.Context) -> None:
         """Print, on rank 0, that the command was interrupted.
 
-        Nothing is printed if torchrun has terminated this rank because of another rank's error, while this rank was
-        ending because of the same error.
+        Nothing is printed if this rank was already ending because of another rank's error when torchrun terminated
+        this rank.
         """
         error = sys.exception()
         while error is not None and (not isinstance(error, OtherReplicaFailed) or is_stop(error.kind)):

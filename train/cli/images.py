@@ -21,7 +21,7 @@ from train.cli.options import (
 from train.config.architecture import LAYERS
 from train.config.choices import PREDICT_VIEWS
 
-# Largest number of photographs for `search`, because matplotlib cannot draw a sheet with far more rows.
+# Largest number of photographs for `search`. A sheet with many more rows would be too large for matplotlib.
 MAX_SHEET_ROWS = 100
 
 images_argument = click.argument("images", metavar="IMAGE...", nargs=-1, required=True, type=click.Path(path_type=Path))
@@ -124,8 +124,8 @@ def features(
     """Write the activations of a layer for every image of a split to a float32 .npy file, with one row per image.
 
     A second file, .keys.txt, has a line for each row: key, class and source path of the image. The activations are
-    those of the centre crop, after the nonlinearity (for fc8: the logits). In a row, the network's column 0 comes
-    before column 1.
+    those of the centre crop, after the nonlinearity (for fc8: the logits). In a row, the activations of the network's
+    column 0 come before those of column 1.
 
     \b
     Example:

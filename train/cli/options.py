@@ -67,7 +67,8 @@ threads_option = click.option(
     type=click.IntRange(1, MAX_THREADS),
     metavar="N",
     help="Number of CPU threads of a process: threads that prepare images, and with --gpus cpu also threads that "
-    "compute the network.  [default: the usable cores; under torchrun, divided by the processes that share them]",
+    "compute the network.  [default: the number of usable cores; under torchrun, this number divided by the number of "
+    "processes that share these cores]",
 )
 model_option = click.option(
     "--model",
@@ -82,15 +83,15 @@ recipe_option = click.option(
     default="released",
     show_default=True,
     help="Hyperparameters of the training; `alextrain recipe NAME` prints the hyperparameters of a recipe. The recipe "
-    "large, for batches of 1,024 to 8,192 images, is unproven on ImageNet.",
+    "large is for batches of 1,024 to 8,192 images, and is unproven on ImageNet.",
 )
 
 batch_option = click.option(
     "--batch",
     type=click.IntRange(1, MAX_COUNT),
     metavar="N",
-    help="Number of images in a batch. With the recipe large, the learning "
-    "rate is proportional to this number.  [default: the recipe's]",
+    help="Number of images in a batch. With the recipe large, the learning rate is proportional to this number.  "
+    "[default: the recipe's]",
 )
 epochs_option = click.option(
     "--epochs",
@@ -172,8 +173,7 @@ accumulate_option = click.option(
     show_default=True,
     metavar="N",
     help="Number of equal parts in which a batch is computed, one part after another. A larger number of parts needs "
-    "less memory. "
-    "Apart from rounding, the update does not depend on the number of parts.",
+    "less memory. Apart from rounding, the update does not depend on the number of parts.",
 )
 keep_option = click.option(
     "--keep",
@@ -190,7 +190,7 @@ fork_option = click.option(
     type=click.Path(path_type=Path),
     metavar="NEW_DIR",
     help="Folder of a new run, which starts from the newest checkpoint of --run-dir. The new run has the settings of "
-    "the run in --run-dir, except for the other options of this command.",
+    "the run in --run-dir. Other options of this command replace these settings.",
 )
 max_pixels_option = click.option(
     "--max-pixels",

@@ -1,4 +1,4 @@
-"""Commands in several replicas, one process each, which torchrun has started."""
+"""Functions for commands that run in several replicas. Each replica is a process that torchrun has started."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ replica_timeout_option = click.option(
     show_default=True,
     metavar="SECONDS",
     help="Under torchrun: time for which a process waits for another process. After this time all processes end, with "
-    "an error that names the process that did not come.",
+    "an error that names the missing process.",
 )
 
 
@@ -62,8 +62,8 @@ def replica_group(timeout_s: float) -> Iterator[ReplicaGroup]:
 def set_threads(group: ReplicaGroup, threads: int | None) -> int | None:
     """Set the number of CPU threads of torch, and return the number for the stream.
 
-    threads  value of --threads; None: the usable cores, divided by the replicas on this machine that share them.
-             Without torchrun, None is returned, and torch keeps its own number of threads
+    threads  value of --threads. None: the number of usable cores, divided by the number of replicas on this machine
+             that share these cores; without torchrun, None is returned, and torch keeps its own number of threads
     """
     if threads is None and group.launched:
         own = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
@@ -78,7 +78,7 @@ def set_threads(group: ReplicaGroup, threads: int | None) -> int | None:
 
 
 def check_same_run(group: ReplicaGroup, run: Run, **more: Any) -> None:
-    """Raise UserError, on all ranks, if a setting that all ranks must share differs from that of rank 0.
+    """Raise UserError, on all ranks, if a setting that all ranks must share differs between a rank and rank 0.
 
     more  further settings that all ranks must share
     """

@@ -68,8 +68,8 @@ def figures(
 ) -> None:
     """Draw figures of a run: learning curves, kernels, colour axes, predictions, nearest images, feature maps, errors.
 
-    If there is no store, the figures that need images are left out, and the exit code is 1. --no-images leaves these
-    figures out on purpose.
+    If there is no store, the figures that need images are left out, and the exit code is 1. With --no-images, these
+    figures are also left out, but the exit code is 0.
 
     \b
     Example:
@@ -166,7 +166,7 @@ def report(
     """Write a report of a run: errors, all figures, the recipe with its sources, store, software and throughput.
 
     The report is one HTML file, which can be read offline. If there is no store, the figures that need images are left
-    out, and the exit code is 1. --no-images leaves these figures out on purpose.
+    out, and the exit code is 1. With --no-images, these figures are also left out, but the exit code is 0.
 
     \b
     Example:

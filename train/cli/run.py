@@ -118,9 +118,9 @@ def run(
 ) -> None:
     """Train AlexNet on a store, or continue the run in --run-dir.
 
-    To continue after a stop or a kill, run the same command again. `alextrain run --run-dir RUN_DIR` also continues:
-    options that are not given have the values of the run. A fork also has the values of the run for options that are
-    not given. --service is not kept, so pass this option again.
+    To continue after a stop or a kill, run the same command again. `alextrain run --run-dir RUN_DIR` also continues the
+    run: options that you leave out have the values of the run. With --fork, options that you leave out also have the
+    values of the run. A run does not keep --service, so pass this option again.
 
     \b
     Example:
@@ -183,7 +183,7 @@ def _open_run(group: ReplicaGroup, options: dict[str, Any], given: set[str]) -> 
     run_dir, fork = options["run_dir"], options["fork"]
     opened = None
     has_description, is_run = group.on_first(lambda: _what_is_in(run_dir))
-    if fork and not is_run and fork.resolve() != run_dir.resolve():  # an equal folder has its own error message
+    if fork and not is_run and fork.resolve() != run_dir.resolve():  # equal folders have another error
         raise UserError(f"--run-dir {run_dir}: no such run to fork. Name the folder of a run.")
     if "store" in given or not has_description:  # a missing store is reported before torch is imported
         opened = Store.open(options["store"])
@@ -292,8 +292,8 @@ def _say_description(training: Run, run_dir: Path, quiet: bool, ensemble: Ensemb
 def _description_lines(training: Run, run_dir: Path, ensemble: Ensemble | None = None) -> list[str]:
     """Return two lines that describe the network and the training, and up to three further lines.
 
-    The further lines are the learning rate if the learning rate depends on the batch, the note on the recipe, and the
-    service.
+    The further lines are the learning rate if it depends on the batch size, the note on the recipe if there is a note,
+    and the service if there is a service.
 
     training  the run, or the first member of `ensemble`
     """

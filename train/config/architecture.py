@@ -86,8 +86,8 @@ HALF = Architecture(
 ONE_GPU = Architecture(
     "one-gpu",
     "section 3.2: 'a net with half as many kernels in each convolutional layer trained on one GPU'; its footnote and "
-    "net #145-half (layer-params-145-half.cfg:100) leave conv5 at 256 maps, fc6 and fc7 at 4096 units, for about as "
-    "many parameters as two GPUs have",
+    "net #145-half (layer-params-145-half.cfg:100) leave conv5 at 256 maps, fc6 and fc7 at 4096 units, so that the "
+    "network has about as many parameters as the network on two GPUs",
     columns=1,
     widths=Widths(48, 128, 192, 192, 256, 4096, 4096),
 )

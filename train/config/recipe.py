@@ -38,7 +38,7 @@ class ScheduleChange:
     """A change of learning rates or colour noise after `after_epochs` epochs. A field that is None changes nothing."""
 
     after_epochs: float  # may be a fraction of an epoch; but colour noise changes only at the end of an epoch
-    # Learning rate of the weights; not of conv1 if this change or an earlier change sets lr_conv1.
+    # Learning rate of the weights. If this change or an earlier change sets lr_conv1, `lr` does not apply to conv1.
     lr: float | None = None
     lr_conv1: float | None = None  # learning rate of conv1's weights; 0 freezes conv1's weights and biases
     colour: str | None = None  # colour noise: a value of Augmentation.colour
@@ -52,7 +52,7 @@ class Plateau:
     """
 
     factor: float
-    patience_epochs: int  # number of epochs without a new lowest validation error that make a plateau
+    patience_epochs: int  # a plateau is this number of epochs without a new lowest validation error
     drops: int
 
     def __post_init__(self) -> None:
@@ -214,9 +214,9 @@ def recipe_from_json(data: Mapping[str, Any]) -> Recipe:
 
 
 def with_eval_divisor(augmentation: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields of an Augmentation.
+    """Return the fields of an Augmentation, with `eval_divisor`.
 
-    Version 0.1.0 wrote no `eval_divisor`, and divided only training images.
+    Version 0.1.0 wrote no `eval_divisor`, and did not divide evaluation images.
     """
     before = None if augmentation.get("divisor", 1) == 1 else 1.0
     return {**augmentation, "eval_divisor": augmentation.get("eval_divisor", before)}
@@ -240,8 +240,8 @@ def recipe_fields() -> list[str]:
 def insensitive_at_init(recipe: Recipe) -> bool:
     """Return True if the logits of a newly initialized network hardly depend on the image.
 
-    Learning then starts late, as with the paper's own initialization. The standard deviation of the initial weights is
-    0.01 in conv3 to conv5, and the initial biases are 1 in conv4 and conv5 (measured: docs/measurements.md).
+    Learning then starts late, as docs/measurements.md shows. One such initialization is that of the paper: the initial
+    weights of conv3 to conv5 have a standard deviation of 0.01, and the initial biases of conv4 and conv5 are 1.
     """
     middle = ("conv3", "conv4", "conv5")
     small = all(recipe.init_std[layer] <= 0.01 for layer in middle)

@@ -87,8 +87,8 @@ RELEASED = _variant(
     input_divisor=(1.0, "convdata_jpeg.py: only the mean subtracted"),
     augmentation=(
         Augmentation(mean="image", colour="stdev", strength=0.1, divisor=1.1, shared_by=32, eval_divisor=1.0),
-        "convdata_jpeg.py: centre of the mean image :95, noise by standard deviation and /1.1 in training only "
-        ":155-179, one crop for 32 images :77",
+        "convdata_jpeg.py: centre of the mean image (line 95), noise by standard deviation and division by 1.1 in "
+        "training only (155-179), one crop for 32 images (77)",
     ),
     activation=("relu", "L145:54, 77, 227 and the others: ReLU"),
     lrn=(
@@ -170,7 +170,7 @@ CAFFE = _variant(
     decay_biases=(False, "train_val.prototxt: decay_mult 0"),
     schedule=(
         tuple(ScheduleChange(20 * drop, lr=float(f"1e-{2 + drop}")) for drop in (1, 2, 3, 4)),
-        "solver.prototxt: a tenth after each 100,000 batches of 256, which are 19.98 epochs",
+        "solver.prototxt: lr divided by 10 after each 100,000 batches of 256, which are 19.98 epochs",
     ),
 )
 

@@ -16,7 +16,8 @@ def parse_replica_devices(gpus: str | None, columns: int, local_rank: int, local
     `1`    both columns on the GPU whose number is the replica's number on this machine
     `2`    column 0 and column 1 on the GPUs 2r and 2r + 1, r being the replica's number on this machine
     `cpu`  both columns on the CPU
-    None   2 if the machine has GPUs for it and the network has two columns; else 1 if the machine has a GPU; else cpu
+    None   2 if the machine has two GPUs for each replica and the network has two columns; else 1 if the machine has a
+           GPU; else cpu
 
     local_rank, local_size  number of this replica on its machine, and the number of replicas on this machine
 
@@ -77,7 +78,7 @@ def count_of(devices: Sequence[str]) -> str:
 
 
 def threads_per_replica(own: list[int], cores_of_all: list[list[int]]) -> int:
-    """Return the number of CPU threads of a replica: its usable cores, divided by the replicas that share them.
+    """Return the number of CPU threads of a replica: its usable cores, divided by the replicas that share these cores.
 
     own           numbers of the cores that this process may use
     cores_of_all  numbers of the usable cores of each replica on this machine, this replica included

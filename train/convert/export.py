@@ -1,6 +1,6 @@
 """Export of a trained network, with its classes and preprocessing, to one file for other programs.
 
-    safetensors   the joined parameters, with the names that AlexNet.load_joined_tensors expects
+    safetensors   the parameters, with the columns concatenated and the names that AlexNet.load_joined_tensors expects
     torchvision   a state_dict for torchvision.models.alexnet(num_classes=…).load_state_dict
     onnx          the network in evaluation mode, with the input `images` (N, 3, 224, 224), grey levels minus the mean,
                   and the output `logits` (N, classes)

@@ -102,7 +102,7 @@ def create_run(run: Run, network: AlexNet) -> None:
 
 
 def _read(file: Path, architecture: Architecture) -> tuple[dict[str, Tensor], _Metadata | None]:
-    """Return the state_dict and the metadata in a file; None for metadata that `alextrain export` did not write.
+    """Return the state_dict and the metadata of a file. If `alextrain export` did not write the file, metadata is None.
 
     Names, shapes and types of the tensors are compared with torchvision's AlexNet before a tensor is allocated.
     """
@@ -153,7 +153,7 @@ class _Preprocessing(Struct, frozen=True):
 
 
 class _Metadata(NamedTuple):
-    """What `alextrain export` writes beside the weights."""
+    """What `alextrain export` writes in addition to the weights."""
 
     normalization: _Normalise
     classes: list[str]

@@ -40,7 +40,7 @@ def wilson_interval(misses: int, images: int) -> tuple[float, float]:
     """Return the 95 % score interval (low, high), in 0..1, for an error rate of `misses` / `images` (Wilson 1927).
 
     The images are regarded as a sample of a larger population. The usual interval p ± 1.96·√(p(1 − p)/images), with p =
-    misses / images, is wrong for error rates near 0. For error rates near 0, the score interval is valid, too.
+    misses / images, is wrong for error rates near 0. The score interval is also valid for error rates near 0.
     """
     p, zz = misses / images, Z_95**2
     middle = (p + zz / (2 * images)) / (1 + zz / images)
@@ -80,7 +80,7 @@ def top_k_misses(scores: Tensor, labels: Tensor) -> Tensor:
     """Return the numbers of top-1 and top-5 misses, int64 (2,), for scores (N, classes) and labels (N,).
 
     Among classes with equal scores, the class with the lower index ranks higher, as in argmax. torch.topk leaves the
-    order of equal scores undefined, so torch.topk is not used.) If the score of an image's label is NaN, the image is a
+    order of equal scores undefined, so torch.topk is not used. If the score of an image's label is NaN, the image is a
     miss.
     """
     of_label, classes = scores.gather(1, labels[:, None]), torch.arange(scores.shape[1], device=scores.device)
@@ -104,8 +104,9 @@ def evaluate(
     evaluation, the network is in the same mode (training or evaluation) as before.
 
     If `group` has several replicas, all ranks call this function with the same parameters. The loader of a rank serves
-    the rank's part of the split (`shard` and `world_size` of eval_loader). The result is the result of the whole split,
-    and has the same bits on every rank. The counts of misses and images are summed as integers, so they are exact.
+    the rank's part of the split (`shard` and `world_size` of eval_loader). The returned result is that of the whole
+    split, and has the same bits on every rank. The counts of misses and images are summed as integers, so they are
+    exact.
 
     Raises UserError for a precision that the network's devices do not support. Raises RuntimeError if the
     number of images that the loaders serve is not the number of images in the split, because the error rates would be

@@ -88,7 +88,7 @@ def _read_index(path: Path, about: str, shape: tuple[int, int], classes: int) ->
     """Return the saved index of `shape` (records, units).
 
     Returns None if the file is missing or damaged, if the `about` text in the file differs, or if an array has another
-    shape or values that no index has.
+    shape or values that are not valid.
     """
     records, units = shape
     formats = {

@@ -33,8 +33,7 @@ ROWS = {
         0.367,
         0.154,
         "The row averages the five networks of the row 5 CNNs and two others, which have a sixth convolutional layer "
-        "and were "
-        "pre-trained on the ImageNet 2011 Fall release. This project does not train such networks.",
+        "and were pre-trained on the ImageNet 2011 Fall release. This project does not train such networks.",
     ),
 }
 
@@ -42,8 +41,8 @@ ROWS = {
 def paper_row(networks: int, classes: int, views: int | str | None, split: str) -> PaperRow | None:
     """Return the row to compare with the average of `networks` networks.
 
-    Returns None if the paper has no such row. Also returns None unless the data are the split val with 1,000 classes
-    and the views are ten views, as in the paper.
+    Returns None if the paper has no such row, or if the evaluation differs from the paper's. The paper evaluates ten
+    views of the split val, with 1,000 classes.
     """
     comparable = classes == ILSVRC_CLASSES and views == 10 and split == "val"
     return ROWS.get(networks) if comparable else None

@@ -86,7 +86,7 @@ def load_predictions(path: Path) -> Predictions:
 
 
 def _check_arrays(path: Path, predictions: Predictions, classes: int, advice: str) -> None:
-    """Raise UserError if arrays differ in their number of images or classes, or have values that no network gives."""
+    """Raise UserError if arrays differ in their number of images or classes, or have values out of range."""
     probabilities, labels = predictions.probabilities, predictions.labels
     images = len(labels)
     if probabilities.shape != (images, classes) or len(predictions.keys) != images or not images:
@@ -253,8 +253,8 @@ def record_evaluation(run_dir: Path, about: Mapping[str, Any], result: EvalResul
 def read_evaluations(run_dir: Path) -> list[dict[str, Any]]:
     """Return the lines of evaluations.jsonl.
 
-    If several evaluations are of the same kind, only the last one is returned. Evaluations of the same kind have equal
-    steps, views, precisions and fingerprints of the split. Raises UserError if a line is wrong.
+    If several lines have the same step, views, precision and fingerprint of the split, only the last of these lines is
+    returned. Raises UserError if a line is wrong.
     """
     path = run_dir / _EVALUATIONS
     try:

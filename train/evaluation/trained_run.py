@@ -83,7 +83,8 @@ class TrainedRun:
 
         For step 232 and the split val, the file is `scores-val-00000232.npz`. If there is no file for this checkpoint,
         split and precision, the probabilities are computed and saved, and the result is added to evaluations.jsonl. The
-        new file replaces all older files for this split. In a folder that the user must not write, nothing is saved.
+        new file replaces all older files for this split. If the user has no permission to write into the folder,
+        nothing is saved.
         """
         store = self.require_store(split)
         path = self.run_dir / f"scores-{split}-{self.checkpoint.step:08d}.npz"

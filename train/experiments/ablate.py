@@ -141,7 +141,7 @@ def ablate(runs: Sequence[AblationRun], group: ReplicaGroup = ALONE) -> list[Out
 def known_errors(run: Run) -> tuple[float | None, float | None] | None:
     """Return the errors (top-1, top-5) in 0..1 in the ablation.json of a run; (None, None) if the training diverged.
 
-    Returns None if ablation.json is missing, or for a number of steps other than run.last_step. Raises UserError if the
+    Returns None if ablation.json is missing, or if its number of steps is not run.last_step. Raises UserError if the
     file cannot be read or is damaged, and if the folder holds another run.
     """
     path, advice = run.run_dir / RESULT, "Remove this file, and repeat the command to measure the run again."

@@ -74,7 +74,7 @@ def train_members(
             try:
                 fit(run, view)
             except Diverged as error:
-                view.warn(f"{run.run_dir.name}: {error} The other members go on.")
+                view.warn(f"{run.run_dir.name}: {error} The other members continue.")
                 diverged.append((run.run_dir, error))
         raise_diverged(diverged)
 
@@ -106,7 +106,10 @@ def fork_members(new_dir: Path, ensemble: Ensemble, runs: Sequence[Run]) -> list
 
 
 def preview_members(ensemble: Ensemble, runs: Sequence[Run], new_dir: Path | None) -> list[str]:
-    """Return the messages of `alextrain run --dry-run` for each member (see preview_fork, also for the errors)."""
+    """Return the messages of `alextrain run --dry-run` for all members.
+
+    Raises the errors of preview_fork, check_members and check_ensemble_dir.
+    """
     if new_dir is None:
         check_members(runs[0].run_dir.parent, ensemble, runs)
     else:

@@ -1,4 +1,4 @@
-"""Finds the ensemble that the options of `alextrain run` describe, which is new or is in --run-dir.
+"""Finds the ensemble that the options of `alextrain run` describe: a new ensemble, or the ensemble in --run-dir.
 
 This module does not import torch at its top, because `alextrain run` calls this module before it reports a missing
 store.

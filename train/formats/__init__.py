@@ -1,1 +1,1 @@
-"""The formats of the files that `alextrain` reads: what each file may hold, checked before anything is allocated."""
+"""The formats of the files that `alextrain` reads: what each file may hold, checked before memory is allocated."""

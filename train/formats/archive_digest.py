@@ -14,7 +14,7 @@ _END_BYTES = 22
 
 
 def append_digest(file: BufferedRandom) -> None:
-    """Append the archive comment that `digests` returns: the SHA-256 of all bytes before the comment."""
+    """Append the archive comment that `digests` reads: the SHA-256 of all bytes before the comment."""
     file.seek(-_END_BYTES, os.SEEK_END)
     end = file.read()
     assert end.startswith(b"PK\5\6") and end.endswith(b"\0\0")

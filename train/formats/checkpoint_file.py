@@ -73,7 +73,7 @@ class BestFields(Struct, frozen=True):
 
 
 class CheckpointFile(Struct, frozen=True):
-    """The values of a checkpoint that are no tensors (train.runs.checkpoint.Checkpoint)."""
+    """The values of a checkpoint that are not tensors (train.runs.checkpoint.Checkpoint)."""
 
     identity: IdentityFields
     model: ArchitectureFields
@@ -91,7 +91,7 @@ class CheckpointFile(Struct, frozen=True):
 
 
 def check_content(content: Mapping[str, Any], name: str, random_bytes: int) -> None:
-    """Raise UserError if the content of a checkpoint is not the content that a run writes.
+    """Raise UserError if a run cannot have written the content of a checkpoint.
 
     content       the values by name, with a StoredTensor for each tensor
     name          the file, for errors

@@ -56,7 +56,7 @@ class WidthFields(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class ArchitectureFields(Struct, frozen=True, forbid_unknown_fields=True):
-    """An architecture (train.config.architecture.Architecture). An unknown field would change the network."""
+    """An architecture (train.config.architecture.Architecture). A file with unknown fields is refused."""
 
     name: Line
     source: Line
@@ -123,7 +123,7 @@ class PolynomialFields(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class RecipeFields(Struct, frozen=True, forbid_unknown_fields=True):
-    """The hyperparameters of a run (train.config.recipe.Recipe). An unknown field would change the training.
+    """The hyperparameters of a run (train.config.recipe.Recipe). A file with unknown fields is refused.
 
     A schedule that is an object has the fields of PlateauFields, CosineFields or PolynomialFields. Version 0.1.0 wrote
     neither `lr_batch` nor `lars_trust`.
@@ -212,7 +212,7 @@ def parameter_shapes(architecture: Architecture, crossing: bool, classes: int) -
     only their own column. The maps of pool5 have 6 × 6 positions.
     """
     w, columns = architecture.widths, architecture.columns
-    seen = 1 if crossing else columns  # a crossing layer sees 1 / `seen` of the units before it
+    seen = 1 if crossing else columns  # conv3, fc6 and fc7 see 1 / `seen` of the units of the previous layer
     weights: dict[str, tuple[int, ...]] = {
         "conv1": (w.conv1, 3, 11, 11),
         "conv2": (w.conv2, w.conv1 // columns, 5, 5),
@@ -230,7 +230,7 @@ def parameter_shapes(architecture: Architecture, crossing: bool, classes: int) -
 
 
 def checked_architecture(data: Any, name: str, advice: str) -> Architecture:
-    """Return an architecture that has the types of ArchitectureFields. Raises UserError for other values.
+    """Convert `data`, which has the types of ArchitectureFields, to an Architecture. Raises UserError for wrong values.
 
     name    the file and the field, for errors
     advice  the last sentence of an error
@@ -242,7 +242,7 @@ def checked_architecture(data: Any, name: str, advice: str) -> Architecture:
 
 
 def checked_recipe(data: Any, name: str, advice: str) -> Recipe:
-    """Return a recipe that has the types of RecipeFields. Raises UserError for values that do not fit together.
+    """Convert `data`, which has the types of RecipeFields, to a Recipe. Raises UserError for wrong values.
 
     name    the file and the field, for errors
     advice  the last sentence of an error
@@ -285,7 +285,7 @@ def check_identity_fields(
 
 
 def check_network(architecture: Architecture, recipe: Recipe, classes: int, name: str, advice: str) -> None:
-    """Raise UserError if a network has more than MAX_PARAMETERS parameters, before memory for it is asked for."""
+    """Raise UserError if a network has more than MAX_PARAMETERS parameters. Allocates no memory for the network."""
     total = 0
     for shape in parameter_shapes(architecture, recipe.crossing, classes).values():
         product = 1

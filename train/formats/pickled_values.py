@@ -1,9 +1,9 @@
-"""Reads plain values and descriptions of tensors from the pickle of a file of torch.save, without any call.
+"""Reads plain values and descriptions of tensors from a pickle of torch.save. Calls no function that the pickle names.
 
 torch.load(weights_only=True) executes no code of a file, but allocates what the file asks for: `bytearray(10**11)`, or
 a tensor of any size. This module therefore reads the instructions of the pickle first, with Python's pickletools. The
 module accepts only the instructions and names that torch.save writes for dicts, lists, tuples, strings, numbers and
-dense tensors. A tensor becomes a StoredTensor, which holds what the file says about the tensor.
+dense tensors. A tensor becomes a StoredTensor, which holds the description of the tensor in the file.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, BinaryIO, NoReturn
 
-MAX_INSTRUCTIONS = 2_000_000  # largest number in a pickle; a checkpoint for 1,000 classes has about 5,000
-MAX_VALUES = 2_000_000  # largest number, counted with repetitions, because a pickle can name one list many times
+MAX_INSTRUCTIONS = 2_000_000  # of a pickle, at most; the pickle of a checkpoint for 1,000 classes has about 5,000
+# Largest number of values. A value counts as often as it occurs, because a pickle can refer to one list many times.
+MAX_VALUES = 2_000_000
 MAX_DEPTH = 32  # levels of nested lists and dicts
 
 # Storage types of dense real tensors: name in the pickle -> (dtype, bytes of an element).
@@ -40,7 +41,7 @@ class UnsafeFile(ValueError):
 
 @dataclass(frozen=True)
 class Storage:
-    """What a pickle says about the memory of a tensor."""
+    """Description, in a pickle, of the memory of a tensor."""
 
     key: str  # name of the storage in the file
     dtype: str  # such as "float32"
@@ -56,7 +57,7 @@ class Storage:
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """What a pickle says about a tensor. The tensor is not read."""
+    """Description of a tensor in a pickle. The numbers of the tensor are not read."""
 
     storage: Storage
     offset: int  # index of the first element in the storage
@@ -130,7 +131,7 @@ def read_pickle(file: BinaryIO) -> Any:
 
 
 def _refuse(what: str) -> NoReturn:
-    raise UnsafeFile(f"{what}, which torch.save writes into no file of tensors")
+    raise UnsafeFile(f"{what}, which torch.save does not write into files of tensors")
 
 
 def _check_size(value: Any) -> None:

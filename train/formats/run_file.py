@@ -2,7 +2,7 @@
 
 Unknown fields are kept, because other versions write other settings, which `alextrain compare` and `report` show.
 Unknown fields of the architecture, the recipe, and the settings and colours of the store are refused, because such
-fields would change the network or its inputs.
+fields could change the network or its inputs.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class SplitFields(Struct, frozen=True):
 
 
 class StoreFields(Struct, frozen=True):
-    """What a run keeps of its training store."""
+    """Metadata of the training store, which a run keeps."""
 
     fingerprint: Digest
     settings: Settings

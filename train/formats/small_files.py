@@ -12,7 +12,7 @@ from msgspec import Meta, Struct
 from prep.schema import NonNegative, Text
 from train.formats.fields import IdentityFields, Names, Precision, Seed, Share, Step
 
-MAX_BYTES = 64 << 20  # largest size of a file
+MAX_BYTES = 64 << 20  # largest size of each of these files
 MAX_MEMBERS = 1000  # largest number of members of an ensemble, as for --members
 
 
@@ -45,7 +45,7 @@ class AblationFile(Struct, frozen=True):
 
 
 class PredictionsAbout(Struct, frozen=True):
-    """The text `about` in a .npz file of class probabilities. An average of runs has several runs and steps."""
+    """The text `about` in a .npz file of class probabilities. For an average of runs, `run` and `step` are lists."""
 
     run: Text | list[Text]
     step: Step | list[Step]

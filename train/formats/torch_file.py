@@ -1,4 +1,4 @@
-"""Reads the content of a file that torch.save wrote, without torch, without tensors in memory, and without any call.
+"""Reads the content of a file that torch.save wrote, but not the numbers of its tensors. Does not use torch.
 
 Since version 1.6, torch.save writes a zip archive that is not compressed. Its entry `data.pkl` is the pickle of the
 value, and its entries `data/0`, `data/1` and so on are the storages of the tensors. Older versions wrote five pickles
@@ -29,8 +29,8 @@ def read_content(file: BinaryIO) -> Any:
     """Return the value in a file of torch.save: plain values, and a StoredTensor for each tensor.
 
     `file` is an open regular file, whose position changes. Raises UnsafeFile if torch.save did not write the file, if
-    the file holds anything but plain values and dense tensors, or if the file lacks bytes that the pickle states.
-    Raises OSError for a read error.
+    the file holds anything but plain values and dense tensors, or if the file is shorter than its pickle states. Raises
+    OSError for a read error.
     """
     file.seek(0)
     is_zip = file.read(4) == _ZIP
@@ -140,7 +140,7 @@ def _read_older(file: BinaryIO) -> Any:
         if storages.setdefault(tensor.storage.key, tensor.storage) != tensor.storage:
             raise UnsafeFile(f"storage {tensor.storage.key!r:.40} has two descriptions")
     if not isinstance(keys, list) or sorted(map(str, keys)) != sorted(storages):
-        raise UnsafeFile("other storages than its tensors")
+        raise UnsafeFile("a list of storages that differs from the storages of the tensors")
     expected = file.tell() + sum(8 + storage.bytes for storage in storages.values())
     if expected > size_bytes:
         raise UnsafeFile(f"storages that need {expected:,} bytes in a file of {size_bytes:,} bytes")

@@ -75,7 +75,7 @@ class AlexNet(nn.Module):
             column.to_empty(device=device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's type stubs lack this overload
         self.fc8.to_empty(device=self.devices[0])
         self._fused = FusedNetwork(self._columns, self.fc8, recipe, architecture, self.devices)
-        self.layer_by_layer = False  # whether each layer is called as a module, with its forward hooks, also on a GPU
+        self.layer_by_layer = False  # whether each layer is called as a module, with its forward hooks, even on a GPU
         if self.devices[0].type != "meta":
             initialize(self)
 
@@ -172,7 +172,7 @@ class AlexNet(nn.Module):
         """Raise TypeError, because a single device would override the device of each column."""
         raise TypeError(
             "an AlexNet cannot be moved, because each column has a device of its own. Create an AlexNet with other "
-            "devices, and load the joined_tensors() of this one with load_joined_tensors."
+            "devices, and load the joined_tensors() of this network with load_joined_tensors."
         )
 
     @property
@@ -182,7 +182,8 @@ class AlexNet(nn.Module):
     def _uses_fused_kernels(self, images: Tensor) -> bool:
         """Return True if train/model/gpu computes the layers.
 
-        The result is True on GPUs with Triton, unless `layer_by_layer` is true.
+        The result is False if a device is not a GPU or lacks working Triton kernels. The result is also False if
+        `layer_by_layer` is true, if torch compiles the network, or if the images need a gradient.
         """
         if self.layer_by_layer or torch.compiler.is_compiling() or images.requires_grad:
             return False
@@ -229,7 +230,7 @@ class AlexNet(nn.Module):
         return [by_device[device] for device in self.devices]
 
     def _layers_1_and_2(self, column: Column, x: Tensor) -> Tensor:
-        """Return layers 1 and 2 of a column: from (N, 3, 227, 227) to (N, 128, 13, 13)."""
+        """Compute layers 1 and 2 of a column: from (N, 3, 227, 227) to (N, 128, 13, 13)."""
         norm = self._norm
         if self.recipe.norm_before_relu:
             x = self._pool(column.conv1(x), norm, active_after=True)
@@ -244,7 +245,7 @@ class AlexNet(nn.Module):
         return self._pool(within_map_norm(x, **vars(self.recipe.within_map)))
 
     def _layers_3_to_5(self, column: Column, x: Tensor) -> Tensor:
-        """Return layers 3 to 5 of a column: from the (N, 256, 13, 13) maps of both columns to (N, 128, 6, 6)."""
+        """Compute layers 3 to 5 of a column: from the (N, 256, 13, 13) maps of both columns to (N, 128, 6, 6)."""
         x = self._activation(column.conv3(x))
         x = self._activation(column.conv4(x))
         return self._pool(column.conv5(x), active_after=True)

@@ -1,7 +1,7 @@
-/* Elementwise operations of a training step on a CPU, each in one pass over memory: ReLU, local response normalization
- * and max-pooling, the parameter update, and sums of squares. kernels.py calls the functions; lrn.py, pooling.py and train/optim have
- * equivalents in PyTorch operators. Feature maps are channels-last arrays (images, rows, columns, maps) without gaps.
- * A "position" is one row and column of one image: `maps` consecutive values. */
+/* Operations of a training step on a CPU, each in one pass over memory: ReLU, local response normalization and
+ * max-pooling; the parameter update; sums of squares. kernels.py calls the functions. lrn.py, pooling.py and
+ * train/optim have equivalents in PyTorch operators. Feature maps are channels-last arrays (images, rows, columns,
+ * maps) without gaps. A "position" is one row and column of one image: `maps` consecutive values. */
 
 #include <math.h>
 #include <stdint.h>
@@ -257,8 +257,8 @@ EACH_CPU void update(float *restrict w, float *restrict v, const float *restrict
 
 #define LANES 8 /* independent sums, so that the compiler can use vectors without changing the order of an addition */
 
-/* For each block of `block` values of x, the last possibly shorter: the sum of the squares, in float64. The square of a
- * float32 number is exact in float64. */
+/* Write the sum of the squares of each block of `block` values of x, in float64. The last block can be shorter. The
+ * square of a float32 number is exact in float64. */
 EACH_CPU void sums_of_squares(const float *restrict x, int64_t count, int64_t block, double *restrict sums) {
     for (int64_t first = 0; first < count; first += block) {
         const int64_t end = first + block < count ? first + block : count;

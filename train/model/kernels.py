@@ -3,9 +3,9 @@
 The kernels compute ReLU, normalization and pooling in one pass, the parameter update, and sums of squares.
 
 `native` is a NativeKernels object, or None if the kernels could not be compiled or are switched off (prep/compiled.py).
-If `native` is None, on a GPU, and for types other than float32, lrn.py, pooling.py and train/optim use equivalent
-PyTorch operators. The work is divided among as many threads as PyTorch uses. The results have the same bits for any
-number of threads.
+If `native` is None, and for types other than float32, lrn.py, pooling.py and train/optim use equivalent PyTorch
+operators. The work is divided among as many threads as PyTorch uses. The results have the same bits for any number of
+threads.
 """
 
 from __future__ import annotations
@@ -169,7 +169,7 @@ class NativeKernels:
         torch.autograd.graph.increment_version((w, v))
 
     def sum_of_squares(self, x: Tensor) -> float:
-        """Σ x², computed in float64, for a float32 tensor without gaps in memory."""
+        """Return Σ x², computed in float64, for a float32 tensor without gaps in memory."""
         sums = torch.zeros(-(-x.numel() // _UPDATE_BLOCK), dtype=torch.float64)
 
         def work(first: int, end: int) -> None:

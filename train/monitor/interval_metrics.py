@@ -55,7 +55,7 @@ class IntervalMetrics:
         This call also begins the next interval.
 
         With several replicas, `waiting_share` and `stream_waiting_share` are those of the replica that waited longest
-        for its stream, and memory is the largest of all replicas.
+        for its stream. Each value of the memory is the largest value of all replicas.
 
         counts  the counts of the interval's steps, over all replicas (counts_of_all)
         norms   the result of train.trainer.watchdog.parameter_norms

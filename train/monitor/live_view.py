@@ -68,7 +68,7 @@ class LiveView(ConsoleView):
         self._keep_output(True)
         self._live.start(refresh=True)
         print_above(self._print)
-        self._console.show_cursor(True)  # rich hides the cursor, which kill -9 would leave hidden
+        self._console.show_cursor(True)  # rich hides the cursor; after kill -9, the cursor would stay hidden
 
     def follow(self, steps_since_line: Callable[[], int]) -> None:
         """Set the function that returns the number of steps since the last log line."""
@@ -177,7 +177,7 @@ class LiveView(ConsoleView):
         self._curves = {key: sparkline(values) for key, values in self._values.items()}
 
     def _bar(self, step: int, display_width: int) -> ProgressBar:
-        """Return the progress bar, which is so narrow that the display does not exceed the terminal."""
+        """Return the progress bar, in a width with which the display fits into the terminal."""
         width = max(1, min(_CURVE_WIDTH, display_width - _NUMBERS_WIDTH))
         return ProgressBar(total=self._length.steps, completed=step, width=width)
 

@@ -11,8 +11,8 @@ m and the trust coefficient η:
 The formulas for v and w are the rule of PaperSGD with the learning rate γ · λ (argument `local_rates` of PaperSGD). In
 the paper, v has the opposite sign. The weight decay is in λ and in v. As in PaperSGD, v contains the learning rate.
 
-The paper leaves three points open. Where the paper leaves a point open, this module does what the authors' code does
-(GetLocalRate in src/caffe/solvers/sgd_solver.cpp of borisgin/nvcaffe, a fork of NVIDIA's Caffe):
+The paper leaves three points open. In these points, this module does what the authors' code does (GetLocalRate in
+src/caffe/solvers/sgd_solver.cpp of borisgin/nvcaffe, a fork of NVIDIA's Caffe):
 
 - The weights and the biases of a layer have separate local rates, as in the paper's table 2. Biases also have local
   rates.
@@ -70,7 +70,7 @@ class LocalRates:
         rates: dict[nn.Parameter, Tensor] = {}
         for column, own in zip(columns, by_column, strict=True):
             sums = torch.zeros_like(own)
-            for others in by_column:  # F.pad appends zeros, or cuts, to the length of `column`
+            for others in by_column:  # F.pad lengthens `others` with zeros, or cuts it, to the length of `column`
                 sums += F.pad(others.to(own.device, non_blocking=True), (0, len(column) - others.shape[1]))
             weights, gradients = sums.sqrt().unbind()
             decays = self._decay_tensor(own.device, tuple(decay_of[parameter] for parameter in column))
@@ -80,7 +80,10 @@ class LocalRates:
         return rates
 
     def _decay_tensor(self, device: torch.device, decays: tuple[float, ...]) -> Tensor:
-        """Return the weight decays as float64 (n,). As in a CUDA graph, repeated calls copy nothing to the device."""
+        """Return the weight decays as float64 (n,).
+
+        Only the first call with these arguments copies data to the device. A CUDA graph cannot contain such a copy.
+        """
         if (device, decays) not in self._decays:
             self._decays[device, decays] = torch.tensor(decays, dtype=torch.float64, device=device)
         return self._decays[device, decays]

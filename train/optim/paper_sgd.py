@@ -3,10 +3,10 @@
     v ← momentum · v − decay · ε · w − ε · ∂L/∂w
     w ← w + v
 
-The velocity v contains the learning rate ε. After ε is reduced, v still contains the larger ε of earlier steps. After a
-reduction of ε, the larger ε of earlier steps acts for about ten more steps. In torch.optim.SGD, v does not contain ε: w
-← w − ε · v. With torch.optim.SGD, a reduction of ε therefore has its full effect at once. If ε is constant, both rules
-give the same weights.
+The velocity v contains the learning rate ε. After ε is reduced, v still contains the larger ε of earlier steps, which
+acts for about ten more steps. In torch.optim.SGD, v does not contain ε, and the update is w ← w − ε · v. With
+torch.optim.SGD, a reduction of ε therefore has its full effect at once. If ε is constant, both rules give the same
+weights.
 
 The C kernel (train/model/kernels.c) updates float32 parameters on a CPU. fused_sgd.py updates all other parameters, and
 all parameters if the kernels are not compiled. If the learning rates are in a tensor, rate_tensor_update.py updates all
@@ -114,7 +114,7 @@ class PaperSGD(torch.optim.Optimizer):
         for parameter, group in group_of.items():
             rate, lr = rates[parameter], group["lr"]
             if parameter.device.type == "cpu":
-                scaled = {**group, "lr": lr * rate.item()}  # on a CPU, item() waits for no device
+                scaled = {**group, "lr": lr * rate.item()}  # on a CPU, item() does not have to wait
                 if not self._update_by_kernel(parameter, scaled):
                     self._update([parameter], scaled)
                 continue

@@ -61,7 +61,7 @@ class RateTensorUpdate:
         """Set the learning rate of each group. Only rates that have changed are written to the device."""
         for index, rate in enumerate(rates):
             if self._written[index] != rate:
-                self._rates[index].fill_(rate)  # this passes the rate as an argument of a kernel, not by a copy
+                self._rates[index].fill_(rate)  # fill_ passes the rate as an argument of a kernel, without a copy
                 self._written[index] = rate
 
     def run(self, scales: Mapping[nn.Parameter, Tensor] | None = None) -> None:
@@ -95,7 +95,7 @@ class RateTensorUpdate:
                 continue
             if not same_dense_layout(w, v, w.grad):
                 raise ValueError("a gradient has another memory layout than its parameter")
-            if any(t.data_ptr() % 16 for t in (w, v, w.grad)):  # as for a view into a larger tensor
+            if any(t.data_ptr() % 16 for t in (w, v, w.grad)):  # for example, a view into a larger tensor
                 raise ValueError("a tensor's address is not a multiple of 16 bytes, which the kernel assumes")
             rows.append((w.data_ptr(), v.data_ptr(), w.grad.data_ptr(), w.numel(), group))
         self._table.copy_(torch.tensor(rows, dtype=torch.int64))
@@ -105,7 +105,7 @@ class RateTensorUpdate:
         from train.optim.rate_tensor_update_triton import update
 
         kernel: Any = update
-        with torch.cuda.device_of(self._rates):  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        with torch.cuda.device_of(self._rates):  # type: ignore[no-untyped-call]  # torch has no types for it
             kernel[(len(self._blocks),)](
                 self._table, self._blocks, self._decays, self._scales, self._rates, self._momentum, BLOCK=_BLOCK
             )

@@ -1,8 +1,8 @@
 """Lets all replicas stop after the same step, whichever replica received the signal to stop.
 
-If a replica stopped alone, the other replicas would wait for its gradients. The replicas
-exchange one number per step, after the step was launched. The host of a replica waits for the other hosts, but not for
-a GPU, because the hosts are ahead of the GPUs by some steps.
+If a replica stopped alone, the other replicas would wait for its gradients. The replicas exchange one number per step,
+after the step was launched. The host of a replica waits for the other hosts, but not for a GPU, because the hosts are
+ahead of the GPUs by some steps.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from train.replicas.group import ReplicaGroup
 
 
 class Agreement:
-    """Exchanges stop requests and losses of the service between the ranks."""
+    """Tells all ranks if a rank has been asked to stop, or if a rank has lost the service."""
 
     def __init__(self, group: ReplicaGroup, uses_service: bool) -> None:
         """`uses_service`: True if a service decodes the images, so that the next batch of a rank may be missing."""

@@ -131,7 +131,7 @@ class Nccl:
         options._timeout = 2 * link.timeout
         self._group: Any = ProcessGroupNCCL(PrefixStore(link.new_name(), link.store), link.rank, link.size, options)
         link.at_end(self._group.abort)
-        with link.exchange(), torch.cuda.device(device):  # this call connects, which a CUDA graph cannot contain
+        with link.exchange(), torch.cuda.device(device):  # the first sum connects; a CUDA graph cannot contain this
             self.sum()
             torch.cuda.synchronize(device)
 

@@ -110,8 +110,8 @@ class ReplicaGroup:
     def together(self) -> Iterator[None]:
         """A block at whose end all ranks wait for each other. If the block fails on one rank, it fails on all ranks.
 
-        If several ranks have a UserError or a request to stop, the lowest of these ranks raises it. All other ranks
-        raise OtherReplicaFailed.
+        If several ranks have a UserError or a request to stop, the lowest of these ranks raises its own error. All
+        other ranks raise OtherReplicaFailed.
         """
         if self.link is None:
             yield

@@ -131,8 +131,8 @@ class Link:
     def new_name(self) -> str:
         """Return a prefix for entries of the store. Each call returns another prefix, the same on all ranks.
 
-        The trainings of `alextrain ablate` have one link. A connection of GPUs must not read the entries of an earlier
-        connection.
+        All trainings of `alextrain ablate` use the same link. A connection of GPUs must not read the entries of an
+        earlier connection.
         """
         self._names += 1
         return f"connection/{self._names}"

@@ -18,8 +18,7 @@ _NOT_COMPARED = (
     *("settings.run_dir", "settings.store", "settings.store_absolute"),
     *("model.source", "recipe.sources", "length", "classes"),
 )
-# Fields that do not change what is learned. The table shows fields that do not change what is learned, but the legend
-# does not.
+# Fields that do not change what is learned. The table shows these fields, but the legend does not.
 _NOT_IN_LEGEND = (
     "settings.log_every",
     "settings.checkpoint_every",

@@ -208,7 +208,8 @@ def _network(trained: TrainedRun) -> str:
     total = [sum(layer.parameters for layer in layers), sum(layer.multiply_adds for layer in layers)]
     rows.append(["total", "", "", *(f"{n:,}" for n in total)])
     heads = ("Layer", "Output", "Sees", "Parameters", "Multiply-adds an image")
-    # A checkpoint of version 0.1.0 has a source with the number of parameters for 1000 classes.
+    # The source comes from this version of the program. In a checkpoint of version 0.1.0, the text of the source names
+    # the number of parameters for 1000 classes.
     source = ARCHITECTURES.get(network.architecture.name, network.architecture).source
     size = size_text(layers, len(trained.classes))
     return f'<p class="quiet">{_shown(size)}. Source: {_shown(source)}</p>' + _table(heads, rows, {3, 4})
@@ -220,7 +221,7 @@ def _recipe(trained: TrainedRun) -> str:
         if field in HEADINGS:
             rows.append(f'<tr><th class="part" colspan="3">{_shown(HEADINGS[field])}</th></tr>')
         for k, (name, value) in enumerate(parts):
-            if name in settings and str(settings[name]) != value:  # --epochs, --batch
+            if name in settings and str(settings[name]) != value:  # set by an option, such as --epochs or --batch
                 value = f"{value}, here {settings[name]}"
             source = f'<td class="source" rowspan="{len(parts)}">{_shown(recipe.sources[field])}</td>' if not k else ""
             rows.append(f'<tr><th>{_shown(name)}</th><td class="value">{_shown(value)}</td>{source}</tr>')

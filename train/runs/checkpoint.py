@@ -209,8 +209,7 @@ class CheckpointKeeper:
             self._tidy(resumed.step)
 
     def save(self, state: Checkpoint, is_last: bool, before: Callable[[], None] = lambda: None) -> None:
-        """Write `state`, with the fields `best` and `ancestry` filled in, as a checkpoint, and then remove old
-        checkpoints.
+        """Write `state` as a checkpoint, and then remove old checkpoints. Fills in the fields `best` and `ancestry`.
 
         is_last  True if the run ends with this checkpoint
         before   function that is called before the checkpoint is written, such as MetricsLog.sync

@@ -119,7 +119,7 @@ def make_ensemble_dir(folder: Path, ensemble: Ensemble) -> None:
                 leftover.unlink()
             write_atomic(path, json.dumps(asdict(ensemble)).encode())
     except OSError as error:
-        raise disk_error(error, f"--run-dir {folder}: {error.strerror or error}. Name another.") from None
+        raise disk_error(error, f"--run-dir {folder}: {error.strerror or error}. Name another folder.") from None
 
 
 def with_members(paths: Iterable[Path]) -> list[Path]:

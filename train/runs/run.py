@@ -68,7 +68,7 @@ class Run:
 
     @property
     def how_to_train_further(self) -> str:
-        """Return a sentence that names the option with which the run can train after its last step."""
+        """Return a sentence that names the options with which the run can be trained after its last step."""
         epochs = self.config.epochs
         if self.config.steps is not None and self.config.steps < epochs * self.steps_per_epoch:
             return "To train further, pass more --steps or --epochs."
@@ -106,7 +106,7 @@ def make_run_dir(run_dir: Path) -> None:
         run_dir.mkdir(parents=True, exist_ok=True)
         names = [path.name for path in run_dir.iterdir() if path.name != ".lock"]
     except OSError as error:
-        raise UserError(f"--run-dir {run_dir}: {error.strerror or error}. Name another.") from None
+        raise UserError(f"--run-dir {run_dir}: {error.strerror or error}. Name another folder.") from None
     # A killed process may have left these files.
     names = [name for name in names if not (name.startswith(".") and name.endswith(".tmp"))]
     if names and DESCRIPTION not in names and newest_checkpoint(run_dir) is None:

@@ -81,10 +81,10 @@ def read_description(run_dir: Path) -> dict[str, Any]:
 
 
 def read_metrics_lines(run_dir: Path) -> list[tuple[bytes, dict[str, Any]]]:
-    """Return the lines of metrics.jsonl in order, each as text and as an object. Empty if the file does not exist.
+    """Return the lines of metrics.jsonl in order, each as text and as an object.
 
-    A last line that a power cut left incomplete is left out. Raises UserError for any other line that is wrong, and if
-    the file cannot be read.
+    The list is empty if the file does not exist. A last line that a power cut left incomplete is left out. Raises
+    UserError for any other line that is wrong, and if the file cannot be read.
     """
     path = run_dir / METRICS
     try:

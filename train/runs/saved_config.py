@@ -75,9 +75,9 @@ def requested_config(
     saved    the configuration of the run in --run-dir; None for a new run, for which all `options` are used
     group    the replicas that compute each step
 
-    If another recipe than that of `saved` is given, its batch size and epochs are used, unless --batch and --epochs are
-    given. --epochs without --steps removes the limit of steps. Raises UserError for options that contradict each other.
-    Sets the precision of torch.
+    If the options name another recipe than that of `saved`, the batch size and the epochs of the named recipe are used,
+    unless --batch and --epochs are given. --epochs without --steps removes the limit of steps. Raises UserError for
+    options that contradict each other. Sets the precision of torch.
     """
     epochs, settings = options["epochs"], options["settings"]
     if saved is None or "recipe" in given:
@@ -128,7 +128,7 @@ def _devices(gpus: str | None, columns: int, saved: RunConfig | None, group: Rep
         return devices_of_replica(saved_gpus, columns, group)
     except UserError as error:
         devices = devices_of_replica(None, columns, group)
-        say(f"{saved.run_dir} was trained on {' and '.join(names)} ({error}) It goes on with {' and '.join(devices)}.")
+        say(f"{saved.run_dir} was trained on {' and '.join(names)} ({error}) It continues on {' and '.join(devices)}.")
         return devices
 
 

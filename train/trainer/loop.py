@@ -110,7 +110,7 @@ class _Loop:
         self._diverged: list[tuple[Path, Diverged]] = []  # run folder and error of each training that diverged
 
     def run(self) -> None:
-        """Train until no step is left of any training.
+        """Train until all trainings have made all their steps.
 
         The checkpoint at the end of an epoch is written before the validation. A stop during the validation therefore
         loses nothing.
@@ -182,7 +182,7 @@ class _Loop:
             except Diverged as error:
                 if self._is_alone:
                     raise
-                training.view.warn(f"{error} The other members go on.")
+                training.view.warn(f"{error} The other members continue.")
                 training.close(error)
                 trainings.remove(training)
                 self._active.remove(training)
@@ -213,7 +213,7 @@ class _Stream:
         if self._schedule.colour(epoch) != self._loader.augmentation.colour:
             service = self._loader.service_status()
             self._loader.close()
-            if service is not None and service.state == "local":  # a new stream could not connect to the service
+            if service is not None and service.state == "local":  # the service is lost: do not connect to it again
                 self._run = without_service(self._run)
             self._loader = self._open(epoch)
         if (self._loader.epoch, self._loader.step) != (epoch, step_of_epoch):

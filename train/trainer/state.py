@@ -83,21 +83,21 @@ def seed_generators(config: RunConfig, step: int) -> None:
 
 
 class Generators:
-    """Lets the training runs of one process use torch's random generators in turn, each as if it were alone.
+    """Gives each training run of a process its own states of torch's random generators.
 
     torch has one generator for the CPU and one for each GPU. The initial parameters and the dropout of a training run
-    are drawn from torch's generators. This object keeps the generator states of the training runs that do not have
-    their turn.
+    are drawn from torch's generators. While one training run uses the generators, this object keeps the generator
+    states of all other training runs. Each run therefore draws the same numbers as if it were alone in the process.
     """
 
     def __init__(self, devices: Sequence[str]) -> None:
         """`devices` are the devices of all trainings."""
         self._devices = [torch.device(device) for device in devices]
         self._states: dict[int, tuple[Tensor, list[Tensor]]] = {}  # id of a training run -> its generator states
-        self._training: object = None  # the training run that has its turn
+        self._training: object = None  # the training run that uses the generators
 
     def switch_to(self, training: object) -> None:
-        """Give `training` its turn. At its first turn, `training` must seed the generators itself."""
+        """Set the generators to the states of `training`. After the first call, `training` must seed the generators."""
         if training is self._training:
             return
         if self._training is not None:

@@ -6,8 +6,8 @@ from step to step therefore lie in tensors that the graph reads: the images, the
 the random generator. A graph is recorded again if the shape of a batch changes or a layer is frozen.
 
 A recording can contain neither an allocation by a library nor a compilation by Triton. Libraries allocate, and Triton
-compiles, when a kernel runs for the first time. The steps before a recording therefore run without a graph. The steps
-before a recording are ordinary training steps on the batches of the stream.
+compiles, when a kernel runs for the first time. The steps before a recording therefore run without a graph, as ordinary
+training steps on the batches of the stream.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class CudaGraph:
     """A graph on a GPU (torch.cuda.CUDAGraph)."""
 
     def __init__(self, device: torch.device) -> None:
-        self._device, self._stream = device, torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        self._device, self._stream = device, torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch has no types for it
         self._graph: torch.cuda.CUDAGraph | None = None
 
     def run_unrecorded(self, work: Callable[[], None]) -> None:

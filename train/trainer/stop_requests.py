@@ -53,7 +53,7 @@ class StopRequests:
         if self.requested is not None or not self._deferred:
             raise stop
         self.requested, self._requested_at = stop, now
-        # This function is called in a thread, because the signal may have interrupted a print to the same stream. The
+        # `_announce` runs in a thread, because the signal may have interrupted a print to the same stream. The
         # interrupted print must end first.
         self._message = Thread(target=self._announce)
         self._message.start()

@@ -41,8 +41,8 @@ class Training:
     def __init__(self, run: Run, generators: Generators, view: ConsoleView, group: ReplicaGroup = ALONE) -> None:
         """Create the network, and restore the newest intact checkpoint in the run folder.
 
-        group  the replicas that train the run together. Only rank 0 uses the run folder. Rank 0 sends the checkpoint to
-        the other ranks, which need not see the folder, and it writes log and checkpoints
+        group  the replicas that train the run together. Only rank 0 uses the run folder: it writes log and checkpoints,
+               and sends the checkpoint to the other ranks, which do not need access to the folder
 
         The checkpoint must have the identity of the run. Without a checkpoint, the run begins at step 0. The initial
         parameters are drawn from the seed. Raises UserError if the folder holds another run.

@@ -71,7 +71,7 @@ def apply_epilogue(
 
     With pooling, H' = (H − pool_px) // 2 + 1 and W' = (W − pool_px) // 2 + 1. Without pooling, H' = H and W' = W.
     """
-    outputs = _Apply.apply(epilogue, len(bias), joined, channels_first, *x, *bias)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    outputs = _Apply.apply(epilogue, len(bias), joined, channels_first, *x, *bias)  # type: ignore[no-untyped-call]  # torch has no types for it
     return list(outputs)
 
 
@@ -112,8 +112,8 @@ class _Apply(torch.autograd.Function):
         argmax, bias = saved[:columns], saved[columns:]
         maps = [len(b) for b in bias]
         x_grads = [_empty(shape, grads[0], torch.channels_last) for shape in ctx.input_shapes]
-        # Every tensor argument of a kernel needs an address. If a tensor was not saved, the kernel does not read its
-        # argument, and another tensor is passed in its place.
+        # Every tensor argument of a kernel needs an address. In place of a tensor that was not saved, another tensor is
+        # passed. The kernel does not read this tensor.
         if not ctx.epilogue.pool_px:
             grads = tuple(grad.contiguous(memory_format=torch.channels_last) for grad in grads)
         parts = zip(

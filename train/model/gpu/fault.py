@@ -48,7 +48,7 @@ def triton_fault(device: torch.device) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
     try:
-        # Gradients are enabled, because the first caller may be an evaluation, which disables them.
+        # Gradients are enabled here, because the first caller may be an evaluation, in which gradients are disabled.
         with torch.inference_mode(False), torch.enable_grad():
             agree = all(_agrees(pool_px, device) for pool_px in (0, 3))
         fault = None if agree else "a Triton kernel gives wrong results"

@@ -72,7 +72,7 @@ class FusedNetwork:
         return [part for maps, group in zip(joined, self.groups, strict=True) for part in maps.chunk(len(group), dim=1)]
 
     def _pooled_maps(self, images: Tensor, channels_first: bool) -> list[Tensor]:
-        """Return the output of pool5 in each group, joined."""
+        """Return the output of pool5 in each group, with the columns of the group joined."""
         recipe = self.recipe
         blocks = self._blocks(images)
         maps = []
@@ -132,8 +132,8 @@ class FusedNetwork:
     def _cross(self, joined: list[Tensor]) -> list[Tensor]:
         """Return the input of conv3, fc6 or fc7 in each group.
 
-        The input is all maps or units with crossings, otherwise only those of the group.
-
+        If the recipe has crossings, the input is the maps or units of all groups. Without crossings, the input is only
+        the maps or units of the group.
         """
         return join_on_devices(joined, self.devices) if self.recipe.crossing else joined
 
@@ -155,13 +155,13 @@ def _dtype(device: torch.device) -> torch.dtype:
 def _join(group: Sequence[Column], name: str, dtype: torch.dtype | None = None) -> Tensor:
     """Return a parameter of the columns in a group, joined along dim 0.
 
-    The type is `dtype`, or the type of the convolutions.
+    The type of the result is `dtype`. If `dtype` is None, the type is that of the convolutions' inputs.
     """
     parameters = [column.get_parameter(name) for column in group]
     dtype = dtype or _dtype(parameters[0].device)
     if len(parameters) == 1 and dtype == parameters[0].dtype:
         return parameters[0]
-    joined: Tensor = _Join.apply(dtype, *parameters)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    joined: Tensor = _Join.apply(dtype, *parameters)  # type: ignore[no-untyped-call]  # torch has no types for it
     return joined
 
 
