@@ -175,7 +175,7 @@ def _reason(error: Exception, address: str) -> str:
 
 @contextmanager
 def _handlers_kept() -> Iterator[None]:
-    """Restore this process's handlers of SIGINT and SIGTERM after the block. Ray's handlers print a stack and exit."""
+    """Restore this process's handlers of SIGINT and SIGTERM after the block, because Ray installs its own handlers."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

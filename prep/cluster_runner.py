@@ -6,10 +6,10 @@
           └──────── _Counters <───────┘ whether the driver wants the task to stop
 
 The worker process belongs to a WorkerPool (prep/workers.py), so a task behaves as in the local pool. In both pools, a
-task has one BLAS thread and the same memory settings. If the process crashes, the exception WorkerDied names the index
-of the input. A task is lost if its node dies, or if Ray kills its Ray worker because memory is low. A lost task is
-submitted again, and no input is reported as the cause of the loss. The worker process ends with its Ray worker. The Ray
-worker ends with its node, or with the driver.
+task has one BLAS thread and the same memory settings. If the worker process crashes, the result of the task is a
+WorkerDied, which has the index of the input. A task is lost if its node dies, or if Ray kills its Ray worker because
+memory is low. A lost task is submitted again, and no input is reported as the cause of the loss. The worker process
+ends with its Ray worker. The Ray worker ends with its node, or with the driver.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ R = TypeVar("R")
 _POLL_S = 0.2  # longest time for which the driver waits for the end of a task before it does other work
 _REPORT_S = 1.0  # interval between progress reports of a task; each report costs several milliseconds of CPU time
 _REPORTS_PER_S = 1000  # largest number of progress reports a second that all running tasks together send
-_LOST_LIMIT = 5  # if one task is lost this number of times, the run ends with an error
+_LOST_LIMIT = 5  # if one task is lost this number of times, `map` raises an error
 _STOP_S = 5.0  # running tasks have this time to stop before Ray kills them
 # Interval between checks of the head node; longest time without an answer from it.
 _HEAD_EVERY_S, _HEAD_LOST_S = 5.0, 30.0
@@ -205,7 +205,7 @@ def _sum(*counts: Counts) -> Counts:
 class _HeadNode:
     """Checks every _HEAD_EVERY_S whether the head node of the cluster still accepts connections.
 
-    Without _HeadNode, Ray waits for a lost head node without a limit.
+    Without this check, Ray would wait for a lost head node forever.
     """
 
     def __init__(self, gcs_address: str, cluster: str) -> None:

@@ -1,6 +1,6 @@
-"""What a new worker process inherits from this process: signals and BLAS threads, but not the main program.
+"""Start of a worker process: its signal mask, its number of BLAS threads, and the output that it prints as it starts.
 
-The module also keeps what a worker prints while it starts, so that an error can say why the worker did not start.
+A worker does not import the main program. If a worker does not start, an error repeats what the worker has printed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from prep.console import UserError, address_space_text, is_memory_error
 
 @contextmanager
 def start_options() -> Iterator[None]:
-    """In a `with` block, start processes without Ctrl-C, with one BLAS thread, and without the main program."""
+    """Processes that are started in a `with` block ignore Ctrl-C, use one BLAS thread and import no main program."""
     with _main_module_hidden(), _one_blas_thread(), _ctrl_c_blocked():
         yield
 
@@ -78,13 +78,13 @@ def _one_blas_thread() -> Iterator[None]:
 
 
 class SharedIntegers:
-    """Integers of 64 bits that this process shares with its workers, which get the object as an argument.
+    """64-bit integers in memory that this process and its workers share. A worker gets the object as an argument.
 
     Unlike multiprocessing.RawArray, the memory needs no folder for temporary files.
     """
 
     def __init__(self, count: int, descriptor: int | None = None) -> None:
-        """Share `count` zeros. In a worker, `descriptor` is the memory of the parent."""
+        """Share `count` integers, which are zero at first. In a worker, `descriptor` refers to the parent's memory."""
         self._count = count
         self._descriptor = os.memfd_create("counters") if descriptor is None else descriptor
         os.ftruncate(self._descriptor, 8 * count)
@@ -120,7 +120,7 @@ class WorkerNotStarted(UserError):
 class StartOutput:
     """Standard error of a process that starts, kept in memory until the process has received its first task.
 
-    The process gets an object of this class as an argument, and calls `restore` when it has started.
+    The process gets an object of this class as an argument, and calls `restore` after it has received a task.
     """
 
     def __init__(self) -> None:
@@ -152,7 +152,7 @@ class StartOutput:
             self._stderr = -1
 
     def close(self) -> None:
-        """Forget the output."""
+        """Free the memory of the output."""
         if self._kept >= 0:
             os.close(self._kept)
             self._kept = -1

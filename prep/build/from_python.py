@@ -52,8 +52,8 @@ from prep.workers import WorkerPool
 Pixels = npt.NDArray[np.uint8]  # (H, W, 3), RGB
 Item = tuple["bytes | Image.Image | Pixels", "str | int", "str | bytes"]
 
-# The first byte of an item in the file gives the type of the item: an image file; pixels behind height and width; or,
-# for a bad item, the reason.
+# The first byte of an item in the file gives the type of the item. After this byte, the item has the bytes of an image
+# file, or the height, the width and the pixels, or the reason why the item is bad.
 _FILE, _PIXELS, _BAD = b"F", b"P", b"B"
 _PNG_MODES = ("RGB", "1", "L", "LA", "P", "RGBA", "I;16")
 _CONVERTED = {"La": "LA", "PA": "RGBA", "RGBa": "RGBA", "HSV": "RGB"}  # modes that no image format can store
@@ -110,15 +110,16 @@ def build_from(
     restart: bool = False,
     jobs: int | None = None,
 ) -> Store:
-    """Build one split of a store from (image, label, name) of each item, and return the store.
+    """Build one split of a store from items (image, label, name), and return the store.
 
     An image is the bytes of an image file, a PIL image, or pixels as uint8 (H, W, 3). The build sees the warnings of
     the decoder only if the image is given as bytes. A PIL image that Pillow cannot load is a bad input. A label is the
     name of a class or the position of a class from 0. `classes` are the names of the classes in the order of the
-    labels. Without `classes`, the names of the items are sorted, and positions get the names 0, 1, 2 and so on. The
-    name of an item is unique and becomes the source path of its record. Items named CLASS/FILE therefore give the same
-    fingerprint as files in class folders. The other arguments are the options of `alexprep build-lmdb`. `jobs` is the
-    number of worker processes, by default the number of usable cores.
+    labels. Without `classes`, the labels give the classes. Labels that are names are sorted. Labels that are positions
+    get the class names of the store, or the names 0, 1, 2 and so on in a new store. The name of an item is unique and
+    becomes the source path of its record. Items named CLASS/FILE therefore give the same fingerprint as files in class
+    folders. The other arguments are the options of `alexprep build-lmdb`. `jobs` is the number of worker processes, by
+    default the number of usable cores.
 
     If a build was interrupted, the same call with the same items resumes the build. Raises UserError for a wrong
     argument or item, and in all cases in which `alexprep build-lmdb` ends with an error. Raises DiskFull if the disk is

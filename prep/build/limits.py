@@ -1,8 +1,8 @@
 """Limits that decide which inputs a build keeps: number of pixels, warnings of the decoder, decoding time.
 
 These limits may change between two runs of a build. A finished shard is built again only if the new limits keep an
-input that was left out, or leave out an input that was kept. For example, if --max-pixels is raised, all finished
-shards from which no picture was left out are kept.
+input that was left out, or leave out an input that was kept. For example, if --max-pixels is raised, a finished shard
+is built again only if it lacks an input that had too many pixels and is now within the limit.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class InputLimits:
 
     max_pixels: int = MAX_PIXELS  # an input with more pixels is bad
     keep_warned: bool = True  # whether an input with warnings of its decoder is kept; if False, such an input is bad
-    time_limit_s: float = TIME_LIMIT_S  # more CPU time to decode an input makes the input bad; 0: no limit
+    time_limit_s: float = TIME_LIMIT_S  # an input that needs more CPU time for decoding is bad; 0: no limit
 
     def decode_options(self, settings: Settings) -> DecodeOptions:
         """Return the decoding options of a build with these limits and with `settings`."""

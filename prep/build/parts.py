@@ -83,7 +83,7 @@ class PartResult:
 
     shards: int  # number of shards of the part
     store: Store | None  # the store; None if the split is not complete
-    missing: dict[Part, list[int]]  # part -> its unfinished shards; empty if another process completes the store
+    missing: dict[Part, list[int]]  # part -> its unfinished shards; empty if all shards are finished
 
 
 def build_part(

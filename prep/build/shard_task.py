@@ -71,8 +71,8 @@ def summary_path(folder: Path, number: int) -> Path:
 def build_shard(task: ShardTask, task_progress: TaskProgress) -> None:
     """Build one shard and write its summary. Each processed input is counted in `task_progress`.
 
-    Raises UserError for a failing disk, and for a bad input unless the task skips bad inputs. Raises DiskFull for a
-    full disk.
+    Raises UserError if the disk fails, and for a bad input unless the task skips bad inputs. Raises DiskFull if the
+    disk is full.
     """
     builder = ShardBuilder(task, task_progress)
     store_shard(task.folder, task.number, builder.records(), builder.results)
@@ -87,7 +87,7 @@ def store_shard(
     """Write the (key, value) pairs `records` as shard `number` into the split's folder, and then two summary files.
 
     `results` is called after the shard is written, and returns the sum of the central squares and the summary. Raises
-    UserError for a failing disk, DiskFull for a full disk.
+    UserError if the disk fails, and DiskFull if the disk is full.
     """
     temporary = folder / ".build" / f"{number:05d}.{unique_suffix()}"
     final = folder / f"{number:05d}"

@@ -2,8 +2,8 @@
 
 A killed build loses only the shards that were in progress. Running the same command again finishes the build, and the
 fingerprint is the same as after an uninterrupted build. If a worker process crashes, the crash is counted for the input
-that the process was reading. If bad inputs are left out, the shard is then built again; after a second crash, this
-input is left out. Without --on-bad skip, the build stops. These files hold the state of an unfinished build:
+that the process was reading. Without --on-bad skip, the build then stops. With --on-bad skip, the shard is built again,
+and the input is left out after a second crash. These files hold the state of an unfinished build:
 
     store/train/.build/plan.json         settings, tool versions, classes, shard boundaries: no run may change these
     store/train/.build/inputs.npz        listing of the inputs, to find inputs that changed between two runs

@@ -68,7 +68,7 @@ def _check_space(needed_bytes: int, count: int, store: Path) -> None:
 
 
 def check_classes(source: Source, jobs: int, policy: BuildPolicy) -> None:
-    """Raise UserError if all inputs of a class are clearly no images, so that the class would lose all its inputs.
+    """Raise UserError if no input of a class can be an image, so that the class would lose all its inputs.
 
     Of each input, only the size and the first bytes are read. If the build stops at its first bad input, the function
     reads nothing, because such a build cannot lose a whole class.

@@ -87,9 +87,8 @@ if TYPE_CHECKING:  # run-time imports would load LMDB and Pillow, even for --hel
 @click.option(
     "--part",
     metavar="I/N",
-    help="Build only part I of N, which is every N-th shard. I counts from 1. Parts may run in any order and on "
-    "different "
-    "machines; the last part completes the store.",
+    help="Build only part I of N: every N-th shard, beginning with the I-th shard. I counts from 1. Parts may run in "
+    "any order and on different machines; the part that ends last completes the store.",
 )
 @record_options
 def build_lmdb(

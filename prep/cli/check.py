@@ -221,8 +221,8 @@ def pca_stats(
     """Print mean, covariance and principal components of the RGB pixels of a split.
 
     The statistics are computed from the exact sums of the build and written to SPLIT/colour.json, which training reads.
-    With --recompute the statistics are computed from the stored images. With --recompute the largest difference from
-    the build's standard deviations is printed, and colour.json is not changed.
+    With --recompute, the statistics are computed from the stored images instead, and colour.json is not changed. The
+    command then also prints the largest difference from the build's standard deviations.
 
     \b
     Example:

@@ -37,9 +37,8 @@ cluster_option = click.option(
 allow_empty_option = click.option(
     "--allow-empty-classes",
     is_flag=True,
-    help="Accept classes without a photograph. Classes without a photograph keep their labels.  [default: the command"
-    " ends with an "
-    "error that names such classes]",
+    help="Accept classes without a photograph. Classes without a photograph keep their labels.  [default: the command "
+    "ends with an error that names such classes]",
 )
 
 _RECORD_OPTIONS = (

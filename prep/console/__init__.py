@@ -1,6 +1,6 @@
 """Command-line input and output: one-line errors, exit codes, interrupts, escaped lines, progress, `--json`.
 
-alexprep, alexstream and alextrain share this room.
+alexprep, alexstream and alextrain use this package.
 """
 
 from prep.console.errors import DiskFull, Terminated, UserError, WrongArgument, disk_error

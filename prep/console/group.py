@@ -54,15 +54,15 @@ def _on_sigterm(signum: int, frame: FrameType | None) -> NoReturn:
 
 @contextmanager
 def _escaped_usage_errors() -> Iterator[None]:
-    """Make click's own errors one line, and escape control characters in the arguments that an error repeats."""
+    """Print click's own errors in one line. Control characters in arguments that an error repeats are escaped."""
     try:
         yield
-    except click.MissingParameter as error:  # has a line for each choice of an option
+    except click.MissingParameter as error:  # the message has a line for each choice of the option
         raise click.UsageError(" ".join(error.format_message().split()), error.ctx) from None
     except ValueError as error:
         if "embedded null" not in str(error):
             raise
-        raise click.UsageError("An argument has the character NUL, which no name of a file can have.") from None
+        raise click.UsageError("An argument contains the character NUL, which a file name cannot contain.") from None
     except click.ClickException as error:
         vars(error)["message"] = escaped(error.message)  # click declares the attribute as final
         raise

@@ -51,9 +51,9 @@ def is_memory_error(text: str) -> bool:
 
 
 def memory_error(error: Exception, place: str = "", advice: str = "") -> UserError | None:
-    """Return the error of one line for an exception that says that memory ran out; None for any other exception.
+    """Return a UserError if `error` says that memory ran out, otherwise None.
 
-    `place` and `advice` are parts of the message.
+    `place` and `advice` are parts of its message.
     """
     text = str(error).strip().partition("\n")[0]
     is_full = isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM
@@ -66,7 +66,7 @@ def memory_error(error: Exception, place: str = "", advice: str = "") -> UserErr
 def address_space_text() -> str:
     """Return a sentence about the limit of this process's address space (ulimit -v), if there is one; otherwise "".
 
-    The sentence begins with a space, and has the limit and the largest size so far, in bytes.
+    The sentence begins with a space. It states the limit, and the largest size that this process has had so far.
     """
     limit_bytes = resource.getrlimit(resource.RLIMIT_AS)[0]
     if limit_bytes == resource.RLIM_INFINITY:

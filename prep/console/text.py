@@ -1,4 +1,4 @@
-"""Values as text for people: counts, durations, sizes, quoted paths and similar words."""
+"""Values as text for people: counts, durations, sizes, quoted paths, and suggestions for mistyped words."""
 
 from __future__ import annotations
 
@@ -29,14 +29,17 @@ def _escape(character: str) -> str:
 def encodable(text: str) -> str:
     r"""Return `text` with each lone surrogate replaced by its escape, so that UTF-8 and JSON can hold the text.
 
-    Python has a lone surrogate in a path for each byte that is not UTF-8. Strict readers of JSON refuse surrogates.
-    The path `run-\xff` becomes the text `run-\udcff`. `path_of` returns the path again.
+    In a path, Python represents each byte that is not UTF-8 by a lone surrogate. Strict readers of JSON refuse
+    surrogates. The path `run-\xff` becomes the text `run-\udcff`. `path_of` turns the text into the path again.
     """
     return text.encode("utf-8", "backslashreplace").decode()
 
 
 def path_of(text: str) -> Path:
-    r"""Return the path whose text `encodable` returned. A path that has such an escape in its own name is kept."""
+    r"""Return the path for a text from `encodable`: escapes become surrogates again.
+
+    If a file has exactly the name `text`, the escapes are part of its name and are kept.
+    """
     if "\\udc" not in text or os.path.lexists(text):
         return Path(text)
     return Path(re.sub(r"\\udc([89a-f][0-9a-f])", lambda escape: chr(0xDC00 + int(escape[1], 16)), text))

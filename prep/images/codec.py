@@ -192,7 +192,7 @@ def _with_pillow(content: bytes, options: DecodeOptions, use: Callable[[Image.Im
     with _pillow_lock, warnings.catch_warnings():
         # Pillow warns about odd EXIF data, which is harmless, and about large sizes, which this module checks.
         warnings.simplefilter("ignore")
-        # Pillow allows twice the number that is set.
+        # Pillow refuses an image only if it has more than twice this number of pixels; check_size has the exact limit.
         largest, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, options.max_pixels
         try:
             with caught_stderr() as said, Image.open(io.BytesIO(content), formats=formats) as image:
@@ -201,7 +201,7 @@ def _with_pillow(content: bytes, options: DecodeOptions, use: Callable[[Image.Im
         except BadImage:
             raise
         except UnidentifiedImageError:
-            # Formats with a short signature, which files of other formats may have, too.
+            # A file of an unknown format may begin with a short signature, such as BM or P, by chance.
             if not said and len(formats) > 1:
                 raise BadImage(unknown_format()) from None
             raise BadImage(f"cannot be decoded: {'; '.join(said) or 'damaged or truncated'}") from None
@@ -282,7 +282,7 @@ def _exif_orientation(image: Image.Image) -> int:
 def check_rescaled_size(pixels: npt.NDArray[np.uint8], side_px: int, keep_aspect: bool) -> None:
     """Raise BadImage if `keep_aspect` is set and the rescaled image would be too large.
 
-    The rescaled image may have MAX_RESCALED_PIXELS, and a side may have 65,000 px (libjpeg allows 65,500 px).
+    The rescaled image may have at most MAX_RESCALED_PIXELS, and a side at most 65,000 px (libjpeg allows 65,500 px).
     """
     height, width = pixels.shape[:2]
     new_width, new_height = rescaled_size(width, height, side_px)

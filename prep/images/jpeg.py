@@ -121,8 +121,8 @@ def quantization_tables(content: bytes) -> list[bytes]:
 def _segments(content: bytes | memoryview) -> Iterator[tuple[int, int, bytes]]:
     """Yield (offset, marker, content) of the segments of a JPEG file, up to the header of its first scan.
 
-    Ends earlier if a segment is damaged or cut off. If a segment holds no quantization tables, only the first 64 bytes
-    of its content are returned.
+    The iteration ends earlier if a segment is damaged or cut off. Only segments with quantization tables are yielded
+    with their whole content, other segments with at most the first 64 bytes.
     """
     offset = 2
     for _ in range(_MAX_SEGMENTS):

@@ -62,9 +62,9 @@ class NativeKernels:
         """Filter an image, uint8 (H, W, 3), down the columns, then across the rows.
 
         Returns uint8 (down.outputs, across.outputs, 3). Each pass rounds its sums to the nearest integer, with halves
-        rounded to even numbers. Results are clipped to 0..255. The weights of both passes are float32, or the weights
-        of both passes are float64. The result is exact if all sums fit the mantissa of this type. In addition, the
-        values between the passes must be at least two bits shorter than the mantissa.
+        rounded to even numbers. Results are clipped to 0..255. The weights of both passes have the same type, float32
+        or float64. The result is exact if all sums fit the mantissa of this type, and if the values between the passes
+        are at least two bits shorter than the mantissa.
         """
         pixels = np.ascontiguousarray(pixels)
         width = pixels.shape[1]

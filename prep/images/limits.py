@@ -1,6 +1,6 @@
 """Limits for inputs: number of pixels, number of bytes, CPU time.
 
-This module loads no library, so that --help can use the module.
+This module loads no library, so that --help stays fast.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def too_slow_text(seconds: float) -> str:
 class _TimeIsUp(BaseException):
     """The exception that stops a slow decoder.
 
-    _TimeIsUp is no subclass of Exception, so a handler `except Exception` inside a library does not catch _TimeIsUp.
+    _TimeIsUp is not a subclass of Exception, so a handler `except Exception` inside a library does not catch _TimeIsUp.
     """
 
 

@@ -43,8 +43,8 @@ class ArchiveContents:
     def add(self, name: bytes, size: int = 0, location: int = 0, reason: str = "") -> None:
         """Add an image and its folder.
 
-        If there is a `reason` to refuse the image, add a refused member instead. Ignores b"". The folder of a refused
-        image is added too, so that its class exists even if all images of the class are refused.
+        If there is a `reason` to refuse the image, add a refused member instead. An empty name is ignored. The folder
+        of a refused image is added too, so that its class exists even if all images of the class are refused.
         """
         folder, _, file = name.rpartition(b"/")
         parts = folder.split(b"/")
@@ -142,9 +142,10 @@ def found_inputs(path: Path, contents: ArchiveContents, flat: bool, classes_are_
 
 
 class _Tree:
-    """Return the folders of an archive.
+    """The folders of an archive, and which of them are class folders.
 
-    Names of folders that contain folders end with a slash. The name of the root is b"".
+    In `root`, `has_images`, `inner_folders` and the keys of `folders_in`, a name ends with a slash. The name of the top
+    folder of the archive is b"".
     """
 
     def __init__(self, path: Path, contents: ArchiveContents) -> None:

@@ -55,7 +55,7 @@ class CaffeReader:
         return _decode_datum(bytes(value))
 
     def head(self, item: Input, size: int) -> bytes:
-        """Returns a JPEG signature for every record. The check before a build (`probe`) therefore reads no record."""
+        """Return a JPEG signature for every record. The check before a build (`probe`) therefore reads no record."""
         return b"\xff\xd8\xff"[:size]
 
 

@@ -81,9 +81,9 @@ def class_names(folders: Sequence[bytes], where: str, are_given: bool = False) -
     """Return the names of class folders.
 
     A name is the path of the folder, without a last part that all paths share (`n01/images`). Raises UserError if a
-    part of a path is the name of a split. Unless `are_given` is true, also raises UserError if a class folder is inside
-    another class folder, or if class folders are at the top and deeper. If `are_given` is true, the store or a file
-    names all classes.
+    part of a path is the name of a split. If `are_given` is true, the store or a file names all classes. Otherwise,
+    also raises UserError if a class folder is inside another class folder, or if some class folders are at the top and
+    others are deeper.
     """
     parts = [folder.split(b"/") for folder in folders]
     inner = [path for path in parts if len(path) > 1]
@@ -92,8 +92,7 @@ def class_names(folders: Sequence[bytes], where: str, are_given: bool = False) -
         raise UserError(
             f"{where}: {_text(of_split)} is a folder of a split around or inside class folders. Expected class "
             "folders inside the folder of their split: name the folder of the split as SOURCE, or move the class "
-            "folders "
-            "into the folder of the split."
+            "folders into the folder of the split."
         )
     nested = None if are_given else _nested_folders(parts)
     if nested:

@@ -85,9 +85,11 @@ def list_folder(
     A class folder is a folder at any depth that contains images, or that contains nothing. The class name of a class
     folder is the path of the folder. A class folder may be inside another class folder if the store or a file names all
     classes (`classes_are_given`). If `root` contains only one folder, and this folder contains folders, this folder is
-    used instead of `root`. Names that begin with a dot, system folders and files beside class folders are ignored. If
-    `root` contains both images and folders, the images are listed if `flat` is true and the images are at least as many
-    as the folders. In all other cases, the class folders are listed.
+    used instead of `root`. Names that begin with a dot, system folders and files beside class folders are ignored.
+
+    If `root` contains both images and folders, the images are listed in two cases: if all folders are empty, or if
+    `flat` is true and there are at least as many images as folders. In all other cases, the class folders are listed,
+    or UserError is raised if there are more than ten images and more images than folders.
 
     Symbolic links that lead out of `root` are refused unless `follow_links` is true. Raises UserError if `root`
     contains no files, if a class folder is a link that is not followed, or if the classes are ambiguous.
@@ -118,7 +120,7 @@ class _Entry:
     size: int = 0
     mtime_ns: int = 0
     reason: str = ""  # the reason why the entry is refused; empty if it is not refused
-    is_folder_link: bool = False  # whether the entry is a refused link to a folder or to nothing
+    is_folder_link: bool = False  # whether the entry is a refused link to a folder or to a path that does not exist
     is_file_link: bool = False  # whether the entry is a refused link to a file
     is_link: bool = False  # whether the entry is a link that is followed
 
@@ -232,7 +234,8 @@ class _Walk:
             status = os.stat(os.path.join(self.folder, path))
             if (status.st_dev, status.st_ino) in around:
                 raise UserError(
-                    f"{name_text(os.path.join(self.folder, path))} links to a folder that contains the link. Remove it."
+                    f"{name_text(os.path.join(self.folder, path))} links to a folder that contains the link. Remove "
+                    "the link."
                 )
             self.add_level(path + b"/", entries, around)
             return
@@ -292,7 +295,7 @@ class _Walk:
         what = "class folder is a symbolic link" if len(links) == 1 else "class folders are symbolic links"
         raise UserError(
             f"{name_text(self.folder)}: {len(links):,} {what} that cannot be followed ({text}). {advice}, or remove "
-            "all that are not classes."
+            "the links that are not classes."
         )
 
     def _scan(self, folder: bytes) -> list[_Entry]:

@@ -128,7 +128,7 @@ def _find_inputs(
 ) -> tuple[InputReader, FoundInputs]:
     """Return the reader and the inputs of a split, before the labels are compared with the classes of the store."""
     path, flat = where.path, options.labels is not None
-    are_given = bool(store_classes or options.class_file)  # all classes have names
+    are_given = bool(store_classes or options.class_file)  # whether the store or --classes FILE names all classes
     match where.layout:
         case "tar":
             return TarReader(path), list_archive(path, flat, are_given)

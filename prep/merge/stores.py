@@ -47,7 +47,7 @@ from prep.workers import Counts, Runner, WorkerDied
 
 @dataclass(frozen=True)
 class MergeReader:
-    """Represents the stores of a merge in a BuildPlan. copy_shard reads the records."""
+    """Reader for the BuildPlan of a merge, which only needs its `root`. copy_shard reads the records instead."""
 
     root: Path
 
@@ -162,8 +162,8 @@ def _merge_split(
     existing = open_existing(target, plan)
     if existing is not None and existing.classes != classes:
         raise UserError(
-            f"{target}: {len(existing.classes)} classes, the merged stores have {len(classes)}, or others. "
-            "Choose another --store."
+            f"{target} has {len(existing.classes)} classes, the merged stores have {len(classes)}, or the names of the "
+            "classes differ. Choose another --store."
         )
     if existing is not None and split in existing.splits:
         progress.skip(len(listing))

@@ -72,8 +72,7 @@ def store_files(store: Store) -> list[StoreFile]:
 def check_content(file: StoreFile, path: Path) -> str:
     """Compare the local file `path` with the manifest, and return its SHA-256 (hex).
 
-    The path of a shard must end in data.mdb. Raises Damaged if the file differs. A damaged shard may make LMDB crash
-    the process.
+    The path of a shard must end in data.mdb. Raises Damaged if the file differs.
     """
     whole = file_sha256(path)
     if file.shard is not None:

@@ -118,7 +118,7 @@ def _copy_once(task: CopyTask, source: Folder, target: Folder, count: CountBytes
 def _download(task: CopyTask, source: Folder, temporary: Path, count: CountBytes) -> str:
     """Download the file to `temporary`, sync it to the disk and check its content. Returns the file's SHA-256 (hex)."""
     digest = sha256()
-    disk = task.target if task.scratch == Path() else f"{task.scratch} (TMPDIR names another folder)"
+    disk = task.target if task.scratch == Path() else f"{task.scratch} (to use another folder, set TMPDIR)"
     try:
         temporary.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:

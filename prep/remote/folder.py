@@ -52,7 +52,7 @@ class Folder(Protocol):
         """Write a small file. The file appears with its whole content or not at all."""
 
     def delete(self, paths: Iterable[str]) -> None:
-        """Delete the files. Delete files; missing files are ignored."""
+        """Delete the files. Missing files are ignored."""
 
 
 class LocalFolder:

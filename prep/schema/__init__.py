@@ -1,4 +1,4 @@
-"""Opens, bounds and checks every file that a disk, a copy or another program provides.
+"""Opens files, limits their size, and checks their content. Every file that a command reads goes through this package.
 
 A reader opens a file with `read_regular` or `open_regular`, and turns the bytes into a typed model with `decode`,
 `read_npy` or `read_npz`. Python objects that another library has read, such as the metadata of a checkpoint, go through

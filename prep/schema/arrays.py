@@ -35,7 +35,7 @@ class ArrayShape:
     shape: tuple[int | None, ...]
 
     def allows(self, dtype: np.dtype[Any], shape: tuple[int, ...]) -> bool:
-        """Return whether an array of this type and shape is expected. A type that holds Python objects never is."""
+        """Return whether an array may have this type and shape. Types that hold Python objects are never allowed."""
         is_type = not dtype.hasobject and dtype.names is None and (dtype.str in self.types or dtype.kind in self.types)
         return (
             is_type
@@ -61,7 +61,7 @@ def read_npy(
     """
     if None in expected.shape:
         return decode_npy(read_regular(path, path.stat().st_size, advice, error), expected, str(path), advice, error)
-    # An array of another type, of at most 16 bytes for each number, is read as well, because its error names the type.
+    # 16 bytes for each number also allow larger types than the expected type, so that the error can name the type.
     max_bytes = _HEADER_BYTES + 16 * math.prod(length or 0 for length in expected.shape)
     return decode_npy(read_regular(path, max_bytes, advice, error), expected, str(path), advice, error)
 

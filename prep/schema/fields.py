@@ -61,7 +61,7 @@ def _range_text(node: Any) -> str:
     lowest = f"at least {node.ge:,}" if node.ge is not None else f"more than {node.gt:,}" if node.gt is not None else ""
     highest = f"at most {node.le:,}" if node.le is not None else f"less than {node.lt:,}" if node.lt is not None else ""
     if node.le == MAX_INT and lowest:
-        highest = ""  # the bound of 64 bits only matters to the few values beyond it
+        highest = ""  # nearly all wrong values are within 64 bits, so the text leaves out this bound
     return f" of {' and '.join(filter(None, (lowest, highest)))}" if lowest or highest else ""
 
 

@@ -1,5 +1,4 @@
-"""Finds unknown fields of dataclasses and TypedDicts, which msgspec ignores. msgspec itself refuses unknown fields only
-of Structs.
+"""Finds unknown fields of dataclasses and TypedDicts, because msgspec can refuse unknown fields only of Structs.
 
 A dataclass with the class variable `refuses_unknown = True` allows only its own fields. A TypedDict allows only its own
 fields if its type in a model is `Annotated[T, REFUSES_UNKNOWN]`.
@@ -20,11 +19,11 @@ _ARRAYS = ("ListType", "VarTupleType", "SetType", "FrozenSetType")
 
 
 class Unknown(NamedTuple):
-    """An unknown field: keys and indices to its object, the name of the field, and the names that are known."""
+    """An unknown field of an object."""
 
-    path: tuple[str | int, ...]
-    field: str
-    known: tuple[str, ...]
+    path: tuple[str | int, ...]  # keys and indices that lead from the root to the object
+    field: str  # name of the unknown field
+    known: tuple[str, ...]  # names of the fields that the object may have
 
 
 _Find = Callable[[Any, tuple[str | int, ...]], Unknown | None]

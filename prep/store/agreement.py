@@ -46,7 +46,7 @@ def disagreements(manifest: Manifest, data: dict[str, Any]) -> Iterator[str]:
 
 
 def _split_pairs(manifest: Manifest, name: str, split: Split) -> Iterator[tuple[str, object, object]]:
-    """Yield (name of a value, value, value that agrees with the other fields) for one split."""
+    """Yield (description, value found, value expected) for each rule of one split. The values may be equal."""
     shards, account = split.shards, split.account
     yield "records of all shards", sum(shard.records for shard in shards), split.records
     yield "bytes of all shards", sum(shard.bytes for shard in shards), split.bytes

@@ -3,10 +3,10 @@
 inputs.jsonl has a line for each input that was converted, has an EXIF orientation other than 1, was kept although its
 decoder warned, or was left out. A line is a JSON object with the outcome of one input. Every outcome has the keys
 "source" and "fate". The fate is "kept", "converted", "kept, with warnings", "bad", or "ignored" for a file that is no
-input, such as a file beside class folders. These keys are written only if they apply: "how" (the conversions),
-"exif_orientation", "warnings" (the texts of the decoder), "why" (the reason for a bad or ignored input). If an option
-decided that an input is bad, "limit" names the option, and "pixels" or "seconds" has the value of the input. Outcomes
-are written one by one, so memory never holds all outcomes.
+input, such as a file beside class folders. Further keys are written only if they apply: "how" (the conversions),
+"exif_orientation", "warnings" (the texts of the decoder), "why" (the reason for a bad or ignored input), and "limit" if
+an option made the input bad. "limit" is "max_pixels" (then "pixels" is the number of pixels of the input), "time_limit"
+(then "seconds" is the limit) or "on_warning". Outcomes are written one by one, so memory never holds all outcomes.
 """
 
 from __future__ import annotations

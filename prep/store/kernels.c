@@ -290,8 +290,9 @@ static void on_sigbus(int number, siginfo_t *info, void *context) {
                     return;
                 }
             }
-    /* Any other fault occurs again, and then meets the earlier action. The earlier action may be a handler that was
-     * installed after this handler and that now passes the fault back to this handler. The process then ends. */
+    /* The fault is not in a protected map: install the action that was active before this handler. The program then
+     * repeats the access, and the earlier action handles the fault. The earlier action may pass the fault back to this
+     * handler. is_passed_on is then 1, and the default action ends the process. */
     const struct sigaction end = {.sa_handler = SIG_DFL};
     sigaction(number, __atomic_exchange_n(&is_passed_on, 1, __ATOMIC_RELAXED) ? &end : &action_before, 0);
     if (info->si_code <= 0)

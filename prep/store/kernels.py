@@ -9,13 +9,14 @@ little-endian. Every offset is compared with the size of the map before it is us
     header page  pages 0 and 1. The page of the later transaction is valid, and has the number of the root page
     page header  16 bytes: number, flags at byte 10 (1 branch, 2 leaf), end of the list of nodes at byte 12. The list
                  follows the header: the offset of each node in the page, 2 bytes, in ascending order of the keys
-    node         8 bytes: branch: number of the child page (6 bytes); leaf: size of the value (4), flags (2). The rest
-                 of a node is the size of the key (2), the key and the value. If the flags are 1, the node does not hold
-                 the value, but a page number (8 bytes): the value is in pages from this page on, after one page header
+    node         in a branch page: number of the child page (6 bytes), size of the key (2), key
+                 in a leaf page: size of the value (4), flags (2), size of the key (2), key, value. If the flags are 1,
+                 a page number (8) takes the place of the value. The value then begins in this page, after one page
+                 header, and continues in the following pages
 
-kernels.c also protects the maps. If a page of a mapped file cannot be read, because the file was cut or the disk has an
-error, the kernel sends SIGBUS, which would end the process. A signal handler puts a page of zeros in place of the
-unreadable page, and marks the map.
+kernels.c also protects the maps. If a page of a mapped file cannot be read, because the file was truncated or the disk
+has an error, the operating system sends SIGBUS, which would end the process. A signal handler puts a page of zeros in
+place of the unreadable page, and marks the map.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ ReadAt = Callable[[int, int], Bytes]  # read_at(offset, size): the bytes of the 
 
 
 class ShardBroken(StoreError):
-    """A data.mdb was cut, or could not be read from the disk, while it was in use."""
+    """A data.mdb was truncated, or could not be read from the disk, while a command used it."""
 
     exit_code = 74  # EX_IOERR of sysexits.h
 
@@ -76,7 +76,7 @@ class LmdbPages:
     """
 
     def __init__(self, folder: Path, read_at: ReadAt, file_bytes: int, advice: str) -> None:
-        """Read the header pages. Raises StoreError if the file is no LMDB, or is shorter than its header states."""
+        """Read the header pages. Raises StoreError if the file is not an LMDB or is shorter than its header states."""
         self.folder, self._read_at, self.file_bytes, self._advice = folder, read_at, file_bytes, advice
         self.tree = self._find_tree()
 
@@ -160,12 +160,12 @@ class LmdbPages:
         """Return a page of the tree, its kind (_BRANCH or _LEAF) and the offsets of its nodes, at least one."""
         page_bytes = self.tree.page_bytes
         if not 2 <= number < self.tree.pages:
-            raise self._damaged(f"page {number:,} of {self.tree.pages:,} pages")
+            raise self._damaged(f"a reference to page {number:,}, but the file has {self.tree.pages:,} pages")
         page = self._read(number * page_bytes, page_bytes)
         flags, end = struct.unpack_from("<HH", page, 10)
         kind, count = flags & _PAGE_TYPES, (end - _PAGE_HEADER) // 2
         if kind not in (_BRANCH, _LEAF) or count < 1 or end > page_bytes:
-            raise self._damaged(f"page {number:,} is no page of the tree")
+            raise self._damaged(f"page {number:,} is not a page of the tree of keys")
         offsets: tuple[int, ...] = struct.unpack_from(f"<{count}H", page, _PAGE_HEADER)
         if max(offsets) > page_bytes - _NODE_HEADER:
             raise self._damaged(f"page {number:,} has a record beyond its end")
@@ -196,7 +196,9 @@ class LmdbPages:
         (number,) = struct.unpack_from("<Q", page, start)
         offset = number * self.tree.page_bytes + _PAGE_HEADER
         if not 2 <= number < self.tree.pages or offset + size > self.tree.pages * self.tree.page_bytes:
-            raise self._damaged(f"a record of {size:,} bytes from page {number:,} of {self.tree.pages:,} pages")
+            raise self._damaged(
+                f"a record of {size:,} bytes begins in page {number:,}, but the file has {self.tree.pages:,} pages"
+            )
         return self._read(offset, size)
 
     def _read(self, offset: int, size: int) -> Bytes:
@@ -224,12 +226,12 @@ def open_data_file(folder: Path, advice: str) -> BinaryIO:
 class LmdbFile:
     """An open data.mdb, which is read with system calls, not through a memory map.
 
-    Use an LmdbFile in a `with` statement. If the file is cut while it is open, the methods of `pages` raise
+    Use an LmdbFile in a `with` statement. If the file is truncated while it is open, the methods of `pages` raise
     ShardBroken.
     """
 
     def __init__(self, folder: Path, advice: str) -> None:
-        """Raises StoreError, with `advice` in its message, if the file cannot be opened or is no LMDB."""
+        """Raises StoreError, with `advice` in its message, if the file cannot be opened or is not an LMDB."""
         self._folder, self._advice, self._descriptor = folder, advice, -1
         with open_data_file(folder, advice) as file:
             self._descriptor = os.dup(file.fileno())

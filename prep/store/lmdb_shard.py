@@ -81,7 +81,7 @@ def read(folder: Path, advice: str = "Build the store again.") -> Iterator[tuple
     """Yield the (key, value) pairs in order.
 
     Raises StoreError, with `advice` in its message, if the LMDB is damaged. Raises ShardBroken, which is a StoreError,
-    if the file is cut or cannot be read during the iteration.
+    if the file is truncated or becomes unreadable during the iteration.
     """
     with LmdbFile(folder, advice) as file:
         yield from file.pages.items()
@@ -91,8 +91,8 @@ class ShardReader:
     """Random access to the records of one shard by index, from 0 to records − 1.
 
     If the C library can be used, the file is mapped into memory, and a record is a view of the map, without a copy.
-    Without the C library, records are read with system calls, because a file that is cut while it is mapped would end
-    the process (SIGBUS).
+    Without the C library, records are read with system calls, because a file that is truncated while it is mapped would
+    end the process (SIGBUS).
 
     Raises StoreError, with `advice` in its message, if the LMDB is damaged or does not have `records` records.
     """
@@ -214,7 +214,7 @@ _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 class _GuardedMap:
     """A memory map of a file, which the C library protects against SIGBUS.
 
-    Python's mmap would keep a descriptor open for each shard.
+    This class calls mmap itself, because Python's mmap objects would keep a file descriptor open for each shard.
     """
 
     def __init__(self, address: int, size: int, guard: int, native: kernels.NativeKernels) -> None:

@@ -19,7 +19,7 @@ from prep.schema import REFUSES_UNKNOWN, Count, Digest, Finite, NonNegative, con
 
 MAX_MANIFEST_BYTES = 64 << 20  # a manifest of ImageNet has 0.5 MB
 MAX_COLOR_STATS_BYTES = 1 << 16
-MAX_CLASSES = 1_000_000  # more classes are taken for a mistake, because each class needs memory
+MAX_CLASSES = 1_000_000  # limits the memory for class names; ImageNet-21k has 21,841 classes
 MAX_CLASS_NAME = 4096  # characters
 MAX_RECORDS = 100_000_000  # keys have eight digits
 MAX_SHARDS = 100_000
@@ -160,8 +160,8 @@ class Manifest(Struct, frozen=True, forbid_unknown_fields=True):
 class ColorStats:
     """Mean and principal components of the RGB pixels of a split, on the scale 0..255.
 
-    The square roots of `eigenvalues` are standard deviations in grey levels. Krizhevsky's code multiplies each standard
-    deviation by a draw from N(0, 0.1). For pixels in [0, 1], divide `eigenvalues` by 255². The eigenvalues in
+    The square roots of `eigenvalues` are standard deviations in grey levels. Krizhevsky's code multiplies each of them
+    by a random number from N(0, 0.1²). For pixels in [0, 1], divide `eigenvalues` by 255². The eigenvalues in
     fb.resnet.torch are for pixels in [0, 1].
     """
 

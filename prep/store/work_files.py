@@ -26,7 +26,7 @@ _Text = Annotated[str, Meta(max_length=65_536)]
 
 
 class PlanFile(Struct, frozen=True):
-    """The file plan.json: what no run of the build may change, and the inputs that the listing left out."""
+    """The file plan.json: values that are the same in every run of the build, and inputs that the listing left out."""
 
     settings: Settings
     tools: Annotated[dict[str, _Text], Meta(max_length=100)]

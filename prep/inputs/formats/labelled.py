@@ -108,8 +108,9 @@ class LabelledRows:
             unknown = [text for text in texts if text not in known]
             if names and unknown:
                 raise UserError(
-                    f"{self.origin}: {len(unknown):,} of the labels ({examples(unknown)}) not among the {len(names):,} "
-                    f"class names ({examples(names)}). Correct the labels or the list of class names."
+                    f"{self.origin}: {len(unknown):,} of the labels ({examples(unknown)}) "
+                    f"{'is' if len(unknown) == 1 else 'are'} not among the {len(names):,} class names "
+                    f"({examples(names)}). Correct the labels or the list of class names."
                 )
             classes = tuple(names) or order_classes(texts, self.origin)
             labels = _positions(texts, classes)

@@ -165,9 +165,8 @@ def _named_splits(source: Path) -> dict[str, Path]:
         if len(paths) > 1:
             left_out = ", ".join(path.name for path in paths[1:])
             say(f"{source}: {name} is read from {paths[0].name}; left out: {left_out}.")
-    is_class = any(
-        found[name] == source / f"{name}.tar" for name in found
-    )  # print the folders, because `train` may be the name of a class
+    # Beside many other tars, train.tar may be the tar of a class with the name `train`.
+    is_class = any(found[name] == source / f"{name}.tar" for name in found)
     others = [path for path in _files(source, ".tar") if path not in found.values() and "test" not in path.name]
     return {} if is_class and len(others) > len(found) else found
 

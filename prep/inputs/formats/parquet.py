@@ -320,7 +320,8 @@ def _offsets(packed: str, mtime_ns: int) -> npt.NDArray[np.int64]:
 def _unpack(path: Path, packed: Path, column: str) -> None:
     """Write the images of a Parquet file one after another into the file `packed`.
 
-    The offsets of the images (rows + 1 numbers) are written beside `packed`. Raises UserError for damage, and DiskFull.
+    The offsets of the images (rows + 1 numbers) are written beside `packed`. Raises UserError if the Parquet file is
+    damaged, and DiskFull if the disk is full.
     """
     try:
         packed.parent.mkdir(exist_ok=True)

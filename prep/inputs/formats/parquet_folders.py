@@ -20,15 +20,15 @@ from prep.inputs.formats.shards import files_by_split, split_of_folder
 from prep.store.manifest import SPLITS
 
 _MAX_CONFIGS = 100  # a folder with more subfolders is not searched for configurations
-_MAX_ENTRIES = 10_000  # a folder whose first entries include no Parquet file and no split is not searched further
+_MAX_ENTRIES = 10_000  # a folder counts as one without Parquet files if its first 10,000 entries include no such file
 _PARTIAL = "partial-"
 
 
 def parquet_splits(source: Path) -> dict[str, list[Path]]:
-    """Return {train or val: Parquet files, all in one folder}. {}: no file or folder has the name of a split.
+    """Return {split: Parquet files} of the splits train and val. All files of a split are in one folder.
 
-    Prints which other splits are left out, and whether only a part of a split exists. Raises UserError if there are
-    several configurations.
+    Returns {} if no file or folder has the name of a split. Prints which other splits are left out, and whether only a
+    part of a split exists. Raises UserError if there are several configurations.
     """
     folders = [path for path in _folders(source) if split_of_folder(path.name.removeprefix(_PARTIAL)) is None]
     found = _splits_in(source) or _splits_in(source / "data")
@@ -56,7 +56,10 @@ def _report_left_out(source: Path, found: dict[str, list[Path]]) -> None:
 
 
 def _splits_in(folder: Path) -> dict[str, list[Path]]:
-    """Return {train, val, test or "": files} of a folder. {}: neither a file nor a folder has the name of a split."""
+    """Return {split: files} of a folder; the key is train, val or test, or "" for files without the name of a split.
+
+    Returns {} if neither a file nor a folder has the name of a split.
+    """
     direct = files_by_split(_parquet_files(folder)) if folder.is_dir() else {}
     found: dict[str, list[Path]] = {}
     for below in _folders(folder):

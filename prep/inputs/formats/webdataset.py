@@ -42,9 +42,9 @@ class _Member:
 
     @property
     def is_image(self) -> bool:
-        """Return whether an extension is the extension of the sample's main image.
+        """Return whether this member is the main image of its sample.
 
-        For example, `seg.png` is the extension of another image.
+        A member with the extension `seg.png`, for example, is another image of the sample, not the main image.
         """
         return b"." not in self.kind and has_image_name(b"x." + self.kind)
 

@@ -85,7 +85,10 @@ class ZipReader:
         return content, crc32
 
     def _decompress(self, method: int, start: int, max_bytes: int) -> tuple[bytes, int]:
-        """Return the first `max_bytes` of a compressed member, and the position after its compressed bytes, or 0."""
+        """Return the first `max_bytes` of a compressed member, and the position after its compressed bytes.
+
+        The position is 0 if the end of the compressed bytes was not reached.
+        """
         file = open_file(str(self.root))
         try:
             decompressor, position = _make_decompressor(method, file.read_at(start, 9), start)

@@ -178,7 +178,7 @@ def _name_and_label(file: Path, lines: Sequence[tuple[int, str]], images: ImageN
             best, chosen, columns = max(scores), delimiter, scores
     if best < 0:
         are_single = [_is_single(line) for _, line in lines]
-        # Most lines have several columns, so the odd lines are those with a single column.
+        # The error shows a line of the rarer kind: a line with one column if most lines have several columns.
         odd = 2 * sum(are_single) < len(lines)
         number, line = lines[are_single.index(odd)] if odd in are_single else lines[0]
         raise UserError(f"--labels {file}, line {number}: {line[:60]!r}, expected `name label`.")

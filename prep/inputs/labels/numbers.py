@@ -141,8 +141,8 @@ class LabelTexts:
         unknown = sorted(text for text in self.texts if composed(text) not in label_of)
         if unknown:
             return (
-                f"{count_noun(len(unknown), 'label')} ({examples(unknown)}) not among the "
-                f"{count_noun(len(classes), 'class', 'classes')} of {self.owner} (first: {classes[0]})"
+                f"{count_noun(len(unknown), 'label')} ({examples(unknown)}) {'is' if len(unknown) == 1 else 'are'} not "
+                f"among the {count_noun(len(classes), 'class', 'classes')} of {self.owner} (first: {classes[0]})"
             )
         return {text: label_of[composed(text)] for text in self.texts}, classes
 
@@ -163,8 +163,8 @@ class LabelTexts:
         missing = sorted({synsets[number] for number in numbers.values()}.difference(classes))
         if missing:
             return (
-                f"{examples(missing)} of {devkit.path} not among the {count_noun(len(classes), 'class', 'classes')} "
-                f"of {self.owner} (first: {classes[0]})"
+                f"the synsets {examples(missing)} of {devkit.path} are not among the "
+                f"{count_noun(len(classes), 'class', 'classes')} of {self.owner} (first: {classes[0]})"
             )
         return {text: label_of[synsets[number]] for text, number in numbers.items()}, classes
 
@@ -194,9 +194,9 @@ def refuse_odd_labels(
     word = next((text for text in unknown if not is_number(text)), None)
     if not (known or may_mix) and number is not None and word is not None:
         raise UserError(
-            f"{where}: label {word[:40]} is not a number, but others are, such as {number}. See "
-            f"{example(word)[:100]}. Correct the line. If both are names of classes, pass --label-order name, or "
-            "give the names with --classes FILE."
+            f"{where}: label {word[:40]} is not a number, but other labels are numbers, such as {number}. See "
+            f"{example(word)[:100]}. Correct the line. If both labels are names of classes, pass --label-order name, "
+            "or give the names with --classes FILE."
         )
 
 

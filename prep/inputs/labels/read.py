@@ -50,7 +50,7 @@ def read_labels(
     classes of the store. Also raises UserError if the meaning of the labels is unclear.
     """
     if not names:
-        raise UserError(f"{root}: no photograph in it.")
+        raise UserError(f"{root}: no photograph found.")
     file, content, devkit = _find_labels(options, root, split)
     where = f"--labels {file}"
     images = ImageNames(names)

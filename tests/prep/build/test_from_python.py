@@ -200,7 +200,7 @@ def test_class_names_are_checked(tmp_path: Path) -> None:
     pixels = np.zeros((40, 40, 3), np.uint8)
     with pytest.raises(UserError, match="classes: x occurs twice"):
         build([(pixels, 0, "a")], tmp_path / "store", classes=["x", "x"])
-    with pytest.raises(UserError, match=r"1 of the labels \(q\) not among the 2 class names \(x, y\)"):
+    with pytest.raises(UserError, match=r"1 of the labels \(q\) is not among the 2 class names \(x, y\)"):
         build([(pixels, "x", "a"), (pixels, "q", "b")], tmp_path / "store", classes=["x", "y"])
     store = build([(pixels, "d\udcff", "n\ud800")], tmp_path / "store")
     assert store.classes == ("d\\udcff",)

@@ -255,7 +255,7 @@ def test_kinds_of_labels(tmp_path: Path) -> None:
     )
     with pytest.raises(UserError, match=r"label \[0, 1\]; expected the name of one class"):
         list_source(write(tmp_path / "l.parquet", {"image": three, "label": [[0, 1], [0], [1]]}), "train")
-    with pytest.raises(UserError, match=r"1 of the labels \(cow\) not among the 2 class names \(cat, dog\)"):
+    with pytest.raises(UserError, match=r"1 of the labels \(cow\) is not among the 2 class names \(cat, dog\)"):
         list_source(
             write(tmp_path / "n.parquet", {"image": three, "label": ["cat", "cow", "dog"]}, ["cat", "dog"]), "train"
         )
