@@ -1,15 +1,16 @@
-"""Edits files, and checks that commands refuse each edited file with one line of error, if the edit matters.
+"""Edits files, and checks that commands refuse each wrong file with one line of error.
 
     python -m tools.edit_files
     python -m tools.edit_files --only store/manifest.json --share 0.1 --json
 
 The tool makes an example of every file that the commands read (tools/edits/samples.py). The tool then edits a copy of
 each file. tools/edits/targets.py lists the files, the edits and the commands. After each edit, the tool runs a command
-that reads the file. Every command must do one of two things within the time limit and with less than 1 GB of memory:
+that reads the file. The command must end in one of two ways, within the time limit and with less than 1 GB of memory:
 
--   end with an exit code other than 0 and with one line that begins with `Error: `. The command may print notes before
-    the line of error. The command must not change files other than locks, hidden files, and the status of a run;
--   end with the exit code 0, if a rule in tools/edits/rules.py says that the edit does not matter.
+-   The command refuses the file: the exit code is not 0, and the last line begins with `Error: `. The command may print
+    notes before this line. The command must not change files, except the files that `_MAY_CHANGE` in
+    tools/edits/processes.py names, such as locks and the status of a run.
+-   The command accepts the file: the exit code is 0, and a rule in tools/edits/rules.py allows the edit.
 
 The output must never contain control characters. The exit code of the tool is 0 if all commands ended as required.
 """
@@ -41,22 +42,22 @@ from tools.edits.targets import TARGETS, UNCHANGED, Edit, Target, edits_of
 
 @dataclass(frozen=True)
 class Choice:
-    """The edits and commands to try. An empty tuple selects all files, all kinds or all commands."""
+    """Selects the edits and commands to try. An empty tuple selects all files, all kinds or all commands."""
 
     only: tuple[str, ...] = ()  # a file is selected if its path or FILE:FIELD contains one of these texts
     kinds: tuple[str, ...] = ()  # kinds of edits
     commands: tuple[str, ...] = ()  # a command is selected if its command line contains one of these texts
     every_command: bool = False  # True: run all commands that read the file; False: run one command for each edit
     share: float = 1.0  # share of the edits, 0 to 1
-    seed: int = 0  # seed of the choice of edits and commands
+    seed: int = 0  # seed of the random choice of edits and commands
 
 
-BELIEVED = "believed"  # verdict on a command that accepted an edit for which there is no rule
+BELIEVED = "believed"  # verdict on a command that accepted an edit although no rule allows the edit
 Job = tuple[Target, Edit, list[str]]
 
 
 def jobs_of(samples: Path, choice: Choice) -> list[Job]:
-    """Return the edits to try, each with the commands to run. Folders that `samples` lacks are left out."""
+    """Return the edits to try, each with the commands to run. Files of folders that `samples` lacks are left out."""
     rng, jobs = random.Random(choice.seed), []
     for target in TARGETS:
         is_there = (samples / target.file.split("/")[0]).exists()
@@ -111,7 +112,11 @@ def _work(jobs: Sequence[Job], samples: Path, limit_s: float, pipe: IO[str]) -> 
 
 
 def judged(outcome: Outcome) -> Outcome:
-    """Return an outcome with the verdict BELIEVED if the command accepted an edit without a rule."""
+    """Return an outcome with its final verdict.
+
+    The verdict is BELIEVED if the command accepted an edit that no rule allows, and `refused` if the command did not
+    accept an unchanged file.
+    """
     if outcome.kind == UNCHANGED:
         return outcome if outcome.verdict == ACCEPTED else replace(outcome, verdict="refused")
     if outcome.verdict == ACCEPTED and reason_to_accept(outcome) is None:
@@ -120,7 +125,7 @@ def judged(outcome: Outcome) -> Outcome:
 
 
 def table_lines(outcomes: Sequence[Outcome]) -> list[str]:
-    """Return a table with a line for each file and command: number of edits by verdict."""
+    """Return the lines of a table. Each line has a file, a command, and the number of outcomes for each verdict."""
     verdicts = [ONE_LINE, ACCEPTED]
     verdicts += sorted({outcome.verdict for outcome in outcomes} - set(verdicts))
     counts: dict[tuple[str, str], Counter[str]] = {}
@@ -137,9 +142,9 @@ def table_lines(outcomes: Sequence[Outcome]) -> list[str]:
 
 
 @click.command(context_settings=CONTEXT_SETTINGS)
-@click.option("--only", multiple=True, metavar="TEXT", help="Edit only files, or FILE:FIELD, that contain TEXT.")
-@click.option("--kind", "kinds", multiple=True, metavar="KIND", help="Try only edits of this kind, such as delete.")
-@click.option("--command", "commands", multiple=True, metavar="TEXT", help="Run only commands that contain TEXT.")
+@click.option("--only", multiple=True, metavar="TEXT", help="Make only edits whose FILE:FIELD contains TEXT.")
+@click.option("--kind", "kinds", multiple=True, metavar="KIND", help="Make only edits of this kind, such as delete.")
+@click.option("--command", "commands", multiple=True, metavar="TEXT", help="Run only command lines that contain TEXT.")
 @click.option(
     "--every-command",
     is_flag=True,
@@ -150,9 +155,9 @@ def table_lines(outcomes: Sequence[Outcome]) -> list[str]:
     type=click.FloatRange(0, 1, min_open=True),
     default=1.0,
     show_default=True,
-    help="Share of the edits to try.",
+    help="Share of the edits to make, drawn at random.",
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the choice of edits and commands.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the random choice.")
 @click.option("--jobs", type=click.IntRange(1, 64), default=1, show_default=True, help="Number of processes.")
 @click.option(
     "--limit", type=click.FloatRange(1), default=20.0, show_default=True, help="Time limit of a command in seconds."
@@ -162,7 +167,7 @@ def table_lines(outcomes: Sequence[Outcome]) -> list[str]:
     type=click.Path(path_type=Path, file_okay=False, exists=True),
     help="Folder of examples that tools.edits.samples has made.  [default: new examples]",
 )
-@click.option("--no-preload", is_flag=True, help="Import no large library in advance, for commands that need none.")
+@click.option("--no-preload", is_flag=True, help="Import no large libraries in advance, for commands that need none.")
 @click.option("--faults", type=click.IntRange(0), default=50, show_default=True, help="Number of faults to print.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object for each outcome.")
 def main(
@@ -174,10 +179,10 @@ def main(
     as_json: bool,
     **choice: Any,
 ) -> None:
-    """Edit every field of every file, and check that each command that reads the file refuses the edit in one line.
+    """Edit every field of every file, and check that the commands that read the file refuse it with one line of error.
 
-    The exit code is 1 if a command printed a traceback or several lines, did not end, used more than 1 GB of memory,
-    printed control characters, changed files, or accepted wrong content.
+    The exit code is 1 if a command accepted wrong content, refused an unchanged file, printed a traceback, several
+    lines or control characters, exceeded the time limit, used more than 1 GB of memory, or changed files.
 
     \b
     Example:
@@ -191,12 +196,13 @@ def main(
             made = subprocess.run(command, capture_output=True, text=True, check=False)
             if made.returncode:
                 raise click.ClickException(f"the examples could not be made: {made.stderr.strip()[-500:]}")
-        os.environ.pop("ALEXNET_STORE", None)  # otherwise some commands would not read run.json
+        # With ALEXNET_STORE, commands would not read the path of the store from run.json.
+        os.environ.pop("ALEXNET_STORE", None)
         import_modules(large=not no_preload)
         use_small_networks()
         chosen = jobs_of(samples.resolve(), Choice(**choice))
         if not chosen:
-            raise click.ClickException("The options choose no edit. Leave out --only, --kind and --command.")
+            raise click.ClickException("The options select no edit. Leave out --only, --kind or --command.")
         outcomes = []
         with progress("editing", sum(len(commands) for _, _, commands in chosen), "commands") as counter:
             for outcome in map(judged, run_jobs(chosen, samples.resolve(), jobs, limit)):

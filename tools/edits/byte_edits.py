@@ -1,4 +1,7 @@
-"""Edits of whole files: empty, truncated, replaced by a pipe, folder or link, of another encoding, or huge."""
+"""Edits of whole files: a file is emptied, truncated, replaced by a pipe, folder or link, encoded anew, or made huge.
+
+Also edits .npy files and the members of .npz files.
+"""
 
 from __future__ import annotations
 
@@ -14,13 +17,13 @@ from pathlib import Path
 
 import numpy as np
 
-Apply = Callable[[Path], object]  # changes the file at a path
+Apply = Callable[[Path], object]  # a function that changes the file at a path
 _HUGE_BYTES = 3_000_000_000
 _BOMB_BYTES = 2_000_000_000
 
 
 def any_file_edits() -> Iterator[tuple[str, Apply]]:
-    """Yield (kind, edit) for a file of any format."""
+    """Yield pairs (kind, edit) that apply to a file of any format."""
     yield "empty", lambda path: _write(path, b"")
     yield "truncated to 1 byte", lambda path: _write(path, path.read_bytes()[:1])
     for part in (1, 2, 3):
@@ -39,7 +42,7 @@ def any_file_edits() -> Iterator[tuple[str, Apply]]:
 
 
 def text_file_edits() -> Iterator[tuple[str, Apply]]:
-    """Yield (kind, edit) for a file of JSON or of JSON lines."""
+    """Yield pairs (kind, edit) for a file of JSON or of JSON lines."""
     yield "byte order mark", lambda path: _write(path, b"\xef\xbb\xbf" + path.read_bytes())
     yield "UTF-16", lambda path: _write(path, path.read_text().encode("utf-16"))
     yield "broken UTF-8", lambda path: _write(path, path.read_bytes().replace(b'"', b'"\xff\xc3', 1))
@@ -54,7 +57,7 @@ def text_file_edits() -> Iterator[tuple[str, Apply]]:
 
 
 def npy_file_edits() -> Iterator[tuple[str, Apply]]:
-    """Yield (kind, edit) for a .npy file of floating-point or integer numbers."""
+    """Yield pairs (kind, edit) for a .npy file of floating-point or integer numbers."""
     for kind, header in (
         ("dtype object", {"descr": "|O"}),
         ("dtype float64", {"descr": "<f8"}),
@@ -87,14 +90,14 @@ def npy_file_edits() -> Iterator[tuple[str, Apply]]:
 
 
 def npz_file_edits() -> Iterator[tuple[str, Apply]]:
-    """Yield (kind, edit) for a .npz file. Each member is edited like a .npy file by npz_member_edits."""
+    """Yield pairs (kind, edit) for a .npz file as a whole. npz_member_edits edits its members."""
     yield "unknown member", lambda path: _rezip(path, {"unknown.npy": b"text"})
     yield "member outside", lambda path: _rezip(path, {"../../outside.npy": b"text"})
     yield "without members", lambda path: _write(path, b"PK\5\6" + bytes(18))
 
 
 def npz_member_edits(member: str) -> Iterator[tuple[str, Apply]]:
-    """Yield (kind, edit) for one member of a .npz file, such as `labels`."""
+    """Yield pairs (kind, edit) for one member of a .npz file, such as `labels`."""
     name = f"{member}.npy"
     yield "missing", lambda path: _rezip(path, {name: None})
     yield "empty", lambda path: _rezip(path, {name: b""})
@@ -139,7 +142,7 @@ def _truncate(path: Path, share: float) -> None:
 def _make_socket(path: Path) -> None:
     path.unlink()
     before = Path.cwd()
-    os.chdir(path.parent)  # the address of a socket has at most 107 bytes
+    os.chdir(path.parent)  # a socket's address has at most 107 bytes, so `bind` gets the name without the folder
     try:
         with socket.socket(socket.AF_UNIX) as server:
             server.bind(path.name)
@@ -181,7 +184,7 @@ def _set_number(path: Path, number: float) -> None:
 
 
 def _rezip(path: Path, changes: dict[str, bytes | None], compression: int = zipfile.ZIP_STORED) -> None:
-    """Write an archive again, with other contents of some members. A member with the content None is left out."""
+    """Write an archive again with the new contents `changes` {name of a member: content}. None removes the member."""
     with zipfile.ZipFile(path) as archive:
         members: dict[str, bytes | None] = {name: archive.read(name) for name in archive.namelist()}
     with zipfile.ZipFile(path, "w", compression) as archive:
@@ -191,7 +194,7 @@ def _rezip(path: Path, changes: dict[str, bytes | None], compression: int = zipf
 
 
 def _bomb() -> bytes:
-    """Return an array of 2 GB of zeros, which are 2 MB in a compressed archive."""
+    """Return a .npy file that holds 2 GB of zeros. In a compressed archive, the file takes 2 MB."""
     header = io.BytesIO()
     np.lib.format.write_array_header_1_0(header, {"descr": "<f4", "fortran_order": False, "shape": (_BOMB_BYTES // 4,)})
     return header.getvalue() + bytes(_BOMB_BYTES)

@@ -1,4 +1,7 @@
-"""Edits of a checkpoint or of another file of torch.save: names, tensors and plain values, with a correct digest."""
+"""Edits of checkpoints and of other files that torch.save writes: names, tensors and plain values are changed.
+
+An edited checkpoint gets a correct digest again.
+"""
 
 from __future__ import annotations
 
@@ -17,14 +20,14 @@ from torch import Tensor
 from tools.edits.byte_edits import Apply
 from tools.edits.json_edits import Nested, plain, value_edits
 
-_NESTED_LISTS = 900  # torch.load cannot read a pickle of deeper lists
-_HUGE = 10**9  # numbers in a tensor of 4 GB
-_CODE = b"\x80\x02cos\nsystem\nX\x0e\0\0\0touch executedq\x01\x85R."  # os.system("touch executed")
+_NESTED_LISTS = 900  # levels of nested lists; torch.load cannot read a pickle with many more levels
+_HUGE = 10**9  # number of float32 values in a tensor of 4 GB
+_CODE = b"\x80\x02cos\nsystem\nX\x0e\0\0\0touch executedq\x01\x85R."  # a pickle that calls os.system("touch executed")
 TENSOR_GROUPS = ("parameters", "velocity")
 
 
 def sign(path: Path) -> None:
-    """Append the digest of a checkpoint (the docstring of train/runs/checkpoint.py) to an archive of torch.save."""
+    """Append a digest, as train/runs/checkpoint.py describes it, to an archive that torch.save has written."""
     content = path.read_bytes()
     assert content[-2:] == b"\0\0"
     body = content[:-2] + (7 + 64).to_bytes(2, "little")
@@ -36,7 +39,7 @@ def save_checkpoint(content: Any, path: Path) -> None:
     limit = sys.getrecursionlimit()
     sys.setrecursionlimit(20_000)
     try:
-        path.unlink()  # best.pt can be a hard link to the same file
+        path.unlink()  # best.pt can be a hard link to this file, and must not change
         torch.save(content, path)
     finally:
         sys.setrecursionlimit(limit)
@@ -44,7 +47,7 @@ def save_checkpoint(content: Any, path: Path) -> None:
 
 
 def checkpoint_edits(path: Path) -> Iterator[tuple[str, str, Apply]]:
-    """Yield (field, kind, edit) for the plain values and the tensors of a checkpoint.
+    """Yield triples (field, kind, edit) for the plain values and the tensors of a checkpoint.
 
     path  an intact checkpoint
     """
@@ -77,13 +80,13 @@ def checkpoint_edits(path: Path) -> Iterator[tuple[str, str, Apply]]:
 
 
 def _is_skipped(path: tuple[str | int, ...], value: Any) -> bool:
-    """Return whether value_edits leaves a field out: tensors, and all but the first of the sources of a recipe."""
+    """Return whether value_edits leaves a field out: a tensor, or the source of a recipe's field other than `lr`."""
     is_tensor = isinstance(value, Tensor) or (bool(path) and path[0] in TENSOR_GROUPS)
     return is_tensor or ("sources" in path[:-1] and path[-1] != "lr")
 
 
 def state_dict_edits(path: Path) -> Iterator[tuple[str, str, Apply]]:
-    """Yield (field, kind, edit) for a file of tensors, such as torchvision's weights."""
+    """Yield triples (field, kind, edit) for a file of tensors, such as torchvision's weights."""
     content = torch.load(path, map_location="cpu", weights_only=True)
     for name in (next(iter(content)), list(content)[-1]):
         for kind, change in group_edits(name):
@@ -110,7 +113,7 @@ def state_dict_edits(path: Path) -> Iterator[tuple[str, str, Apply]]:
 
 
 def group_edits(name: str) -> Iterator[tuple[str, Callable[[dict[str, Any]], Any]]]:
-    """Yield (kind, edit) for the tensor `name` of a dict of tensors."""
+    """Yield pairs (kind, edit) for the tensor `name` in a dict of tensors."""
     yield "delete", lambda group: group.pop(name)
     yield "renamed", lambda group: group.update({f"{name}\x1b[31m": group.pop(name)})
     yield "unknown tensor", lambda group: group.update({"unknown": torch.zeros(3)})
@@ -155,7 +158,7 @@ def _with_number(tensor: Tensor, number: float) -> Tensor:
 
 
 def archive_edits() -> Iterator[tuple[str, Apply]]:
-    """Yield (kind, edit) for the ZIP archive of torch.save."""
+    """Yield pairs (kind, edit) for the ZIP archive that torch.save writes."""
     yield "zip bomb", lambda path: _rezip(path, {"data/0": bytes(2_000_000_000)}, zipfile.ZIP_DEFLATED)
     yield "storage missing", lambda path: _rezip(path, {"data/0": None})
     yield "storage empty", lambda path: _rezip(path, {"data/0": b""})
@@ -171,7 +174,10 @@ def archive_edits() -> Iterator[tuple[str, Apply]]:
 
 
 def _growing_pickle() -> bytes:
-    """Return a pickle of a nested list, which prints 2^40 items: each of 40 levels has the previous level twice."""
+    """Return a small pickle of 40 nested levels. Each level refers twice to the previous level.
+
+    The printed value would therefore have 2^40 items.
+    """
     body = b"]q\0"
     for _ in range(40):
         body += b"h\0h\0\x86q\0"
@@ -218,7 +224,7 @@ def _edit_metadata(name: str, value: Any) -> Apply:
 
 
 def signed(apply: Apply) -> Apply:
-    """Return an edit that makes the edit `apply`, and then writes a correct digest."""
+    """Return an edit that makes the edit `apply` and then appends a correct digest."""
 
     def apply_and_sign(path: Path) -> None:
         apply(path)
@@ -235,7 +241,10 @@ def _replace_pickle(path: Path) -> None:
 
 
 def _rezip(path: Path, changes: Mapping[str, bytes | None], compression: int = zipfile.ZIP_STORED) -> None:
-    """Write the archive again. `changes` has names without the archive's folder; None leaves a member out."""
+    """Write the archive again with the new contents `changes` {name of a member: content}. None removes the member.
+
+    The names are those inside the archive's only folder.
+    """
     with zipfile.ZipFile(path) as archive:
         members: dict[str, bytes | None] = {name: archive.read(name) for name in archive.namelist()}
     folder = next(iter(members)).partition("/")[0]

@@ -1,6 +1,6 @@
-"""Edits of JSON values: each field deleted, of a wrong type, out of range, huge, nested, or with hostile text.
+"""Edits of JSON values: a field is deleted, or gets a value of a wrong type, out of range, huge, nested or hostile.
 
-The same edits apply to the plain values (texts, numbers, lists and dicts) in a checkpoint, which is a pickle.
+The same edits also change the plain values (texts, numbers, lists and dicts) of a checkpoint.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import Any
 Path = tuple[str | int, ...]
 
 NESTED_LISTS = 10_000
-_LONG_TEXT = 100_000  # characters
-_SHOWN_ITEMS = 2  # of a list with more items, only the first and the last item are edited
+_LONG_TEXT = 100_000  # number of characters
+_SHOWN_ITEMS = 2  # if a list has more items than this, only the first and the last item are edited
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Nested:
 
 @dataclass(frozen=True)
 class Twice:
-    """An object in which the key `key` occurs twice: first with `first`, then with its own value."""
+    """The object `content`, in whose JSON the key `key` occurs twice: first with the value `first`."""
 
     content: Mapping[str, Any]
     key: str
@@ -40,11 +40,11 @@ class ValueEdit:
 
     field: str  # for example `splits.train.shards.0.records`; empty for the whole value
     kind: str  # for example `delete` or `negative`
-    value: Any  # the whole edited value, in which Nested and Twice can occur
+    value: Any  # the content of the whole file after the edit; can contain Nested and Twice
 
 
 def encode(value: Any) -> str:
-    """Return a value as JSON. NaN and infinities are written as Python writes them."""
+    """Return a value as JSON. NaN and infinities are written as the json module of Python writes them."""
     if isinstance(value, Nested):
         return "[" * value.depth + "]" * value.depth
     if isinstance(value, Twice):
@@ -67,7 +67,7 @@ def value_edits(root: Any, skipped: Callable[[Path, Any], bool] = lambda path, v
         for kind, changed in _replacements(value):
             if path:
                 yield ValueEdit(name, kind, _replaced(root, path, changed))
-            elif kind not in ("null", "true", "text", "list", "object"):  # byte_edits replaces whole files by these
+            elif kind not in ("null", "true", "text", "list", "object"):  # byte_edits makes these edits of whole files
                 yield ValueEdit(name, kind, changed)
         if path and isinstance(path[-1], str):
             yield ValueEdit(name, "delete", _deleted(root, path))
@@ -164,7 +164,7 @@ def _deleted(root: Any, path: Path) -> Any:
 
 
 def plain(value: Any, depth: int) -> Any:
-    """Return an edited value without Nested and Twice, for a pickle. Lists are nested `depth` times."""
+    """Return an edited value for a pickle: Nested becomes `depth` nested lists, and Twice becomes its content."""
     if isinstance(value, Nested):
         nested: list[Any] = []
         for _ in range(depth):
@@ -180,9 +180,10 @@ def plain(value: Any, depth: int) -> Any:
 
 
 def field_matches(field: str, patterns: Sequence[str]) -> bool:
-    """Return whether a pattern names a field. In a pattern, `*` stands for any one part: `splits.*.account`.
+    """Return whether a pattern names the field `field`, such as `splits.train.account`.
 
-    A pattern also names all fields inside a field that the pattern names.
+    In a pattern, `*` stands for any one name between dots: `splits.*.account`. A pattern that names a field also names
+    all fields inside this field.
     """
     parts = field.split(".")
     for pattern in patterns:

@@ -1,9 +1,9 @@
-"""Runs commands in forks of a process that has imported all libraries, and judges how each command ends.
+"""Runs commands in forks of this process, and gives a verdict on how each command ended.
 
-Each command runs in its own fork, and a fork takes milliseconds. A command may use 1 GB of writable memory
-(RLIMIT_DATA) and 1 GB of resident memory (ru_maxrss, also of its worker processes) more than the fork has at its start.
-The libraries, such as torch, are loaded before the fork, so their memory does not count. A command that exceeds the
-time limit is ended.
+This process imports the libraries of the commands, such as torch, before it forks. A fork then takes milliseconds, and
+the memory of the libraries does not count. Above the memory that a fork has at its start, a command may use 1 GB of
+writable memory (RLIMIT_DATA) and 1 GB of resident memory (ru_maxrss, the largest of its processes). A command that
+exceeds the time limit is killed.
 """
 
 from __future__ import annotations
@@ -47,11 +47,12 @@ _OUT_OF_MEMORY = re.compile(
 )
 _BIDI = set("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\u2028\u2029")
 _RESULT = re.compile(r"(^|/)manifest\.json$|(^|/)(out|record|features)[^/]*$|\.(png|svg|html|npz|safetensors|onnx)$")
-# Files that a command may write before it ends with an error: locks and other hidden files, the files that have arrived
-# in an unfinished copy, and run.json, status.json and tensorboard/ of a run.
+# Files that a command may write before it ends with an error: locks, hidden files, the files of an unfinished copy, and
+# run.json, status.json and tensorboard/ of a run.
 _MAY_CHANGE = re.compile(r"^copy/|(^|/)\.|(^|/)part-\d+-of-\d+\.lock$|(^|/)(run|status)\.json$|(^|/)tensorboard(/|$)")
 
-ONE_LINE, ACCEPTED = "one line", "accepted"  # verdicts that are not faults by themselves
+# Verdicts on a command: it refused the file with one line of error, or it accepted the file. Neither is a fault.
+ONE_LINE, ACCEPTED = "one line", "accepted"
 FAULTS = ("traceback", "hang", "memory", "control characters", "several lines", "killed", "changed files")
 
 
@@ -63,17 +64,17 @@ class Outcome:
     field: str
     kind: str
     command: str
-    verdict: str  # ONE_LINE, ACCEPTED or one of FAULTS
-    exit_code: int  # −n after signal n
+    verdict: str  # ONE_LINE, ACCEPTED or the name of a fault
+    exit_code: int  # −n if signal n ended the command
     text: str  # the last line on standard error
     seconds: float
     memory_mb: int
 
 
 def import_modules(large: bool) -> None:
-    """Import the modules that commands import, so that forks need not import them again.
+    """Import the modules that commands use, so that a fork need not import them.
 
-    large  whether libraries such as torch and DALI are imported as well, which takes some seconds
+    large  True: also import large libraries such as torch and DALI, which takes some seconds
     """
     for name in (*_SMALL_MODULES, *(_MODULES if large else ())):
         import_module(name)
@@ -84,7 +85,10 @@ def import_modules(large: bool) -> None:
 
 
 def check_edit(target: Target, edit: Edit, commands: Sequence[str], samples: Path, limit_s: float) -> list[Outcome]:
-    """Apply an edit to a copy of the examples, run the commands, and return how each of them ended."""
+    """Apply an edit to a copy of the examples, run the commands, and return one Outcome for each command.
+
+    If a command changes a file of the copy, the next command gets a new copy.
+    """
     outcomes = []
     with tempfile.TemporaryDirectory(prefix="edit-files-") as folder:
         work, log = Path(folder, "work"), Path(folder, "log")
@@ -123,10 +127,10 @@ class _Ended:
 
 
 def _copy(samples: Path, names: Sequence[str], work: Path) -> None:
-    """Copy the files and folders `names` that `samples` has."""
+    """Copy those of the files and folders `names` that exist in `samples` into the new folder `work`."""
     work.mkdir()
     for name in names:
-        if name == "photos":  # no command writes into photos
+        if name == "photos":  # no command writes into photos, so a link is enough
             (work / name).symlink_to(samples / name)
         elif not (samples / name).exists():
             continue
@@ -137,7 +141,10 @@ def _copy(samples: Path, names: Sequence[str], work: Path) -> None:
 
 
 def _states(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Return the kind, size, modification time and inode of everything in a folder."""
+    """Return {relative path: (mode, size, modification time, inode)} of a folder's files, except those named .lock.
+
+    For a folder in the folder, the value has only the mode.
+    """
     states = {}
     for root, folders, files in os.walk(folder):
         for name in (*folders, *files):
@@ -151,9 +158,9 @@ def _states(folder: Path) -> dict[str, tuple[int, ...]]:
 
 
 def _changed(before: dict[str, tuple[int, ...]], after: dict[str, tuple[int, ...]]) -> list[str]:
-    """Return the files that a command changed, removed, or wrote although it refused to go on.
+    """Return the files that a command must not leave after an error: changed or removed files, and finished results.
 
-    A command may leave new files that no reader takes for a finished result, such as shards without a manifest.
+    A new file counts only if its name is that of a finished result. New shards without a manifest are allowed.
     """
     old = {name for name in before if before[name] != after.get(name)}
     new = {name for name in after if name not in before and _RESULT.search(name)}
@@ -171,7 +178,8 @@ def _run(command: str, work: Path, log: Path, limit_s: float) -> _Ended:
     os.close(writing)
     handle = os.pidfd_open(pid)
     ready: list[int] = []
-    # The wait is divided into slices, so that a time in which all processes are suspended counts as only one slice.
+    # The wait is divided into slices of half a second. If the machine suspends all processes for a time, this time
+    # counts as only one slice.
     for _ in range(int(limit_s / _SLICE_S)):
         ready, _, _ = select.select([handle], [], [], _SLICE_S)
         if ready:
@@ -221,7 +229,7 @@ def _child(command: str, work: Path, log: Path, writing: int) -> None:
 
 
 def _memory(name: str) -> int:
-    """Return a number of /proc/self/status in bytes."""
+    """Return the value of the line `name` in /proc/self/status, in bytes."""
     with open("/proc/self/status") as file:
         line = next(line for line in file if line.startswith(f"{name}:"))
     return int(line.split()[1]) * 1024

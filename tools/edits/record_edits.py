@@ -1,6 +1,7 @@
-"""Edits of a shard: records with other contents and a correct checksum, and changed pages of LMDB.
+"""Edits of a shard: changed records with correct checksums, and changed LMDB pages.
 
-The shard's digest, its sizes and the checksum of manifest.json are computed again, so that only the contents are wrong.
+After most edits of records, manifest.json gets the new digest and sizes of the shard, and a correct checksum. Only the
+contents of the records are then wrong.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def _read_varint(content: bytes, at: int) -> tuple[int, int]:
 
 
 def parse(value: bytes) -> Fields:
-    """Return the fields of an intact record by name."""
+    """Return {name of a field: value} for an intact record."""
     names = {number: name for name, number in _TAGS.items()}
     fields: Fields = {}
     at, end = 0, len(value) - 6
@@ -62,7 +63,7 @@ def parse(value: bytes) -> Fields:
 
 
 def serialized(fields: Fields, before: bytes = b"", after: bytes = b"") -> bytes:
-    """Return a record with a correct checksum.
+    """Return the bytes of a record with these fields and a correct checksum.
 
     before, after  bytes that are inserted before the first field and after the last field
     """
@@ -77,12 +78,12 @@ def serialized(fields: Fields, before: bytes = b"", after: bytes = b"") -> bytes
 
 
 def signed(body: bytes) -> bytes:
-    """Return the bytes of a record with the field of the checksum."""
+    """Return `body`, the bytes of a record without a checksum, followed by the checksum field."""
     return body + b"\xd5\x3e" + struct.pack("<I", zlib.crc32(body))
 
 
 def record_edits() -> Iterator[tuple[str, Apply]]:
-    """Yield (kind, edit) for a data.mdb in a store. The first record of the shard is edited."""
+    """Yield pairs (kind, edit) for a data.mdb in a store. Each edit changes the first record of the shard."""
     numbers = {"0": 0, "2^31": 1 << 31, "2^32": 1 << 32, "2^63": 1 << 63, "2^64 - 1": (1 << 64) - 1}
     for name in ("channels", "height", "width", "label", "encoded"):
         for text, number in numbers.items():
@@ -118,7 +119,7 @@ def record_edits() -> Iterator[tuple[str, Apply]]:
 
 
 def shard_edits() -> Iterator[tuple[str, Apply]]:
-    """Yield (kind, edit) for a data.mdb in a store: keys, order and number of the records."""
+    """Yield pairs (kind, edit) for a data.mdb in a store. The edits change keys, order and number of the records."""
     yield (
         "first two values swapped",
         _edit_records(lambda records: [(records[0][0], records[1][1]), (records[1][0], records[0][1]), *records[2:]]),
@@ -135,10 +136,11 @@ def shard_edits() -> Iterator[tuple[str, Apply]]:
 
 
 def page_edits() -> Iterator[tuple[str, Apply]]:
-    """Yield (kind, edit) for the pages of a data.mdb. The first two pages are the headers."""
-    # Offsets in a header page (LMDB's lmdb.h and mdb.c, version 0.9): magic 16, version 20, map size 32, then two
-    # databases of 48 bytes from 40 and 88. In a database: pad 0, flags 4, depth 6, branch pages 8, leaf pages 16,
-    # overflow pages 24, entries 32, root 40.
+    """Yield pairs (kind, edit) for the pages of a data.mdb. The first two pages are header pages."""
+    # Byte offsets in a header page (mdb.c of LMDB 0.9): magic 16, version 20, map size 32, last page 136, transaction
+    # 144. Two database descriptions of 48 bytes begin at 40 and at 88. Byte offsets in a description: pad 0 (in the
+    # first description: page size), flags 4, depth 6, branch pages 8, leaf pages 16, overflow pages 24, entries 32,
+    # root 40.
     for name, offset, size in (
         *(("flags of page", 10, 2), ("magic", 16, 4), ("version", 20, 4), ("map size", 32, 8), ("page size", 40, 4)),
         *(("flags", 92, 2), ("depth", 94, 2), ("branch pages", 96, 8), ("leaf pages", 104, 8)),
@@ -152,7 +154,7 @@ def page_edits() -> Iterator[tuple[str, Apply]]:
 
 
 def payloads() -> dict[str, bytes]:
-    """Return files that must not be the payload of a record of a store with JPEG images of 256 px."""
+    """Return image files that are wrong as the payload of a record, if the store has JPEG images of 256 px."""
 
     def image(format: str, size: tuple[int, int], mode: str = "RGB", **options: Any) -> bytes:
         file = io.BytesIO()
@@ -160,7 +162,7 @@ def payloads() -> dict[str, bytes]:
         return file.getvalue()
 
     jpeg = image("JPEG", (256, 256))
-    header = jpeg.index(b"\xff\xc0") + 5  # position of height and width, two bytes each
+    header = jpeg.index(b"\xff\xc0") + 5  # offset of the height; the height and the width have two bytes each
     bomb = jpeg[:header] + b"\xff\xdc\xff\xdc" + jpeg[header + 4 :]
     return {
         "PNG": image("PNG", (256, 256)),
@@ -218,7 +220,7 @@ def _edit_records(change: Callable[[Records], Records], sign: bool = True) -> Ap
 
 
 def sign_manifest(path: Path, records: Records) -> None:
-    """Write the digest, the sizes and the number of the records of a shard into manifest.json."""
+    """Write a shard's digest, size and number of records into manifest.json, with correct fingerprints and checksum."""
     split_name, shard_name = path.parts[-3:-1]
     manifest = path.parents[2] / "manifest.json"
     data = json.loads(manifest.read_bytes())
@@ -259,7 +261,7 @@ def _set_header(path: Path, offset: int, size: int, number: int) -> None:
 
 
 def _damage_pages(path: Path, seed: int) -> None:
-    """Change 20 bytes in the headers of the pages after the first two pages."""
+    """Change 20 random bytes: each is one of the first 64 bytes of a page after the two header pages."""
     rng, content = random.Random(seed), bytearray(path.read_bytes())
     for _ in range(20):
         page = rng.randrange(2, len(content) // 4096)

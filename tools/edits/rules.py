@@ -1,7 +1,7 @@
-"""Rules that say which edits a command may accept, because no reader can know that the new content is wrong.
+"""Rules that say which edits a command may accept, each with its reason.
 
-A rule names files, fields and kinds of edits. An edit that no rule names must be refused by every command that reads
-the file. No rule allows control characters in the output, tracebacks or other faults.
+A rule names files, fields, kinds of edits and commands. If no rule names an edit, every command that reads the file
+must refuse the edit. No rule allows control characters in the output, tracebacks or other faults.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from tools.edits.json_edits import field_matches
 
 
 class Edited(Protocol):
-    """An edit, and the command that was run."""
+    """An edit, and the command that was run after the edit."""
 
     @property
     def file(self) -> str:
@@ -34,7 +34,7 @@ class Edited(Protocol):
         """Command line."""
 
 
-# Kinds of edits whose value has the same type and range as the intact value.
+# Kinds of edits of json_edits.py that replace a number by another number, or a text by another text.
 _OTHER_NUMBERS = ("plus 1", "minus 1", "zero", "number", "fraction", "negative")
 _OTHER_TEXTS = ("other text", "long text", "outside", "absolute")
 _ODD_TEXTS = ("escape code", "C1 control", "newline", "NUL", "bidi", "empty text")
@@ -59,7 +59,7 @@ class Rule:
     """Edits that a command may accept. An empty tuple stands for all fields, kinds or commands."""
 
     reason: str
-    files: tuple[str, ...]  # patterns as of fnmatch
+    files: tuple[str, ...]  # patterns of paths, for fnmatch
     fields: tuple[str, ...] = ()  # patterns of json_edits.field_matches
     kinds: tuple[str, ...] = ()
     commands: tuple[str, ...] = ()  # the rule holds for command lines that contain one of these texts
@@ -77,7 +77,7 @@ class Rule:
 RULES: Sequence[Rule] = (
     Rule("A link to a file with the same content gives the same result.", ("*",), ("",), ("link out of the folder",)),
     Rule(
-        "Versions of tools are for information, and are compared only when a build is resumed.",
+        "The versions of tools are for information. Only a resumed build compares them.",
         ("store/manifest.json",),
         ("tools",),
         (*_OTHER_TEXTS, *_ODD_TEXTS, "delete", "unknown field", "empty"),
@@ -102,7 +102,7 @@ RULES: Sequence[Rule] = (
     ),
     Rule("The command does not read the file again.", ("store/train/*",), (), (), ("alexprep inspect --store store",)),
     Rule(
-        "`alexprep verify` compares all records with their digests, so the edited bytes belong to no record.",
+        "The edited bytes can be unused. If they belong to a record, `alexprep verify` finds a wrong digest.",
         ("store/*/data.mdb",),
         ("pages",),
     ),
@@ -123,7 +123,7 @@ RULES: Sequence[Rule] = (
     Rule("A journal that cannot be used is left out, and the file is copied again.", ("copy/*",)),
     Rule("A log of events has no effect on a run.", ("run/tensorboard/*",)),
     Rule(
-        "A damaged line is left out, because a crash of the machine can leave a part of a line.",
+        "Readers leave out a damaged line, because a crash of the machine can leave an incomplete line.",
         ("run/metrics.jsonl", "run/evaluations.jsonl"),
     ),
     Rule("The status is written again when the run continues.", ("run/status.json",)),
@@ -136,15 +136,15 @@ RULES: Sequence[Rule] = (
         (*_OTHER_TEXTS, *_ODD_TEXTS),
     ),
     Rule(
-        "The settings of the run are in its checkpoint. If they agree, run.json is written again.",
+        "The settings of the run are also in its checkpoint. If both agree, the run writes run.json again.",
         ("run/run.json", "ensemble/member-1/run.json"),
         (),
         (),
         ("alextrain run",),
     ),
-    Rule("A further member of the archive is not read.", ("weights.pth", "exported.pth"), (), ("member outside",)),
+    Rule("An additional member of the archive is not read.", ("weights.pth", "exported.pth"), (), ("member outside",)),
     Rule(
-        "The times of the inputs matter only if the inputs are built again.",
+        "Times and locations of the inputs matter only if the inputs are read again.",
         ("ready/*/inputs.npz",),
         ("stamp_ns", "at"),
         ("first number NaN", "first number Infinity", "first number 1e30", "first number negative"),
@@ -171,5 +171,5 @@ RULES: Sequence[Rule] = (
 
 
 def reason_to_accept(edited: Edited) -> str | None:
-    """Return why a command may accept an edit; None if the command must refuse the edit."""
+    """Return the reason why a command may accept an edit, or None if the command must refuse the edit."""
     return next((rule.reason for rule in RULES if rule.allows(edited)), None)

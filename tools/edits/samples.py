@@ -2,14 +2,15 @@
 
     photos/ more/     photographs in class folders
     store/ other/     finished stores with the splits train and val
-    parts/            a store of which part 1 of 2 is built
-    ready/            a store of which all parts are built, for `alexprep join`
-    merge/            an unfinished merge of store and other
-    copy/             an unfinished copy of store
-    export/           a finished export of store
+    parts/            an unfinished build in two parts: part 1 is built
+    ready/            an unfinished build in two parts: both parts are built, and `alexprep join` can complete the store
+    merge/            an unfinished merge of store/ and other/
+    copy/             an unfinished copy of store/
+    export/           a finished export of store/
     run/              a run with checkpoints, evaluations, class probabilities and an index of activations
     imported/         a run that was imported from weights.pth
-    ensemble/ ablations/   two networks trained together; two networks that were compared
+    ensemble/         two networks that were trained together
+    ablations/        the runs of `alextrain ablate`
 
 The networks have 8 to 16 units in a layer, so that a command that loads a network needs no more than a second.
 """
@@ -41,7 +42,7 @@ class _Stopped(Exception):
 
 
 class _StoppingRunner:
-    """A runner that works in this process and stops after `after` results of the function named `work`."""
+    """A runner that runs tasks in this process. It raises _Stopped after `after` tasks of the function named `work`."""
 
     jobs = 1
 
@@ -49,10 +50,10 @@ class _StoppingRunner:
         self.work, self.after = work, after
 
     def check_machines(self, folder: Path | None, source: Path, versions: Callable[[], dict[str, str]]) -> None:
-        """Does nothing, because all tasks run in this process."""
+        """Do nothing, because all tasks run in this process."""
 
     def map(self, work: Any, tasks: Iterable[Any], on_progress: Any) -> Generator[tuple[Any, Any], None, None]:
-        """Run the tasks one after another. Raises _Stopped after `after` tasks."""
+        """Yield each task with its result. Raises _Stopped after `after` tasks of the function named `work`."""
         done = 0
         for task in tasks:
             yield task, work(task, TaskProgress())
@@ -62,7 +63,7 @@ class _StoppingRunner:
 
 
 def use_small_networks() -> None:
-    """Give every architecture layers of 8 to 16 units, in this process and in the processes that it forks."""
+    """Give every architecture layers of 8 to 16 units, in this process and in its forks."""
     from train.config.architecture import ARCHITECTURES, Widths
 
     for name, architecture in ARCHITECTURES.items():
@@ -82,7 +83,10 @@ def call_command(program: str, *words: object) -> None:
 
 
 def make_photographs(folder: Path, seed: int) -> Path:
-    """Write coloured photographs of 40 px in class folders of the splits train and val, and return `folder`."""
+    """Write random images of 40 × 44 px into class folders of the splits train and val, and return `folder`.
+
+    One file in the split train is broken.
+    """
     rng = np.random.default_rng(seed)
     for split, count in (("train", TRAIN_IMAGES), ("val", VAL_IMAGES)):
         for number in range(count):
@@ -96,7 +100,7 @@ def make_photographs(folder: Path, seed: int) -> Path:
 
 
 def make_samples(folder: Path) -> None:
-    """Write all examples into `folder`, which must be empty. Writing takes about a quarter of a minute on one core."""
+    """Write all examples into the empty folder `folder`. This takes about 15 s on one core."""
     use_small_networks()
     before = Path.cwd()
     os.chdir(folder)
@@ -113,7 +117,7 @@ def _make_stores() -> None:
         call_command("prep", *build, make_photographs(Path(photos), seed), "--store", store)
     small = (*build[:-1], "32", "photos/train", "--split", "train", "--store", "parts", "--part", "1/2")
     call_command("prep", *small)
-    for part in ("1/2", "2/2"):  # without locks, only `alexprep join` completes the store
+    for part in ("1/2", "2/2"):  # with --no-lock, the last part does not complete the store; `alexprep join` does
         call_command("prep", *small[:-3], "ready", "--part", part, "--no-lock")
     call_command("prep", "export-files", "export", "--store", "store", "--jobs", "1")
 

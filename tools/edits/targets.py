@@ -21,7 +21,7 @@ from tools.edits.byte_edits import (
 from tools.edits.json_edits import encode, value_edits
 from tools.edits.record_edits import digest_of, page_edits, record_edits, shard_edits
 
-UNCHANGED = "unchanged"  # kind of an edit that changes nothing, after which the commands must accept the file
+UNCHANGED = "unchanged"  # kind of the edit that changes nothing; commands must accept the unchanged file
 PACKAGES = {"alexprep": "prep", "alexstream": "pipeline", "alextrain": "train"}
 
 
@@ -30,8 +30,8 @@ class Edit:
     """One edit of one file."""
 
     file: str  # path relative to the folder of the examples
-    field: str  # field of a JSON document, member of an archive, or empty for the whole file
-    kind: str  # what the edit does, for example `delete`
+    field: str  # field of a JSON document, or member of an archive; empty if the edit concerns the whole file
+    kind: str  # name of the change, for example `delete`
     apply: Apply
 
 
@@ -41,8 +41,8 @@ class Target:
 
     file: str
     format: str  # json, lines, npy, npz, shard, checkpoint, archive, state_dict or bytes
-    folders: Sequence[str]  # folders and files of the examples that the commands need
-    commands: Sequence[str]  # command lines; the working directory has a copy of `folders`
+    folders: Sequence[str]  # folders and files of the examples that the commands need in their working directory
+    commands: Sequence[str]  # command lines
 
 
 _OPENS_STORE = (
@@ -110,7 +110,7 @@ _READS_RECORDS = (
 
 
 def _in_build(folder: str, names: dict[str, str], folders: Sequence[str], commands: Sequence[str]) -> Iterator[Target]:
-    """Yield the targets for files of an unfinished build. `names` has the format of each file."""
+    """Yield the targets for files of the unfinished build `folder`. `names` is {name of a file: format}."""
     for name, format in names.items():
         yield Target(f"{folder}/train/.build/{name}", format, (folder, *folders), commands)
 
@@ -179,12 +179,15 @@ TARGETS = (
 
 
 def is_further_source(path: tuple[str | int, ...], value: Any) -> bool:
-    """Return whether a field is the source of a recipe's field other than `lr`. Only the source of `lr` is edited."""
+    """Return whether `path` is the source of a recipe's field other than `lr`. Such sources are not edited."""
     return "sources" in path[:-1] and path[-1] != "lr"
 
 
 def real_path(samples: Path, file: str) -> str:
-    """Return the path of a target whose name depends on the clock or on a digest, relative to `samples`."""
+    """Return the path of a target's file, relative to `samples`.
+
+    `SCORES` and `EVENTS` stand for files whose names contain a digest or a time.
+    """
     for name, pattern in (("SCORES", "scores-*.npz"), ("EVENTS", "events.*")):
         if file.endswith(name):
             folder = samples / file.removesuffix(name)
@@ -194,7 +197,7 @@ def real_path(samples: Path, file: str) -> str:
 
 def edits_of(target: Target, samples: Path) -> Iterator[Edit]:
     """Yield all edits of a target. `samples` is the folder of the intact examples."""
-    if target.format in ("checkpoint", "archive", "state_dict"):  # edits of checkpoints load torch
+    if target.format in ("checkpoint", "archive", "state_dict"):  # imported only here, because the module loads torch
         from tools.edits.checkpoint_edits import archive_edits, checkpoint_edits, signed, state_dict_edits
     file = real_path(samples, target.file)
     path = samples / file
@@ -248,7 +251,7 @@ def _unchanged(value: Any, text: str) -> str:
 
 
 def _signed_manifest(value: Any, text: str) -> str:
-    """Return the text of an edited manifest with a correct checksum, if the checksum itself is not edited."""
+    """Return the text of an edited manifest with a correct checksum. An edited checksum is kept."""
     try:
         read = json.loads(text)
         stated = read.pop("checksum")
