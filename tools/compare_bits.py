@@ -1,6 +1,6 @@
 """Check that this working tree computes the same bits as another revision of the repository.
 
-    python -m tools.compare_bits            # with 595f19d, before the packages were divided into subpackages
+    python -m tools.compare_bits            # compares with 595f19d, before the packages were divided into subpackages
     python -m tools.compare_bits HEAD~1
 
 The tool copies both trees into a temporary folder and compiles their C kernels there. You can therefore edit the
@@ -13,7 +13,7 @@ results, in processes that import only the packages of that tree:
 
 tools/tree_bits.py hashes each result of each tree, and this tool compares the hashes. The exit code is 0 if all hashes
 are the same. The exit code is 1 if a hash differs or a command failed. The comparison takes 7 minutes on two cores, and
-3 GB of disk space in the temporary folder.
+needs 3 GB of disk space in the temporary folder.
 """
 
 from __future__ import annotations
@@ -121,10 +121,7 @@ class Tree:
         return self.scratch / f"store-{name}"
 
     def _check_kernels(self, loaded: Sequence[str], expected: Sequence[str]) -> None:
-        """Raises UserError if expected kernels were not loaded.
-
-        Also raises UserError if kernels were loaded although none are expected.
-        """
+        """Raise UserError if an expected kernel was not loaded, or if kernels were loaded although none is expected."""
         packages = sorted({library.split("/")[0] for library in loaded})
         missing = sorted(set(expected) - set(packages))
         if missing:

@@ -1,7 +1,7 @@
 """Build hook for pip (hatchling): compiles each kernels.c of the packages, if a C compiler is available.
 
-The compiler is $CC or cc. A library runs on any machine with the architecture of the build machine. On x86, if
-the compiler supports target_clones, each function is compiled twice, so that the library uses AVX2 if the CPU has AVX2.
+The compiler is $CC or cc. A compiled library runs on any machine with the architecture of the build machine. If an x86
+compiler supports target_clones, it compiles each function twice: with AVX2, for CPUs that have AVX2, and without.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
-# The -fno options do not change results. Without the -fno options, the compiler would have to preserve errno and
-# floating-point traps, which the kernels do not use. The compiler would then not vectorize loops.
+# The -fno options do not change results. Without these options, the compiler must preserve errno and floating-point
+# traps, which the kernels do not use, and cannot vectorize some loops.
 FLAGS = ["-std=gnu11", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared"]
 
 

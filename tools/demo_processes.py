@@ -20,7 +20,7 @@ from prep.cluster import ray_module
 from prep.console import UserError, duration_text
 
 NODE_BYTES = 150_000_000  # size of the object store of a node, in shared memory
-LIMIT_S = 900.0  # longest time of each wait
+LIMIT_S = 900.0  # longest time that `wait_until` waits
 
 
 def script(name: str) -> Path:
@@ -31,7 +31,7 @@ def script(name: str) -> Path:
 def wait_until(reached: Callable[[], bool], what: str, limit_s: float = LIMIT_S) -> None:
     """Wait until `reached()` returns True.
 
-    Raises UserError after `limit_s` seconds. `what` is the name of the condition, for the message.
+    Raises UserError after `limit_s` seconds. The message names the condition with the text `what`.
     """
     deadline = time.monotonic() + limit_s
     while not reached():
@@ -45,8 +45,8 @@ def cluster_of_nodes(count: int) -> Iterator[tuple[Any, list[Any]]]:
     """Start a Ray cluster with a head node without cores, and `count` nodes with one core each.
 
     Yields (cluster, list of the `count` nodes). All processes and files of the cluster are removed after the `with`
-    block. The cluster has its own temporary folder. If this machine has another cluster, the address `auto` still means
-    that cluster. Raises UserError if a node does not start.
+    block. The cluster has its own temporary folder. If another cluster runs on this machine, Ray's address `auto`
+    therefore still means the other cluster. Raises UserError if a node does not start.
     """
     ray_module()
     from ray.cluster_utils import Cluster

@@ -4,14 +4,14 @@
 
 Run the command from the root of a checkout, or with the checkout on PYTHONPATH. The project need not be installed.
 Triton needs a C compiler. Without a compiler, the network uses PyTorch's operators. The printed line `triton` then
-gives the reason for not using Triton. The plan is that all parts together take under five minutes on an H200 with 16
-CPU cores. --help lists the parts with their planned times, and --only chooses parts. At the end, the program names the
+gives the reason for not using Triton. All parts together should take less than five minutes on an H200 with 16 CPU
+cores. --help lists the parts with their planned times, and --only chooses parts. At the end, the program names the
 parts that took longer than planned.
 
---make-stores makes photographs and a store of 24,000 records of each format, unless the folder has them. With --store
-and --ppm-store, other stores are used. A store of 3,200 records is enough for every part except `runs`, because the
-stream starts a new epoch when an epoch ends. In `runs` each epoch ends with a checkpoint, so an epoch should have at
-least 20 steps.
+--make-stores FOLDER makes a store of 24,000 JPEG records and a store of 24,000 PPM records. Stores that the folder
+already has are used. With --store and --ppm-store, other stores are used. A store of 3,200 records is enough for every
+part except `runs`, because the stream starts a new epoch when an epoch ends. In `runs` each epoch ends with a
+checkpoint, so an epoch should have at least 20 steps.
 
 Each check prints ok or FAILED, the measured value and the limit. The checks:
 
@@ -19,7 +19,7 @@ Each check prints ok or FAILED, the measured value and the limit. The checks:
     The batches are in NCHW and NHWC, with each kind of mean (channel, image, aligned). A larger difference is allowed
     for JPEG records, because nvJPEG and libjpeg-turbo upsample chroma differently. For PPM records, only differences
     by the rounding of float32 are allowed.
--   Batches of the stream on the GPU must be equal to the bit to the same batches of a resumed stream.
+-   The batches of a resumed stream on the GPU must be equal, bit for bit, to the same batches of the first stream.
 -   Logits and gradients of the network in each precision are compared with logits and gradients in float64 on the CPU.
     The network runs on one GPU, and on two GPUs if there are two.
 -   Local response normalization, in the implementation chosen for this device, is compared with torch's layer in
@@ -27,10 +27,9 @@ Each check prints ok or FAILED, the measured value and the limit. The checks:
 -   The kernels between the convolutions, for 512 images in float32 and bfloat16, are compared with operators in float64
     (tools/gpu/epilogues.py).
 -   Two runs of three steps with the same seed are compared.
--   The checkpoints of two runs of `alextrain run --deterministic` must be equal to the bit. One run is killed with
-    SIGKILL and resumed, and the other is not interrupted.
-
-A further check is that a training step never makes the host wait for the GPU.
+-   The checkpoints of two runs of `alextrain run --deterministic` must be equal, bit for bit. One run is killed with
+    SIGKILL and resumed. The other run is not interrupted.
+-   A training step must never make the host wait for the GPU.
 
 The rates are medians over turns of 0.6 seconds each. Contestants take turns, and the devices are idle before and after
 each turn. The first round is not counted (see tools/bench/harness.py):
@@ -38,26 +37,28 @@ each turn. The first round is not counted (see tools/bench/harness.py):
     stream of jpeg       the stream alone; its batches are discarded
     decoder of jpeg      DALI's decoder alone, with records in memory
     fp32, tf32, bf16     training steps on one batch that stays on the GPU
-    bf16 from jpeg       steps on batches of the stream; column `of ours`: rate / rate of bf16. The goal is 0.98 or more
-                         from PPM records; from JPEG records, 0.95 or more of the smaller of bf16 and the decoder
+    bf16 from jpeg       steps on batches of the stream; column `of ours`: rate / rate of bf16. For PPM records the goal
+                         is 0.98 or more. For JPEG records the goal is 0.95 or more of the smaller of two rates, bf16
+                         and the decoder
     bf16, one GPU        the same step as bf16, with both columns on the first GPU; measured if there are two GPUs
 
 The rate of `alextrain run` comes from its metrics.jsonl (tools/gpu/runs.py), without checkpoints and validations. The
-goal is 0.95 or more of the rate of steps that the stream feeds. The times of the kernels between the convolutions are
+goal is 0.95 or more of the rate of steps on batches of the stream. The time of each kernel between the convolutions is
 compared with the time of a copy that reads and writes the same number of bytes (tools/gpu/epilogue_times.py). The goal
 is at most twice the time of the copy.
 
 With --cudnn-benchmark, cuDNN tries its algorithms for each new shape of tensors and then uses the fastest algorithm.
 To measure the effect, run the tool once with and once without this option.
 
-The tool also measures steps on batches of other sizes, the time of a step by kind of kernel (torch.profiler), and the
-memory of a step's tensors. The tool measures the time for which a step occupies the host (goal: at most 200 µs). The
-tool also measures two kinds of steps: launched kernel by kernel, and replayed from a CUDA graph as in `alextrain run`.
-All other rates of steps are rates of the step of `alextrain run`, which also updates the counters of the metrics. The
-share of the peak rate counts two operations for each multiply-add. A step has three times the multiply-adds of a
-forward pass, minus those of the gradient of the image, which is not computed. The peak rate is the rate for dense
-matrix products in bfloat16 on the data sheet. The hours are the time of 90 epochs of 1,281,167 images. The goal is less
-than 2 hours.
+The tool also measures steps on batches of other sizes, the time that a step spends in each kind of kernel
+(torch.profiler), and the memory of a step's tensors. The tool measures the time for which a step occupies the host
+(goal: at most 200 µs). The tool also compares a step that is launched kernel by kernel with a step that is replayed
+from a CUDA graph, as in `alextrain run`. All other rates of steps are rates of the step of `alextrain run`, which also
+updates the counters of the metrics.
+
+The share of the peak rate counts two operations for each multiply-add. A step has three times the multiply-adds of a
+forward pass, except that the gradient of the image is not computed. The peak rate is the rate for dense matrix products
+in bfloat16 on the data sheet. The hours are the time of 90 epochs of 1,281,167 images. The goal is less than 2 hours.
 
 The tool prints the table of docs/measurements.md with its column `after` filled in; --table also writes it to a
 file. The exit code is 0 if every check is ok, and 1 if a check failed or there is no GPU. `--device cpu --quick` runs
@@ -115,14 +116,14 @@ def parse_settings(
 @click.option(
     "--ppm-store",
     type=click.Path(path_type=Path),
-    help="Store of PPM records, which is also checked and measured.  [default: none]",
+    help="Store of PPM records to check and measure, too.  [default: none]",
 )
 @click.option(
     "--make-stores",
     "stores_folder",
     type=click.Path(path_type=Path),
-    help="Folder in which two stores of synthetic photographs are made, unless the folder has the stores. "
-    "These stores replace --store and --ppm-store.  [default: none]",
+    help="Folder with two stores of synthetic photographs, which are used instead of --store and --ppm-store. Stores "
+    "that the folder does not have are made.  [default: none]",
 )
 @click.option(
     "--only",
@@ -135,7 +136,7 @@ def parse_settings(
     type=click.Choice(["cuda", "cpu"]),
     default="cuda",
     show_default=True,
-    help="Kind of device to check; `cpu` is only for trying the tool.",
+    help="Kind of device to check. `cpu` is for trying the tool without a GPU.",
 )
 @click.option(
     "--gpus",
@@ -279,7 +280,7 @@ def batch_lines(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def kind_lines(kinds_by_precision: dict[str, dict[str, float]]) -> list[str]:
-    """Return a line for each precision: time of a step by kind of kernel."""
+    """Return a line for each precision: the time that a step spends in each kind of kernel."""
     return [
         f"{precision:5} ms a step: " + ", ".join(f"{kind} {ms:.2f}" for kind, ms in kinds.items())
         for precision, kinds in kinds_by_precision.items()

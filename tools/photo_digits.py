@@ -1,20 +1,20 @@
 """Data set of the demo, in ILSVRC's layout: real handwritten digits drawn over real photographs.
 
 The data set is made from two data sets of scikit-learn. Each of the 1,797 digits of load_digits (8×8 px, grey levels 0
-to 16) is drawn large and bright over a part of a photograph. The part is darkened, and belongs to one of the two
+to 16) is drawn large and bright over a photograph. The photograph is a darkened random part of one of the two
 photographs of load_sample_images. As in ILSVRC, sizes and orientations vary, some files are greyscale or CMYK, and two
 PNG files have names that end in .JPEG.
 
     OUT/train/n00000007/n00000007_0042.JPEG     a folder for each class
     OUT/val/PhotoDigits_val_00000001.JPEG       all validation images in one folder
-    OUT/val.txt                                 the name and the class of a validation image on each line
+    OUT/val.txt                                 each line has the name and the class of a validation image
 
     python -m tools.photo_digits OUT
 
-With --hard the data set is about as hard as CIFAR-10 for a linear classifier (docs/measurements.md). The photographs
-are brighter than without --hard, and the digits are darker and more colourful. The side of a digit is 0.6 to 1 times
-the side of the central square; without --hard, it is 0.8 to 1 times this side. Digits are rotated by up to 15°. Each
-training digit is drawn four times.
+With --hard the data set is about as hard as CIFAR-10 for a linear classifier (docs/measurements.md). With --hard, the
+photographs are brighter, and the digits are darker and more colourful. The side of a digit is 0.6 to 1 times the side
+of the central square, instead of 0.8 to 1 times. Digits are rotated by up to 15°. Each training digit is drawn four
+times.
 """
 
 from __future__ import annotations

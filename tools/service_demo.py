@@ -1,4 +1,4 @@
-"""Demo of the service: kills a node during training, and compares the weights with weights without the service.
+"""Demo of the service: kills a node during training, and compares the weights with those of a run without the service.
 
     python -m tools.service_demo
 
@@ -10,7 +10,7 @@ trains both runs again without the service, and compares the files of the runs. 
 must have the same bits.
 
 The exit code is 0 if all files are equal, and 1 if a file differs or a command fails. The demo takes a few minutes on
-two cores, and 1 GB of disk space in the temporary folder. The demo needs the extra `cluster`.
+two cores, and needs 1 GB of disk space in the temporary folder. The demo needs the extra `cluster`.
 """
 
 from __future__ import annotations
@@ -134,8 +134,8 @@ def train_with_service(store: Path, folder: Path, steps: int, seed: int, clock: 
 def choose_kill(seed: int, steps: int, nodes: Sequence[str], coordinator_node: str) -> tuple[str, int]:
     """Choose the node to kill, and a step in the middle third of the training at which it is killed.
 
-    The node of the coordinator is not chosen. The service survives the loss of the coordinator's node, too. The new
-    coordinator, however, counts images and retries from zero.
+    The node of the coordinator is not chosen. The service would survive the loss of this node, but the new coordinator
+    would count images and retries from zero.
     """
     chance = random.Random(seed)
     return (
@@ -167,7 +167,7 @@ def train_alone(store: Path, folder: Path, steps: int) -> None:
 
 
 def compare_runs(folder: Path) -> list[dict[str, Any]]:
-    """Return a row for each file of each run: digests with and without the service, and whether the two are equal."""
+    """Return a row for each file of each run: its digests with and without the service, and whether they are equal."""
     rows = []
     for seed in SEEDS:
         service, alone = (run_hashes(folder / f"{name}-{seed}") for name in RUNS)
@@ -274,7 +274,7 @@ def _demo_folder(folder: Path | None) -> Iterator[Path]:
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
 def main(steps: int, seed: int, folder: Path | None, as_json: bool) -> None:
-    """Train two runs on a service, kill one of its two nodes, and compare the runs with runs without a service.
+    """Train two runs on a service with two nodes, kill one node, and compare the runs with runs without a service.
 
     The exit code is 0 if the weights, states and metrics of the runs have the same bits, otherwise 1.
 

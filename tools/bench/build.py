@@ -1,18 +1,22 @@
 """Benchmark of building a store: compares alexprep with FFCV's writer, a Pillow script, libvips and an upper bound.
 
-ours    `alexprep build-lmdb` in a separate process: decoding, area average to 256 px, central square, JPEG of quality
-        90, Datums with a CRC-32, sharded LMDB with SHA-256 digests, exact colour moments, mean image, manifest, and
-        everything synced to the disk.
+The compared programs are called contestants. A turn is one timed run of a contestant.
+
+ours    `alexprep build-lmdb` in a separate process. Each photograph is decoded, rescaled by area average to 256 px,
+        cropped to the central square and encoded as a JPEG of quality 90. The command writes Datums with a CRC-32 into
+        LMDB shards with SHA-256 digests, computes exact colour moments and the mean image, writes the manifest, and
+        syncs all files to the disk.
 FFCV    FFCV's DatasetWriter, JPEG of quality 90 (tools/bench/peers/ffcv_writer.py). FFCV cannot rescale the shorter
         side to a given length. The data set class therefore rescales with Pillow's bicubic filter, like torchvision's
         Resize.
-Pillow  a short script: a pool of processes rescales with Pillow's bicubic filter, and the parent writes one plain LMDB
-        in one commit (tools/bench/peers/pillow_script.py).
+Pillow  a short script: a pool of processes rescales with Pillow's bicubic filter, and the parent process writes one
+        LMDB in one commit (tools/bench/peers/pillow_script.py).
 libvips the same script with libvips' thumbnail (tools/bench/peers/vips_thumbnail.py).
-bound   libjpeg-turbo only decodes each photograph and encodes a square (tools/bench/peers/jpeg_bound.py).
+bound   an upper bound: libjpeg-turbo decodes each photograph and encodes a square, and does nothing else
+        (tools/bench/peers/jpeg_bound.py).
 
-Every contestant has --jobs worker processes, may use --jobs cores, and reads the same files. Before each turn, all
-files are read, so that they are in the page cache.
+Every contestant has --jobs worker processes, may use --jobs cores, and reads the same files. Before each turn, the
+benchmark reads all files, so that they are in the page cache.
 
 The time of `ours` includes starting the command, importing libraries and listing the folder. All other contestants
 import libraries and list the folder before the timing starts. All other contestants except FFCV also start their
@@ -25,8 +29,9 @@ by hard links. If hard links fail, the photographs are copied. Choose N so large
 ten seconds. The start of alexprep then takes only a small share of the time. The bound is fast, so it processes the N
 images twice. All copies of a photograph have the same size, which favours a contestant that caches data by image size.
 
-With --steps, the program instead times each step of our build, and libjpeg-turbo alone, on one core, in this process,
-with one BLAS thread. A round of this measurement is one pass through at most 320 photographs, without repetition.
+With --steps, the program compares no contestants. It times each step of our build and libjpeg-turbo alone, on one core
+of this process, with one BLAS thread. A round of this measurement is one pass through at most 320 photographs, without
+repetition.
 """
 
 from __future__ import annotations
@@ -106,7 +111,7 @@ def link_photographs(paths: Sequence[Path], source: Path, folder: Path) -> None:
 
 
 class BuildBenchmark:
-    """Collects contestants and their processes. Contestants read the folder `pictures` and write below `work_dir`."""
+    """Creates contestants and their processes. Contestants read the folder `pictures` and write below `work_dir`."""
 
     def __init__(self, pictures: Path, work_dir: Path, jobs: int) -> None:
         self.pictures, self.work_dir, self.jobs = pictures, work_dir, jobs
@@ -206,7 +211,7 @@ def make_contestants(benchmark: BuildBenchmark, ffcv: Path | None, vips: Path | 
 
 
 def ms_by_step(paths: Sequence[Path], out: Path, rounds: int) -> tuple[dict[str, float], dict[str, float]]:
-    """Return milliseconds per image in each step of our build, and in libjpeg-turbo alone: medians over the rounds.
+    """Return two dicts of ms per image, as medians over the rounds: each step of our build, and libjpeg-turbo alone.
 
     `out` is a new folder for the shards.
     """

@@ -1,8 +1,8 @@
 """Contestants of `python -m tools.bench.build --cluster`: builds with local processes, and with `--cluster local`.
 
-Both rates come from the JSON output of alexprep. The time of each rate begins when the inputs are listed, and ends when
-the manifest is written. The start of the command, which for a cluster includes the start of Ray, is measured
-separately.
+Both rates come from the JSON output of alexprep. The time of each rate begins when all inputs are listed, and ends when
+the manifest is written. The remaining time of the command is measured separately. With a cluster, this time includes
+the start of Ray.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from tools.bench.harness import Contestant, LineProcess
 
 
 class ClusterRace:
-    """The contestants: a build on a cluster and a build with local processes. `command` is the command line of
-    `alexprep build-lmdb` without --cluster.
+    """Makes the two contestants: a build on a cluster and a build with local processes.
 
-    `make_process` creates a process that runs a command line. `reset` is called before each turn.
+    command       command line of `alexprep build-lmdb` without --cluster
+    make_process  function that creates a process that runs a command line
+    reset         function that is called before each turn
     """
 
     def __init__(
@@ -50,8 +51,8 @@ class ClusterRace:
         return Contestant(name, turn, bound, self._reset)
 
     def start_s(self) -> dict[str, float]:
-        """Return the seconds of each command that its rate does not include: starting, listing and ending.
+        """Return {contestant: seconds for starting, listing and ending, which the rate of the contestant leaves out}.
 
-        The values are medians of all turns.
+        The values are medians over all turns.
         """
         return {name: round(median(times), 1) for name, times in self._start_s.items()}

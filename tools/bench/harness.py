@@ -1,10 +1,10 @@
-"""Harness of all benchmarks: runs the contestants in turn and compares their rates.
+"""Harness of all benchmarks: runs the contestants one after another and compares their rates.
 
-A contestant is one implementation that is timed. A turn is one timed run of one contestant, which gives its rate in
-images/s. A round is one turn of each contestant, in order: A B C, A B C, … If the speed of the machine changes slowly,
-all contestants are affected alike. The first round of a benchmark is a warm-up and is not counted. The ratio of two
-rates is computed in each round, and the median of these ratios is reported. The median of the ratios can differ from
-the ratio of the two median rates. The harness does not check the results against any limit.
+A contestant is one implementation that is timed. A turn is one timed run of a contestant, and gives a rate in images/s.
+A round is one turn of each contestant, in order: A B C, A B C, … A slow change in the speed of the machine therefore
+affects all contestants alike. The first round of a benchmark is a warm-up and is not counted. The ratio of two rates is
+computed in each round, and the median of these ratios is reported. The median of the ratios can differ from the ratio
+of the two median rates. The harness does not compare the results with a limit.
 """
 
 from __future__ import annotations
@@ -25,8 +25,7 @@ from prep.console import CONTEXT_SETTINGS, UserError, print_json, say
 
 INTERPRETER = click.Path(exists=True, dir_okay=False, path_type=Path)
 _ROOT = Path(__file__).parents[2]
-# Seconds of pause before each turn. During the pause, the previous contestant finishes the batches that it is
-# prefetching.
+# Pause before each turn, in seconds. During the pause, the previous contestant finishes the batches that it prefetches.
 _PAUSE_S = 1.0
 
 
@@ -78,10 +77,10 @@ def timed(work: Callable[[], int]) -> Callable[[], float]:
 
 
 class LineProcess:
-    """A subprocess that reads commands from standard input and writes answers to standard output, one line for each.
+    """A subprocess that reads commands from standard input and answers each command with one line on standard output.
 
-    The subprocess's standard error goes to the file `errors`. If the subprocess fails, the UserError contains the last
-    line of the file `errors`.
+    The standard error of the subprocess goes to the file `errors`. If the subprocess fails, the UserError contains the
+    last line of this file.
     """
 
     def __init__(
@@ -92,7 +91,7 @@ class LineProcess:
         self.process: subprocess.Popen[str] | None = None
 
     def start(self) -> None:
-        """Start the process in the root of the checkout, where `-m tools.bench.peers.NAME` can be imported."""
+        """Start the process in the root of the checkout, where Python can import tools.bench.peers.NAME."""
         pipe, env = subprocess.PIPE, self.environment
         with self.errors.open("w") as errors:
             self.process = subprocess.Popen(
@@ -196,7 +195,7 @@ def race(contestants: Sequence[Contestant], rounds: int, pause_s: float = _PAUSE
 
 
 def speedups(rows: Sequence[Row]) -> dict[str, float]:
-    """Return {name of another contestant: rate of this project / rate of that contestant}. JSON key: "ours_over"."""
+    """Return {contestant from outside this project: rate of this project / its rate}, for the JSON key "ours_over"."""
     return {row.name: round(1 / row.of_ours, 2) for row in rows if row.name != row.ours}
 
 

@@ -1,13 +1,13 @@
 """Benchmark of the Python code of the CPU stream, in microseconds an image, without decoding and augmentation.
 
-The stages run one after the other on one thread. The sum is therefore an upper bound of the time for which the stream
-holds Python's GIL. Only the search for the records in the mapped files runs without the GIL. A function that does
-nothing replaces the kernel. As in a stream, `--threads` threads call this function. Batches are chosen at random, and
-all records are in the page cache. The results are medians over the batches.
+The stages run one after the other on one thread. The sum of their times is therefore an upper bound of the time for
+which the stream holds Python's GIL. Only the search for the records in the mapped files runs without the GIL. A
+function that does nothing replaces the kernel. As in a stream, `--threads` threads call this function. Batches are
+chosen at random, and all records are in the page cache. The results are medians over the batches.
 
 look up   Records.batch: find and check the records of a batch
-crops     Augmenter.random_crops, with random numbers that are already drawn
-feed      Engine.start: describe the batch to the kernel and pass it to the threads
+crops     Augmenter.random_crops: compute the crops, after the random numbers are drawn
+feed      Engine.start: describe the batch to the kernel and pass the batch to the threads
 finish    Engine.finish: wait for the threads and make a tensor
 """
 
@@ -32,11 +32,11 @@ from prep.console import UserError, print_json, say
 from prep.store.manifest import Store
 from tools.bench.harness import BenchmarkCommand
 
-_FIRST = 5  # number of batches that are not counted, at the start
+_FIRST = 5  # number of batches at the start that are not counted
 
 
 class _IdleKernel:
-    """Has the interface of NativeKernels that CpuEngine uses, but does nothing."""
+    """Replaces NativeKernels. Its methods do nothing."""
 
     def __init__(self, jpeg: kernels.JpegLibrary | None) -> None:
         self.jpeg = jpeg
@@ -46,10 +46,10 @@ class _IdleKernel:
 
 
 def host_times(store: Store, batch: int, threads: int, batches: int) -> dict[str, float]:
-    """Return microseconds an image of each stage, and of all stages together ("sum").
+    """Return {stage: microseconds an image}, with "sum" for all stages together.
 
-    The stages have the order of the module's docstring. Raises UserError if the C kernel cannot be used, because the
-    stream would then use DALI.
+    The docstring of this module lists the stages. Raises UserError if the C kernel cannot be used, because the stream
+    then uses DALI.
     """
     if kernels.native is None or kernels.native.jpeg is None:
         raise UserError("The C kernel cannot be used, so the stream uses DALI (see pipeline/engines/kernels.py).")

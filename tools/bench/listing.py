@@ -1,19 +1,19 @@
-"""Benchmark of listing the inputs: time and memory of each step of a build before it decodes the first image.
+"""Benchmark of listing the inputs: time and memory of each step that a build makes before it decodes an image.
 
 The names of the inputs are generated as CLASS/CLASS_NUMBER.JPEG. The names are as long as ImageNet's names, and there
 are 21,841 classes as in ImageNet-21k. The program runs these steps of prep/build/split.py in one process, in this
 order:
 
-    add          Listing.add for each input, as list_folder and list_archive do
-    permutation  the record order: keyed hashes of all paths, sorted
-    plan         BuildPlan: shard boundaries and digest of the inputs
-    tasks        the tasks of 100 shards, pickled as for worker processes, one after another
-    save, load   the file inputs.npz, which a resumed build compares with its own list
-    compare      the comparison of the loaded list with the list in memory
+    add          call Listing.add for each input, as list_folder and list_archive do
+    permutation  compute the record order: sort the keyed hashes of all paths
+    plan         make a BuildPlan: shard boundaries and digest of the inputs
+    tasks        pickle the tasks of 100 shards one after another, as for worker processes
+    save, load   write and read the file inputs.npz, which a resumed build compares with its own list
+    compare      compare the loaded list with the list in memory
 
 `peak MB` is the largest resident memory of the process so far (VmHWM in /proc/self/status). With --tree N, the program
-also creates N empty files in class folders, and lists them with list_folder. The created files are in the caches of the
-operating system. On a network file system, listing takes longer.
+also creates N empty files in class folders, and lists them with list_folder. The operating system has the new files in
+its caches. On a network file system, listing takes longer.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Streams that tools.bench.stream measures in its own process: this project's stream, torch's DataLoader and DALI.
 
-Each stream is a generator that yields batches without end, float32 (128, 3, 224, 224). The images are random crops,
-mirrored with probability ½, minus the channel mean. The functions at the end of this module make the files and the
+Each stream is a generator that yields batches without end. A batch is float32 (128, 3, 224, 224): random crops,
+mirrored with probability ½, minus the channel mean. The functions at the end of this module write the files and the
 store that the contestants in other processes read.
 """
 
@@ -115,8 +115,7 @@ def our_batches(store: Store, threads: int, mean: str = "channel") -> Batches:
 
 
 def jpeg_store(store: Path | None, work_dir: Path, threads: int) -> Store:
-    """Return the store of a benchmark, which has JPEG records. If `store` is None, makes a new store of the pictures of
-    tools.photo_digits.
+    """Open the store at the path `store`. If `store` is None, make a store of JPEG records from tools.photo_digits.
 
     Raises UserError for a store of PPM records.
     """

@@ -1,8 +1,8 @@
 """Benchmark of training on CPU replicas: processes of few threads each, compared with one process of all threads.
 
-replicas           two processes (--replicas), each with an equal part of the batch and of the threads. Gradients are
+replicas           two processes (or --replicas), each with an equal part of the batch and of the threads. Gradients are
                    exchanged in shared memory, as `torchrun --nproc-per-node 2 -m train run --gpus cpu` does.
-replicas over TCP  the same, with the gradients exchanged by gloo over TCP, as between machines.
+replicas over TCP  the same processes, but gloo exchanges the gradients over TCP, as between machines.
 one process        one process with all threads and the whole batch, as `alextrain run --gpus cpu` does.
 
 A step consists of forward pass, cross-entropy, backward pass, exchange of gradients, and update. Each step trains the
@@ -92,7 +92,7 @@ def contestant(name: str, size: int, over_tcp: bool, batch: int, steps: int, thr
 @click.option("--replicas", type=click.IntRange(2), default=2, show_default=True, help="Number of replicas.")
 @common_options
 def main(batch: int, steps: int, replicas: int, rounds: int, as_json: bool) -> None:
-    """Measure training steps on CPU replicas, beside one process with as many threads.
+    """Measure training steps on CPU replicas, and compare one process with as many threads in total.
 
     \b
     Example:

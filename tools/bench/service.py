@@ -4,7 +4,7 @@ stream             pipeline.train_loader without a service, with --threads threa
 service            the same loader with a service whose workers run on the loader's node: --threads workers with one
                    thread each
 two nodes          the same loader with a service whose workers run on a second node: Ray copies each batch from the
-                   object store of the second node to that of the first
+                   object store of the second node to the object store of the first node
 bounds             threads that only decode the JPEG records (libjpeg-turbo), or only copy the bytes of PPM records
 
 The option --threads is the number of threads and of cores of each of these contestants. All loaders give float32 NCHW
@@ -12,7 +12,7 @@ batches. The loader with a service shares its cores with Ray's processes and the
 process of a node) of one Ray cluster on this machine. Only one service runs at a time. For each service, the benchmark
 starts a cluster, and then runs the loader with the service, the loader without a service and the bound in turn. Each
 node has an object store of the size that `alexstream serve --cluster local` chooses. Before the measurement, the
-benchmark compares the first batches of the loader with those of the loader without a service, bit for bit.
+benchmark compares the first batches of the loader with a service and of the loader without a service, bit for bit.
 """
 
 from __future__ import annotations
@@ -65,10 +65,10 @@ def endless(store: Store, threads: int, service: str | None) -> Batches:
 
 
 def checked_stream(store: Store, threads: int, service: str) -> Batches:
-    """Return the endless stream of a service. The first batches of the service are compared with those of a loader
-    without a service.
+    """Return the endless stream of a service.
 
-    Raises UserError if a batch differs.
+    The function first compares the first batches with those of a loader without a service. Raises UserError if a batch
+    differs.
     """
     batches = endless(store, threads, service)
     with train_loader(store.root, BATCH) as local:
@@ -80,9 +80,9 @@ def checked_stream(store: Store, threads: int, service: str) -> Batches:
 
 @contextmanager
 def cluster_of(nodes: int, cores: int, store_bytes: int) -> Iterator[tuple[ModuleType, str]]:
-    """Start a Ray cluster on this machine for a `with` block, which gets the module ray and the cluster's address.
+    """Start a Ray cluster on this machine for a `with` block. Yields the module ray and the address of the cluster.
 
-    nodes        1, or 2: the head node then has no cores, so that the workers start on the second node
+    nodes        1 or 2; with 2, the head node has no cores, so that the workers start on the second node
     cores        number of cores that Ray may give to workers
     store_bytes  size of the object store of each node, in bytes
     """
@@ -171,7 +171,7 @@ def main(
     rounds: int,
     as_json: bool,
 ) -> None:
-    """Compare the speed of a loader with a service, on one node and across two nodes, with a loader without one.
+    """Compare the speed of a loader with a service and of a loader without a service, on one node and on two nodes.
 
     Both nodes are processes on this machine.
 
@@ -182,8 +182,8 @@ def main(
     """
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
     torch.set_num_threads(threads)
-    # Give all processes of a cluster one authentication token, which is made for this run. Without RAY_AUTH_MODE and
-    # RAY_AUTH_TOKEN, Ray looks for a token only after the first node has started, and then refuses the second node.
+    # All processes of the cluster get the same authentication token, which is new in each run. Without RAY_AUTH_MODE
+    # and RAY_AUTH_TOKEN, Ray looks for a token only after the first node has started, and then refuses the second node.
     os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     store_bytes = store_mb * 10**6 if store_mb else object_store_bytes(ServiceConfig.ahead)
     with tempfile.TemporaryDirectory() as temporary, ExitStack() as cleanup:

@@ -1,4 +1,4 @@
-"""Benchmark of the training stream on CPU threads: images/s in batches of 128, beside other loaders and upper bounds.
+"""Benchmark of the training stream on CPU threads: images/s in batches of 128, compared with other loaders and bounds.
 
 Every contestant except the bounds is a stream. A stream yields batches without end: random crops of 224 px, flipped at
 random, minus the channel mean, float32 NCHW, together with labels.
@@ -16,8 +16,8 @@ WebDataset  tar archives of the store's JPEG files, decoded by Pillow in the wor
             (tools/bench/peers/webdataset_stream.py).
 DALI        the pipeline of DALI's documentation: readers.caffe, decoders.image, crop_mirror_normalize at a random
             offset. The batches are not converted to torch tensors.
-bounds      threads that read from memory and do only one thing: decode the JPEG records with libjpeg-turbo
-            (simplejpeg), or copy the bytes of the PPM records.
+bounds      upper bounds: threads that read from memory and do only one thing. They decode the JPEG records with
+            libjpeg-turbo (simplejpeg), or copy the bytes of the PPM records.
 
 Every contestant has --threads worker threads or processes and may use --threads cores. Streams read from the page
 cache, so choose a store that fits into memory. FFCV, SPDL and WebDataset run in separate processes, each with its own
@@ -25,11 +25,11 @@ Python interpreter. A separate process starts a turn when it reads a line. All o
 the benchmark. All streams keep prefetching between their turns. Each turn of a stream first discards some batches.
 Batches that were prefetched during another contestant's turn are therefore not counted.
 
-Starting, compiling, writing .beton files and archives, and filling shuffle buffers are not timed. Dtype, shape and
-range of values of two batches of each stream are checked before the first round. The two checked batches must differ,
+Starting, compiling, writing .beton files and archives, and filling shuffle buffers are not timed. Before the first
+round, the benchmark checks two batches of each stream: dtype, shape and range of values. The two batches must differ,
 and the first two images of a batch must differ.
 
-The PPM records and the .beton of pixels have the images of the first 2,000 records of the store. No GPU is used.
+The PPM records and the .beton file of pixels hold the images of the first 2,000 records of the store. No GPU is used.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ _IN_MEMORY_RECORDS = 2000
 _OURS_PPM = "ours, PPM"
 _JPEG_BOUND, _PPM_BOUND = "bound, JPEG: decode alone", "bound, PPM: copy alone"
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
-_STOP_TIMEOUT_S = 20.0  # a peer that still runs this long after its standard input was closed is terminated
+_STOP_TIMEOUT_S = 20.0  # time between closing the standard input of a peer and terminating the peer, in seconds
 
 
 class StreamBenchmark:
@@ -170,7 +170,7 @@ class StreamBenchmark:
 def add_contestants(
     benchmark: StreamBenchmark, ffcv: Path | None, spdl: Path | None, webdataset: Path | None, more: bool
 ) -> None:
-    """Add all contestants. A peer takes part only if its Python interpreter is given.
+    """Add all contestants. A program of tools.bench.peers takes part only if its Python interpreter is given.
 
     Prints each peer that is left out, with the reason.
     """

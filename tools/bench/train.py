@@ -21,8 +21,8 @@ and are in memory. A turn is --steps steps. The stream (see tools.bench.stream),
 GPUs are not measured.
 
 Peak memory is the largest resident memory of a process that runs only two steps. Peak memory includes Python, PyTorch,
-parameters, gradients, velocities and activations. Peak memory is measured before the rates. The peak that Linux reports
-for a new process includes the peak of its parent process.
+parameters, gradients, velocities and activations. The peak that Linux reports for a new process includes the peak of
+its parent process. Peak memory is therefore measured before the rates.
 """
 
 from __future__ import annotations

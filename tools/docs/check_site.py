@@ -1,6 +1,6 @@
 """Check that the built documentation site loads nothing from a network.
 
-python -m tools.docs.check_site site # `make docs` runs this command
+python -m tools.docs.check_site site    # `make docs` runs this command
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ REMOTE_IN_CSS = re.compile(r"""(?:url\(\s*|@import\s+)["']?((?:https?:)?//[^"')\
 
 
 class _Page(HTMLParser):
-    """Collects the remote addresses that a page loads."""
+    """Collects the remote addresses that a browser loads for a page."""
 
     def __init__(self) -> None:
         super().__init__()

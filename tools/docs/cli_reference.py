@@ -41,9 +41,9 @@ also has `--json`, to print JSON instead.
 | 74 | a `data.mdb` was cut or became unreadable while a command read it; the message names the shard |
 | 129, 130, 143 | interrupted by a closed terminal (129), by Ctrl-C (130) or by SIGTERM (143) |
 
-After an error is corrected, or after an interruption, run the same command again. Six commands then continue the work:
-`alexprep build-lmdb`, `alexprep import-caffe`, `alexprep export-files`, `alexprep copy`, `alextrain run` and `alextrain
-ablate`. Every other command starts from the beginning.
+After you have corrected an error, or after an interruption, run the same command again. Seven commands then continue
+the interrupted work: `alexprep build-lmdb`, `alexprep import-caffe`, `alexprep merge`, `alexprep export-files`,
+`alexprep copy`, `alextrain run` and `alextrain ablate`. Every other command starts from the beginning.
 """
 
 
@@ -66,7 +66,7 @@ def _block(command: click.Command, name: str) -> str:
 
 @click.command()
 def main() -> None:
-    """Bring docs/cli.md up to date."""
+    """Write docs/cli.md."""
     PAGE.write_text(page(), "utf-8")
 
 

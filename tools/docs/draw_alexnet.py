@@ -32,8 +32,8 @@ AFTER = {"conv1": "LRN, pool", "conv2": "LRN, pool", "conv5": "pool", "fc6": "dr
 class Box:
     """A slab that shows one column of a layer.
 
-    The height grows with the side of the maps, and the depth grows with their number. For a fully connected layer, the
-    height grows with the number of units and the depth is 0.
+    The height grows with the side of the maps. The depth grows with the number of maps. For a fully connected layer,
+    the height grows with the number of units, and the depth is 0.
     """
 
     x: float  # x coordinate of the left edge of the front

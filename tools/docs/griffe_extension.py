@@ -1,13 +1,13 @@
 """Griffe extension that adapts docstrings and comments of this project to the documentation site.
 
-mkdocs.yml names the extension. Only `make docs` uses the extension. The extension turns a list of names and meanings,
-like
+mkdocs.yml names the extension. Only `make docs` uses the extension. The extension turns a list of names and meanings
+into a Markdown table. This is an example of such a list:
 
     store         folder that `alexprep build-lmdb` wrote
     batch_size    images in a batch of this loader
 
-into a Markdown table. If an attribute has no docstring, the comment on the attribute's line becomes its docstring. If
-the attribute's line has no comment, the comment lines above the attribute become the docstring.
+If an attribute has no docstring, the comment on the attribute's line becomes its docstring. If this line has no
+comment, the comment lines above the attribute become the docstring.
 """
 
 from __future__ import annotations

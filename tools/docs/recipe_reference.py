@@ -23,8 +23,8 @@ INTRODUCTION = """\
 <!-- Written by `python -m tools.docs.recipe_reference`; tests/test_docs.py compares it with the code. -->
 
 A recipe is the list of all hyperparameters of a training run, each with its source. `alextrain run --recipe NAME`
-trains with a recipe; `alextrain recipe NAME` prints the recipe. `--set FIELD=VALUE` changes one hyperparameter, for
-example `--set lr=0.02 --set lrn.k=1`; the first column of the tables has the names of the fields. Every network
+trains with a recipe. `alextrain recipe NAME` prints a recipe. `--set FIELD=VALUE` changes one hyperparameter, for
+example `--set lr=0.02 --set lrn.k=1`. The first column of the tables has the names of the fields. Every network
 (`--model`) can be trained with every recipe.
 
 | recipe | what it is |
@@ -33,7 +33,7 @@ example `--set lr=0.02 --set lrn.k=1`; the first column of the tables has the na
 | `released` | the default: the values in the authors' code and parameter files, net #145 of AlexNet-Source-Code |
 | `caffe` | the values of models/bvlc_alexnet in BVLC's Caffe |
 | `modern` | the same network with present-day initialization and schedule |
-| `short` | for a training of a few minutes on a CPU, with small batches |
+| `short` | for a training that takes a few minutes on a CPU, with small batches |
 | `large` | for batches of 1,024 to 8,192 images, with LARS; [unproven on ImageNet](guides/many-gpus.md#large-batches) |
 
 In the sources, "section" is a section of the paper. L145 and P145 are layers/layers-145.cfg and
@@ -66,7 +66,7 @@ def _side_by_side(recipes: Mapping[str, Recipe]) -> str:
 
 
 def _sourced(recipe: Recipe) -> str:
-    """Return the rows of fields with sources, of the parts of fields, and of `alextrain recipe`'s headings."""
+    """Return a table of all fields of a recipe with their sources, and with the headings of `alextrain recipe`."""
     lines = [_row("field", "value", "source"), _row("---", "---", "---")]
     for field, rows in recipe_rows(recipe).items():
         if field in HEADINGS:
@@ -101,7 +101,7 @@ def _row(*cells: str) -> str:
 
 @click.command()
 def main() -> None:
-    """Bring docs/recipes.md up to date."""
+    """Write docs/recipes.md."""
     PAGE.write_text(page(), "utf-8")
 
 

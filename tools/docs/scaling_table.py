@@ -1,10 +1,10 @@
 """Write the computed tables of docs/guides/many-gpus.md: the time of the gradient exchange, and the speed to expect.
 
-python -m tools.docs.scaling_table               # tests/tools/test_scaling_table.py fails if the page is not up to date
+    python -m tools.docs.scaling_table           # tests/tools/test_scaling_table.py fails if the page is not up to date
 
-A step takes the time that one GPU needs for its part of the batch, plus the time of the exchange, which begins after
-the backward pass. A ring all-reduce of S bytes over n GPUs sends 2 (n − 1) / n · S bytes from each GPU, at the rate of
-the slowest link. The time for the part of the batch is interpolated between measured times.
+The computed time of a step is the time that one GPU needs for its part of the batch, plus the time of the exchange. The
+exchange begins after the backward pass. In a ring all-reduce of S bytes over n GPUs, each GPU sends 2 (n − 1) / n · S
+bytes at the rate of the slowest link. The time that one GPU needs is interpolated between measured times.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ BEGIN, END = "<!-- computed by `python -m tools.docs.scaling_table` -->", "<!-- 
 
 # {batch: images/s} of a training step on one H200 in bfloat16, measured with version 0.1.0 (docs/measurements.md).
 MEASURED_RATES = {128: 16_000, 256: 18_400, 512: 21_000, 1024: 22_300}
-# {link: bytes/s in one direction}, without losses of the protocol.
+# {link: bytes/s in one direction}; the rates do not include the losses of the protocol.
 LINKS: Mapping[str, float] = {
     "NVLink 4 (450 GB/s)": 450e9,  # 900 GB/s in both directions together
     "PCIe 5 x16 (63 GB/s)": 63e9,
@@ -115,7 +115,7 @@ def page(text: str) -> str:
 
 @click.command()
 def main() -> None:
-    """Bring the computed tables of docs/guides/many-gpus.md up to date."""
+    """Write the computed tables into docs/guides/many-gpus.md."""
     PAGE.write_text(page(PAGE.read_text("utf-8")), "utf-8")
 
 

@@ -37,21 +37,21 @@ SCHEMAS: dict[str, tuple[Any, str]] = {
     "ensemble": (EnsembleFile, "`ensemble.json` of an ensemble"),
     "ablation": (AblationFile, "`ablation.json` of a run of `alextrain ablate`"),
     "predictions-about": (PredictionsAbout, "the text `about` in a `.npz` file of class probabilities"),
-    "checkpoint": (CheckpointFile, "the values of a checkpoint that are no tensors"),
+    "checkpoint": (CheckpointFile, "the values of a checkpoint, except tensors"),
 }
 
 _TEXT = """# JSON Schema documents
 
 The documents in the table describe the JSON files that the programs read, in [JSON Schema](https://json-schema.org)
-2020-12. The documents are generated from the models in the code. A reader compares a file with its model once, before
-the reader uses any field of the file.
+2020-12. The documents are generated from typed models in the code. When a program reads a file, it first compares the
+whole file with its model.
 
-A document has the type and the bounds of each field. A file must also fulfil rules that JSON Schema cannot express,
-such as sums that agree. [Store format](store-format.md) describes the rules between fields.
+A document gives the type and the bounds of each field. A file must also follow rules that JSON Schema cannot express.
+For example, some counts must add up to another field. [Store format](store-format.md) describes these rules.
 
-All files must be UTF-8 without byte order mark. NaN, infinite numbers, the same key twice in an object, and more than
-64 levels of nested objects and arrays are refused. `additionalProperties` is `false` where unknown fields are refused.
-All other objects may have unknown fields, which are ignored.
+All files must be UTF-8 without byte order mark. The programs refuse NaN, infinite numbers, an object that has the same
+key twice, and more than 64 levels of nested objects and arrays. If an object must not have unknown fields, its
+`additionalProperties` is `false`. In all other objects, unknown fields are ignored.
 
 | document | file |
 | --- | --- |
@@ -91,7 +91,7 @@ def _strict_names(node: Any, seen: set[int]) -> set[str]:
 
 @click.command()
 def main() -> None:
-    """Bring docs/schemas.md and the documents in docs/schemas up to date."""
+    """Write docs/schemas.md and the documents in docs/schemas."""
     FOLDER.mkdir(exist_ok=True)
     for old in FOLDER.glob("*.json"):
         old.unlink()

@@ -1,1 +1,1 @@
-"""Parts of tools.gpu_check: its settings, facts about the machine, correctness checks, and timings."""
+"""Modules of tools.gpu_check: its settings, facts about the machine, correctness checks, and timings."""

@@ -26,20 +26,20 @@ from train.trainer.step_graph import CountedStep, graph_for
 
 # Tolerances in grey levels. The cosine transforms of nvJPEG and libjpeg-turbo may round differently, by one or two
 # levels. nvJPEG and libjpeg-turbo also upsample chroma with different filters, which gives larger differences at
-# coloured edges. An H200 gave 0.004 on average and 3 at most. A wrong crop, flip, mean or noise gives a mean difference
-# of 3 levels or more.
+# coloured edges. On an H200 the difference was 0.004 on average and 3 at most. A wrong crop, flip, mean or noise gives
+# a mean difference of 3 levels or more.
 JPEG_MEAN, JPEG_MAX = 0.05, 8.0
 PPM_MAX = 4 * 2.0**-15  # four times the distance between neighbouring float32 numbers above 256
 
 # Limits of the relative error ‖found − wanted‖ / ‖wanted‖: (limit for the logits, limit for the gradient of the
-# parameter with the largest error). `wanted` is computed in float64 on the CPU. The limit for gradients is wide because
-# rounding can change the sign of a ReLU's input or the position of a maximum, and the gradient then takes another path
+# parameter with the largest error). `wanted` is computed in float64 on the CPU. The limit for gradients is wide, since
+# rounding can change the sign of a ReLU's input or the position of a maximum. The gradient then takes another path
 # through the network. Errors of the logits on an H200: fp32 1e-6, tf32 7e-4, bf16 6e-3. Errors (logits, gradient) on a
 # CPU, with 4 photographs and the paper's widths: fp32 9e-7, 1e-6; bf16 5e-3, 0.2.
 TOLERANCES = {"fp32": (1e-5, 5e-3), "tf32": (3e-3, 0.2), "bf16": (2e-2, 0.4)}
-LRN_TOLERANCES = {torch.float32: 1e-6, torch.bfloat16: 2.0**-8}  # an H200 gave the errors 8e-8 and 1.7e-3
+LRN_TOLERANCES = {torch.float32: 1e-6, torch.bfloat16: 2.0**-8}  # the errors on an H200 were 8e-8 and 1.7e-3
 # Limit of the relative difference between two runs of three steps. On a GPU, the order of additions in gradients
-# varies. An H200 gave 8e-7.
+# varies. The difference on an H200 was 8e-7.
 REPEAT_TOLERANCE = 1e-5
 STEPS_BEFORE_REPLAY = 5  # number of steps after which a CountedStep replays its CUDA graph
 _MOST_STEPS = 10**6  # largest number of steps that the counters can hold; the checks never read the counters
@@ -51,7 +51,7 @@ _MOST_STEPS = 10**6  # largest number of steps that the counters can hold; the c
 def read_batches(
     store: Path, device: str, batch: int, count: int, layout: str, mean: str, state: Mapping[str, Any] | None = None
 ) -> tuple[list[Batch], dict[str, Any]]:
-    """Return `count` batches of the training stream on the CPU, and the state of the stream after these batches.
+    """Return `count` batches of the training stream as CPU tensors, and the state of the stream after these batches.
 
     The batches are the first batches of the stream, or the first batches after `state`.
     """
@@ -104,8 +104,8 @@ def stream_checks(settings: GpuCheckSettings, store: Path, format: str) -> Itera
 def make_network(settings: GpuCheckSettings, classes: int, devices: tuple[str, str]) -> AlexNet:
     """Return the network with the initialization of He et al., and with the same parameters on every device.
 
-    With the paper's initialization, each gradient is a sum of terms that are much larger than the sum. With the paper's
-    initialization, the gradients in float32 and float64 differ by up to 10%.
+    The paper's initialization is not used. With it, each gradient is a sum of terms that are much larger than the sum,
+    and the gradients in float32 and float64 differ by up to 10%.
     """
     torch.manual_seed(0)
     return AlexNet(classes, replace(PAPER, init="he"), devices, settings.architecture)
@@ -254,7 +254,7 @@ def repeat_checks(settings: GpuCheckSettings) -> Iterator[Check]:
 
 
 def synchronization_checks(settings: GpuCheckSettings) -> Iterator[Check]:
-    """Check that a step never makes the host wait for the GPU. torch raises an error for an operation that waits."""
+    """Check that a step never makes the host wait for the GPU. During the check, torch raises an error for a wait."""
     for precision in settings.precisions:
         batch = settings.compared_images
         steps: dict[str, tuple[Callable[..., object], Tensor, Tensor]] = {

@@ -1,9 +1,10 @@
-"""Compiles the Triton kernels for a GPU that need not be present, and prints registers, spills and shared memory.
+"""Compiles the Triton kernels for a GPU, and prints registers, spills and shared memory. The GPU need not be present.
 
     python -m tools.gpu.compile_report --capability 90
 
-A kernel whose values do not fit into registers spills them to memory and is slow. ptxas, which comes with Triton,
-compiles for any GPU. On a machine without a GPU, the report therefore also shows whether the kernels compile.
+If the values of a kernel do not fit into registers, the kernel spills values to memory and is slow. ptxas, which comes
+with Triton, compiles for any GPU. The report therefore shows also on a machine without a GPU whether the kernels
+compile.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ import click
 from prep.console import UserError, json_option, print_json, progress
 from tools.bench.harness import BenchmarkCommand
 
-# Name of the layer, number of maps of a column, pool_px.
+# (name of the layer, number of maps of a column, side of a pooling window in px)
 _LAYERS = (("layer 1", 48, 3), ("layer 2", 128, 3), ("conv3, conv4", 192, 0))
-# Compute capability -> shared memory of a program; 99 KiB for other GPUs.
+# {compute capability: shared memory of a program}; other GPUs have 99 KiB.
 _SHARED_BYTES = {80: 163 << 10, 90: 227 << 10}
 _FLOATS = ("alpha", "beta", "k")
 _POINTERS = {"bias": "*fp32", "bias_sums": "*fp32", "argmax": "*u8"}

@@ -1,7 +1,8 @@
 """Times of the kernels between the convolutions, compared with the times that the speed of the memory allows.
 
-The memory floor of a kernel is the number of bytes that the kernel must read and write, divided by the measured speed
-of a copy within the GPU's memory. The share is time / floor; the goal is at most 2.
+The memory floor of a kernel is a time: the number of bytes that the kernel must read and write, divided by the measured
+speed of a copy within the GPU's memory. The share of a kernel is its time divided by its memory floor. The goal is a
+share of at most 2.
 
 Each direction of each epilogue is recorded in a CUDA graph, so that the time of launches is not measured. The graph
 computes the epilogue for several inputs, one after another. Together, the inputs are larger than the cache of the
@@ -44,9 +45,10 @@ def moved_bytes(case: LayerCase, images: int, itemsize: int) -> dict[str, int]:
 
     Biases are not counted.
 
-    forward   reads x; writes the result and, with pooling, one byte for each pooled value
-    backward  reads the gradient of the result, and writes the gradient of x. Also reads x if there is a normalization,
-              or a nonlinearity before pooling. Also reads the byte of each pooled value or, without pooling, the result
+    forward   reads x and writes the result. With pooling, it also writes one byte for each pooled value.
+    backward  reads the gradient of the result, and writes the gradient of x. With pooling, it also reads the byte of
+              each pooled value. Without pooling, it also reads the result. It also reads x if there is a normalization,
+              or a nonlinearity before pooling.
     """
     maps = images * case.columns * case.maps
     x, y = maps * case.side_px**2, maps * case.pooled_px**2
@@ -61,7 +63,10 @@ def moved_bytes(case: LayerCase, images: int, itemsize: int) -> dict[str, int]:
 
 
 def measure_epilogues(settings: GpuCheckSettings) -> dict[str, Any]:
-    """Times of every epilogue in bfloat16 (float32 if the GPU has no bfloat16), for settings.kernel_images images."""
+    """Return the times of every epilogue for settings.kernel_images images.
+
+    The dtype is bfloat16, or float32 if the GPU has no bfloat16.
+    """
     dtype = torch.bfloat16 if "bf16" in settings.precisions else torch.float32
     device, images = settings.device, settings.kernel_images
     bytes_per_s = copy_bytes_per_s(settings.devices[0], 2**20 if settings.is_cpu_trial else 2**30)
@@ -95,11 +100,11 @@ def kernel_time(kernel: str, seconds: float, moved: int, bytes_per_s: float) -> 
 def make_works(
     case: LayerCase, images: int, dtype: torch.dtype, device: torch.device, sets: int, apply: Apply
 ) -> dict[str, tuple[list[Work], Any]]:
-    """Return {direction: (functions, stream)}.
+    """Return {direction: (functions, stream)} for the directions "forward" and "backward".
 
-    There is one function for each of `sets` inputs, and the CUDA stream on which the functions must run. A backward
-    pass runs on the stream of its forward pass. The forward passes that belong to the functions of "backward" are
-    computed by this function, on the returned stream. On a CPU the stream is None.
+    There is one function for each of `sets` inputs. `stream` is the CUDA stream on which the functions must run; on a
+    CPU it is None. make_works itself computes the forward passes for the functions of "backward", on the same stream,
+    because a backward pass runs on the stream of its forward pass.
     """
     stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]  # untyped in torch
     forward: list[Work] = []

@@ -29,8 +29,8 @@ from train.model.gpu.epilogue import Epilogue, apply_epilogue
 # rounding the result already gives an error of 1.7e-3. Triton's interpreter truncates instead of rounding, which gives
 # an error of up to 3.5e-3.
 TOLERANCES = {torch.float32: (2e-6, 2e-6, 5e-6), torch.bfloat16: (2.0**-8, 2.0**-8, 2.0**-8)}
-# A window is left out if its two largest values differ by less than this part of the larger value. The errors of a
-# kernel's normalized values are smaller than this limit. The errors are about 1e-7 in float32, and up to 2e-3 in
+# A window is left out if its two largest values differ by less than this share of the larger value. The share is larger
+# than the relative errors of a kernel's normalized values. These errors are about 1e-7 in float32, and up to 2e-3 in
 # bfloat16, where squares have 8 bits.
 TIES = {torch.float32: 1e-5, torch.bfloat16: 2.0**-7}
 MOST_LEFT_OUT = 0.1
@@ -192,7 +192,7 @@ def epilogue_errors(
 
 
 class Distance:
-    """Return ‖found − wanted‖ / ‖wanted‖ of a tensor that is given in parts."""
+    """Computes ‖found − wanted‖ / ‖wanted‖ of a tensor that is given in parts."""
 
     def __init__(self) -> None:
         self._difference = self._wanted = 0.0
@@ -254,8 +254,8 @@ def operators(
 def tied_windows(x: Tensor, bias: Tensor, epilogue: Epilogue, part: float) -> Tensor:
     """Return True for each window whose maximum m is above 0 and whose second largest value is above (1 − part) · m.
 
-    Windows with a maximum of 0 or less are never left out. Windows with a maximum of 0 or less have no gradient,
-    because in the paper's layers ReLU comes before or after pooling. Without pooling the result is False everywhere.
+    The result is False for windows whose maximum is 0 or less. These windows have no gradient, because in the paper's
+    layers ReLU comes before or after pooling. Without pooling, the result is False everywhere.
     """
     v = normalized(x, bias, epilogue)
     size = epilogue.pool_px

@@ -21,8 +21,8 @@ from train.model.gpu.fault import triton_fault
 IMAGENET_IMAGES, PAPER_EPOCHS = 1_281_167, 90
 _GIB = 2**30
 
-# (pattern for the name of a GPU, peak rate of this GPU in TFLOP/s) The vendor's data sheet gives this rate for dense
-# matrix products in bfloat16. For a V100, the rate is for float16.
+# (pattern for the name of a GPU, peak rate of this GPU in TFLOP/s). The rate is the one for dense matrix products in
+# bfloat16 on the vendor's data sheet. For a V100, the rate is for float16.
 _PEAKS_TFLOPS = (
     (r"H[12]00 NVL", 835.0),  # H100 NVL (400 W) and H200 NVL (600 W)
     (r"GH200|H200|H100.*HBM3|H100 SXM", 989.0),
@@ -53,7 +53,7 @@ def elapsed_s(devices: Devices, work: Callable[[], object]) -> float:
 
 
 def copy_bytes_per_s(device: str, size: int) -> float:
-    """Speed of copies within the memory of the device: bytes read and written in a second, as the best of three turns.
+    """Return the speed of copies within the memory of the device: bytes read and written in a second, best of 3 turns.
 
     size  size of the copied tensor in bytes
     """

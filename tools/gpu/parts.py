@@ -45,9 +45,9 @@ CHECKS = (
 )
 TIMINGS = (
     Part("rates", 30, "images/s of the stream, of steps on one batch, and of steps that the stream feeds"),
-    Part("batches", 15, "images/s of steps by size of the batch"),
+    Part("batches", 15, "images/s of steps for several batch sizes"),
     Part("epilogue_times", 12, "times of the kernels between the convolutions, and their memory floors"),
-    Part("kernels", 8, "time of a step by kind of kernel"),
+    Part("kernels", 8, "time that a step spends in each kind of kernel"),
     Part("memory_gib", 4, "memory of a step's tensors"),
     Part("host_us", 3, "time for which a step occupies the host"),
     Part("runs", 55, "images/s of `alextrain run`"),

@@ -1,8 +1,9 @@
 """Training runs by `alextrain run` in subprocesses, for tools.gpu_check: their rate, and their result after a kill.
 
-The rate of a run comes from its metrics.jsonl. The first interval of a run is not counted, because the stream starts in
-this interval. The first interval of an epoch is not counted, because the stream prefetched batches while a checkpoint
-was written. The time of checkpoints and validations is in no interval, and is reported as `outside_s`.
+The rate of a run comes from its metrics.jsonl, which has a line for each interval of steps. The first interval of a run
+is not counted, because the stream starts in this interval. The first interval of an epoch is not counted, because the
+stream prefetched batches while a checkpoint was written. Checkpoints and validations are outside of the intervals.
+Their time is reported as `outside_s`.
 """
 
 from __future__ import annotations
@@ -42,8 +43,7 @@ _ROOT = Path(__file__).parents[2]
 def run_command(settings: GpuCheckSettings, store: Path, run_dir: Path, batch: int, **options: object) -> list[str]:
     """Return the command line of `alextrain run`.
 
-    options  further options: log_every=20 becomes --log-every 20. An option whose value is True has no value on the
-             command line
+    options  further options: log_every=20 becomes --log-every 20. The value True stands for an option without a value.
     """
     names = [device.removeprefix("cuda:") for device in dict.fromkeys(settings.devices)]
     command = [*PROGRAM, "run", "--store", str(store.absolute()), "--run-dir", str(run_dir), "--gpus", ",".join(names)]
@@ -139,9 +139,9 @@ def rate_of_run(lines: Sequence[Mapping[str, Any]], batch: int, steps_per_epoch:
 
 
 def run_rates(settings: GpuCheckSettings, budget_s: float) -> list[dict[str, Any]]:
-    """Return the rates of `alextrain run` from each store, and from the last store at twice the batch size.
+    """Return the rates of `alextrain run` with each store, and with the last store at twice the batch size.
 
-    If a run fails, its row has the key "error" instead of rates. No run is started after `budget_s`.
+    If a run fails, its row has the key "error" instead of rates. After `budget_s` seconds, no further run is started.
     """
     started, rows = time.perf_counter(), []
     stores = list(settings.stores_by_format().items())

@@ -1,8 +1,8 @@
 """Stores for tools.gpu_check, made from synthetic photographs: one of JPEG records and one of PPM records.
 
-The photographs come from tools.photo_digits and are not darkened. Each training photograph is in the
-stores several times, under several names, so that an epoch has dozens of steps of 512 images. For the stream, every
-record is a different image.
+The photographs come from tools.photo_digits and are not darkened. Each training photograph is in the stores several
+times, under several names, so that an epoch has dozens of steps of 512 images. The stream reads and decodes each of
+these records separately.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def make_stores(folder: Path, copies: int = COPIES, photographs: int | None = No
     Stores that an earlier call has finished are not rebuilt.
 
     copies       number of records of each photograph
-    photographs  number of digits of which photographs are made; None: all 1,797
+    photographs  number of photographs to make, one for each digit; None: all 1,797
 
     The photographs are deleted at the end.
     """
@@ -67,7 +67,7 @@ def build_store(source: Path, store: Path, format: str) -> None:
 
 
 def repeat_files(folder: Path, copies: int) -> None:
-    """Give each file in the class folders of `folder` further names, as hard links, so that it has `copies` names."""
+    """Add hard links to each file in the class folders of `folder`, so that each file has `copies` names."""
     for path in sorted(folder.glob("*/*")):
         for number in range(1, copies):
             os.link(path, path.with_name(f"{path.stem}-{number}{path.suffix}"))

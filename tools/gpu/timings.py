@@ -30,7 +30,7 @@ from train.model.summary import summarize
 # Number of batches that are discarded when a turn starts, because the stream may have prefetched them.
 MAX_PREFETCHED = 8
 GOAL_RATIO, GOAL_HOURS = 0.98, 2.0
-# Batch sizes of the last precision; other precisions are measured only at the first size.
+# Batch sizes at which the last precision is measured. The other precisions are measured only at the first size.
 BATCHES = (128, 256, 512, 1024, 2048)
 GOAL_JPEG_RATIO = 0.95
 PROFILED_STEPS = 3
@@ -38,10 +38,11 @@ _HOST_STEPS = 20
 DECODER = "decoder of jpeg"
 _DECODED_BATCHES = 4  # number of batches of different records that the decoder alone decodes in turn
 
-# Rules (kind, whether all callers count, pattern). The kind, which is a JSON key, comes from the first rule whose
-# pattern occurs in a name of the call chain. The call chain consists of an operation, its kernel before it (on a GPU),
-# and its callers after it. If not all callers count for a rule, the pattern is searched only in the first two names of
-# the chain. For example, a type conversion that a convolution calls is of the kind "copies".
+# Rules (kind, whether all names count, pattern) that give the kind of a kernel or operation. The kind is a JSON key.
+# The rules are applied to the call chain: on a GPU the name of the kernel, then the operation, then the callers of the
+# operation. The first rule whose pattern occurs in a name of the chain gives the kind. If the second value of a rule is
+# False, the pattern is searched only in the first two names. A type conversion that a convolution calls is therefore of
+# the kind "copies".
 _KINDS = (
     ("update", True, r"Optimizer\.step"),
     ("normalisation", True, r"_Lrn|lrn"),
@@ -58,8 +59,8 @@ Work = Callable[[], object]
 def measure_rates(settings: GpuCheckSettings) -> list[Row]:
     """Return images/s of the stream, of steps on one batch, and of steps on batches of the stream ("… from …").
 
-    The one batch stays on the GPU. Steps on batches of the stream have the last precision, and are compared with steps
-    of this precision on one batch.
+    The one batch stays on the GPU. Steps on batches of the stream use the last precision. They are compared with the
+    steps on one batch in the same precision.
     """
     with ExitStack() as streams:
         contestants = []
@@ -146,7 +147,7 @@ def make_contestant(
     ours: str | None = None,
 ) -> Contestant:
     """Return a contestant. A turn calls `work` repeatedly, for about settings.turn_s seconds."""
-    calls: list[int] = []  # empty, or one entry: the number of calls in a turn, which is found before the first turn
+    calls: list[int] = []  # number of calls in a turn, as a single entry; empty until `prepare` has measured it
 
     def prepare() -> None:
         if precision is not None:
@@ -242,7 +243,7 @@ def kernel_times_ms(settings: GpuCheckSettings, precision: str) -> dict[str, flo
             parent = parent.cpu_parent
         if settings.on_gpu:
             for kernel in event.kernels:
-                # A kernel with the same name as its event is an annotation, which repeats the time of other kernels.
+                # A kernel with the same name as its event is an annotation. Its time repeats the time of other kernels.
                 if kernel.name != event.name:
                     kind = kernel_kind([kernel.name, *call_chain])
                     times_us[kind] = times_us.get(kind, 0.0) + kernel.duration
@@ -254,9 +255,9 @@ def kernel_times_ms(settings: GpuCheckSettings, precision: str) -> dict[str, flo
 
 
 def kernel_kind(call_chain: list[str]) -> str:
-    """Return the kind of a kernel or operation, whose name is call_chain[0].
+    """Return the kind of the kernel or operation call_chain[0].
 
-    In the chain, the callers follow, from the innermost to the outermost.
+    The other names of `call_chain` are its callers, from the innermost to the outermost.
     """
     for kind, callers_count, pattern in _KINDS:
         if any(re.search(pattern, name) for name in (call_chain if callers_count else call_chain[:2])):
@@ -267,7 +268,7 @@ def kernel_kind(call_chain: list[str]) -> str:
 def cuda_graph_rates(settings: GpuCheckSettings) -> list[Row]:
     """Return images/s of the step in the last precision, launched in two ways.
 
-    The step is launched kernel by kernel, and as `alextrain run` makes it.
+    The first way launches the step kernel by kernel. The second way is that of `alextrain run`, which replays a graph.
     """
     precision = settings.precisions[-1]
     steps: dict[str, tuple[Callable[..., object], torch.Tensor, torch.Tensor]] = {
@@ -281,7 +282,7 @@ def cuda_graph_rates(settings: GpuCheckSettings) -> list[Row]:
 
 
 def host_time_us(settings: GpuCheckSettings) -> float:
-    """Return the time in µs for which a step of the last precision occupies the host, without waiting for the GPU."""
+    """Return the time in µs for which a step of the last precision occupies the host, without waits for the GPU."""
     precision = settings.precisions[-1]
     set_precision(precision, settings.devices)
     work = _step_on(*make_counted_step(settings, precision))
@@ -303,7 +304,7 @@ def summarize_rates(settings: GpuCheckSettings, rows: list[Row]) -> dict[str, An
     # The rate is never 0, because rates are rounded to tenths.
     rate = {row.name: max(row.images_per_s, 0.1) for row in rows}
     layers = [row.multiply_adds for row in summarize(1000)]
-    # A step has three passes: forward, gradients of weights, gradients of inputs. The image needs no gradient.
+    # A step has three passes: forward, gradients of weights, gradients of inputs. No gradient of the image is computed.
     multiply_adds = 3 * sum(layers) - layers[0]
     peak = peak_tflops(settings.devices) if settings.on_gpu else None
     summary: dict[str, Any] = {}

@@ -38,7 +38,7 @@ def take_turn(versions: str, work: Callable[[], int]) -> None:
 
 
 def start_pool(jobs: int, initialize: Callable[[], object] = lambda: None) -> AbstractContextManager[Any]:
-    """Return a pool of `jobs` forked processes when every process has called `initialize`."""
+    """Start a pool of `jobs` forked processes, and return it after every process has called `initialize`."""
     context = multiprocessing.get_context("fork")
     ready = context.Semaphore(0)
 

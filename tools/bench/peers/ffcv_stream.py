@@ -5,6 +5,10 @@
 jpg   The .beton holds the unchanged bytes of the JPEG files. (FFCV's RGBImageField would encode the images again.)
 raw   The .beton holds the pixels of the images, decoded by Pillow, in FFCV's RGBImageField.
 
+last  Batches have the shape NCHW and the memory order NHWC (channels last), which is FFCV's default.
+first Batches have the shape and the memory order NCHW, like the batches of all other contestants. FFCV copies each
+      batch twice to reorder it.
+
 FFCV has no random crop of a fixed size. RandomResizedCropRGBImageDecoder makes a random crop of 224 × 224 px if the
 area and the aspect ratio are fixed to the values of 224 × 224 pixels. The decoder then rescales 224 × 224 px to 224 ×
 224 px, which OpenCV does by copying. The crops have the same distribution as the crops of all other contestants, but
@@ -12,12 +16,7 @@ all records must be squares of one size. Like all other contestants, FFCV decode
 runs RandomHorizontalFlip, NormalizeImage (a table of floats), ToTensor and ToTorchImage. FFCV allocates new batches in
 each epoch. The records are therefore repeated until an epoch is as long as an epoch of ImageNet.
 
-last  Batches have channels last in memory, which is FFCV's default. The shape of the batches is NCHW, but the memory
-order is NHWC. first Batches have channels first in memory, like the batches of all other contestants. FFCV copies each
-batch twice to
-      reorder it.
-
-Needs a separate Python environment, as tools.bench.peers.ffcv_writer describes.
+The program needs a separate Python environment, as tools.bench.peers.ffcv_writer describes.
 """
 
 from __future__ import annotations
@@ -117,7 +116,7 @@ def endless_batches(beton: Path, records: Records, threads: int, mean: Mean, cha
 
 
 def main() -> None:
-    """Take turns."""
+    """Run the stream. One line on standard input starts one timed turn (see stream_turn.py)."""
     records, out, threads, mean, (mode, channels) = parse_arguments()
     out.mkdir()
     beton = out / "train.beton"

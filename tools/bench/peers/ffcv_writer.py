@@ -35,7 +35,7 @@ _LONGER_SIDE_PX = 341
 
 
 class ImageFolder:
-    """Images and labels of class folders. Images are cropped to the central square, unless `full_size` is true."""
+    """Images and labels of class folders. If `full_size` is False, images are cropped to the central square."""
 
     def __init__(self, paths: Sequence[str], full_size: bool) -> None:
         classes = sorted({Path(path).parent.name for path in paths})
@@ -52,7 +52,7 @@ class ImageFolder:
 
 
 def main() -> None:
-    """Take one turn."""
+    """Write the .beton in one timed turn (see build_turn.py)."""
     paths, out, jobs, (mode,) = parse_arguments()
     ffcv_rescales = mode == "own"
     dataset = ImageFolder(paths, full_size=ffcv_rescales)

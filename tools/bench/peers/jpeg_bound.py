@@ -3,8 +3,8 @@
     python -m tools.bench.peers.jpeg_bound FOLDER OUT JOBS PASSES
 
 Forked processes read the files PASSES times from the page cache. The processes decode and encode with simplejpeg. No
-file is written. The squares that are encoded are cut out of the same photographs before the timing starts. At most
-1,000 squares are kept in memory. simplejpeg uses libjpeg-turbo's faster but less exact arithmetic. The few images that
+file is written. Before the timing starts, the program cuts the squares out of the same photographs, and keeps at most
+1,000 squares in memory. simplejpeg uses libjpeg-turbo's faster but less exact arithmetic. The few images that
 simplejpeg cannot decode (CMYK and PNG) are skipped.
 """
 
@@ -25,7 +25,7 @@ _squares: list[Any] = []  # the parent process fills this list before it forks
 
 
 def decodable(paths: Paths) -> tuple[Paths, dict[int, str]]:
-    """Return the paths of the images that simplejpeg can decode, and {inode: one path} of each file."""
+    """Return the paths of the images that simplejpeg can decode, and {inode: one of the paths of this file}."""
     files: dict[int, str] = {}
     bad_inodes: set[int] = set()
     good_paths = []
@@ -53,7 +53,7 @@ def process_image(task: tuple[int, str]) -> int:
 
 
 def main() -> None:
-    """Take one turn."""
+    """Decode and encode the images in one timed turn (see build_turn.py)."""
     paths, _, jobs, (passes,) = parse_arguments()
     paths, files = decodable(paths)
     for path in list(files.values())[:_MAX_SQUARES]:

@@ -3,9 +3,9 @@
     python -m tools.bench.peers.spdl_stream FOLDER OUT THREADS RED,GREEN,BLUE ffmpeg|simplejpeg
 
 ffmpeg      SPDL's own decoding: FFmpeg decodes, crops, mirrors and converts to RGB; NumPy converts to float32. FFmpeg
-            crops before it converts to RGB. The offset is rounded down to an even number, because chroma has half the
-            resolution.
-simplejpeg  SPDL gives only the threads. libjpeg-turbo decodes; NumPy crops, mirrors and converts to float32.
+            crops before it converts to RGB. The offset of a crop is rounded down to an even number, because chroma has
+            half the resolution.
+simplejpeg  SPDL only runs the threads. libjpeg-turbo decodes; NumPy crops, mirrors and converts to float32.
 
 The memory of the batches is reused. No file is written to OUT.
 
@@ -40,7 +40,7 @@ from tools.bench.peers.stream_turn import (
 )
 
 _PREFETCH = 3  # largest number of batches in the queue of finished batches
-_IN_FLIGHT = 5  # largest number of batches that wait for the queue or that the consumer is using
+_IN_FLIGHT = 5  # largest number of finished batches outside of the queue: before the queue, or in use by the consumer
 
 
 def crop_with_ffmpeg(path: str) -> Any:
@@ -85,7 +85,7 @@ def endless_batches(records: Records, threads: int, mean: Mean, fill: Callable[.
 
 
 def main() -> None:
-    """Take turns."""
+    """Run the stream. One line on standard input starts one timed turn (see stream_turn.py)."""
     records, _, threads, mean, (decoder,) = parse_arguments()
     fill, decoder_version = {
         "ffmpeg": (fill_with_ffmpeg, ""),

@@ -71,9 +71,9 @@ def check_batches(batches: Iterator[Any]) -> None:
 
 
 def images_per_s(batches: Iterator[Any], seconds: float, threads: int) -> float:
-    """Return the rate in images/s, measured over at least `seconds`.
+    """Discard as many batches as the stream can have prefetched, then return the rate in images/s.
 
-    First discards as many batches as the stream can have prefetched.
+    The rate is measured over at least `seconds`.
     """
     for _ in range(2 * threads + 6):
         next(batches)
@@ -87,7 +87,7 @@ def images_per_s(batches: Iterator[Any], seconds: float, threads: int) -> float:
 
 
 def take_turns(versions: str, batches: Iterator[Any], threads: int) -> None:
-    """Check the batches and print `versions`. Then take a turn for each line of standard input."""
+    """Check the batches and print `versions`. Then measure the rate once for each line of standard input."""
     check_batches(batches)
     print(versions, flush=True)  # noqa: T201
     for line in sys.stdin:
