@@ -1,9 +1,8 @@
-"""Shared fixtures: a small set of photographs in ILSVRC's layout, stores built from it, and Caffe's Datum in protobuf.
+"""Shared fixtures: a few photographs in ILSVRC's layout, stores built from them, and Caffe's Datum in protobuf.
 
 `photo_folder`, `store`, `stores` and `numbered_store` are made once in each test process. All tests of the process
-share these folders. A test must not write into a shared folder, but only into a copy. `make test` runs two test
-processes at the same time. A test therefore writes only into its own folders, and its time limits must suit a slow
-machine.
+share these folders, so a test must write only into a copy of a shared folder. `make test` runs two test processes at
+the same time, so the time limits of a test must suit a slow machine.
 """
 
 from __future__ import annotations
@@ -33,12 +32,12 @@ TRAIN_RECORDS, VAL_RECORDS = 37, 23  # numbers of records in the splits of `numb
 
 
 def pytest_configure() -> None:
-    """Set variables that torch, Triton and the C library read.
+    """Set environment variables that torch, the C library and Triton read.
 
-    Idle OpenMP threads of torch sleep, so that other tests can use the cores. Without an NVIDIA driver, Triton's
-    interpreter runs the Triton kernels on the CPU.
-    For each connection, torch's store asks the name server for the name of 127.0.0.1. If there is no answer, the C
-    library waits for one second, not for five seconds.
+    OMP_WAIT_POLICY   Idle OpenMP threads of torch sleep, so that other tests can use the cores.
+    RES_OPTIONS       The C library waits one second for an answer of the name server, instead of five. At each
+                      connection, torch's TCPStore asks the name server for the name of 127.0.0.1.
+    TRITON_INTERPRET  Without an NVIDIA driver, Triton's interpreter runs the Triton kernels on the CPU.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     os.environ.setdefault("RES_OPTIONS", "timeout:1 attempts:1")
@@ -46,8 +45,8 @@ def pytest_configure() -> None:
         os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
-# Folders and files of the tests that start Ray clusters. All tests with Ray clusters run in one test process, one after
-# another. Several clusters at the same time would need more memory and cores than a small machine has.
+# Folders and files of the tests that start Ray clusters. All these tests run in one test process, one after another.
+# Several clusters at the same time would need more memory and cores than a small machine has.
 _CLUSTER_TESTS = (
     *("tests/prep/test_cluster.py", "tests/prep/build/test_cluster.py", "tests/pipeline/cli", "tests/pipeline/service"),
     *("tests/train/service", "tests/tools/test_service_demo.py"),
@@ -62,7 +61,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Run all tests that start Ray clusters in one test process, and the tests of each other file in one process."""
+    """Run all tests that start Ray clusters in the same process. Also keep the tests of every other file together."""
     from xdist.scheduler import LoadScopeScheduling
 
     class ByFile(LoadScopeScheduling):
@@ -140,7 +139,7 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
 
 @pytest.fixture(scope="session")
 def stores(photo_folder: Path, store: Path, build: Build) -> dict[str, Path]:
-    """Four stores of `photo_folder`, with JPEG or PPM records. The stores named `-whole` hold uncropped images."""
+    """Four stores of `photo_folder`, with JPEG or PPM records. Stores named `…-whole` hold uncropped images."""
     return {
         "jpeg": store,
         "jpeg-whole": build(photo_folder, "--keep-aspect"),
@@ -167,7 +166,7 @@ def numbered_store(tmp_path_factory: pytest.TempPathFactory, build: Build) -> Pa
 
 @pytest.fixture(scope="session")
 def caffe_datum() -> Callable[[], Any]:
-    """The message class of Caffe's Datum (proto2), which protobuf makes from the field numbers of caffe.proto."""
+    """The message class of Caffe's Datum (proto2), made by protobuf from the field numbers of caffe.proto."""
     field = descriptor_pb2.FieldDescriptorProto
     file = descriptor_pb2.FileDescriptorProto(name="datum.proto", package="caffe", syntax="proto2")
     message = file.message_type.add(name="Datum")

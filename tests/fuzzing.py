@@ -1,7 +1,7 @@
 """Fuzzing with hypothesis: makes changed files, and checks that readers accept or refuse each file without a fault.
 
 Hypothesis draws the changes from a fixed seed, so a test always tries the same files. A long test (marker `soak`) tries
-more files. If a file makes a reader fail, write a separate test with this file, which states the change.
+more files. If a file makes a reader fail, write a separate test that makes the same change to an intact file.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def examples(quick: int, soak: int) -> pytest.MarkDecorator:
 
 
 def changed_bytes(content: bytes) -> st.SearchStrategy[bytes]:
-    """Return a strategy of copies of a file. A copy is cut, or changed in up to 6 places."""
+    """Return a hypothesis strategy that draws changed copies of a file. A copy is cut, or changed in up to 6 places."""
     end = len(content)
     # Formats have their headers at the beginning or at the end.
     place = st.one_of(st.integers(0, end), st.integers(0, min(end, 200)), st.integers(max(0, end - 200), end))
@@ -58,9 +58,9 @@ def _apply(content: bytes, changes: list[tuple[str, int, bytes]]) -> bytes:
 
 
 def changed_json(value: Any) -> st.SearchStrategy[bytes]:
-    """Return a strategy of JSON texts in which one to three fields of `value` are replaced or removed.
+    """Return a hypothesis strategy that draws JSON texts: `value` with one to three fields changed or removed.
 
-    Some texts have numbers or texts that JSON allows and a reader does not expect. Some texts are no JSON.
+    Some of the new values are valid in JSON, but not expected by a reader. Some texts are not valid JSON.
     """
     numbers = st.one_of(st.integers(), st.floats(), st.sampled_from((10**30, -1, 0, 1e308, 2**63, -(2**63), 10**400)))
     texts = st.one_of(
@@ -108,9 +108,9 @@ def try_files(
     read: Callable[[bytes], object],
     *allowed: type[Exception],
 ) -> None:
-    """Assert that `read` accepts each of `count` files, or raises UserError or one of `allowed` with one line.
+    """Call `read` with each of `count` files. Assert that `read` returns, or raises an allowed error with one line.
 
-    A call may take MAX_CPU_S of CPU time and 1 GB of memory.
+    Allowed errors are UserError and the types in `allowed`. A call may take MAX_CPU_S of CPU time and 1 GB of memory.
     """
 
     @settings(
@@ -139,7 +139,7 @@ def try_files(
 
 @contextmanager
 def limited_memory() -> Iterator[None]:
-    """Let this process allocate at most MEMORY_BYTES more than now during a `with` block."""
+    """During a `with` block, let this process allocate at most MEMORY_BYTES in addition to its present memory."""
     before = resource.getrlimit(resource.RLIMIT_DATA)
     lines = Path("/proc/self/status").read_text().splitlines()
     used = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmData:"))

@@ -1,4 +1,4 @@
-"""Builds for tests: runners that work in the test's own process, images that are made quickly, builds to kill."""
+"""Builds for tests: runners that run tasks in the process of the test, quickly made images, and builds to kill."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class StoppingRunner(InlineRunner):
 
 
 class UnusedRunner(InlineRunner):
-    """A runner with which a test fails if the runner gets a task."""
+    """A runner that makes the test fail if the build gives it a task."""
 
     def map(self, work: Any, tasks: Iterable[Any], on_progress: Any) -> Iterator[tuple[Any, Any]]:
         for task in tasks:
@@ -193,9 +193,9 @@ class BuildCommand:
 
 
 def run_interrupted_builds(photos: Path, work: Path, mode: str) -> list[dict[str, Any]]:
-    """For n = 0, 1, 2…, interrupt build n before its disk operation n, then run build n again.
+    """Run interrupted_builds.py: for n = 0, 1, 2…, interrupt build n before its disk operation n, and run it again.
 
-    See interrupted_builds.py.
+    Returns the JSON objects that the program prints.
     """
     program = [sys.executable, str(Path(__file__).with_name("interrupted_builds.py")), str(photos), str(work), mode]
     environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}  # the same setting as in a worker process
@@ -233,7 +233,7 @@ _CAPABILITY_VERSION = (
 def no_root_rights() -> Iterator[None]:
     """Clear the effective capabilities of this thread, and of threads that it starts, during a `with` block.
 
-    Without this function, a test that runs as root could read files without read permission.
+    Without these capabilities, a test that runs as root cannot read files that have no read permission.
     """
     libc = ctypes.CDLL(None, use_errno=True)
     header, before = (ctypes.c_uint32 * 2)(_CAPABILITY_VERSION, 0), (ctypes.c_uint32 * 6)()

@@ -34,9 +34,9 @@ def faults_of(store: Path, workers: WorkerPool, split: str = "train", decode: bo
 
 
 def the_fault(store: Path, workers: WorkerPool, *parts: str) -> Fault:
-    """Return the only fault that verification finds in the split `train`.
+    """Verify the split `train`, assert that there is exactly one fault, and return it.
 
-    Asserts that the text of the fault contains all `parts`.
+    Also asserts that the text of the fault contains all `parts`.
     """
     faults = faults_of(store, workers)
     assert len(faults) == 1, faults
@@ -54,7 +54,7 @@ def change_manifest(store: Path, change: Callable[[dict[str, Any]], object]) -> 
 
 
 def sign_again(store: Path) -> None:
-    """Write the fingerprints of the splits and of the store that follow from the other fields of manifest.json."""
+    """Compute the fingerprints in manifest.json, of the splits and of the store, from the other fields of the file."""
 
     def sign(data: dict[str, Any]) -> None:
         for split in data["splits"].values():
@@ -66,7 +66,7 @@ def sign_again(store: Path) -> None:
 
 
 def cut_after_tree(shard: Path) -> None:
-    """Cut data.mdb after the root of its tree. The tree, which has one page, remains; longer values are lost."""
+    """Cut data.mdb after the root page of its tree, which is the only page of the tree. Longer values are lost."""
     with LmdbFile(shard, "") as file:
         root = file.pages.tree.root
     assert root == 2, "the tree has more than one page"
@@ -97,12 +97,12 @@ def replace_records(folder: Path, records: Records) -> None:
 
 
 def with_checksum(body: bytes) -> bytes:
-    """Return the record with a correct checksum."""
+    """Return the record `body` followed by a correct checksum."""
     return body + b"\xd5\x3e" + zlib.crc32(body).to_bytes(4, "little")
 
 
 def changed_record(value: bytes, **fields: Any) -> bytes:
-    """Return the record with some fields replaced, and with a correct checksum."""
+    """Return the record `value` with other values of `fields`, and with a correct checksum."""
     return replace(Datum.decode(value), **fields).encode()
 
 
@@ -116,7 +116,7 @@ def lengthen_first_record(store: Path) -> None:
     """Set the length of the first record to 200 MB, which is beyond the end of the file."""
     file = store / "train" / "00000" / "data.mdb"
     content = file.read_bytes()
-    # LMDB stores a record as a node: low and high half of the size of the value, flags, length of the key, key, value.
+    # LMDB stores a record as a node: size of the value (low half, high half), flags, length of the key, key, value.
     node = content.index(b"\x08\x0000000000") + 2 - 8
     overwrite(file, node, (200_000_000).to_bytes(4, "little"))
 
@@ -132,8 +132,8 @@ def store_with_records(store: Path, copy: Path, records: Records, classes: list[
 def describe_shards(store: Path, shards: list[Records], classes: list[str] | None = None) -> None:
     """Write a manifest.json whose fields agree, for a store whose training shards hold `shards`.
 
-    The labels of the records may be wrong, so the counts of labels only have the right sum. The digests of the shards
-    are those of the first shard before.
+    The labels of the records may be wrong. Only the sum of the label counts is therefore right. Every shard gets the
+    digest that the first shard had before.
     """
     manifest = json.loads((store / "manifest.json").read_bytes())
     split, settings = manifest["splits"]["train"], manifest["settings"]

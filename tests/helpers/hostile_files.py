@@ -1,7 +1,8 @@
-"""Image files that no camera writes, each with the outcome that a build must have.
+"""Image files that no camera writes, each with the outcome that a build must report.
 
 The files are damaged, state a false size, or are not images. Files that no library would write are made byte by byte.
-All files are made with one random generator, so the files must always be made in the same order.
+All files are made with the same random generator. Always make all files in the same order, so that each file always has
+the same content.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ RNG = np.random.default_rng(2012)
 
 @dataclass(frozen=True)
 class Expected:
-    """The expected outcome of a file: bad, or kept with these conversions and this EXIF orientation."""
+    """The expected outcome of a file: the file is bad, or is kept with these conversions and this EXIF orientation."""
 
     bad: str = ""  # regular expression that matches the reason for a bad file; empty for a file that is kept
     converted: tuple[str, ...] = ()
@@ -35,7 +36,7 @@ class Expected:
 
 
 def decoder_warns(content: bytes) -> bool:
-    """Return whether libjpeg-turbo warns about a JPEG. Version 3.1, but not 3.0, warns about a bad ICC marker."""
+    """Return whether libjpeg-turbo warns about a JPEG. It warns about a bad ICC marker since version 3.1."""
     try:
         simplejpeg.decode_jpeg(content, strict=True)
     except ValueError:
@@ -84,7 +85,7 @@ def claiming(jpeg: bytes, height: int, width: int) -> bytes:
 def many_scans(width: int, height: int, scans: int, sampling: Sequence[int] = (0x22, 0x11, 0x11)) -> bytes:
     """Return a progressive JPEG of one colour: a DC scan, then AC scans whose blocks have no coefficients.
 
-    A scan has only a few bytes, but for each scan a decoder must process all blocks of the image.
+    A scan has only a few bytes, but a decoder must process all blocks of the image for each scan.
     """
     parts = len(sampling)
     across, down = max(s >> 4 for s in sampling), max(s & 15 for s in sampling)
@@ -95,7 +96,7 @@ def many_scans(width: int, height: int, scans: int, sampling: Sequence[int] = (0
     zeros = bytes(units // 8) + (bytes([(1 << (8 - units % 8)) - 1]) if units % 8 else b"")
     blocks = -(-width * (sampling[0] >> 4) // (8 * across)) * -(-height * (sampling[0] & 15) // (8 * down))
     bits = ""
-    while blocks > 0:  # the 15-bit code (0, then n in 14 bits) ends 2^14 + n blocks
+    while blocks > 0:  # a code of 15 bits (a 0, then n in 14 bits) ends a run of 2^14 + n blocks
         bits += "0" + format(min(max(blocks - 16384, 0), 16383), "014b")
         blocks -= 32767
     bits += "1" * (-len(bits) % 8)
@@ -240,7 +241,7 @@ def gif(width: int, height: int, inner_width: int, inner_height: int) -> bytes:
 
 
 def tiff(*tags: tuple[int, int, int], pixels: bytes = b"") -> bytes:
-    """Return a TIFF with entries (tag, type 3 or 4, value), one value in each entry. The pixels are at byte 8."""
+    """Return a TIFF with the entries `tags`: (tag, type 3 or 4, value). The pixels begin at byte 8."""
     body = b"".join(struct.pack("<HHII", tag, kind, 1, value) for tag, kind, value in tags)
     return b"II*\0" + struct.pack("<I", 8 + len(pixels)) + pixels + struct.pack("<H", len(tags)) + body + bytes(4)
 

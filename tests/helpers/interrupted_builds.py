@@ -1,22 +1,24 @@
 """Interrupt build n before its disk operation n, for n = 0, 1, 2…, and run each build again.
 
-The last n is the first n at which the build succeeds, or RESTARTS - 1 in the modes `restart` and `restart-reverse`. The
-mode `broken` uses only even n. tests/prep/build/test_interrupted.py and test_full_disk.py run this file as a program:
-interrupted_builds.py PHOTOS WORK MODE. Disk operations are: creating a folder, opening a file for writing, a rename, an
-fsync, and a transaction of LMDB. In the modes `kill`, `restart` and `restart-reverse`, the removal of a file or folder
-is also a disk operation. MODE is one of
+    interrupted_builds.py PHOTOS WORK MODE
+
+tests/prep/build/test_interrupted.py and test_full_disk.py run this program. The program ends after the first n at which
+the build succeeds. In the modes `restart` and `restart-reverse`, the program ends after n = RESTARTS - 1. The mode
+`broken` uses only even n. Disk operations are: creating a folder, opening a file for writing, a rename, an fsync, and a
+transaction of LMDB. In the modes `kill`, `restart` and `restart-reverse`, the removal of a file or folder is also a
+disk operation. MODE is one of
 
     kill              the process ends before the operation, without any clean-up
     kill-merge        like kill, but the stores PHOTOS/one and PHOTOS/two are merged
-    restart           like kill, but in a build that first removes the files of an unfinished build, sorted by name
+    restart           like kill, but the build first removes the files of an unfinished build, sorted by name
     restart-reverse   like restart, but the files are removed in the reverse order
-    full, broken      this operation and all later operations fail, as they do on a full or a broken disk
+    full, broken      operation n and all later operations fail, as they do on a full or a broken disk
     limit             no file may be longer than LIMITS[n]
 
-Prints a JSON object for each n: {"at": n, "code", "error", "torn", "again", "error_again"}. `code` and `error` are the
-exit code and error of the interrupted build. `torn` says whether the store has a manifest.json although the store is
-incomplete. `again` and `error_again` are the exit code and error of the same build when it is run again. The stores are
-WORK/NNN.
+The program prints a JSON object for each n: {"at": n, "code", "error", "torn", "again", "error_again"}. `code` and
+`error` are the exit code and error of the interrupted build. `torn` says whether the store has a manifest.json although
+the store is incomplete. `again` and `error_again` are the exit code and error of the same build when it is run again.
+The stores are WORK/NNN.
 """
 
 from __future__ import annotations
@@ -42,8 +44,8 @@ from tests.helpers.building import PPM, InlineRunner, Stopped, StoppingRunner, b
 
 remaining: int | None = None  # number of disk operations before the interruption; None: no interruption
 mode = ""
-RESTARTS = 14  # larger than the number of disk operations in discarding an unfinished build
-LIMITS = (0, 1, 100, 500, 900, 1000, 1200, 2000, 4096, 5000, 8192)  # bytes
+RESTARTS = 14  # larger than the number of disk operations that remove the files of an unfinished build
+LIMITS = (0, 1, 100, 500, 900, 1000, 1200, 2000, 4096, 5000, 8192)  # largest size of a file in bytes, for each n
 LIMITS += (10_000, 12_288, 16_384, 20_000, 40_000, 60_000, 80_000, 100_000, 120_000, 130_000, 1_000_000)
 
 

@@ -2,7 +2,8 @@
 
     kill_and_resume.py STORE RUN_DIR SEED WHEN [MEMBERS]
 
-With MEMBERS, an ensemble of as many networks is trained, and RUN_DIR is its folder.
+MEMBERS is the number of networks of an ensemble, and RUN_DIR is then the folder of the ensemble. Without MEMBERS, a
+single run is trained.
 
 Each attempt is a fork of this process, which has imported all modules and started no threads. The first attempt
 trains in the folder `uninterrupted` next to RUN_DIR and is not killed. The next ten attempts train in RUN_DIR and are
@@ -11,12 +12,12 @@ killed as WHEN says. The last attempt finishes the run in RUN_DIR and is not kil
     operation  The attempt kills itself with SIGKILL just before an operation. Operations are: opening a file for
                writing, computing a digest, fsync, rename, link, removal of a file, and the end of a training step.
                Attempt k (0 to 9) is killed 0 to 7 operations after the run has made k of its nine steps. All ten
-               attempts are killed. A finished run that is started again also performs these operations.
-    time       The parent kills the attempt after a random time, unless the attempt has finished. Attempt 0 is killed
-               early, so that it cannot finish.
+               attempts are killed, because a finished run that is started again also performs these operations.
+    time       The parent process kills the attempt after a random time, or the attempt ends before this time. Attempt 0
+               is killed so early that it cannot end before.
 
-Prints a JSON object: "kills" is the number of kills, and "at" maps each operation to its number of kills. The program
-needs OMP_NUM_THREADS=1, because threads do not survive a fork.
+The program prints a JSON object: "kills" is the number of kills, and "at" maps each operation to the number of kills
+before this operation. The program needs OMP_NUM_THREADS=1, because threads do not survive a fork.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ KILLS = STEPS + 1
 
 members: int | None = None  # number of members of the ensemble; None: a single run
 
-# State of an attempt that kills itself.
+# The following variables are the state of an attempt that kills itself.
 # Step of the run after which operations are counted; None: operations are never counted.
 first_counted_step: int | None = None
 operations_left = 0  # number of operations before the kill
@@ -86,7 +87,7 @@ def counted(operation: str, real: Any) -> Any:
 
 
 def counted_step(self: TrainingStep, *batch: torch.Tensor, real: Any = TrainingStep.__call__) -> Any:
-    """Replaces TrainingStep.__call__, and counts the steps of the run."""
+    """Make a training step, and count it. This function replaces TrainingStep.__call__."""
     global steps_done
     result = real(self, *batch)
     steps_done += 1

@@ -1,4 +1,4 @@
-"""Folders with empty files, label files, devkits of ILSVRC, and the content of listings, for tests of input formats."""
+"""Helpers for tests of input formats: folders of empty files, label files, ILSVRC devkits, and contents of listings."""
 
 from __future__ import annotations
 
@@ -46,20 +46,23 @@ def label_file(folder: Path, text: str, name: str = "labels.txt") -> Path:
 def list_labelled(
     folder: Path, labels: Path | None = None, order: str | None = None, store_classes: tuple[str, ...] = ()
 ) -> Source:
-    """Return the listing of a folder without class folders, as the split val, which may lack classes of the store."""
+    """Return the listing of a folder without class folders, as the split val. The split may lack some classes."""
     options = ListOptions(labels, order, allow_empty_classes=bool(store_classes))
     return list_source(folder, "val", options, store_classes)
 
 
 def write_devkit(file: Path | io.BytesIO, numbered: dict[int, str]) -> None:
-    """A meta.mat like that of the devkit: an array of structs `synsets` with ILSVRC2012_ID, WNID and other fields."""
+    """Write a meta.mat like the devkit's: an array `synsets` of structs with ILSVRC2012_ID, WNID and other fields."""
     kind = [("ILSVRC2012_ID", object), ("WNID", object), ("words", object), ("num_children", object)]
     rows = [(number, name, f"word of {name}", 0) for number, name in numbered.items()]
     savemat(file, {"synsets": np.array(rows, dtype=kind).reshape(-1, 1)})
 
 
 def devkit_archive(folder: Path, numbered: dict[int, str], ground_truth: str) -> Path:
-    """ILSVRC2012_devkit_t12.tar.gz with meta.mat, the ground truth of val, and a member that has an unsafe name."""
+    """Write a devkit ILSVRC2012_devkit_t12.tar.gz, and return its path.
+
+    The archive has meta.mat, the ground truth of the split val, and a member with an unsafe name.
+    """
     meta = io.BytesIO()
     write_devkit(meta, numbered)
     data = "ILSVRC2012_devkit_t12/data"

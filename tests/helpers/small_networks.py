@@ -1,4 +1,4 @@
-"""Small networks for tests of export and import, evaluation images, and a comparison of outputs."""
+"""For tests of export and import: small networks, evaluation images, and a comparison of outputs."""
 
 from __future__ import annotations
 

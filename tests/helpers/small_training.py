@@ -1,4 +1,4 @@
-"""A training that takes about a second on a CPU, the comparison of two runs, and the smallest files of a run."""
+"""A training that takes about a second on a CPU, a comparison of two runs, and a small checkpoint and run.json."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SMALL_ALEXNET = replace(ALEXNET, widths=Widths(8, 8, 8, 8, 8, 16, 16))
 
 
 def small_config(store: Path, run_dir: Path, **changes: Any) -> RunConfig:
-    """Return a run of 9 steps of 8 images: 3 epochs of 3 steps on the 30 training images of the test store."""
+    """Return the settings of a run on the 30 training images of `store`: 3 epochs of 3 steps of 8 images."""
     config = RunConfig(
         store=store,
         recipe=replace(SHORT, dropout=0.5, schedule=(ScheduleChange(1.5, lr=0.002),)),
@@ -56,7 +56,7 @@ IDENTITY = {
 
 
 def tiny_checkpoint(step: int, **changes: Any) -> Checkpoint:
-    """Return a checkpoint of `step` of a network with two units in each layer, whose parameters are 0."""
+    """Return a checkpoint of step `step`. The network has two units in each layer, and all its parameters are 0."""
     network = AlexNet(2, SHORT, ("cpu", "cpu"), TINY_ALEXNET)
     shapes = network.joined_tensors()
     stream = {"graph_version": 3, "store_fingerprint": "f" * 64, "split": "train", "batch_size": 8, "world_size": 1}
@@ -83,7 +83,7 @@ def tiny_checkpoint(step: int, **changes: Any) -> Checkpoint:
 def tiny_description(
     recipe: Recipe = SHORT, model: Architecture = TINY_ALEXNET, fingerprint: str = "f" * 64, **settings: Any
 ) -> dict[str, Any]:
-    """Return the content of run.json of a run on a store with two classes. `settings` replaces or adds settings."""
+    """Return the content of a run.json, for a store with two classes. `settings` replaces or adds settings."""
     zeros, identity_matrix = [0.0] * 3, [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]]
     colour = {"records": 80, "pixels": 80 << 16, "mean_rgb": [100.0] * 3, "covariance": identity_matrix}
     colour |= {"eigenvalues": zeros, "stdevs": zeros, "eigenvectors": identity_matrix, "pixel_scale": 255}

@@ -1,6 +1,6 @@
 """Tar archives for tests.
 
-tarfile writes most archives; this module writes the headers of archives that no library would write.
+Python's tarfile writes most of the archives. This module writes the headers of archives that no library would write.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ MEMBER_BYTES = 3 * BLOCK  # number of bytes in the archive for a member with 700
 
 
 def tar_of(members: Sequence[Member], format: int = tarfile.GNU_FORMAT) -> bytes:
-    """Return a tar with the members (name, content) or (name, content, fields of the header)."""
+    """Return a tar archive. A member is (name, content) or (name, content, fields of the header)."""
     out = io.BytesIO()
     with tarfile.open(fileobj=out, mode="w", format=format) as tar:
         for name, content, *fields in members:
@@ -54,7 +54,7 @@ def negative_size(size: int) -> bytes:
 
 
 def pax_with_size(size: str, member: int = 0) -> bytes:
-    """Return an archive with the members THREE. A PAX header states `size` for member number `member`."""
+    """Return an archive of the members THREE. A PAX header states the size `size` for member number `member`."""
     members: list[Member] = list(THREE)
     name, content, *_ = members[member]
     members[member] = (name, content, {"pax_headers": {"size": size}})
@@ -75,7 +75,8 @@ DAMAGED: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "two blocks of zeros": (lambda tar: overwritten(tar, MEMBER_BYTES, bytes(2 * BLOCK)), "damaged"),
     "a member of zeros": (lambda tar: overwritten(tar, MEMBER_BYTES, bytes(MEMBER_BYTES)), "damaged"),
     "a header of noise": (lambda tar: overwritten(tar, MEMBER_BYTES, bytes(range(256)) * 2), "damaged"),
-    "zeros to a far end": (lambda tar: tar[: 2 * MEMBER_BYTES] + bytes(20 << 20), "truncated"),  # preallocated file
+    # A download program can create the complete file before it writes the content. The rest of the file is then zeros.
+    "zeros to a far end": (lambda tar: tar[: 2 * MEMBER_BYTES] + bytes(20 << 20), "truncated"),
     "another archive behind": (lambda tar: tar + tar_of([("n3/d.JPEG", A)]), "damaged"),
     "text behind": (lambda tar: tar + b"the end", "damaged"),
     "size beyond the end": (lambda tar: with_second_member(tar, header(b"n1/x.JPEG", b"77777777777\0")), "truncated"),

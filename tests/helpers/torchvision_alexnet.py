@@ -1,4 +1,4 @@
-"""torchvision's AlexNet, defined here so that the tests do not need torchvision."""
+"""A copy of torchvision's AlexNet, so that the tests do not need torchvision."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from train.config.architecture import TORCHVISION, Widths
 
 
 def torchvision_alexnet(w: Widths = TORCHVISION.widths, classes: int = 1000) -> nn.Module:
-    """AlexNet.__init__ of torchvision/models/alexnet.py, with widths as parameters."""
+    """AlexNet.__init__ of torchvision/models/alexnet.py, with the widths of the layers as a parameter."""
     net = nn.Module()
     net.features = nn.Sequential(
         nn.Conv2d(3, w.conv1, kernel_size=11, stride=4, padding=2),

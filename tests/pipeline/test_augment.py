@@ -44,7 +44,7 @@ TOLERANCE = 1e-3  # grey levels
 
 @pytest.fixture(params=["kernel", "graph"])
 def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Run a test with both engines on the CPU: with the C kernel, and with the DALI graph instead of the kernel."""
+    """Run a test with both engines of a CPU: with the C kernel, and with the DALI graph instead of the C kernel."""
     if request.param == "graph":
         monkeypatch.setattr(kernels, "native", None)
     elif kernels.native is None:
@@ -75,7 +75,7 @@ def test_training_images_equal_the_formula(stores: dict[str, Path], kind: str, a
 @pytest.mark.parametrize(("kind", "mean"), [("jpeg", "aligned"), ("ppm", "none"), ("ppm-whole", "none")])
 @pytest.mark.usefixtures("engine")
 def test_every_crop_is_at_the_offset_that_was_drawn(stores: dict[str, Path], kind: str, mean: str) -> None:
-    """All 33 offsets occur in each direction. DALI gets each offset as a fraction and must crop at the exact pixel."""
+    """All 33 offsets occur in each direction. DALI gets an offset as a fraction, but must crop at the exact pixel."""
     store, augmentation = Store.open(stores[kind]), Augmentation(mean=mean, colour="off")
     draws = [draw_params(1, epoch, 0, 30, 32).offset for epoch in range(6)]
     assert all(set(column) == set(range(33)) for column in np.concatenate(draws).T.tolist())
@@ -117,7 +117,7 @@ def test_crops_of_stores_of_other_sides_equal_the_formula(
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.usefixtures("engine")
 def test_evaluation_views_equal_the_formula(stores: dict[str, Path], kind: str, mean: str) -> None:
-    """Images come in the order of the store. The loader uses the mean and the divisor of the Augmentation."""
+    """The images come in the order of the store. The loader uses the mean and the divisor of its Augmentation."""
     store, augmentation = Store.open(stores[kind]), Augmentation(mean=mean, strength=9.0, divisor=3.0, shared_by=5)
     squares = stored_squares(store, "val")
     one = list(served(eval_loader(store.root, 5, augmentation=augmentation)))
@@ -173,7 +173,7 @@ def test_evaluation_subtracts_the_mean_of_the_training_split(stores: dict[str, P
 
 
 def test_the_divisor_of_evaluation_is_the_divisor_of_training_unless_it_has_its_own(stores: dict[str, Path]) -> None:
-    """Without noise, an image has values on the same scale in a training batch and in evaluation."""
+    """Without noise, the values of an image have the same scale in training and in evaluation."""
     scaled = {
         (divisor, own): batches(stores["ppm"], "centre", augmentation=Augmentation("none", "off", 0, divisor, 1, own))
         for divisor, own in ((1.0, None), (64.0, None), (64.0, 1.0), (1.0, 64.0))
@@ -230,10 +230,10 @@ def test_nhwc_is_nchw_transposed(stores: dict[str, Path], loader: str, mean: str
 @pytest.mark.parametrize(("mean", "layout"), [("channel", "NCHW"), ("aligned", "NHWC")])
 @pytest.mark.parametrize("loader", LOADERS)
 def test_half_precision_is_float32_rounded(stores: dict[str, Path], loader: str, layout: str, mean: str) -> None:
-    """bfloat16 pixels equal the float32 pixels as torch rounds them.
+    """bfloat16 pixels are equal to the float32 pixels after torch has rounded them to bfloat16.
 
-    float16 pixels differ from the float32 pixels as NumPy rounds them by at most the distance to the next float16
-    number.
+    float16 pixels may differ from the float32 pixels that NumPy has rounded to float16, by at most the distance to the
+    next float16 number.
     """
     options = {"augmentation": Augmentation(mean=mean, divisor=1.1), "layout": layout}
     whole = batches(stores["jpeg"], loader, **options)

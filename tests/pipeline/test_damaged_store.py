@@ -51,7 +51,7 @@ DAMAGE = {"flipped bit": flip_a_bit_of_the_jpeg, "label": give_another_label, "c
 
 
 def stopped_with(loader: TrainLoader | EvalLoader) -> tuple[str, int]:
-    """Return the message of the StoreError that ends a pass, and the number of images served before the error."""
+    """Iterate until a StoreError. Return its message, and the number of images that were served before the error."""
     served = 0
     try:
         for batch in loader:
@@ -109,9 +109,9 @@ def test_a_stream_does_not_skip_a_damaged_record_when_it_is_iterated_again(
 
 @pytest.mark.parametrize("views", [1, 10])
 def test_a_loader_closes_safely_when_an_error_leaves_its_with_block(broken: Path, views: int) -> None:
-    """If the loader unmapped files that DALI still reads, the process would crash.
+    """A subprocess opens and closes a loader 20 times.
 
-    The subprocess opens and closes a loader 20 times.
+    If the loader unmapped files while DALI still reads them, the subprocess would crash.
     """
     change(broken, "val", 0, flip_a_bit_of_the_jpeg)
     script = (

@@ -29,7 +29,7 @@ from tests.pipeline.streaming import batches_equal, take_batches
 
 @pytest.mark.parametrize("times", [100, pytest.param(1000, marks=pytest.mark.soak)])
 def test_closed_loaders_leave_no_files_threads_or_memory(numbered_store: Path, times: int) -> None:
-    """The test closes loaders after 0 to 2 batches, while they prefetch more batches. Twenty batches take 24 MB."""
+    """The test closes each loader after 0 to 2 batches, while it prefetches more. Twenty batches take 24 MB."""
     script = (
         "import gc, os, sys, threading\n"
         "from pipeline.loader import eval_loader, train_loader\n"
@@ -79,7 +79,7 @@ def test_a_closed_loader_that_is_still_referenced_holds_no_file(numbered_store: 
 
 
 def test_unclosed_loaders_may_be_collected_and_the_process_may_end_while_they_prefetch(numbered_store: Path) -> None:
-    """No loader is closed. If the loader unmapped files that DALI still reads, the process would crash."""
+    """The process closes no loader. If a loader unmapped files while DALI still reads them, the process would crash."""
     script = (
         "import gc, sys\n"
         "from pipeline.loader import train_loader\n"
@@ -159,9 +159,9 @@ def second_epoch(store: Path) -> Batch:
 
 
 def in_forked_child(work: Callable[[], object]) -> tuple[int, str]:
-    """Run `work` in a forked child, which then ends as a program ends.
+    """Run `work` in a forked child. The child then ends as a Python program ends.
 
-    Returns the wait status and the text of the exception.
+    Returns the wait status of the child, and the text of the exception that `work` raised.
     """
     read_end, write_end = os.pipe()
     child = os.fork()
@@ -188,9 +188,9 @@ def in_forked_child(work: Callable[[], object]) -> tuple[int, str]:
 def test_a_loader_in_a_forked_child_says_so_at_once_and_is_closed_without_harm(
     numbered_store: Path, make: Any, started: bool
 ) -> None:
-    """A torch DataLoader with workers iterates in forked children.
+    """A torch DataLoader with workers iterates over its data set in forked children.
 
-    In earlier versions, a torch DataLoader around a loader waited for its first batch forever.
+    In earlier versions, a torch DataLoader around a loader of this project waited for its first batch forever.
     """
     with make(numbered_store, 4, threads=1) as loader:
         iterator = iter(loader)
@@ -208,7 +208,7 @@ def test_a_forked_child_may_open_the_same_store(numbered_store: Path) -> None:
     with train_loader(numbered_store, 6, seed=1, threads=1) as loader:
         expected = [batch.images.numpy().copy() for batch in take_batches(loader, 2)]
 
-        def work() -> None:  # the child compares with NumPy, because torch's own threads do not survive a fork
+        def work() -> None:  # compares with NumPy instead of torch, because torch's threads do not survive a fork
             with train_loader(numbered_store, 6, seed=1, threads=1) as own:
                 for batch, images in zip(own, expected, strict=False):
                     assert np.array_equal(batch.images.numpy(), images)

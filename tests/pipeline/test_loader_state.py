@@ -1,6 +1,6 @@
-"""Streams resume from a state bit for bit, in a new process or with another world size.
+"""A stream resumes from a saved state, bit for bit, in a new process or with another world size.
 
-States of other streams are refused.
+A loader refuses the state of another stream.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from prep.store.manifest import ChannelStats, Store
 from tests.pipeline.augment_formula import stored_squares
 from tests.pipeline.streaming import batches_equal, concatenate_ranks, take_batches
 
-# Number of batches that were served before the state was taken; an epoch has three batches.
+# Numbers of batches that are served before the state is saved. An epoch has three batches.
 POSITIONS = [0, 1, 2, 3, 4, 7]
 
 
@@ -233,9 +233,9 @@ def test_a_loop_after_a_break_goes_on_and_set_epoch_begins_an_epoch(numbered_sto
         first = next(iter(loader))
         assert batches_equal([first, *loader], epochs[0])  # the second loop continues after the first batch
         assert (loader.epoch, loader.step) == (1, 0)
-        loader.set_epoch(1)  # the loader is already at the beginning of epoch 1
+        loader.set_epoch(1)  # changes nothing, because the loader is already at the beginning of epoch 1
         next(iter(loader))
-        loader.set_epoch(1)  # the loader begins the epoch again
+        loader.set_epoch(1)  # the loader begins epoch 1 again
         assert batches_equal(list(loader), epochs[1])
         loader.set_epoch(0)
         assert batches_equal(list(loader), epochs[0])
@@ -259,7 +259,7 @@ def test_dtype_and_device_are_names_or_objects_of_torch(numbered_store: Path) ->
 
 
 def test_channel_stats_are_mean_and_std_of_the_training_pixels(stores: dict[str, Path]) -> None:
-    """A ppm store holds exactly the pixels that the build summed."""
+    """A store of PPM records holds exactly the pixels whose moments the build computed."""
     with train_loader(stores["ppm"], 5, threads=1) as loader:
         levels, unit = loader.channel_stats(), loader.channel_stats(max_value=1)
     squares = stored_squares(Store.open(stores["ppm"]), "train")
@@ -268,7 +268,7 @@ def test_channel_stats_are_mean_and_std_of_the_training_pixels(stores: dict[str,
     assert np.allclose(unit.mean, pixels.mean(0) / 255) and np.allclose(unit.std, pixels.std(0) / 255)
 
 
-IMAGENET = ChannelStats((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), 1)  # of torchvision.transforms
+IMAGENET = ChannelStats((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), 1)  # the values that torchvision uses
 
 
 @pytest.mark.parametrize(("layout", "dtype"), [("NCHW", "float32"), ("NHWC", torch.float16)])

@@ -1,4 +1,4 @@
-"""Names and torch.device objects of devices; placement on a GPU, tested with mocked CUDA functions."""
+"""Devices are given as names or as torch.device objects. Placement on a GPU is tested with mocked CUDA functions."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from prep.console import WrongArgument
 def test_the_gpu_of_a_batch_is_the_current_device_while_torch_receives_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """The batch is on GPU 1, but GPU 0 is torch's current device.
 
-    DALI interprets stream handle 0 as the default stream of the current device.
+    DALI takes the stream handle 0 for the default stream of the current device. The current device must therefore be
+    the device of the batch.
     """
     current = [0]
     seen: dict[str, int] = {}

@@ -29,7 +29,7 @@ NOTHING = Augmentation(mean="none", colour="off")
 
 
 class Harness:
-    """Holds a Prefetcher that serves centre crops of the training images of a store in batches of three."""
+    """A Prefetcher that serves centre crops of the training images of a store, in batches of three."""
 
     def __init__(self, path: Path, form: str = "kernel") -> None:
         store = Store.open(path)
@@ -68,7 +68,7 @@ def harness(
 
 @pytest.fixture(scope="module")
 def sums(stores: dict[str, Path]) -> dict[int, float]:
-    """For each k, the sum of the pixels of records k, k + 1 and k + 2, computed from the records."""
+    """{k: sum of the pixels of records k, k + 1 and k + 2}, computed directly from the records."""
     records = Records(Store.open(stores["ppm"]), "train")
     each = [float(records[number].payload[16:240, 16:240].sum()) for number in range(len(records))]
     records.close()
@@ -76,7 +76,7 @@ def sums(stores: dict[str, Path]) -> dict[int, float]:
 
 
 def test_images_come_in_the_order_of_the_jobs(harness: Harness, sums: dict[int, float]) -> None:
-    """Two jobs take 0.2 s longer than the others. The order must not change."""
+    """Two of the jobs take 0.2 s longer than the others. The order of the images must not change."""
     firsts = [9, 0, 3, 20, 4, 5, 1, 27, 2]
     harness.prefetcher.start(partial(harness.job, first, 0.2 if k in (0, 4) else 0) for k, first in enumerate(firsts))
     assert [harness.take() for _ in firsts] == [(first, sums[first]) for first in firsts]
@@ -118,7 +118,7 @@ def test_no_more_jobs_are_taken_than_the_queues_hold(harness: Harness) -> None:
 
 
 def test_records_are_read_while_others_are_decoded(harness: Harness) -> None:
-    """After the first batch has been taken, more jobs run, although the test requests no further batch."""
+    """After the test has taken the first batch, more jobs run, although the test requests no further batch."""
     begun, reads = [], threading.Semaphore(0)
 
     def job(first: int) -> BatchInput:

@@ -38,6 +38,6 @@ def test_importing_the_package_loads_neither_torch_nor_dali_nor_numpy() -> None:
 
 
 def test_a_users_program_trains_on_the_stream(numbered_store: Path, tmp_path: Path) -> None:
-    """The test runs the program that tests/test_wheel.py type-checks."""
+    """The test runs tests/fixtures/typed_program.py. tests/test_wheel.py checks the types of this program."""
     assert typed_program.main(numbered_store, tmp_path / "state.json").endswith("%")
     assert typed_program.main(tmp_path, tmp_path / "state.json").startswith("store: ")

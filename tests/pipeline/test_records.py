@@ -1,4 +1,4 @@
-"""pipeline.records compared with lmdb_shard.read and Datum.decode, also for missing keys and damaged records."""
+"""pipeline.records is compared with lmdb_shard.read and Datum.decode, also for missing keys and damaged records."""
 
 from __future__ import annotations
 
@@ -94,9 +94,9 @@ def test_the_division_into_shards_does_not_change_the_stream(stores: dict[str, P
 
 @pytest.fixture(scope="module")
 def with_gaps(photo_folder: Path, tmp_path_factory: pytest.TempPathFactory, build: Build) -> Store:
-    """A store built with --on-bad skip from a source with six unreadable files.
+    """A store that was built with --on-bad skip from a source with six unreadable files.
 
-    The store has no records for the unreadable files.
+    The keys of the unreadable files are missing in the store.
     """
     source = tmp_path_factory.mktemp("gaps") / "photos"
     shutil.copytree(photo_folder, source)
@@ -203,7 +203,7 @@ def test_a_batch_of_a_store_with_missing_keys(with_gaps: Store) -> None:
 def test_the_c_library_finds_every_intact_record_itself(
     stores: dict[str, Path], with_gaps: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No intact record is looked up by the slow search, which reads records one by one."""
+    """The slow search, which reads records one by one, is never used for intact records."""
 
     def refuse(self: Records, number: int) -> None:
         raise AssertionError(f"record {number} was read one by one")
@@ -311,7 +311,7 @@ def test_the_first_of_two_damaged_records_of_a_batch_is_named(stores: dict[str, 
 @pytest.mark.usefixtures("search")
 @pytest.mark.parametrize("width", [2**62, 2**31, pow(3 * 257, -1, 2**63) * 300 % 2**63])
 def test_sides_that_overflow_64_bits_are_refused(stores: dict[str, Path], tmp_path: Path, width: int) -> None:
-    """With the last width, 3 · width · (height + 1) is 300 modulo 2^63, which is the size of the data in bytes."""
+    """With the last width, 3 · width · (height + 1) modulo 2^63 is 300. The data also have 300 bytes."""
     store = Store.open(Path(shutil.copytree(stores["ppm-whole"], tmp_path / "store")))
     path, key, datum = stored(store, "val")[4]
     with lmdb.open(path, map_size=1 << 28, lock=False) as env, env.begin(write=True) as txn:
@@ -327,7 +327,7 @@ def test_sides_that_overflow_64_bits_are_refused(stores: dict[str, Path], tmp_pa
 def test_a_wrong_checksum_is_refused_if_records_are_checked(
     stores: dict[str, Path], tmp_path: Path, check: bool
 ) -> None:
-    """One bit of the compressed pixels is changed. find_damage always verifies the checksum."""
+    """One bit of the compressed pixels is changed. find_damage verifies the checksum in both cases."""
     store = Store.open(Path(shutil.copytree(stores["jpeg"], tmp_path / "store")))
     path, key, _ = stored(store, "val")[2]
     with lmdb.open(path, map_size=1 << 28, lock=False) as env, env.begin(write=True) as txn:

@@ -1,7 +1,7 @@
 """Epoch permutations and random augmentation parameters: distributions, independence, and exact bits.
 
-Expected digests fix the exact bits of the random numbers. If a new version of NumPy draws other numbers, the stream
-needs a new STREAM_VERSION.
+The tests compare the exact bits of the random numbers with digests. If a new version of NumPy draws other numbers, the
+stream needs a new STREAM_VERSION.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def test_batches_have_as_many_classes_as_with_a_perfect_shuffle_if_the_store_is_
 
 @pytest.mark.parametrize("size", [16_384, 40_000])
 def test_neighboring_records_of_the_store_are_far_apart_in_an_epoch(size: int) -> None:
-    """The records of a batch come from about as many blocks as 128 random records of a shuffle window."""
+    """The 128 records of a batch come from about as many blocks as 128 random records of a shuffle window do."""
     blocks = WINDOW_RECORDS // BLOCK_RECORDS
     ideal = blocks * (1 - (1 - 1 / blocks) ** 128)
     mixed = epoch_permutation(size, 0, 0) // BLOCK_RECORDS
@@ -71,7 +71,7 @@ def test_a_shuffle_window_consists_of_complete_blocks(size: int) -> None:
     seen: list[set[int]] = []
     for first in range(0, size, WINDOW_RECORDS):
         blocks, counts = np.unique(order[first : first + WINDOW_RECORDS] // BLOCK_RECORDS, return_counts=True)
-        # a shuffle window may begin and end within a block, and the last block of the store is shorter
+        # Not all blocks are complete: a shuffle window may begin and end within a block, and the last block is shorter.
         assert len(blocks) <= WINDOW_RECORDS // BLOCK_RECORDS + 2
         last = (size - 1) // BLOCK_RECORDS
         assert sum(count < BLOCK_RECORDS for block, count in zip(blocks, counts, strict=True) if block != last) <= 2
@@ -152,9 +152,9 @@ def test_draws_differ_with_seed_epoch_and_step_and_are_reproducible(seed: int, e
 
 
 def test_no_two_combinations_of_seed_epoch_and_step_share_a_generator() -> None:
-    """Seed, epoch and step are 0 to 3.
+    """The test tries all combinations of the values 0 to 3 of seed, epoch and step.
 
-    A generator that is seeded with the sum or the product of seed, epoch and step would repeat numbers.
+    If the generator were seeded with the sum or the product of the three values, numbers would be repeated.
     """
     positions = itertools.product(range(4), repeat=3)
     assert len({draw_params(*position, 4, MAX_OFFSET_PX).normal.tobytes() for position in positions}) == 64

@@ -1,4 +1,4 @@
-"""Single images that are preprocessed outside of the stream equal the images of the stream, bit for bit."""
+"""Images that are preprocessed one by one, outside of the stream, equal the images of the stream, bit for bit."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The command alexprep: text and JSON output, one-line errors, exit codes, and the options of pca-stats.
 
-Commands run in this process through click's runner; one test runs the command as a separate process. Values in the
-output are compared with the store's own files.
+Commands run in this process through click's runner. One test runs the command as a separate process. The tests compare
+values in the output with the files of the store.
 """
 
 from __future__ import annotations
@@ -28,7 +28,10 @@ def alexprep(*words: object) -> Result:
 
 
 def fails(result: Result, *parts: str, code: int = 1) -> None:
-    """The exit code is `code`. Standard error is one line, which begins with "Error:" and has all `parts`."""
+    """Assert that the exit code is `code`, and that standard error is one line.
+
+    The line begins with "Error:" and has all `parts`.
+    """
     assert result.exit_code == code
     assert isinstance(result.exception, SystemExit)  # no traceback
     assert result.stdout == ""
@@ -55,7 +58,7 @@ STATS_KEYS = [
 
 
 def test_build_lmdb_answers_in_json(photo_folder: Path, tmp_path: Path) -> None:
-    """Run as a process, the command prints only JSON to stdout: one object for each split, each on its own line."""
+    """The command runs as a process. Standard output has only JSON: one line with one object for each split."""
     photos = Path(shutil.copytree(photo_folder, tmp_path / "photos"))
     (photos / "train" / "n00000011" / "broken.JPEG").write_bytes(b"no picture")
     store = tmp_path / "store"
@@ -251,7 +254,7 @@ def test_a_plot_without_matplotlib_is_an_error_that_says_what_to_install(
 
 
 def test_paths_with_undecodable_bytes_are_usable(photo_folder: Path, tmp_path: Path) -> None:
-    """The names of folders are bytes to the system. Python shows bytes that are not UTF-8 as surrogates."""
+    """In Linux, the names of folders are bytes. Python represents bytes that are not UTF-8 as surrogates."""
     folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/store\xff"))
     options = ["--store", str(folder), "--jobs", "1"]
     built = CliRunner().invoke(main, ["build-lmdb", str(photo_folder), *options])

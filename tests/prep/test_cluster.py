@@ -1,4 +1,4 @@
-"""Tests of the connection to Ray: addresses, no running cluster, signal handlers, several users of a connection."""
+"""Tests of the connection to Ray: addresses, a missing cluster, signal handlers, and several users of a connection."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_ray_client_is_refused() -> None:
 
 
 def test_on_a_machine_without_a_cluster_the_error_says_how_to_start_one(tmp_path: Path) -> None:
-    """In its own namespaces, the program sees no other processes. Ray looks for clusters in an empty folder."""
+    """The program runs in its own namespaces and sees no other processes. Ray looks for clusters in an empty folder."""
     spaces = own_namespaces("--pid", "--fork", "--mount", "--mount-proc", "--kill-child")
     ended = subprocess.run(
         [*spaces, sys.executable, "-c", REFUSED, "auto", "127.0.0.1:1"],

@@ -1,4 +1,4 @@
-"""prep.console: progress as lines of text or JSON and as a bar, and counts, sizes and durations as text."""
+"""prep.console: progress as lines of text, as lines of JSON and as a bar; counts, sizes and durations as text."""
 
 from __future__ import annotations
 
@@ -79,9 +79,9 @@ def test_progress_without_a_terminal_is_lines_of_text_or_of_json_with_the_option
 
 
 def test_progress_is_a_bar_on_a_terminal() -> None:
-    """In a pseudo-terminal, the rate, the size and the number of bad inputs follow the bar.
+    """On a terminal, the rate, the size and the number of bad inputs follow the bar. Standard output is empty.
 
-    Standard output is empty.
+    The terminal of the test is a pseudo-terminal.
     """
     script = (
         "from prep.console import progress\n"
@@ -169,7 +169,7 @@ def test_counts_with_nouns() -> None:
 
 
 def test_characters_that_control_a_terminal_are_escaped() -> None:
-    r"""All characters of C0, C1 and DEL, line separators, bidi controls and surrogates; `\x1b` stands for ESC."""
+    r"""The characters are C0, C1, DEL, line separators, bidi controls and surrogates. `\x1b` is printed for ESC."""
     controls = [*range(0x20), *range(0x7F, 0xA0), 0x2028, 0x2029, 0x200E, 0x200F, 0x061C]
     controls += [*range(0x202A, 0x202F), *range(0x2066, 0x206A), *range(0xD800, 0xE000)]
     for code in controls:
@@ -235,7 +235,7 @@ def test_without_a_temporary_folder_the_error_names_tmpdir(monkeypatch: pytest.M
 
 
 def test_closed_standard_streams_get_no_file_of_the_command(tmp_path: Path) -> None:
-    """The command opens a file. Its descriptor must not be 0, 1 or 2, to which libraries write their messages."""
+    """Libraries write messages to the descriptors 1 and 2. The command's own files must not get descriptors 0 to 2."""
     script = (
         "import click, os\n"
         "from prep.console import Group, print_line\n"
@@ -284,7 +284,7 @@ def test_a_full_disk_at_standard_output_has_the_exit_code_3() -> None:
 
 @pytest.mark.parametrize("args", [["show", "--store", ""], ["show", "--store="], ["show", ""], ["show", "a\x00b"]])
 def test_an_empty_argument_and_the_character_nul_are_wrong_usage(args: list[str]) -> None:
-    """An empty path would mean the current folder."""
+    """Python's Path takes an empty text for the current folder, so empty arguments must be refused."""
 
     @click.command("show")
     @click.argument("path", type=click.Path(), required=False)

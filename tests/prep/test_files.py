@@ -96,7 +96,7 @@ def test_shared_locks_exclude_only_a_lock_that_is_not_shared(tmp_path: Path) -> 
 def test_a_file_system_without_locks_is_reported_once_and_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], code: int
 ) -> None:
-    """Lustre gives these errors if it is mounted without the option flock."""
+    """The file system Lustre raises these errors if it is mounted without the option flock."""
 
     def flock(handle: object, kind: int) -> None:
         raise OSError(code, os.strerror(code))

@@ -1,4 +1,4 @@
-"""Builds with backgrounds, limits and warnings: which images are stored, counted, named and built again."""
+"""Builds with backgrounds, limits and warnings: images that are stored, counted, named in an error, or built again."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ from tests.helpers.building import (
 from tests.prep.images.small_images import file_of, smooth
 
 CUT = file_of(smooth(60, 83), "JPEG", quality=95)
-CUT = CUT[: len(CUT) // 2] + b"\xff\xd9"  # this file is decoded with a warning of libjpeg
+CUT = CUT[: len(CUT) // 2] + b"\xff\xd9"  # libjpeg decodes this file and prints a warning
 
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """128 small JPEGs, which are two shards."""
+    """128 small JPEGs, which fill two shards."""
     return make_pictures(tmp_path_factory.mktemp("plain") / "photos", 128, (30, 70))
 
 
@@ -90,7 +90,7 @@ def transparent_folder(folder: Path) -> Path:
 def test_the_background_is_stored_counted_and_kept(
     words: list[str], level: int, tmp_path: Path, records_of: Records
 ) -> None:
-    """A second split without the option has the background of the store. Another background is refused."""
+    """A second split that is built without the option gets the background of the store. Another one is refused."""
     photos, store = transparent_folder(tmp_path / "photos"), tmp_path / "store"
     base = ["build-lmdb", photos, "--store", store, "--side", "40", "--format", "ppm", "--jobs", "1"]
     built = alexprep(*base, *words)
@@ -109,7 +109,7 @@ def test_the_background_is_stored_counted_and_kept(
 
 
 def test_an_older_store_and_an_older_build_keep_dropping_alpha(tmp_path: Path, records_of: Records) -> None:
-    """Older versions wrote neither the setting nor the limits into plan.json and manifest.json."""
+    """In older versions, plan.json and manifest.json had neither the background nor the limits."""
     photos, store = transparent_folder(tmp_path / "photos"), tmp_path / "store"
     (photos / "a" / "white.png").write_bytes(b"not an image")
     base = ["build-lmdb", photos, "--store", store, "--side", "40", "--format", "ppm", "--jobs", "1"]
@@ -214,7 +214,7 @@ def test_a_warning_is_printed_with_the_name_of_its_file(tmp_path: Path) -> None:
 
 
 class BrokenReader(FolderReader):
-    """For some images, raises the exceptions that libraries raise for damaged archives."""
+    """A reader that raises an exception for some images, as libraries do for damaged archives."""
 
     def read(self, item: Any) -> bytes:
         for error in (KeyError("a bug"), MemoryError(), RuntimeError("damaged\nblock"), OverflowError("too large")):
@@ -256,7 +256,7 @@ def test_any_exception_of_a_reader_or_a_decoder_makes_its_input_bad(
 
 
 def rle_bitmap(width: int, height: int) -> bytes:
-    """Return a small BMP whose run-length code Pillow decodes in Python.
+    """Return a small BMP with run-length code, which Pillow decodes in slow Python code.
 
     Decoding a file of some kilobytes takes seconds.
     """
@@ -288,7 +288,7 @@ def test_a_slow_input_is_bad_with_its_name(photos: Path, tmp_path: Path) -> None
 
 
 class EndlessReader(FolderReader):
-    """One image keeps the process busy in C code, which no exception interrupts."""
+    """A reader that keeps the process busy in C code at one image. No Python exception can interrupt this code."""
 
     def read(self, item: Any) -> bytes:
         if item.path.endswith(b"endless.JPEG"):

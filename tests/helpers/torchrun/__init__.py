@@ -1,1 +1,1 @@
-"""Commands under torchrun in tests: a program that starts them quickly, and their jobs."""
+"""Helpers of the tests that run commands under torchrun: a program that starts torchrun quickly, and the jobs."""

@@ -1,4 +1,4 @@
-"""Run commands under torchrun: real processes, gloo and torchrun's own launcher, started in a fraction of a second.
+"""Run commands under torchrun, with real processes and gloo. A job starts in a fraction of a second (server.py).
 
     job = torchrun("--nproc-per-node", 2, "-m", "train", "run", "--gpus", "cpu", …)
     assert job.wait() == 0, job.stderr
@@ -25,7 +25,7 @@ Torchrun = Callable[..., "Job"]
 
 
 class Job:
-    """A torchrun that was started, with its ranks."""
+    """A torchrun process that was started, with its ranks (the processes that torchrun starts)."""
 
     def __init__(self, pid: int, folder: Path) -> None:
         self.pid, self.folder = pid, folder
@@ -52,7 +52,7 @@ class Job:
 
     @property
     def rank_exit_codes(self) -> dict[int, list[int]]:
-        """The exit codes of each rank that has ended, one for each attempt; −9 after SIGKILL."""
+        """{rank: exit codes}, with one exit code for each attempt that has ended; −9 if SIGKILL ended the attempt."""
         codes: dict[int, list[int]] = {}
         for line in (self.folder / "rank_ends").read_text().splitlines():
             rank, code = map(int, line.split())
@@ -85,8 +85,8 @@ class Job:
             time.sleep(0.005)
 
     def ranks(self) -> list[int]:
-        """Return the process IDs of the ranks that have not ended, in their order; none if torchrun has ended."""
-        parent = _stat(self.pid)[1]  # the process that also forks the ranks
+        """Return the process IDs of the living ranks, in the order of the ranks; none after torchrun has ended."""
+        parent = _stat(self.pid)[1]  # the starter, which has forked torchrun and also forks the ranks
         if not parent:
             return []
         children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
@@ -100,7 +100,7 @@ class Job:
 
 
 def _stat(pid: int) -> tuple[str, str]:
-    """Return the state and the parent's ID of a process, from /proc; ("X", "") if there is no such process."""
+    """Return the state of a process and the ID of its parent, from /proc; ("X", "") if there is no such process."""
     try:
         state, parent = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()[:2]
     except OSError:

@@ -6,13 +6,14 @@ monitoring, signals, restarts and reports work as in the command torchrun. Only 
 command torchrun. Instead of executing `python -m MODULE ARGUMENTS` or `python FILE ARGUMENTS`, a fork of this program
 runs the module or the file.
 
-Processes: this program forks a starter for each request. The starter forks torchrun, and later the ranks when torchrun
-asks for them. torchrun has threads, so it cannot fork the ranks itself.
+For each request, this program forks a process that is called the starter. The starter forks torchrun. When torchrun
+asks for ranks, the starter also forks the ranks, because torchrun has threads and therefore cannot fork safely.
 
-A request is a line of JSON on standard input with the keys `arguments` (of torchrun), `env` (added to the environment),
-`stdout`, `stderr` (files), `exit_code` (a file, written at the end) and `rank_ends` (a file with a line `RANK CODE` for
-each rank that has ended). The answer is the process ID of torchrun, on a line of standard output. In the ranks, the
-variable TORCHRUN_PID is the process ID of torchrun. Needs OMP_NUM_THREADS=1, because threads do not survive a fork.
+A request is a line of JSON on standard input with these keys: `arguments` (of torchrun), `env` (added to the
+environment), `stdout`, `stderr` (files), `exit_code` (a file, written at the end) and `rank_ends` (a file with a line
+`RANK CODE` for each rank that has ended). The answer is the process ID of torchrun, on a line of standard output. In
+the ranks, the variable TORCHRUN_PID is the process ID of torchrun. The program needs OMP_NUM_THREADS=1, because threads
+do not survive a fork.
 """
 
 from __future__ import annotations
@@ -45,12 +46,12 @@ from tests.helpers.small_training import SMALL_ALEXNET
 from train.config.recipes import SHORT
 
 _PR_SET_PDEATHSIG = 1
-starter: Any = None  # in torchrun: a file for requests to the starter
-rank_ends = ""  # in torchrun: name of the file for the exit codes of the ranks
+starter: Any = None  # in the process of torchrun: a file for requests to the starter
+rank_ends = ""  # in the process of torchrun: name of the file for the exit codes of the ranks
 
 
 class Rank:
-    """A rank that the starter has forked; has the attributes of subprocess.Popen that torchrun uses."""
+    """A rank that the starter has forked. The class has those attributes of subprocess.Popen that torchrun uses."""
 
     def __init__(self, command: tuple[str, ...], env: Mapping[str, str]) -> None:
         self.returncode: int | None = None
@@ -82,7 +83,10 @@ def ask_starter(request: dict[str, Any]) -> Any:
 
 
 def answer_torchrun(request: dict[str, Any]) -> int | None:
-    """Fork a rank and return its process ID, or return the exit code of a rank; None while it runs."""
+    """Answer a request of torchrun: fork a rank and return its process ID, or return the exit code of a rank.
+
+    The exit code is None while the rank runs.
+    """
     if "poll" in request:
         pid, status = os.waitpid(request["poll"], os.WNOHANG)
         return os.waitstatus_to_exitcode(status) if pid else None
@@ -113,7 +117,7 @@ def run_python(arguments: list[str]) -> None:
 
 
 def exit_with(function: Callable[[], object]) -> NoReturn:
-    """Call `function`, and end this process as the interpreter would end after a script, but without exit handlers."""
+    """Call `function`, and end this process as Python ends after a script, but without running exit handlers."""
     code: Any = 0
     try:
         function()
@@ -139,7 +143,7 @@ def run_torchrun(request: dict[str, Any], connection: socket.socket) -> NoReturn
 
 
 def start(request: dict[str, Any]) -> int:
-    """Start torchrun; returns its process ID. The starter writes the exit code when torchrun ends."""
+    """Start torchrun, and return its process ID. The starter writes the exit code of torchrun into a file."""
     read_fd, write_fd = os.pipe()
     if os.fork() == 0:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)

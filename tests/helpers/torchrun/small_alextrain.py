@@ -7,16 +7,16 @@ FAULT is one of
 `kill SEED`
     In each of the first ten attempts of torchrun, one rank kills itself with SIGKILL just before an operation, and
     appends a line to the file RUN_DIR.kills. SEED and the number k of the attempt (0 to 9) determine the rank and the
-    operation. The operation is an operation on files of rank 0 (opening a file for writing, computing a digest, fsync,
-    rename, link, removal of a file), an exchange between ranks, or the end of a training step. Operations are counted
-    after the run has made k steps. All ten attempts are killed, because a finished run that is started again also
-    performs operations on files and exchanges.
+    operation. There are three kinds of operations: operations of rank 0 on files (opening a file for writing, computing
+    a digest, fsync, rename, link, removal of a file), exchanges between ranks, and ends of training steps. Operations
+    are counted after the run has made k steps. All ten attempts are killed, because a finished run that is started
+    again also makes exchanges and works on files.
 `ACTION RANK STEP`
-    After step STEP of the run, rank RANK performs an action, once. RANK `any` is every rank with this variable. ACTION
-    is one of: SIGSTOP, SIGTERM (send this signal to the rank itself), stop-all (send SIGTERM to torchrun, and wait half
-    a second), lose-node (kill torchrun and the rank with SIGKILL), wait (until the file RUN_DIR.go exists), error
-    (raise an error that is no UserError), full-disk (limit the size of files to 60,000 bytes), nan (make a parameter
-    NaN).
+    After step STEP of the run, rank RANK performs an action, once. If RANK is `any`, every rank performs the action.
+    ACTION is one of: SIGSTOP, SIGTERM (send this signal to the rank itself), stop-all (send SIGTERM to torchrun, and
+    wait half a second), lose-node (kill torchrun and the rank with SIGKILL), wait (until the file RUN_DIR.go exists),
+    error (raise an error that is not a UserError), full-disk (limit the size of files to 60,000 bytes), nan (set a
+    parameter to NaN).
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ rank, attempt = int(os.environ["RANK"]), int(os.environ["TORCHELASTIC_RESTART_CO
 run_dir = Path(sys.argv[sys.argv.index("--run-dir") + 1]) if "--run-dir" in sys.argv else Path()
 torchrun_pid = int(os.environ["TORCHRUN_PID"])
 fault, *numbers = os.environ.get("FAULT", "none").split()
-steps_done = 0  # steps that the run has made
-kind = ""  # the kind of operation before which this process is killed: file, exchange or step; "": it is not killed
-operations_left = 0  # operations of this kind before the kill
+steps_done = 0  # number of steps that the run has made
+kind = ""  # kind of the operation before which this process is killed: file, exchange or step; "": it is not killed
+operations_left = 0  # number of operations of this kind before the kill
 
 
 def before_operation(kind_of_operation: str, name: str) -> None:
@@ -83,14 +83,14 @@ def counted(name: str, real: Any) -> Any:
 
 @contextmanager
 def counted_exchange(self: Link, real: Any = Link.exchange) -> Iterator[None]:
-    """Replaces Link.exchange, and counts it as an operation."""
+    """Make an exchange, and count it as an operation. This function replaces Link.exchange."""
     before_operation("exchange", "exchange")
     with real(self):
         yield
 
 
 def step_with_fault(self: TrainingStep, *batch: torch.Tensor, real: Any = TrainingStep.__call__) -> Any:
-    """Replaces TrainingStep.__call__. Counts the step, and performs the action that FAULT requests."""
+    """Make and count a step, and perform the action that FAULT requests. This replaces TrainingStep.__call__."""
     global steps_done
     result = real(self, *batch)
     steps_done += 1
@@ -125,12 +125,12 @@ def act(step: TrainingStep) -> None:
 
 
 def prepare_kill() -> None:
-    """If this attempt kills this process, choose the operation before which the process is killed."""
+    """If this rank is killed in this attempt, choose the operation before which it is killed."""
     global kind, operations_left
     generator = random.Random(f"{numbers[0]} {attempt}")
     victim = generator.randrange(int(os.environ["WORLD_SIZE"]))
     kinds = ["exchange"] + ["file"] * (victim == 0) + ["step"] * (attempt < 8)  # the run has 9 steps
-    exchanges = {8: 8, 9: 4}.get(attempt, 20)  # the last attempts have few exchanges left
+    exchanges = {8: 8, 9: 4}.get(attempt, 20)  # in the last two attempts, only few exchanges are left
     chosen, operations = generator.choice(kinds), {"file": 8, "exchange": exchanges, "step": 1}
     if victim != rank or attempt >= 10:
         return

@@ -20,8 +20,8 @@ from prep.console import usable_cores
 from tests.helpers.project import ROOT
 
 DEADLINE_S = 150.0  # longest time of each wait; on an idle machine, the longest wait takes 10 s
-# This program reads an epoch from the service and prints a digest of the batches. The program then waits for a line on
-# standard input, reads a second epoch, and prints its digest.
+# The program CONSUMER reads an epoch from the service and prints a digest of the batches. Then it waits for a line on
+# standard input, reads a second epoch, and prints the digest of the second epoch.
 CONSUMER = """
 import hashlib, sys
 from pipeline.loader import train_loader
@@ -53,8 +53,7 @@ class Program:
             stdout=pipe,
             stderr=pipe,
             start_new_session=True,
-            # If tests run as a background job of a shell script, they ignore SIGINT, and the program would ignore it,
-            # too.
+            # In a background job of a shell script, processes ignore SIGINT. The program must not ignore SIGINT.
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         self._lines = queue.Queue[str | None]()  # the queue holds None after the last line
@@ -143,7 +142,7 @@ def test_processes_of_this_machine_use_a_local_service_until_it_is_interrupted(
     assert shown.end() == 0 and shown.errors == ""
     assert status["images_made"] >= 30 and len(status["consumers"]) == 1
 
-    os.killpg(service.process.pid, signal.SIGINT)  # Ctrl-C on a terminal also sends SIGINT to all processes of a group
+    os.killpg(service.process.pid, signal.SIGINT)  # like Ctrl-C on a terminal, for all processes of the group
     assert service.end() == 0
     assert service.errors.splitlines()[-1] == "Stopping service here and the Ray cluster of this machine."
     assert service.errors.count("\n") <= 3 and "Traceback" not in service.errors

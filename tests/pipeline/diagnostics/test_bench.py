@@ -26,7 +26,7 @@ def test_bench_reports_the_speed_and_its_share_of_the_bound(stores: dict[str, Pa
 
 
 def test_a_stage_is_never_faster_than_the_stages_that_it_includes() -> None:
-    """In the second round, the machine became faster after `decode` had been measured."""
+    """In the second round of this example, the machine became faster after `decode` had been measured."""
     rates = {
         "bound": [9.0, 9.0],
         "read": [100.0, 50.0],

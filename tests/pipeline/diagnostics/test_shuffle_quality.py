@@ -1,6 +1,7 @@
-"""Shuffle quality: the ideal number of classes in a batch is the mean over random shuffles.
+"""Shuffle quality: the number of classes in a batch, compared with the ideal number.
 
-Epochs are near this ideal if the store is shuffled.
+The ideal number is the mean over random shuffles. If the records of a store are in random order, the number of classes
+in a batch is close to the ideal.
 """
 
 from __future__ import annotations

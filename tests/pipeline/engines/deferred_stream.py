@@ -1,8 +1,8 @@
 """A DeviceStream for tests on a CPU, which does its work as late as a GPU could do it.
 
-Work is done only when the code waits for an event after the work, or orders the consumer's work after this event.
-Before the work is done, the memory of the results holds NaN (float) or 113 (integers). If the code does not wait, a
-test sees NaN or 113 instead of the results.
+Queued work is done only when the code waits for an event that was recorded after the work, or when the code orders the
+consumer's work after this event. Before the work is done, the memory of the results holds NaN (floating-point numbers)
+or 113 (integers). If the code does not wait, a test sees NaN or 113 instead of the results.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class DeferredStream:
         return DeferredEvent(self, self._queued)
 
     def record_consumer(self) -> DeferredEvent:
-        return DeferredEvent(self, 0)  # the consumer's work is done at once
+        return DeferredEvent(self, 0)  # in these tests, the consumer's work is done at once
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         return torch.full(tuple(shape), float("nan") if dtype.is_floating_point else 113, dtype=dtype)

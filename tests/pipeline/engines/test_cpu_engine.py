@@ -125,7 +125,7 @@ def test_batches_that_are_kept_are_not_overwritten(stores: dict[str, Path]) -> N
         kept = []
         for k, batch in enumerate(batch for _ in range(2) for batch in loader):
             if k % 3 == 1:
-                kept.append((k, batch.images[2:4]))  # this slice prevents the reuse of the memory of its batch
+                kept.append((k, batch.images[2:4]))  # while this slice exists, the memory of the batch is not reused
             elif k % 3 == 2:
                 batch.images.fill_(k)
     assert all(torch.equal(part, first[k][2:4]) for k, part in kept) and len(kept) == 4

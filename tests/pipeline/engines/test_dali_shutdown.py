@@ -1,4 +1,4 @@
-"""DALI's private `Pipeline._shutdown`: it exists, has no public replacement, and stops all threads."""
+"""DALI's private method `Pipeline._shutdown` exists, has no public replacement, and stops all threads."""
 
 from __future__ import annotations
 

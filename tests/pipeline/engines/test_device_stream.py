@@ -57,7 +57,7 @@ def test_batches_are_those_of_the_cpu(
     streams: list[DeferredStream],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Compares training over an epoch's end, a resumed stream, and all views. The last view batch has two images."""
+    """Compares training batches of two epochs, a resumed stream, and all views. The last view batch has two images."""
 
     def batches() -> list[list[Batch]]:
         with train_loader(stores[kind], 8, seed=3, threads=2, **options) as loader:
@@ -75,7 +75,7 @@ def test_batches_are_those_of_the_cpu(
         return served
 
     if kind == "jpeg":
-        monkeypatch.setattr(kernels, "native", None)  # the images of DALI differ in the last bit
+        monkeypatch.setattr(kernels, "native", None)  # compare DALI with DALI; the C kernel differs in the last bit
     expected = batches()
     streams.append(DeferredStream())
     found = batches()
@@ -99,9 +99,9 @@ def test_the_engine_of_a_gpu(stores: dict[str, Path], kind: str, engine: type, m
 def test_the_finisher_is_at_most_one_batch_ahead_of_the_gpu(
     stores: dict[str, Path], streams: list[DeferredStream], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Four batches are finished.
+    """Four batches are finished, and the consumer takes only the first batch.
 
-    The consumer takes only the first batch. The finisher waits for the second and the third batch.
+    The finisher has waited for the second and the third batch, but not for the fourth.
     """
     monkeypatch.setattr(prefetch, "FINISHED_AHEAD", 4)
     streams.append(DeferredStream())
@@ -151,7 +151,7 @@ def test_the_loader_waits_until_the_gpu_has_caught_up_with_the_consumer(
     """The GPU takes 50 ms for each batch. The thread of the consumer does not wait for the GPU, but the loader does."""
 
     class Consumer(DeferredEvent):
-        """Passes 50 ms after the previous event, as if the work on one batch lay between the two events."""
+        """An event that happens 50 ms after the previous event, as if the GPU worked on a batch between the events."""
 
         def __init__(self) -> None:
             passes.append(max(time.perf_counter(), passes[-1]) + 0.05)
@@ -179,7 +179,7 @@ def test_the_loader_waits_until_the_gpu_has_caught_up_with_the_consumer(
 def test_cuda_stream_calls_torch_in_the_right_order(monkeypatch: pytest.MonkeyPatch) -> None:
     """The current device is GPU 0, and the device of the loader is GPU 1.
 
-    Allocation, copy and kernels take place on the side stream.
+    The loader must allocate, copy and run kernels on its own CUDA stream.
     """
     calls: list[str] = []
     current = ["consumer"]

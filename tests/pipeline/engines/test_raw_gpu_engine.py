@@ -93,7 +93,7 @@ def test_images_have_the_bits_of_the_c_kernel(sources: Any, kind: str, mean: str
 def test_the_triton_kernel_has_the_bits_of_the_operators(
     sources: Any, mean: str, layout: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Triton's interpreter runs each program in Python, so programs are larger here than on a GPU."""
+    """Triton's interpreter runs each program in Python. To save time, this test uses fewer and larger programs."""
     pytest.importorskip("triton")
     if torch.cuda.is_available():
         pytest.skip("the interpreter is used only without a GPU; tools/gpu_check.py compares the streams on a GPU")
@@ -162,9 +162,9 @@ def test_without_the_c_kernel_numpy_copies_the_pixels(sources: Any, monkeypatch:
 
 @needs_kernel
 def test_blocks_are_used_again_only_after_their_copies(sources: Any) -> None:
-    """Six batches are started and finished without any wait.
+    """The test starts and finishes six batches without any wait.
 
-    A block that is used too early changes an earlier batch.
+    If a block of memory were used again too early, an earlier batch would change.
     """
     source, stream = sources("ppm", Augmentation(mean="none")), DeferredStream()
     engine = RawGpuEngine(source.augmenter, stream, OutputFormat(), threads=2)

@@ -1,4 +1,4 @@
-"""A data.mdb that is cut while it is read: each reader ends with ShardBroken, and the process is not killed."""
+"""If a data.mdb is cut while it is read, each reader ends with ShardBroken, and the process is not killed."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_the_name_of_a_source_file_that_cannot_be_read_is_not_empty(copied: Path
 
 
 def test_a_file_that_is_cut_within_its_last_page_is_noticed(copied: Path) -> None:
-    """The rest of the last page appears as zeros, and there is no signal. Raw records have no checksum by default."""
+    """The missing rest of the page reads as zeros, without SIGBUS. Checksums of raw records are off by default."""
     file = copied / "val" / "00000" / "data.mdb"
     shards = len(Store.open(copied).split("val").shards)
     with closing(Records(Store.open(copied), "val", check=False)) as records:
@@ -117,7 +117,7 @@ def test_a_file_that_is_cut_within_its_last_page_is_noticed(copied: Path) -> Non
 
 
 def test_a_file_that_is_removed_or_replaced_is_read_to_its_end(copied: Path) -> None:
-    """The map keeps the pages of the first file, also if the new file of the same name is shorter."""
+    """The map keeps the pages of the old file, even if the new file of the same name is shorter."""
     file = copied / "val" / "00000" / "data.mdb"
     with closing(Records(Store.open(copied), "val")) as records:
         expected = records.batch(np.arange(len(records))).labels.tolist()
@@ -166,7 +166,7 @@ OTHER_FAULTS = {
 
 
 def run_program(program: str, store: Path, folder: Path) -> subprocess.CompletedProcess[str]:
-    """Run Python code in `folder`. The code begins after record 0 of the split val was read from `store`."""
+    """Run Python code in a new process in `folder`. Before, the process reads record 0 of the split val of `store`."""
     (folder / "other").write_bytes(bytes(10_000))
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     return subprocess.run(
@@ -187,7 +187,7 @@ READ = (
 @pytest.mark.parametrize("order", ["no faulthandler", "faulthandler first", "faulthandler later"])
 @pytest.mark.parametrize("fault", OTHER_FAULTS)
 def test_another_sigbus_still_ends_the_process(stores: dict[str, Path], tmp_path: Path, fault: str, order: str) -> None:
-    """faulthandler still prints its traceback, also if faulthandler was enabled after a shard was mapped."""
+    """faulthandler still prints its traceback, even if it was enabled after a shard was mapped."""
     before = FAULTHANDLER if order == "faulthandler first" else ""
     after = f"{FAULTHANDLER}records[1]\n" if order == "faulthandler later" else ""
     process = run_program(f"{before}{READ}{after}{OTHER_FAULTS[fault]}\n", stores["jpeg"], tmp_path)

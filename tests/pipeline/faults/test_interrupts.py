@@ -23,13 +23,13 @@ from pipeline.windows import WindowMaker, WindowRequest, Windows
 from prep.store.manifest import Store
 from tests.helpers.project import ROOT
 
-BATCHES = 37  # batches of one image in an epoch of `numbered_store`; an image is identified by its label
+BATCHES = 37  # number of batches of one image in an epoch of `numbered_store`, where labels identify images
 # Beginnings of the names of the bytecode instructions after which Python calls signal handlers.
 SIGNAL_POINTS = ("CALL", "RESUME", "JUMP_BACKWARD")
 
 
 class LocalClient:
-    """Replaces ServiceClient: makes the windows in this process, and does not use a cluster."""
+    """A replacement of ServiceClient that makes the windows in this process, without a cluster."""
 
     read_ahead, block_steps = 4, 2
     store: Path
@@ -118,7 +118,7 @@ def test_an_interrupted_training_loader_loses_no_batch(
         while not is_done:
             number += 1
             if first or loader.step > BATCHES - 4:
-                loader.seek(0, number % (BATCHES - 4))  # the prefetcher must be started again
+                loader.seek(0, number % (BATCHES - 4))  # seek stops the prefetcher, which `next` must start again
             iterator = iter(loader)
             if not first:
                 next(iterator)

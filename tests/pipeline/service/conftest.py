@@ -101,7 +101,7 @@ class Service:
     ) -> dict[str, Any]:
         """Wait until `reached(status)` is true, and return the status.
 
-        In a failure message, `what` names the condition.
+        If the test fails here, its message names the condition with the text `what`.
         """
         deadline = time.monotonic() + limit_s
         while not reached(status := self.status()):
@@ -117,7 +117,7 @@ def cluster() -> Iterator[TestCluster]:
     from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
     from ray.cluster_utils import Cluster
 
-    # Either all nodes use a token, or none does. All nodes use a token if this machine has one.
+    # If this machine has a Ray token, all nodes of the cluster use the token. Otherwise no node uses a token.
     maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
 
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -152,9 +152,9 @@ Serve = Callable[..., Service]
 
 
 def serving(cluster: TestCluster) -> Iterator[Serve]:
-    """Implement the fixtures `serve` and `module_serve`.
+    """Yield a function that starts services, and stop all started services at the end.
 
-    Yields a function that starts services. All started services are stopped at the end.
+    The fixtures `serve` and `module_serve` use this function.
     """
     with ExitStack() as exit_stack:
 

@@ -1,11 +1,11 @@
-"""Program that reads batches from a service in its own process. The class ConsumerProcess starts this program for the
-tests.
+"""Program that reads batches from a service in its own process.
 
     consumer.py STORE BATCH_SIZE SEED
 
-Each line of the standard input is a command. `open NAME@HOST:PORT` opens a training loader, `take N` takes N batches,
-and `close` closes the loader. After each command the program prints a JSON value: the digests of the batches after
-`take`, null after the other commands.
+The class ConsumerProcess starts this program for the tests. Each line of the standard input is a command. `open
+NAME@HOST:PORT` opens a training loader, `take N` takes N batches, and `close` closes the loader. After each command the
+program prints a JSON value. After `take`, the value is the list of the digests of the batches. After all other
+commands, the value is null.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def digests(batches: Sequence[Batch]) -> list[str]:
 
 
 class ConsumerProcess:
-    """The program as a subprocess. `send` starts a command, and `answer` waits for the command's result."""
+    """This program as a subprocess. `send` starts a command, and `answer` waits for the result of the command."""
 
     def __init__(self, store: Path, batch_size: int, seed: int) -> None:
         program = [sys.executable, "-m", "tests.pipeline.service.consumer", str(store), str(batch_size), str(seed)]

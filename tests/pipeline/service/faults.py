@@ -19,7 +19,7 @@ from tests.helpers.project import own_namespaces
 DEADLY_RECORD = 13
 MAX_TRIES = 3
 HOST = "127.0.0.1"
-# Ray's environment variables for a cluster of simulated machines
+# Values of Ray's environment variables for a cluster of simulated machines.
 TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "a-token-of-thirty-two-characters"}
 RAY_FOLDER = Path(tempfile.gettempdir()) / "ray"  # Ray's folder for its own files and for the address of `auto`
 RAY = str(Path(sys.executable).with_name("ray"))
@@ -35,7 +35,7 @@ class DeadlyWorker(Worker):
 
 
 class DeadlyCoordinator(Coordinator):
-    """A coordinator whose workers are DeadlyWorkers. After MAX_TRIES dead workers, a batch fails."""
+    """A coordinator whose workers are DeadlyWorkers. If MAX_TRIES workers die with the same batch, the batch fails."""
 
     async def begin(self) -> tuple[int, str]:
         worker_group.Worker = DeadlyWorker  # type: ignore[misc]
@@ -53,8 +53,8 @@ def free_port() -> int:
 class Machine:
     """A simulated machine: shell commands that see only their own processes, and have their own folder for Ray.
 
-    The commands run in their own Linux namespaces. The commands can therefore also mount other files. `switch_off`
-    kills all processes of the machine at once, as a power failure does.
+    The commands run in their own Linux namespaces. In these namespaces, the commands can mount a folder over another
+    folder. `switch_off` kills all processes of the machine at once, as a power failure does.
     """
 
     def __init__(self, commands: str, **environment: str) -> None:

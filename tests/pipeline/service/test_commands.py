@@ -150,7 +150,7 @@ def test_a_store_that_differs_on_all_nodes_ends_the_start_with_the_reason(
 def test_wrong_options_are_refused_before_a_cluster_starts(
     store: Path, options: list[str], code: int, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # An attempt to start Ray would be reported instead of the expected error.
+    # If a command tried to start Ray, this error would replace the expected error.
     monkeypatch.setitem(sys.modules, "ray", None)
     result = CliRunner().invoke(main, ["serve", "--store", str(store), *options])
     assert result.exit_code == code and message in result.output

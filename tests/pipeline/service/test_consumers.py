@@ -92,10 +92,7 @@ def test_five_consumers_wait_for_each_other_and_share_what_is_decoded(
 
 @pytest.mark.soak
 def test_the_fastest_consumer_waits_for_the_slowest(store: Path, serve: Serve, loaders: list[TrainLoader]) -> None:
-    """The slow consumer pauses.
-
-    The slow consumer then continues, and receives the batches that the service has kept for it.
-    """
+    """The slow consumer pauses, and then receives the batches that the service has kept for it."""
     ahead = 5
     service = serve(store, 1, ahead=ahead, consumers=2, patience_s=NEVER_S)
     loaders += [consume(store, service) for _ in range(2)]

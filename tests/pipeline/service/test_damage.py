@@ -25,7 +25,7 @@ from tests.pipeline.service.faults import DEADLY_RECORD, MAX_TRIES, DeadlyCoordi
 from tests.pipeline.streaming import batches_equal, stored_labels, take_batches
 from tests.pipeline.test_damaged_store import DAMAGE, change, stopped_with
 
-# Damage -> number of the damaged record of split val; one record in each third of the split.
+# {kind of damage: number of the damaged record of split val}; there is one damaged record in each third of the split.
 DAMAGED = {"flipped bit": 3, "label": 9, "cut off": 17}
 STEP = 4  # the step that needs the damaged record of split train, with batches of 4 and seed 0
 
@@ -84,9 +84,9 @@ def test_batches_before_a_damaged_record_are_served_and_other_consumers_go_on(
 def test_a_store_that_is_cut_while_workers_read_it_ends_in_an_error(
     numbered_store: Path, tmp_path: Path, serve: Serve
 ) -> None:
-    """The worker that reads the missing part of the file is not killed, and its error names the shard.
+    """A worker that reads the missing part of the file is not killed, and its error names the shard.
 
-    After the worker was killed, new workers detect the damage at their start, and no node can serve the store. A
+    The test then kills the worker. New workers detect the damage at their start, so no node can serve the store. A
     consumer must not wait for a worker forever.
     """
     store = Path(shutil.copytree(numbered_store, tmp_path / "store"))

@@ -27,7 +27,7 @@ class Killer(threading.Thread):
         super().__init__()
         self._service, self._victims, self._rng = service, victims, random.Random(seed)
         self.killed: list[str] = []
-        # Ask the main thread to start a new node. Ray does not allow other threads to start a node.
+        # This event asks the main thread to start a new node. Ray does not allow other threads to start a node.
         self.node_is_missing = threading.Event()
 
     def run(self) -> None:

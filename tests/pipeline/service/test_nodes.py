@@ -1,4 +1,4 @@
-"""Tests of the number of workers, which stays within its limits, and of their nodes, which must have the store."""
+"""Tests that the number of workers stays within its limits, and that workers run only on nodes that have the store."""
 
 from __future__ import annotations
 
@@ -57,10 +57,7 @@ def test_workers_that_find_no_core_are_given_up_without_load(store: Path, serve:
 def test_a_node_without_the_store_and_a_node_with_another_store_are_not_used(
     cluster: TestCluster, stores: dict[str, Path], serve: Serve
 ) -> None:
-    """On one simulated machine, the folder of the store is empty.
-
-    On another machine, the path is the folder of another store.
-    """
+    """On one simulated machine, the store's folder is empty. On another machine, it contains another store."""
     store, other = stores["jpeg"], stores["ppm"]
     join = until_shut_down(node_commands(cluster.address, cores=2))
     without = Machine(f"mount -t tmpfs none {store} && {join}")

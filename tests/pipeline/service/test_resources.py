@@ -1,4 +1,4 @@
-"""Tests of the memory of a service, which is bounded and freed, and of the metrics that Prometheus reads."""
+"""Tests that the memory of a service is bounded and freed, and tests of the metrics that Prometheus reads."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ KEPT = AHEAD + 1  # number of batches that the service keeps for one consumer
 MOST = 2 * (KEPT + 2 * WORKERS) + PREFETCHED + 5
 
 
-SETTLED_S = 3.0  # if the object stores do not change for this time, Ray has freed the objects of other tests
+SETTLED_S = 3.0  # once the object stores have not changed for this time, Ray has freed the objects of other tests
 
 
 def settled_bytes(cluster: TestCluster) -> int:

@@ -74,7 +74,7 @@ def test_evaluation_batches(store: Path, service: Service, views: int | str) -> 
     ):
         for _ in range(2):
             assert batches_equal(list(remote), list(local))
-        next(iter(remote))  # an iteration that was stopped early does not disturb the next iteration
+        next(iter(remote))  # an iteration that stops early must not change the next iteration
         assert batches_equal(list(remote), list(local))
 
 
@@ -95,7 +95,10 @@ def test_the_ranks_of_a_step(store: Path, service: Service) -> None:
 
 
 def test_a_state_continues_with_and_without_a_service(store: Path, service: Service) -> None:
-    """Each kind of loader continues from a state that the other kind has saved in the middle of an epoch."""
+    """A loader with a service continues from a state that a loader without a service has saved, and vice versa.
+
+    The states are saved in the middle of an epoch.
+    """
     at = {"remote": service.at, "local": None}
     for saved_by, loaded_by in (("remote", "local"), ("local", "remote"), ("remote", "remote")):
         with train_loader(store, 4, seed=5, service=at[saved_by], threads=1) as first:
@@ -118,10 +121,7 @@ def test_seek_back_and_forth(store: Path, service: Service) -> None:
 
 
 def test_the_number_of_workers_changes_during_a_stream(store: Path, serve: Serve) -> None:
-    """The stream begins with one worker and has three workers under load.
-
-    After some batches, two of the workers are killed.
-    """
+    """The service begins with one worker and has three workers under load. The test then kills two of the workers."""
     service = serve(store, 1, 3)
     with (
         train_loader(store, 4, seed=11, service=service.at, threads=1) as remote,

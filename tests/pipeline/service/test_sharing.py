@@ -157,11 +157,11 @@ def test_a_call_that_arrives_late_does_not_move_a_consumer_back() -> None:
 
 @pytest.mark.parametrize("seed", range(100))
 def test_random_histories(seed: int) -> None:
-    """Consumers of random speeds share a stream.
+    """Consumers of random speeds share a stream. Some consumers pause for a while, and some consumers die.
 
-    Some consumers pause for a while, and some consumers die. No living consumer waits forever. While all consumers
-    share, each batch is made once. No consumer receives a batch more than `ahead` steps after the lowest position that
-    another consumer needs. The coordinator keeps at most `ahead` + 1 batches for each consumer.
+    The test checks four properties. No living consumer waits forever. While all consumers share, each batch is made
+    once. A consumer is at most `ahead` steps after the lowest position that another consumer needs. The coordinator
+    keeps at most `ahead` + 1 batches for each consumer.
     """
     rng = random.Random(seed)
     c, names = Consumers(), [chr(97 + k) for k in range(rng.randint(1, 5))]

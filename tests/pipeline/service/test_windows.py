@@ -98,7 +98,7 @@ def test_windows_become_records_of_the_same_pixels_without_a_copy(maker: WindowM
         assert np.shares_memory(pixels, payload) and np.array_equal(pixels.ravel(), payload.ravel())
 
 
-# 11 batches are divided into blocks of 4, 4 and 3 batches; the last batch has one image.
+# The 11 batches of the stream are divided into blocks of 4, 4 and 3 batches. The last batch has one image.
 BATCH, BATCHES, BLOCK = 3, 11, 4
 KEY = StreamKey(1, "train", "0123", 0, BATCH, 0, 1, "random", 1)
 
@@ -121,7 +121,7 @@ class LocalClient:
 
 
 def request_at(position: int) -> WindowRequest | None:
-    """Return the request of a batch of the stream in these tests."""
+    """Return the request of batch `position` of the stream, or None after the last batch."""
     last = position == BATCHES - 1
     return request(position, 1 if last else BATCH, 224) if 0 <= position < BATCHES else None
 
@@ -148,10 +148,7 @@ OpenSource = Callable[[WindowMaker, Path], tuple[source.WindowSource, LocalClien
 def test_each_block_is_fetched_once_and_its_batches_are_those_of_their_own_requests(
     open_source: OpenSource, maker: WindowMaker, any_store: Path, first: int, fetched: list[tuple[int, int]]
 ) -> None:
-    """Twelve threads ask for all batches at the same time.
-
-    The threads ask twice, because a stream that is started again fetches all batches again.
-    """
+    """Twelve threads ask for all batches at the same time, twice. The second time, all batches are fetched again."""
     windows, client = open_source(maker, any_store)
     positions = range(first, BATCHES)
     for _ in range(2):

@@ -1,4 +1,4 @@
-"""Fixtures for builds in parts: photographs of eight shards, and stores built from them."""
+"""Fixtures for builds in parts: photographs that fill eight shards, and stores built from these photographs."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def whole(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Store:
 
 @pytest.fixture
 def all_shards(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A store whose shards are all finished in two parts, but whose manifest is not written."""
+    """An unfinished build in two parts: all shards are finished, but the manifest is not written."""
     store = tmp_path / "all_shards"
     with monkeypatch.context() as patch:
         patch.setattr(parts, "_finish", lambda plan, store, part, policy: PartResult(0, None, {}))

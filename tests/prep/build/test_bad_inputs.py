@@ -1,4 +1,4 @@
-"""Builds find inputs that are not images before or during the work, refuse them or leave them out, and count them."""
+"""Builds with bad inputs, which are not images. A build finds and counts bad inputs, and refuses or skips them."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_probe_accepts_every_format_that_can_be_decoded(tmp_path: Path) -> None:
 def test_all_obviously_bad_inputs_are_named_before_the_build(with_bad: Path, tmp_path: Path) -> None:
     """The error counts the bad files that the probe finds, and the entries that are not files.
 
-    The error does not count the truncated file, which only decoding shows to be bad.
+    The probe does not find the truncated file, because it reads only the first bytes of a file.
     """
     (with_bad / "n2" / "folder.JPEG").mkdir()
     (with_bad / "n2" / "link").symlink_to("/etc/hostname")
@@ -183,7 +183,7 @@ def test_the_manifest_has_at_most_twenty_reasons_by_name(photos: Path, tmp_path:
 
 
 def test_the_counts_of_inputs_add_up(store: Path, records_of: Records) -> None:
-    """Each split of `photo_folder` has a grey file, a CMYK file and a PNG file. One file of train has orientation 6."""
+    """Each split of `photo_folder` has a grey, a CMYK and a PNG file. One file of train has EXIF orientation 6."""
     splits = json.loads((store / "manifest.json").read_bytes())["splits"]
     conversions = {"grey": 1, "cmyk": 1, "png": 1}
     for split, inputs, turned in (("train", 30, {"6": 1}), ("val", 12, {})):
@@ -230,7 +230,7 @@ def test_more_bad_inputs_than_max_bad_stop_the_command(words: list[str], with_ba
 
 @pytest.mark.parametrize("most", [0, 1, 2, 3])
 def test_max_bad_counts_over_several_runs(most: int, with_bad: Path, tmp_path: Path) -> None:
-    """Each run builds one shard. The limit applies to the bad inputs of all runs together."""
+    """Each run builds one shard. --max-bad limits the number of bad inputs of all runs together."""
     store, runs = tmp_path / "store", 0
     with pytest.raises(
         UserError, match=rf"^[1-4] inputs? (is|are) not (an image|images), more than --max-bad {most} allows"
@@ -291,9 +291,9 @@ def test_a_photograph_that_needs_too_much_memory_is_left_out(
 
 
 def test_a_strict_build_reads_again_what_an_earlier_run_skipped(with_bad: Path, tmp_path: Path) -> None:
-    """A run with --on-bad skip finishes shards with bad inputs.
+    """A run with --on-bad skip finishes shards from which it leaves bad inputs out.
 
-    A run with --on-bad fail builds shards with bad inputs again.
+    The next run, with --on-bad fail, builds these shards again.
     """
     for name in OBVIOUS:
         (with_bad / name).unlink()

@@ -1,6 +1,7 @@
-"""Tests of builds on a Ray cluster of several nodes on this machine, also while nodes, workers and drivers are killed.
+"""Tests of builds on a Ray cluster of several nodes, all on this machine.
 
-Every store must equal the store of a build without a cluster.
+Some tests kill nodes, workers or the driver, which is the process of the command. Every store must equal the store of a
+build without a cluster.
 """
 
 from __future__ import annotations
@@ -97,7 +98,7 @@ def test_errors_of_tasks_are_raised_by_the_driver(runner: ClusterRunner) -> None
 
 
 def kill_parent(task: tuple[Path, int], task_progress: TaskProgress) -> int:
-    """Kill the Ray worker in each of the first `times` runs of the task, as Ray does on a node that lacks memory."""
+    """Kill the Ray worker in the first `times` runs of the task. Ray does the same on a node that lacks memory."""
     folder, times = task
     runs = len(list(folder.iterdir())) + 1
     (folder / str(runs)).touch()
@@ -160,7 +161,7 @@ def test_the_store_equals_that_of_a_build_without_a_cluster(
     build_split(source_with(SlowReader(photos)), tmp_path / "store", PPM, runner, progress)
     assert_same(tmp_path / "store", whole)
     steps = [done for done in progress.all_done if 0 < done < IMAGES]
-    # A shard has 56 inputs. A count that is no multiple of 56 includes inputs of shards in progress.
+    # A shard has 56 inputs. If a count is not a multiple of 56, it includes inputs of unfinished shards.
     assert len(set(steps)) > 4 and any(done % 56 for done in steps)
     words = ("--store", tmp_path / "store", "--cluster", nodes[0].address)
     verified = alexprep("verify", *words)
@@ -172,7 +173,7 @@ def test_the_store_equals_that_of_a_build_without_a_cluster(
 def test_import_caffe_on_a_cluster_gives_the_same_store(
     nodes: tuple[Any, ModuleType], whole: Store, tmp_path: Path
 ) -> None:
-    """The input is a shard of a store, because a shard is an LMDB of Caffe Datums."""
+    """The input is a shard of another store, because a shard is an LMDB of Caffe Datums."""
     words = ("import-caffe", whole.root / "train" / "00000", *WORDS, "--json", "--store")
     results = [alexprep(*words, tmp_path / "pool"), alexprep(*words, tmp_path / "ray", "--cluster", nodes[0].address)]
     assert [result.exit_code for result in results] == [0, 0], results[1].output
@@ -266,10 +267,10 @@ def test_sigterm_stops_the_tasks_before_the_lock_is_released(
 
 @pytest.fixture(scope="module")
 def other_machine(nodes: tuple[Any, ModuleType], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A folder that a third node sees differently, because the node has its own mounts.
+    """A folder whose content a third node sees differently, because this node has its own mounts.
 
-    On this node, the folder `hidden` is empty, and the file `file` is longer. Python reads the version of Pillow from
-    the file `pillow` in the folder.
+    On the third node, the folder `hidden` is empty, and the file `file` is longer. The file `pillow` gives the third
+    node another version of Pillow.
     """
     folder = tmp_path_factory.mktemp("machine")
     installed = Path(str(distribution("pillow")._path)) / "METADATA"  # type: ignore[attr-defined]

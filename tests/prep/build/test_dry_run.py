@@ -1,4 +1,4 @@
-"""Tests of --dry-run with all inputs decoded: --dry-run finds what the build finds, and writes nothing."""
+"""Tests of --dry-run that decode all inputs. --dry-run must find what the build finds, and write nothing."""
 
 from __future__ import annotations
 
@@ -49,12 +49,12 @@ class CrashingRunner(InlineRunner):
 
 @pytest.fixture
 def odd_pictures(tmp_path: Path) -> Path:
-    """100 good images, and bad inputs, conversions and warnings of many kinds. Most faults show only in decoding."""
+    """100 good images, and many kinds of bad inputs, conversions and warnings. Only decoding shows most faults."""
     root = make_pictures(tmp_path / "odd", 100, (40, 60), distinct=2)
     jpeg = next((root / "n1").iterdir()).read_bytes()
     contents = {
         "n1/cut.jpg": jpeg[:200],
-        "n1/closed.jpg": jpeg[:-40] + b"\xff\xd9",  # libjpeg fills the rest, with a warning
+        "n1/closed.jpg": jpeg[:-40] + b"\xff\xd9",  # libjpeg fills the missing pixels, and prints a warning
         "n2/text.jpg": b"no picture",
         "n2/empty.jpg": b"",
         "n2/crash.jpg": jpeg,
@@ -80,7 +80,7 @@ def _png(image: Image.Image) -> bytes:
 def test_a_dry_run_that_decodes_all_gives_the_account_of_the_build(
     is_warning_bad: bool, is_begun: bool, odd_pictures: Path, tmp_path: Path
 ) -> None:
-    """--dry-run finds the bad inputs after an interrupted build, and if workers crash or take too long."""
+    """--dry-run also finds the bad inputs after an interrupted build, and if workers crash or exceed the CPU time."""
     limits = InputLimits(max_pixels=5000, keep_warned=not is_warning_bad)
     policy = BuildPolicy(skip_bad=True, limits=limits)
     store, settings = tmp_path / "store", replace(PPM, keep_aspect=True)

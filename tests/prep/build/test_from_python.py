@@ -1,4 +1,4 @@
-"""prep.build.build_from: items of Python code give the same store as the files that they come from."""
+"""prep.build.build_from: images that Python code yields give the same store as the files with the same images."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ def test_limits_and_background_are_those_of_the_command(tmp_path: Path, records_
 
 
 def test_a_program_without_a_main_guard_works(photos: Path, by_folder: Store, tmp_path: Path) -> None:
-    """Worker processes do not run the program again."""
+    """Worker processes must not run the program again."""
     program = tmp_path / "program.py"
     program.write_text(
         "import sys, pathlib\nfrom prep.build import build_from\n"

@@ -29,7 +29,7 @@ from tests.helpers.building import (
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """66 images: two shards."""
+    """66 images, which fill two shards."""
     return make_pictures(tmp_path_factory.mktemp("full") / "photos", 66, (32, 34))
 
 
@@ -42,7 +42,7 @@ def whole(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Store:
 def test_a_disk_that_fails_at_any_operation_leaves_a_build_that_can_be_finished(
     mode: str, code: int, photos: Path, whole: Store, tmp_path: Path
 ) -> None:
-    """LMDB raises the same errors for a full disk and a broken disk, so alexprep reports both as a full disk."""
+    """LMDB raises the same error for a full and for a broken disk, so alexprep reports both as a full disk."""
     *ends, last = run_interrupted_builds(photos, tmp_path, mode)
     assert last["code"] == last["again"] == 0
     assert len(ends) >= 20
@@ -97,7 +97,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         mounted = subprocess.run(mount, capture_output=True, check=False).returncode == 0
     except OSError:
         mounted = False
-    if not mounted:  # the tests before this fixture need no mount, because they simulate a full disk
+    if not mounted:  # the tests above simulate a full disk, and need no mount
         pytest.skip("mounting a tmpfs is not permitted here")
     yield disk
     subprocess.run(["umount", str(disk)], check=True)

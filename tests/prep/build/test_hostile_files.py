@@ -27,8 +27,8 @@ from PIL import Image
 from prep.store.manifest import Store
 from tests.helpers.hostile_files import JPEG, KEPT, Expected, corpus, not_images
 
-MAX_S = 60.0  # a build of all test files takes a few seconds, but decoding one decompression bomb would take minutes
-MAX_BYTES = 2_000_000_000  # memory limit for each process, because an image of 100 million pixels takes about one GB
+MAX_S = 60.0  # a build of all files takes a few seconds; decoding one decompression bomb would take minutes
+MAX_BYTES = 2_000_000_000  # memory limit of each process; an image of 100 million pixels takes about 1 GB
 
 
 @pytest.fixture(scope="module")
@@ -75,9 +75,9 @@ def photos(tmp_path_factory: pytest.TempPathFactory, expectations: dict[str, Exp
 
 
 def _drop_root_rights() -> None:
-    """Drop the rights of root in the child before the command starts.
+    """Drop two rights of root in the child process, before the command starts.
 
-    Root can read files without read permission.
+    With these rights, root could read files that have no read permission.
     """
     libc = ctypes.CDLL(None)
     for capability in (1, 2):  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
@@ -85,8 +85,9 @@ def _drop_root_rights() -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
-# The peak memory of a forked process is at least the memory of its parent. The test process may use much memory. A
-# small process therefore starts the command, and writes the peak memory of its largest descendant, in KiB, to a file.
+# The test process may use much memory, and the peak memory of a forked process is at least the memory of its parent. A
+# small process therefore starts the command, and writes the peak memory of the command's largest process to a file. The
+# unit is KiB.
 MEASURED = (
     "import resource, subprocess, sys; code = subprocess.call(sys.argv[2:]); "
     "open(sys.argv[1], 'w').write(str(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)); sys.exit(code)"
@@ -104,9 +105,9 @@ class Ended:
 
 @pytest.fixture
 def alexprep(tmp_path: Path) -> Callable[..., Ended]:
-    """Run the command as a process.
+    """A function that runs `alexprep` as a process.
 
-    Decoys replace the programs that Pillow might start. A decoy writes a file when it is started.
+    Small scripts replace the programs that Pillow might start. A script that is started writes a file.
     """
     programs = tmp_path / "programs"
     programs.mkdir()
@@ -151,7 +152,7 @@ def _wait(pid: int, started: float) -> int:
 
 
 def logged_outcomes(store: Path) -> dict[str, dict[str, Any]]:
-    """Return {name: outcome} from inputs.jsonl, which omits inputs that were stored without conversion."""
+    """Return {name: outcome} from inputs.jsonl. Inputs that were stored without a conversion are not in this file."""
     lines = (store / "train" / "inputs.jsonl").read_text().splitlines()
     outcomes = {outcome["source"]: outcome for outcome in map(json.loads, lines)}
     assert len(outcomes) == len(lines)
@@ -235,7 +236,7 @@ def test_a_strict_build_names_all_obviously_bad_files_before_it_starts(
 def test_a_file_that_only_decoding_shows_to_be_bad_ends_a_strict_build(
     name: str, alexprep: Callable[..., Ended], tmp_path: Path
 ) -> None:
-    """A file that the list contains as kept or converted must not end the build."""
+    """If the expected outcome of a file is not `bad`, the build must not end with an error."""
     content, expected = corpus()[name]
     for folder in ("a", "b"):
         (tmp_path / "photos" / folder).mkdir(parents=True)

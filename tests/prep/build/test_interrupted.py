@@ -45,7 +45,7 @@ def tree(store: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def slow(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """320 images, which give five shards. A worker takes a few milliseconds for each image."""
+    """320 images, which fill five shards. A worker takes a few milliseconds for each image."""
     return make_pictures(tmp_path_factory.mktemp("slow") / "photos", 320, (220, 260), distinct=6)
 
 
@@ -56,7 +56,7 @@ def slow_store(slow: Path, tmp_path_factory: pytest.TempPathFactory) -> Store:
 
 @pytest.fixture
 def start() -> Iterator[Start]:
-    """A function that starts a build command. Processes that a failed test leaves behind are killed at the end."""
+    """A function that starts a build command. After the test, processes that are still running are killed."""
     started: list[BuildCommand] = []
 
     def run(photos: Path, store: Path, *words: str) -> BuildCommand:
@@ -75,9 +75,9 @@ def start() -> Iterator[Start]:
 
 @pytest.fixture(scope="module", params=["kill", "restart", "restart-reverse"])
 def ended(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
-    """Run several builds. Returns the folder of the stores, and the outcomes.
+    """Kill each of several builds before a different disk operation, and run each build again.
 
-    Each build was killed before a different disk operation.
+    The fixture is the folder of the stores, and the outcomes.
     """
     work = tmp_path_factory.mktemp("interrupted")
     photos = make_pictures(work / "photos", 66, (32, 34))  # two shards
@@ -109,7 +109,7 @@ def test_a_build_killed_at_any_disk_operation_leaves_no_file_behind(ended: tuple
 
 
 def kill_and_finish(start: Start, photos: Path, store: Path, delay_s: float, finish: Callable[[Path], Store]) -> Store:
-    """Kill a build with SIGKILL after `delay_s`, and immediately finish it with `finish`."""
+    """Kill a build with SIGKILL after `delay_s`, and finish it at once with `finish`."""
     command = start(photos, store)
     time.sleep(delay_s)
     command.kill()
@@ -135,10 +135,7 @@ def test_a_build_killed_at_random_moments_is_finished_by_the_same_command(
 def test_a_build_killed_at_two_hundred_random_moments_is_finished(
     start: Start, slow: Path, slow_store: Store, tmp_path: Path
 ) -> None:
-    """Every build runs as a command in its own process.
-
-    Every tenth build is killed five times, and all other builds once.
-    """
+    """Every build runs as a command in its own process. Every tenth build is killed five times, all others once."""
     rng = np.random.default_rng(200)
 
     def finish(store: Path) -> Store:
@@ -164,7 +161,7 @@ def test_a_build_killed_at_two_hundred_random_moments_is_finished(
 def test_a_build_killed_again_and_again_keeps_its_finished_shards(
     start: Start, slow: Path, slow_store: Store, tmp_path: Path
 ) -> None:
-    """The parent is killed as the build begins, during the first shards, after one shard, and after three shards."""
+    """The command is killed at its start, during the first shards, after one shard, and after three shards."""
     store = tmp_path / "store"
     moments: list[tuple[str, Callable[[BuildCommand], bool]]] = [
         ("plan", lambda command: (command.work_dir / "plan.json").exists()),
@@ -198,7 +195,7 @@ def test_a_build_killed_again_and_again_keeps_its_finished_shards(
 def test_a_signal_ends_the_build_which_can_be_resumed(
     start: Start, slow: Path, slow_store: Store, tmp_path: Path, number: int, code: int
 ) -> None:
-    """SIGTERM is sent to the parent only, as by `kill`. SIGINT is sent to all processes, as by Ctrl-C."""
+    """SIGTERM is sent to the parent process alone, as by `kill`. SIGINT is sent to all processes, as by Ctrl-C."""
     store = tmp_path / "store"
     command = start(slow, store)
     command.wait_for_shards(1)
@@ -265,7 +262,7 @@ def test_a_second_command_on_the_same_store_is_refused(
 
 
 def test_a_killed_worker_is_reported_in_one_line(start: Start, slow: Path, slow_store: Store, tmp_path: Path) -> None:
-    """A worker gets SIGKILL, as happens when memory runs out. The error names the file that the worker was reading."""
+    """A worker gets SIGKILL, as when memory runs out. The error names the file that the worker was reading."""
     store = tmp_path / "store"
     command = start(slow, store, "--jobs", "1")
     command.wait_for_shards(1)
@@ -306,9 +303,9 @@ def test_a_file_that_kills_its_worker_is_named(slow: Path, slow_store: Store, tm
 def test_a_file_that_kills_its_worker_twice_is_left_out_with_on_bad_skip(
     slow: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """After the first crash, the file is tried again, because too little memory may be the cause.
+    """After the first crash, the build tries the file again, because a lack of memory may be the cause.
 
-    One build tests the first and the second crash.
+    In this build, the file also crashes the second worker.
     """
     source = list_source(slow, "train")
     crashing = type(source)(CrashingReader(slow), "train", source.classes, source.inputs)
@@ -344,7 +341,7 @@ def test_no_worker_goes_on_after_a_failed_build(slow: Path, tmp_path: Path) -> N
         before = tree(tmp_path / "store")
         time.sleep(1)
         assert tree(tmp_path / "store") == before
-    assert "killed" in str(raised.value)  # until this line, `raised` keeps the generator of the results alive
+    assert "killed" in str(raised.value)  # up to this line, `raised` keeps the generator of the results alive
 
 
 def test_a_shard_that_is_built_twice_is_complete(slow: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""prep.build.preflight and --dry-run: estimates compared with the build that follows; nothing is written."""
+"""prep.build.preflight and --dry-run: estimates are compared with the build that follows, and nothing is written."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ Usage = namedtuple("Usage", ["total", "used", "free"])
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """400 images of many sizes: seven shards."""
+    """400 images of many sizes, which fill seven shards."""
     return make_pictures(tmp_path_factory.mktemp("estimate") / "photos", 400, (60, 200))
 
 
@@ -68,7 +68,7 @@ def bytes_on_disk(store: Path) -> int:
 def test_the_estimate_of_disk_space_is_close_to_the_build(settings: Settings, photos: Path, tmp_path: Path) -> None:
     """The estimated size may differ from the size of the LMDBs by up to a quarter.
 
-    The estimated time only has to be between 0.01 s and 60 s.
+    The test does not check the estimated time precisely. The time must be between 0.01 s and 60 s.
     """
     resources = estimate(photos, tmp_path / "store", settings).resources
     assert resources is not None
@@ -142,7 +142,7 @@ def test_inputs_without_an_image_give_no_estimate(tmp_path: Path) -> None:
     assert estimate(tmp_path / "photos", tmp_path / "store").resources is None
     result = dry_run(tmp_path / "photos", tmp_path / "store")
     assert "no estimate" in result.stdout
-    # The build would end with the same error.
+    # The error is the same as that of the build.
     assert result.exit_code == 1 and "1 input of 1 is not an image" in result.stderr
 
 
@@ -201,7 +201,7 @@ def test_a_build_that_does_not_fit_is_refused_before_it_starts(
 def test_a_build_that_may_just_fit_is_started(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A warning is printed instead of an error, since the estimate may be too high."""
+    """The build prints a warning instead of an error, since the estimate may be too high."""
     set_free_bytes(monkeypatch, 1_500_000)
     assert build(photos, tmp_path / "store").split("train").records == 400
     assert "1.5 MB free. The build starts anyway" in capsys.readouterr().err

@@ -1,8 +1,8 @@
 """prep.build.resume: which changes of its source an unfinished build accepts or refuses.
 
-A build is stopped after one of its four shards of 50 images. After the stop, the source is changed, and the same build
-runs again. The result must be a store with the contents that the files had when they were read, or the build must be
-refused.
+A build of four shards of 50 images is stopped after the first shard. Then the source is changed, and the same build
+runs again. There are two correct results: the build is refused, or every record has the content that its file had when
+the file was read.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def half(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store with one finished shard of four."""
+    """An unfinished store, in which one of four shards is finished."""
     store = tmp_path_factory.mktemp("half") / "store"
     with pytest.raises(Stopped):
         build(pictures, store, runner=StoppingRunner())
@@ -106,9 +106,9 @@ def test_a_changed_input_of_a_finished_shard_is_refused(photos: Path, store: Pat
 def test_a_changed_input_that_is_not_stored_yet_is_read_as_it_is_now(
     change: Callable[[Path], None], photos: Path, store: Path, used: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The first build after the change reports the change and saves the new listing.
+    """The first build after the change reports the change, and saves the new list of inputs.
 
-    The second build after the change reports nothing.
+    The second build after the change therefore reports nothing.
     """
     unused = sorted(set(image_paths(photos)) - set(used))
     for name in unused[:3]:
@@ -169,7 +169,7 @@ def test_a_new_class_is_refused(photos: Path, store: Path) -> None:
 
 
 def test_a_changed_label_of_a_stored_input_is_refused(pictures: Path, tmp_path: Path) -> None:
-    """The source is a folder without class folders. One label in the label file of the source changes."""
+    """The source is a folder without class folders. The test changes one label in the label file of the source."""
     flat = tmp_path / "flat"
     flat.mkdir()
     for path in pictures.glob("*/*"):
@@ -211,7 +211,7 @@ def test_a_listing_in_another_order_resumes_the_build(photos: Path, store: Path)
 
 
 def test_a_corrected_input_has_its_shard_built_again(photos: Path, tmp_path: Path, used: list[str]) -> None:
-    """A build with --on-bad skip leaves the bad input out.
+    """A build with --on-bad skip leaves a bad input out. Then the input is corrected.
 
     The next build, with --on-bad fail or skip, stores the corrected input.
     """
@@ -251,7 +251,7 @@ def test_a_file_that_changed_after_the_listing_is_named(photos: Path, tmp_path: 
 
 
 def test_anything_may_change_before_the_first_shard_is_finished(photos: Path, tmp_path: Path) -> None:
-    """After a build that was refused or stopped before its first shard, settings and inputs can still be changed."""
+    """If a build was refused or stopped before its first shard was finished, settings and inputs can still change."""
     store = tmp_path / "store"
     (photos / "n1" / "bad.JPEG").write_bytes(b"no picture")
     with pytest.raises(UserError, match="not an image"):
@@ -263,7 +263,7 @@ def test_anything_may_change_before_the_first_shard_is_finished(photos: Path, tm
 
 
 def test_a_finished_split_refuses_other_inputs(photos: Path, tmp_path: Path) -> None:
-    """The manifest has the digest of the build plan. The modification times of the files do not matter."""
+    """The manifest has a digest of the build plan. The modification times of the files are not part of this digest."""
     store = tmp_path / "store"
     build(photos, store)
     change_time(photos / image_paths(photos)[0])

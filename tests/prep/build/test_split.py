@@ -1,7 +1,7 @@
 """prep.build.split: the content of the store, and builds that are repeated, restarted, refused or simultaneous.
 
-lmdb and protobuf read the records. Labels are compared with the folders and the ground truth, pixels with Pillow's
-resize in floating point, and sums with NumPy.
+The tests read the records with lmdb and protobuf. The tests compare labels with the folders and the ground truth,
+pixels with Pillow's resize in floating point, and sums with NumPy.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from tests.helpers.building import (
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """200 small images: four shards."""
+    """200 small images, which fill four shards."""
     return make_pictures(tmp_path_factory.mktemp("small") / "photos", 200, (30, 70))
 
 
@@ -69,7 +69,7 @@ def copy_of_small(small: Path, tmp_path: Path) -> Path:
 def test_a_record_holds_the_image_of_its_source(
     split: str, photo_folder: Path, tmp_path: Path, records_of: Records
 ) -> None:
-    """Uncropped images, rescaled with the bilinear filter, differ from Pillow's result only by rounding."""
+    """The uncropped images are rescaled with the bilinear filter. They may differ from Pillow's result by rounding."""
     settings = Settings(48, True, "ppm", 90, "bilinear", 5)
     build(photo_folder / split, tmp_path / "store", settings, split=split)
     for _, datum in records_of(tmp_path / "store", split):
@@ -156,9 +156,9 @@ def test_the_record_order_is_a_permutation_that_depends_on_the_seed_alone(
 
 
 def test_the_record_order_mixes_the_classes(small_store: Path, records_of: Records) -> None:
-    """For each class, the mean position of its records is less than 5 standard deviations from the middle.
+    """For each class, the mean position of its records is near the middle of the split.
 
-    The middle is the expected value of the mean position.
+    In a random order, the middle is the expected value. The distance must be less than 5 standard deviations.
     """
     labels = np.array([datum.label for _, datum in records_of(small_store, "train")])
     n = len(labels)
@@ -331,7 +331,7 @@ def test_a_store_in_its_own_source_is_refused(small: Path, tmp_path: Path, resta
 
 
 def test_the_source_is_only_read(small: Path, tmp_path: Path) -> None:
-    """The folders of the source are write-protected. Times and contents of its files must not change."""
+    """The folders of the source are write-protected. The times and contents of the source's files must not change."""
     photos = Path(shutil.copytree(small, tmp_path / "photos"))
     (photos / "n1" / "bad.JPEG").write_bytes(b"no picture")
     for folder in (photos, *photos.glob("*")):

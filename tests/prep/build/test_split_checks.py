@@ -1,4 +1,4 @@
-"""Checks of all splits before the first split is built, also by --dry-run; classes that lose all photographs."""
+"""A build and --dry-run check all splits before a split is built. Some tests have classes that lose all photographs."""
 
 from __future__ import annotations
 
@@ -64,7 +64,10 @@ def list_splits(source: Path) -> list[Source]:
 
 
 def check(source: Path, store: Path, policy: BuildPolicy = STRICT) -> None:
-    """The checks of the build and of --dry-run find the same faults."""
+    """Run the checks of the build and of --dry-run. Both must raise the same type of error, or both must raise none.
+
+    Raises the error of the build.
+    """
     sources, found = list_splits(source), []
     for attempt in (_check_build, _check_dry_run):
         try:
@@ -118,11 +121,11 @@ def test_a_class_of_bad_inputs_alone_is_refused_before_the_build(source: Path, t
             check(source, tmp_path / "store", SKIP)
         check(source, tmp_path / "store", ALLOW)
         (source / split / "n2" / "z.jpg").write_bytes(next((source / split / "n1").iterdir()).read_bytes())
-        check(source, tmp_path / "store", SKIP)  # one photograph after eight bad inputs is enough for the class
+        check(source, tmp_path / "store", SKIP)  # a class may have eight bad inputs, if it has one photograph
 
 
 def test_a_class_that_loses_its_photographs_is_refused_at_the_end(source: Path, tmp_path: Path) -> None:
-    """The first bytes look like a JPEG, so only decoding shows that the photographs are bad."""
+    """The first bytes of the photographs are those of a JPEG, so only decoding shows that the photographs are bad."""
     for path in (source / "train" / "n2").iterdir():
         path.write_bytes(b"\xff\xd8\xff\xe0 cut off")
     bad = len(list((source / "train" / "n2").iterdir()))
@@ -136,7 +139,7 @@ def test_a_class_that_loses_its_photographs_is_refused_at_the_end(source: Path, 
 
 
 def test_both_splits_must_fit_on_the_disk(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each split alone needs 98 KB: 24 records of one page."""
+    """Each of the two splits needs 98 KB: 24 records of one page."""
     monkeypatch.setattr("shutil.disk_usage", lambda path: Usage(10**9, 0, 120_000))
     with pytest.raises(DiskFull, match=r"196\.6 KB needed for 48 images of all splits, 120\.0 KB free"):
         check(source, tmp_path / "store")
@@ -238,9 +241,9 @@ def test_what_is_left_out_is_in_the_account_and_classes_are_listed_with_labels(s
 
 
 def test_a_class_that_loses_its_inputs_only_when_decoded_is_found_by_a_dry_run(source: Path, tmp_path: Path) -> None:
-    """The first bytes are the first bytes of a JPEG.
+    """The inputs begin like JPEGs, so only decoding shows that they are bad.
 
-    The sample that --dry-run decodes holds all inputs of the class.
+    The sample that --dry-run decodes contains all inputs of the class.
     """
     for folder in (source / "train").iterdir():
         for path in sorted(folder.iterdir())[5:]:
@@ -274,7 +277,7 @@ def test_a_line_that_labels_images_of_both_splits_is_refused(tmp_path: Path) -> 
 
 
 def test_one_label_file_may_label_images_of_both_splits_on_lines_of_their_own(tmp_path: Path) -> None:
-    """Names with several dots are distinguished: cat.0.jpg and cat.1.jpg are different images, as in Kaggle's cats."""
+    """cat.0.jpg and cat.1.jpg are different images, as in Kaggle's data set of cats and dogs."""
     touch(tmp_path / "in" / "train", "cat.0.jpg", "dog.0.jpg", "dog.0.1.jpg")
     touch(tmp_path / "in" / "val", "cat.1.jpg", "dog.1.jpg")
     labels = tmp_path / "labels.csv"
@@ -298,7 +301,7 @@ def test_one_label_file_may_label_images_of_both_splits_on_lines_of_their_own(tm
 
 
 def test_numbers_alone_are_not_read_for_both_splits(tmp_path: Path) -> None:
-    """Line k is the label of the k-th image of a split. The same lines would label different images of both splits."""
+    """Line k of such a file is the label of the k-th image of a split. In each split, this is a different image."""
     for split, prefix in (("train", "a"), ("val", "b")):
         touch(tmp_path / "in" / split, f"{prefix}1.jpg", f"{prefix}2.jpg")
     (tmp_path / "labels.txt").write_text("0\n1\n")

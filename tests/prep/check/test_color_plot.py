@@ -1,6 +1,6 @@
 """prep.check.color_plot: sample, drawing and file are compared with Pillow, the paper's formula and the stream.
 
-The drawing is read back from matplotlib's own objects: the lines, bars and images of the figure.
+To check a drawing, the tests read the lines, bars and images from matplotlib's objects of the figure.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def figure() -> Any:
 
 @pytest.fixture
 def blank(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave the figure empty, for tests that do not check the drawing. Drawing takes a second."""
+    """Leave the figure empty, because drawing takes a second. This is for tests that do not check the drawing."""
     pytest.importorskip("matplotlib")
     monkeypatch.setattr("prep.check.color_plot.draw_figure", lambda *of: None)
 
@@ -165,9 +165,9 @@ def test_a_large_photograph_is_averaged_to_fewer_pixels(make_store: Callable[...
 def test_the_photograph_has_typical_colours_and_half_the_contrast(
     make_store: Callable[..., Any], natural: ColorStats
 ) -> None:
-    """The image with half the split's contrast is chosen.
+    """The image with half the contrast of the split is chosen.
 
-    Images with one component only, with a tint, or with more or less contrast are not chosen.
+    The other images, which are not chosen, have a single component, a tint, or more or less contrast.
     """
     rng, vectors = np.random.default_rng(3), np.array(natural.eigenvectors)
 
@@ -225,7 +225,7 @@ def test_few_records_are_read_from_shards_all_over_the_split(
 
 
 def test_a_shard_without_records_is_skipped(make_store: Callable[..., Any]) -> None:
-    """A build with --on-bad skip can leave empty shards. Of 60 shards, only shard 4 has records, so it must be read."""
+    """A build with --on-bad skip can leave empty shards. In this store, only shard 4 of 60 has records."""
     store, stats = make_store([[noise(1), noise(2)] if number == 4 else [] for number in range(60)])
     pixels, _ = take_sample(store, "train", stats)
     assert np.isin(codes_of(pixels), codes_of(np.stack([noise(1), noise(2)]))).all()
@@ -272,7 +272,7 @@ def test_the_spectrum_is_drawn_with_that_of_ilsvrc(figure: Any, store: Path) -> 
 
 
 def test_the_photographs_are_shifted_by_the_papers_formula(figure: Any, natural: ColorStats) -> None:
-    """Each cell adds [p1, p2, p3][α1 σ1, α2 σ2, α3 σ3]ᵀ to all pixels, as the stream does, but two α are zero."""
+    """A cell adds [p1, p2, p3][α1 σ1, α2 σ2, α3 σ3]ᵀ to all pixels, as the stream does. In a cell, two α are zero."""
     photograph = noise(2, 64, 64)
     draw_figure(figure, "train", natural, noise(1).reshape(-1, 3), photograph)
     axes = panels(figure)[2]
@@ -322,7 +322,7 @@ def test_every_kind_of_store_is_plotted(kind: str, stores: dict[str, Path], tmp_
 
 @pytest.mark.parametrize("what", ["grey", "one colour", "noise"])
 def test_a_split_of_one_small_record_is_plotted(what: str, make_store: Callable[..., Any], tmp_path: Path) -> None:
-    """A grey image has one component, and an image of a single colour has none."""
+    """A grey image has one principal component, and an image of a single colour has none."""
     pytest.importorskip("matplotlib")
     picture = noise(1, 32, 32)
     if what == "grey":
@@ -410,7 +410,7 @@ def test_a_full_disk_leaves_the_existing_file(store: Path, tmp_path: Path, monke
 
 
 def damage_record(store: Store, number: int, change: Callable[[bytes], bytes | None]) -> None:
-    """Change the second record of a shard, or delete it."""
+    """Replace the value of the second record of shard `number` by change(value). If this is None, delete the record."""
     folder = store.root / f"train/{number:05d}"
     with lmdb.open(str(folder), lock=False) as env, env.begin(write=True) as txn:
         key, value = list(txn.cursor())[1]
@@ -424,7 +424,7 @@ def damage_record(store: Store, number: int, change: Callable[[bytes], bytes | N
 def test_a_damaged_record_is_an_error_with_shard_and_key(
     what: str, make_store: Callable[..., Any], tmp_path: Path
 ) -> None:
-    """Record 3, which is the second of shard 1, has one changed byte, or has a correct checksum but no image."""
+    """Record 3, the second record of shard 1, has one changed byte, or has a correct checksum but no image."""
     pytest.importorskip("matplotlib")
     store, stats = make_store([[noise(1), noise(2)], [noise(3), noise(4)]])
     no_picture = Datum(40, 40, b"P6\nnothing", 0, b"a").encode()

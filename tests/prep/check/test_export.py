@@ -1,6 +1,7 @@
 """prep.check.export and `alexprep export-files`: files are compared with the records that lmdb and protobuf read.
 
-alexprep builds no store with names that lead out of a folder, so the tests change the records and the manifest.
+Some tests need names that lead out of a folder. alexprep builds no store with such names, so the tests write the names
+into the records and the manifest.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def alexprep(*words: object) -> Result:
 
 
 def fails(result: Result, *parts: str) -> None:
-    """The command has exit code 1 and prints one line to standard error. The line has all `parts`."""
+    """Assert that the command has exit code 1 and prints one line with all `parts` to standard error."""
     assert result.exit_code == 1 and isinstance(result.exception, SystemExit), result.output
     assert result.stdout == "" and result.stderr.startswith("Error: ") and result.stderr.count("\n") == 1
     for part in parts:
@@ -53,7 +54,7 @@ def files_in(folder: Path) -> dict[str, bytes]:
 
 
 class OtherOs:
-    """The module os with some replaced functions, which only prep.check.export uses."""
+    """The module os with some replaced functions. It replaces the module os in prep.check.export alone."""
 
     def __init__(self, **functions: Callable[..., Any]) -> None:
         self.__dict__ |= functions
@@ -116,7 +117,7 @@ def test_exported_files_have_safe_names(source: bytes, format: str, name: bytes)
 
 
 def test_names_that_lead_out_of_the_folder_stay_inside(stores: dict[str, Path], tmp_path: Path) -> None:
-    """Some names lead out of the folder or cannot be file names, but each record is written once, inside the folder."""
+    """Some names lead out of the folder, or cannot be file names. Each record is written once, inside the folder."""
     sources = [b"n/..", b"../../../evil.jpg", b"/etc/evil.jpg", b"n/a\0b.jpg", b"n/" + b"x" * 300, b"n/.", b"", b"a\nb"]
     classes = ["..", "/etc/../..", "a/b", "x" * 256, "n\0n", ".", "a//b", "good"]
     plain = [(key, Datum.decode(value)) for key, value in split_records(stores["jpeg"])[: len(sources)]]
@@ -154,7 +155,7 @@ def test_two_records_with_the_same_name_are_an_error(stores: dict[str, Path], tm
 
 
 def test_a_file_that_another_worker_writes_meanwhile_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two workers may both see that a file does not exist, and may then both begin to write it."""
+    """Two workers may both see that a file does not exist, and then both begin to write it."""
     path = tmp_path / "a.jpg"
 
     def meanwhile() -> int:
@@ -181,9 +182,9 @@ def test_files_with_other_content_are_not_overwritten(store: Path, tmp_path: Pat
 
 
 def test_a_folder_with_other_files_is_refused(stores: dict[str, Path], tmp_path: Path) -> None:
-    """The folder may be empty, or may hold an export of the same split.
+    """Only two kinds of folders are allowed: an empty folder, and a folder with an export of the same split.
 
-    The export in the folder may have been interrupted.
+    The export in the folder may be unfinished.
     """
     out, store = tmp_path / "out", stores["jpeg"]
 
@@ -237,7 +238,7 @@ def test_a_killed_export_is_resumed(photo_folder: Path, tmp_path: Path, build: B
 def test_an_exported_ppm_store_is_rebuilt_with_the_same_records(
     photo_folder: Path, tmp_path: Path, build: Build, records_of: RecordsOf
 ) -> None:
-    """Pillow reads the record's pixels from the file.
+    """Pillow reads the pixels of a record from the exported file.
 
     A store that is built from the exported files, with the same side length, has the same images.
     """
@@ -277,7 +278,7 @@ def test_the_export_of_a_damaged_store_names_the_record(stores: dict[str, Path],
 def test_a_full_disk_has_exit_code_3(
     number: int, kind: type[UserError], store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """--help documents the exit code. No incomplete file is left."""
+    """The exit code is that of --help, and no incomplete file is left."""
 
     def full(*paths: object) -> None:
         raise OSError(number, os.strerror(number))

@@ -28,7 +28,7 @@ def alexprep(*words: object) -> Result:
 
 
 def fails(result: Result, *parts: str, code: int = 1) -> None:
-    """The command has exit code `code` and prints one line to standard error. The line has all `parts`."""
+    """Assert that the command has exit code `code` and prints one line with all `parts` to standard error."""
     assert result.exit_code == code and isinstance(result.exception, SystemExit), result.output
     assert result.stdout == "" and result.stderr.startswith("Error: ") and result.stderr.count("\n") == 1
     for part in parts:
@@ -91,7 +91,7 @@ def test_inputs_that_were_left_out_are_described(photo_folder: Path, tmp_path: P
 
 
 def test_every_record_is_found_by_its_key(stores: dict[str, Path], records_of: RecordsOf, tmp_path: Path) -> None:
-    """Keys are given with and without leading zeros. --out writes the image byte for byte."""
+    """The test gives keys with and without leading zeros. --out writes the bytes of the image without a change."""
     for kind, split in (("jpeg", "train"), ("ppm-whole", "val")):
         for number, words in ((0, "0"), (11, "0011"), (11, "00000011")):
             key, datum = records_of(stores[kind], split)[number]

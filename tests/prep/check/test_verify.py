@@ -84,10 +84,10 @@ def test_a_jpeg_store_of_a_single_photograph_passes(
 def test_a_jpeg_store_of_images_that_jpeg_changes_most_passes(
     tmp_path: Path, build: Build, workers: WorkerPool
 ) -> None:
-    """One image has a single colour, and one is noise.
+    """One image has a single colour, and one is noise. Two images have lines whose colours 4:2:0 subsampling mixes.
 
-    Two images have lines whose colours are mixed by 4:2:0 subsampling. JPEG changes a channel's mean by up to 56 grey
-    levels, and single channel values by more than 200 grey levels.
+    In these images, JPEG changes the mean of a channel by up to 56 grey levels, and single values by more than 200 grey
+    levels.
     """
     lines = np.full((64, 64, 3), (0, 0, 255), np.uint8)
     lines[1::2] = 255
@@ -130,7 +130,7 @@ def test_a_shard_without_a_good_input_is_not_a_fault(tmp_path: Path, build: Buil
 
 
 def test_the_command_names_each_fault_on_a_line(copy_store: MakeStore) -> None:
-    """In the store, one shard has a record that is too long, one is truncated, one has a bad record, one is missing."""
+    """The store has four faulty shards: with a too long record, truncated, with a bad record, and missing."""
     store = copy_store(300)
     lengthen_first_record(store)
     file = store / "train" / "00001" / "data.mdb"

@@ -48,7 +48,7 @@ def test_a_file_truncated_anywhere_is_a_fault(copy_store: MakeStore, workers: Wo
 
 @pytest.mark.parametrize("content", ["zeros", "random", "of another page"])
 def test_an_overwritten_page_is_a_fault(content: str, copy_store: MakeStore, workers: WorkerPool) -> None:
-    """One page at a time is overwritten: the second header page, which is in use, and some of the other pages."""
+    """The test overwrites one page at a time: the second header page, which is in use, and some of the other pages."""
     store = copy_store(64)
     file = store / "train" / "00000" / "data.mdb"
     whole = file.read_bytes()
@@ -67,10 +67,7 @@ def test_an_overwritten_page_is_a_fault(content: str, copy_store: MakeStore, wor
 
 
 def newest_header(content: bytes) -> int:
-    """Return the offset of the header page with the higher transaction number.
-
-    LMDB uses this page and ignores the other header page.
-    """
+    """Return the offset of the header page with the higher transaction number. LMDB ignores the other header page."""
     return max((0, PAGE_BYTES), key=lambda at: int.from_bytes(content[at + 144 : at + 152], "little"))
 
 
@@ -83,7 +80,7 @@ def newest_header(content: bytes) -> int:
         (128, (3).to_bytes(8, "little")),  # root
         (128, b"\xff" * 8),
         (136, (10**6).to_bytes(8, "little")),  # last page
-        (144, bytes(8)),  # transaction number; with this number, LMDB uses the other header page, which is empty
+        (144, bytes(8)),  # transaction number; with number 0, LMDB uses the other header page, which is empty
     ],
     ids=["magic", "version", "entries", "root", "no-root", "last-page", "transaction"],
 )

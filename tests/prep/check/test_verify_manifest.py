@@ -1,4 +1,4 @@
-"""prep.check.verify on manifests, colour statistics and other files of a store that do not agree with its records."""
+"""prep.check.verify finds manifests, colour statistics and other files that do not agree with a store's records."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_a_digest_of_a_shard_with_right_fingerprints_is_a_fault(copy_store: Make
 
 
 def test_exchanged_shards_with_a_right_fingerprint_are_a_fault(copy_store: MakeStore, workers: WorkerPool) -> None:
-    """verify compares the keys of successive shards: keys must ascend over the shards of a split."""
+    """verify compares the keys of successive shards. From each shard to the next, the keys must ascend."""
     store = copy_store(150)
     change_manifest(store, lambda data: train_split(data)["shards"].reverse())
     sign_again(store)
@@ -105,7 +105,7 @@ def test_exchanged_shards_with_a_right_fingerprint_are_a_fault(copy_store: MakeS
 def test_a_manifest_with_values_of_wrong_types_is_a_fault_or_a_store_error(
     name: str, copy_store: MakeStore, workers: WorkerPool
 ) -> None:
-    """Any wrong value gives a fault, or a StoreError that names the file. No other error is raised."""
+    """Every wrong value gives a fault, or a StoreError that names the file, and never another error."""
     store = copy_store(64)
     for value in (None, "x", -1, [[1]], {"a": {}}):
         change_manifest(
@@ -158,7 +158,7 @@ def shifted(true: Moments, levels: int) -> Moments:
 
 
 def test_moments_beyond_the_loss_of_jpeg_are_a_fault(copy_store: MakeStore, workers: WorkerPool) -> None:
-    """The manifest of a jpeg store has a wrong mean or a wrong covariance, or the store's mean image is wrong."""
+    """In a store of JPEG records, the mean, the covariance or the mean image is wrong by more than JPEG's loss."""
     store = copy_store(150, "jpeg")
     true = Moments.from_json(Store.open(store).split("train").moments)
     set_moments(store, true)

@@ -1,7 +1,7 @@
-"""prep.check.verify on damaged, contradictory and exchanged records: faults are named, and all records are checked.
+"""prep.check.verify names damaged, contradictory and exchanged records, and still checks all other records.
 
-The tests damage records in the file itself, or use the lmdb library to replace records. `with_checksum` and
-`changed_record` give a changed record a correct checksum, so that the other checks are also tested.
+The tests damage records in the file itself, or replace records with the lmdb library. `with_checksum` and
+`changed_record` give a changed record a correct checksum, so that the other checks are tested, too.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from tests.helpers.damaged_stores import (
 def test_a_flipped_bit_is_found_in_each_of_a_thousand_records(
     format: str, copy_store: MakeStore, workers: WorkerPool
 ) -> None:
-    """Each of the thousand faults names the shard and the key.
+    """Each of the thousand faults names the shard and the key of the record.
 
-    If the flipped bit is in the image data or the checksum, the fault also names the source.
+    If the flipped bit is in the image data or in the checksum, the fault also names the source of the record.
     """
     store = copy_store(1000, format)
     rng = np.random.default_rng(7)
@@ -108,9 +108,9 @@ CONTRADICTIONS: dict[str, tuple[tuple[Callable[[bytes], bytes], str], ...]] = {
 def test_a_contradiction_is_found_behind_a_right_checksum(
     format: str, copy_store: MakeStore, workers: WorkerPool
 ) -> None:
-    """Each contradiction is in a different record.
+    """Each record that the test changes has one contradiction. A fault names each of these records.
 
-    Each fault names a changed record, and no fault is about the digest.
+    No fault is about the digest of the shard.
     """
     store = copy_store(150, format)
     folder = store / "train" / "00001"
@@ -162,7 +162,7 @@ def rename_key(records: Records) -> None:
 def test_exchanged_records_are_found_by_the_digest_of_the_shard(
     how: Callable[[Records], object], what: str, decode: bool, copy_store: MakeStore, workers: WorkerPool
 ) -> None:
-    """Each single record is undamaged, so only the totals of the shard differ."""
+    """Each single record is undamaged. Only the digest and the sums of the shard show the exchange."""
     store = copy_store(150)
     folder = store / "train" / "00001"
     records = read_records(folder)
@@ -185,7 +185,7 @@ def append_first(records: Records) -> None:
 def test_records_in_another_order_than_that_of_the_seed_are_found(
     how: Callable[[Records], object], index: int, copy_store: MakeStore, workers: WorkerPool
 ) -> None:
-    """Each single record is undamaged, and the keys ascend."""
+    """Each single record is undamaged, and the keys ascend. Only the order of the records is wrong."""
     store = copy_store(150)
     folder = store / "train" / "00001"
     records = read_records(folder)

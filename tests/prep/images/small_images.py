@@ -1,4 +1,4 @@
-"""Small images and their files, for the tests of decoding and encoding. Pillow is the independent reference."""
+"""Small images and image files for the tests of decoding and encoding. Pillow is the independent reference."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def smooth(height: int, width: int, seed: int = 0) -> Image.Image:
 
 
 def file_of(image: Image.Image, format: str, **options: Any) -> bytes:
-    """Return the bytes of `image` in the format that Pillow writes."""
+    """Return the bytes of the file that Pillow writes for `image` in the format `format`."""
     out = io.BytesIO()
     image.save(out, format, **options)
     return out.getvalue()

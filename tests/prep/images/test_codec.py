@@ -1,6 +1,6 @@
-"""prep.images.codec: decoding compared with Pillow, refusal of files that are not images, and PPM headers.
+"""prep.images.codec: decoding is compared with Pillow, files that are not images are refused, and PPM headers.
 
-Every file is made in memory from seeded pixels.
+The tests make every file in memory, from seeded random pixels.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def test_other_and_damaged_jpegs_are_decoded_or_refused_as_by_pillow() -> None:
     }
     kept = 0
     for name, content in files.items():
-        if name not in ("a hole", "zeros"):  # in both files, the damaged scan can still be valid
+        if name not in ("a hole", "zeros"):  # in these two files, the damaged scan can still be valid
             assert _decode_color_jpeg(content, DecodeOptions()) is None, name
         try:
             expected = np.asarray(pillow(content).convert("RGB"))
@@ -126,7 +126,7 @@ def test_randomly_changed_jpegs_are_decoded_or_refused_as_by_pillow() -> None:
             try:
                 image = decode_image(bytes(damaged))
             except BadImage as reason:
-                assert "more than" in str(reason)  # with the changed bytes, the height or width is too large
+                assert "more than" in str(reason)  # the changed bytes give a height or width that is too large
                 continue
             assert np.array_equal(image.pixels, expected)
             outcomes.add("read")
@@ -134,10 +134,7 @@ def test_randomly_changed_jpegs_are_decoded_or_refused_as_by_pillow() -> None:
 
 
 def test_other_formats_are_refused_without_being_opened() -> None:
-    """Pillow would start Ghostscript for PostScript.
-
-    Pillow can also open dozens of formats that photographs do not use.
-    """
+    """Pillow can open dozens of formats that photographs do not use. For PostScript, Pillow would start Ghostscript."""
     script = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n"
     for content in (script, file_of(PHOTO, "ICO"), file_of(PHOTO, "TGA"), file_of(PHOTO, "JPEG2000"), b"%PDF-1.4\n"):
         with pytest.raises(BadImage, match="not an image in a known format"):
@@ -321,4 +318,4 @@ def test_a_whole_image_that_would_become_huge_is_refused() -> None:
     check_rescaled_size(np.zeros((300, 400, 3), np.uint8), 256, True)
     check_rescaled_size(np.zeros((10, 50, 3), np.uint8), 4096, True)  # 84 million pixels
     with pytest.raises(BadImage, match="would become 32768×4096"):
-        check_rescaled_size(np.zeros((10, 80, 3), np.uint8), 4096, True)  # 134 million
+        check_rescaled_size(np.zeros((10, 80, 3), np.uint8), 4096, True)  # 134 million pixels

@@ -1,4 +1,4 @@
-"""prep.images.color_stats compared with numpy.cov, scikit-learn's PCA, and exact fractions."""
+"""prep.images.color_stats is compared with numpy.cov, scikit-learn's PCA, and exact fractions."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_moments_do_not_depend_on_strides() -> None:
 def test_the_variance_of_a_huge_nearly_constant_set_is_exact() -> None:
     """One of 10^13 pixels is (254, 253, 199), and all other pixels are (255, 254, 200).
 
-    The sums of squares exceed 2^53. The variance is 10^-13, which would be lost in float64 sums.
+    The variance is 10^-13. The sums of squares exceed 2^53, so float64 sums would lose this variance.
     """
     n, k = 10**13, 1
     high, low = (255, 254, 200), (254, 253, 199)
@@ -133,7 +133,7 @@ def test_eigenvalues_descend_and_red_is_positive(seed: int) -> None:
 
 
 def test_an_eigenvector_without_red_has_its_first_component_positive() -> None:
-    """If only one channel varies at a time, the components are the R, G and B axes, in the positive direction."""
+    """If one channel varies and the others are constant, the components are the R, G and B axes, each positive."""
     pixels = np.zeros((3, 100, 3), np.uint8)
     for channel, amplitude in enumerate((10, 40, 90)):
         pixels[channel, :50, channel] = amplitude

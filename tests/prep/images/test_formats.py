@@ -1,4 +1,4 @@
-"""prep.images.formats: signatures, accepted formats, packages that are missing, and AVIF, HEIC and JPEG XL files."""
+"""prep.images.formats: signatures, accepted formats, missing packages, and AVIF, HEIC and JPEG XL files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Comparison of the compiled kernels of prep.images with NumPy. Missing, old and wrong libraries must not be used."""
+"""The compiled kernels of prep.images are compared with NumPy. Missing, old and wrong libraries must not be used."""
 
 from __future__ import annotations
 
@@ -70,9 +70,9 @@ def test_views_that_are_not_contiguous_are_rescaled() -> None:
 
 @needs_kernels
 def test_kernels_access_no_memory_outside_of_their_arrays() -> None:
-    """Each array ends at the end of a memory page.
+    """Each array ends at the end of a memory page, and the pages before and after the array are protected.
 
-    An access to the page before or after the array kills the process.
+    An access to a protected page kills the process.
     """
     program = """
 import ctypes, mmap, numpy as np
@@ -173,7 +173,7 @@ def compiled_with(flags: str, text: str, folder: Path) -> Path | None:
 @pytest.mark.parametrize(
     ("right", "wrong"),
     [
-        # the sum for an output row that needs two input rows
+        # an error in the sum for an output row that needs two input rows
         ("rows[j] + weights[1] * second[j];", "rows[j] + weights[1] * rows[j];"),
         ("weights[2] * third[j]", "weights[2] * second[j]"),
         ("+= weights[t] * rows[t * stride + j]", "+= weights[t] * rows[t * stride + j + 1]"),
@@ -191,7 +191,7 @@ def compiled_with(flags: str, text: str, folder: Path) -> Path | None:
 def test_a_library_that_computes_wrong_results_is_not_used(tmp_path: Path, right: str, wrong: str) -> None:
     """Each case adds an error to the C source. The self-test of the compiled library must detect the error.
 
-    With -O1 and without function clones, compiling takes a ninth of the time.
+    The library is compiled with -O1 and without function clones, which takes a ninth of the usual time.
     """
     text = kernels.SOURCE.read_text()
     assert text.count(right) == 1
@@ -226,7 +226,7 @@ def test_a_changed_header_changes_the_name_of_the_library(tmp_path: Path) -> Non
 
 @pytest.mark.usefixtures("c_compiler")
 def test_every_kind_of_cpu_gives_the_same_pixels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compiles the kernels in four ways: as usual, unoptimized, without fused multiply-add, and for this CPU only."""
+    """The kernels are compiled in four ways: as usual, unoptimized, without fused multiply-add, and for this CPU."""
     images = [noise(375, 500), noise(257, 300), noise(900, 700)]
     expected = [rescale_with_numpy(image, 256, False) for image in images]
     for number, flags in enumerate(("", "-UCLONES -O0", "-UCLONES -O1 -ffp-contract=off", "-UCLONES -march=native")):

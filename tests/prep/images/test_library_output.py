@@ -70,7 +70,7 @@ def test_what_libtiff_says_is_in_the_reason_of_a_bad_file(capfd: pytest.CaptureF
 
 
 def test_what_pillow_logs_while_it_opens_a_file_is_caught() -> None:
-    """Pillow logs an error about a TIFF with 160 samples per pixel, which Python prints if no program handles logs."""
+    """Pillow logs an error about a TIFF with 160 samples per pixel. Without a log handler, Python prints this error."""
     content = tiff(2, 8, 1, b"ab").replace(struct.pack("<HHII", 277, 3, 1, 1), struct.pack("<HHII", 277, 3, 1, 160))
     script = (
         "import sys\n"

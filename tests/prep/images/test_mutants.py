@@ -1,4 +1,4 @@
-"""Randomly changed files of every format: each is an image or BadImage, quickly, and nothing reaches standard error."""
+"""Randomly changed files of every format. Each file soon gives an image or BadImage, and nothing on standard error."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""prep.images.photograph: photographs that are prepared in a separate process, which some files crash or keep busy.
+"""prep.images.photograph: photographs are prepared in a separate process. Some files crash this process or hang.
 
 The worker process imports this module.
 """

@@ -1,4 +1,4 @@
-"""prep.images.rescale against float64 overlap matrices, block means, and Pillow's resize in floating point.
+"""prep.images.rescale is compared with float64 overlap matrices, block means, and Pillow's resize in floating point.
 
 The reference of `area` is a dense matrix: entry (i, j) is the share of output pixel i that source pixel j covers. The
 reference of the other filters is Pillow on each channel in mode "F", which neither rounds nor clips between the passes.
@@ -48,7 +48,7 @@ def noise(height: int, width: int, seed: int = 0) -> Pixels:
 
 
 def new_size(height: int, width: int, side: int) -> tuple[int, int]:
-    """Return (height, width) after rescaling.
+    """Return (height, width) after the shorter side is rescaled to `side`.
 
     The longer side is rounded to the nearest integer, with 0.5 rounded up.
     """
@@ -207,7 +207,7 @@ def test_rescaled_size_rounds_halves_up() -> None:
 
 @pytest.mark.parametrize("name", FILTERS)
 def test_the_square_is_the_middle_of_the_whole_image(name: str) -> None:
-    """The arithmetic is exact, so the square has the same pixels as the middle of the complete rescaled image."""
+    """The square has exactly the pixels of the middle of the complete rescaled image."""
     for height, width in ((375, 500), (500, 375), (130, 77), (91, 264)):
         pixels = noise(height, width)
         whole = rescale(pixels, 91, True, name)

@@ -25,7 +25,7 @@ GREY, RGB, PALETTE, GREY_ALPHA, RGB_ALPHA = 0, 2, 3, 4, 6  # colour types of PNG
 def png(
     size: tuple[int, int], color_type: int, bits: int, rows: Sequence[bytes], trns: bytes = b"", plte: bytes = b""
 ) -> bytes:
-    """Return a PNG file of (width, height) with these rows, and chunks tRNS and PLTE."""
+    """Return a PNG file of (width, height) with these rows of pixels and with the chunks tRNS and PLTE."""
 
     def chunk(name: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
@@ -48,7 +48,7 @@ def words(*values: int) -> bytes:
 @pytest.mark.parametrize("background", LEVELS)
 @pytest.mark.parametrize("mode", ["RGBA", "LA"])
 def test_pixels_are_blended_with_the_background(mode: str, background: str) -> None:
-    """All pairs of a value and an alpha are compared with a computation in float64. The picture has 300 rows."""
+    """All pairs of a pixel value and an alpha are compared with a computation in float64. The image has 300 rows."""
     value, alpha = np.meshgrid(np.arange(256, dtype=np.uint8), np.arange(300, dtype=np.uint8))
     channels = [value, 255 - value, value // 3, alpha] if mode == "RGBA" else [value, alpha]
     image = decode_image(
@@ -118,7 +118,7 @@ def tiff(width: int, bits: int, photometric: int, data: bytes) -> bytes:
     ("content", "pixels", "converted"),
     [
         (tiff(2, 16, 1, struct.pack("<2H", 0x1234, 0xFFFF)), [0x12, 255], ("16-bit", "grey")),
-        # In this file, 0 means white.
+        # In a file with photometric interpretation 0, the value 0 means white.
         (tiff(2, 16, 0, struct.pack("<2H", 0x1234, 0xFFFF)), [255 - 0x12, 0], ("16-bit", "grey")),
         (tiff(2, 12, 1, bytes([0x12, 0x3F, 0xFF])), [0x12, 255], ("12-bit", "grey")),
         (tiff(2, 8, 0, b"\x10\xff"), [255 - 0x10, 0], ("grey",)),
@@ -140,7 +140,7 @@ def test_sixteen_bit_pnm_files_are_counted() -> None:
 
 @pytest.mark.parametrize("format", ["AVIF", "HEIF"])
 def test_ten_bit_pictures_are_counted(format: str) -> None:
-    """The number of bits in the file's list of channels is changed from 8 to 10."""
+    """The test changes the number of bits in the file's list of channels from 8 to 10."""
     if format == "HEIF":
         pytest.importorskip("pillow_heif").register_heif_opener()
     content = file_of(PHOTO, format)

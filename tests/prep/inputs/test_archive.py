@@ -76,12 +76,12 @@ def tar_of_tars(root: Path) -> bytes:
 
 
 def make_ilsvrc_download(photo_folder: Path, root: Path) -> Path:
-    """A download from image-net.org: two archives, and the devkit, which numbers the classes in another order."""
+    """Write two archives and a devkit, as downloaded from image-net.org. The devkit numbers the classes differently."""
     data = root / "ILSVRC2012_devkit_t12" / "data"
     data.mkdir(parents=True)
     (root / "ILSVRC2012_img_train.tar").write_bytes(tar_of_tars(photo_folder))
     (root / "ILSVRC2012_img_val.tar").write_bytes(tar_of(val_members(photo_folder)))
-    numbers = {1: 3, 2: 1, 3: 2}  # position in sorted order -> ILSVRC2012_ID
+    numbers = {1: 3, 2: 1, 3: 2}  # {position in sorted order, from 1: ILSVRC2012_ID}
     names = sorted(path.name for path in (photo_folder / "train").iterdir())
     rows = [(number, names[position - 1], "words", 0) for position, number in numbers.items()]
     rows.append((4, "n00000044", "an inner node", 2))
@@ -231,9 +231,9 @@ def test_unsafe_and_special_members_are_refused_by_name(name: str, tmp_path: Pat
 
 
 def test_sparse_members_are_refused_by_name(tmp_path: Path) -> None:
-    """The stored bytes of a sparse member are not its content.
+    """A sparse member is stored without its blocks of zeros.
 
-    A sparse member can therefore not be read directly from the archive.
+    The program reads members directly from the archive, and cannot read such a member.
     """
     old = header(b"n1/old.JPEG", b"00000000000\0", b"S")
     for fields in ({"GNU.sparse.map": "0,10", "GNU.sparse.size": "700", "GNU.sparse.name": "n1/new.JPEG"},):
@@ -244,10 +244,9 @@ def test_sparse_members_are_refused_by_name(tmp_path: Path) -> None:
 
 
 def test_of_members_with_the_same_name_the_last_counts(tmp_path: Path) -> None:
-    """If several members have the same name, only the last of these members is listed.
+    """If several members have the same name, the last one is listed, and the earlier ones are refused by name.
 
-    Earlier members are refused by name. The program tar also leaves only the last member when it extracts such an
-    archive.
+    If the program tar extracts such an archive, only the last of these members remains.
     """
     members: list[Member] = [*THREE, ("./n1/a.JPEG", b"newer"), ("n1/a.JPEG", b"newest")]
     found = list_tar(tar_of(members), tmp_path / "x.tar")
@@ -365,7 +364,7 @@ def test_a_damaged_inner_tar_is_one_line_that_names_the_archive(damage: str, tmp
 def test_every_cut_of_an_archive_is_an_error(tmp_path: Path) -> None:
     """A flat tar, a tar of tars, and tars with long names are truncated to each multiple of 256 bytes.
 
-    A truncated tar is listed only if only padding is missing.
+    A truncated tar is an error, unless nothing but padding is missing.
     """
     long = [("n1/" + "x" * 150 + name.split("/")[1], content) for name, content, *_ in THREE]
     tars = [("n1.tar", tar_of([("a.JPEG", A), ("b.JPEG", B)])), ("n2.tar", tar_of([("c.JPEG", C)]))]
@@ -384,7 +383,7 @@ def test_every_cut_of_an_archive_is_an_error(tmp_path: Path) -> None:
 
 
 def test_one_changed_byte_never_loses_an_image(tmp_path: Path) -> None:
-    """If one byte changes, there is an error, or the number of images and refused members stays the same."""
+    """After a change of one byte, there is an error, or the numbers of images and refused members stay the same."""
     rng = np.random.default_rng(3)
     for content in (tar_of(THREE), tar_of([("n1.tar", tar_of(THREE[:2])), ("n2.tar", tar_of(THREE[2:]))])):
         for _ in range(300):
@@ -428,17 +427,18 @@ def test_a_file_without_images_or_not_a_tar_is_one_line(what: str, tmp_path: Pat
     if part == "compressed":
         assert "Decompress" in lines[-1]
     assert not (tmp_path / "store" / "manifest.json").exists()
-    if what not in ("empty tar", "folders alone", "links alone"):  # inside another tar, the same file is also refused
+    if what not in (
+        "empty tar",
+        "folders alone",
+        "links alone",
+    ):  # inside another tar, the file is refused, too
         inner: list[Member] = [("n1.tar", tar_of([("a.JPEG", A)])), ("n2.tar", content)]
         with pytest.raises(UserError, match=part if content else r"x\.tar"):
             list_tar(tar_of(inner), tmp_path / "x.tar")
 
 
 def test_the_command_counts_and_names_refused_members(photo_folder: Path, tmp_path: Path) -> None:
-    """With --on-bad fail, the error names one refused member.
-
-    With --on-bad skip, inputs.jsonl lists every refused member.
-    """
+    """With --on-bad fail, the error names one refused member. With --on-bad skip, inputs.jsonl lists all of them."""
     members = train_members(photo_folder)
     odd = [member for name, (member, _) in ODD.items() if "folder" not in name]
     double: Member = (members[0][0], b"no picture at all")

@@ -1,7 +1,7 @@
-"""prep.inputs.caffe on LMDBs that the tests write with lmdb and protobuf, like Caffe's convert_imageset.
+"""prep.inputs.caffe reads LMDBs that the tests write with lmdb and protobuf, as Caffe's convert_imageset writes them.
 
-The stores are read back by lmdb and protobuf, and decoded by Pillow. If bare pixels have the store's size, a ppm store
-must contain them unchanged.
+The tests read the new stores with lmdb and protobuf, and decode the images with Pillow. Caffe can store an image file
+or bare pixels. Bare pixels of the store's size must be unchanged in a store of PPM records.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def processes() -> None:
 
 @pytest.fixture(autouse=True)
 def in_this_process(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run tasks in the test process, since a worker process takes half a second to start."""
+    """Run tasks in the process of the test, because a worker process takes half a second to start."""
     if "processes" not in request.fixturenames:
         monkeypatch.setattr("prep.workers.WorkerPool", lambda jobs, preload="": nullcontext(InlineRunner()))
 
@@ -56,7 +56,7 @@ def done(result: Result) -> str:
 
 
 def fails(result: Result, *parts: object) -> str:
-    """The command must have exit code 1 and print one line. The line begins with "Error:" and has all `parts`."""
+    """Assert that the command has exit code 1 and prints one line, which begins with "Error:" and has all `parts`."""
     assert result.exit_code == 1, result.output
     assert isinstance(result.exception, SystemExit), result.exception
     errors = [line for line in result.stderr.splitlines() if line]
@@ -118,10 +118,7 @@ def by_source(records: Sequence[tuple[bytes, Any]]) -> dict[bytes, Any]:
 
 
 def test_bare_pixels_are_stored_unchanged(datum: Callable[..., bytes], records_of: Records, tmp_path: Path) -> None:
-    """The records are colour and grey images with labels 0 to 2.
-
-    One image must be cropped, and another image must be rescaled.
-    """
+    """The records are colour and grey images with labels 0 to 2. One image is cropped, and another is rescaled."""
     colour, wide, large = noise(SIDE, SIDE), noise(SIDE, 45, 1), noise(80, 64, 2)
     grey = noise(SIDE, SIDE, 3)[:, :, :1]
     records = [
@@ -153,7 +150,7 @@ def test_bare_pixels_are_stored_unchanged(datum: Callable[..., bytes], records_o
 def test_encoded_images_of_any_format_are_decoded(
     datum: Callable[..., bytes], records_of: Records, tmp_path: Path
 ) -> None:
-    """The size is taken from the image file, and the size in the Datum is ignored."""
+    """The size of the image comes from the image file. The size in the Datum is ignored."""
     files = {b"00000000_a": jpeg(), b"00000001_b": jpeg(1, 64, 90)}
     out = io.BytesIO()
     Image.fromarray(noise(50, 40, 7)).save(out, "PNG")
@@ -339,16 +336,13 @@ def test_class_names_that_do_not_fit_are_refused(datum: Callable[..., bytes], tm
 
 @pytest.mark.parametrize("label", [2**31 - 1, 10**9])
 def test_an_absurd_label_is_a_one_line_error(label: int, datum: Callable[..., bytes], tmp_path: Path) -> None:
-    """A list of class names for the labels 0 to `label` would take all memory.
-
-    The command must not make this list.
-    """
+    """The command must not make a list of class names for the labels 0 to `label`, which would take all memory."""
     folder = lmdb_of(tmp_path / "l", labelled(datum, ("a.JPEG", 0), ("b.JPEG", label)))
     fails(import_caffe(tmp_path / "s", folder), folder)
 
 
 def test_several_lmdbs_make_one_split(datum: Callable[..., bytes], records_of: Records, tmp_path: Path) -> None:
-    """The LMDBs may have equal keys, which is usual for parts that were converted separately."""
+    """Two LMDBs may have the same keys. This is usual if the parts of a data set were converted separately."""
     pictures = [noise(SIDE, SIDE, seed) for seed in range(4)]
     parts = [
         lmdb_of(
@@ -400,10 +394,7 @@ def test_a_folder_or_file_that_is_not_an_lmdb_is_a_one_line_error(tmp_path: Path
 
 @pytest.mark.usefixtures("processes")
 def test_a_damaged_lmdb_is_a_one_line_error_or_a_complete_store(datum: Callable[..., bytes], tmp_path: Path) -> None:
-    """The LMDB is truncated or has pages of noise.
-
-    A worker that reads the LMDB may crash. The command itself must not crash.
-    """
+    """The LMDB is truncated or has pages of noise. A worker that reads it may crash, but the command must not crash."""
     folder = lmdb_of(tmp_path / "whole", labelled(datum, *[(f"n{k % 2}/{k}.JPEG", k % 2) for k in range(60)]))
     content = (folder / "data.mdb").read_bytes()
     damaged = [content[: int(len(content) * share)] for share in (0.02, 0.5, 0.999)]

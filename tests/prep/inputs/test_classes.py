@@ -1,4 +1,4 @@
-"""prep.inputs.classes and class folders: which folders are classes, order of classes, nested folders, other files.
+"""prep.inputs.classes: folders that are classes, the order of the classes, nested class folders, and other files.
 
 Most images are empty files, since the listing opens no file. The expected classes and labels are written by hand.
 """
@@ -61,7 +61,7 @@ def test_odd_names_of_classes_are_classes(name: str, tmp_path: Path) -> None:
 def test_files_of_the_system_are_left_out_and_named(tmp_path: Path) -> None:
     root = touch(tmp_path / "t", "a/1.jpg", "a/Thumbs.db", "a/desktop.ini", "a/.DS_Store", "a/notes.txt", "Thumbs.db")
     source = list_images(root)
-    # The build later finds that notes.txt is bad.
+    # notes.txt is listed. Only the build finds that it is not an image.
     assert paths_and_labels(source) == [(b"a/1.jpg", 0), (b"a/notes.txt", 0)]
     assert dict(source.ignored) == dict.fromkeys(("a/Thumbs.db", "a/desktop.ini", "Thumbs.db"), SYSTEM_FILE)
 
@@ -99,7 +99,7 @@ def test_an_ambiguous_order_of_numbers_is_refused(names: list[str], parts: list[
 
 
 def test_class_folders_may_be_nested(tmp_path: Path) -> None:
-    """Places365 has folders of letters, with class folders of different depths below them."""
+    """Places365 has a folder for each letter. Below these folders, class folders have different depths."""
     names = ["a/airfield/1.jpg", "a/apartment_building/outdoor/1.jpg", "a/apartment/2.jpg", "b/bar/3.jpg"]
     root = touch(tmp_path / "t", *names, "a/README.md", "categories.txt", "b/__MACOSX/x.jpg")
     source = list_images(root)
@@ -229,7 +229,7 @@ def test_accents_in_another_unicode_form_name_the_same_class(tmp_path: Path) -> 
     assert dict(paths_and_labels(source)) == {"Ka\u0308fer/1.jpg".encode(): 1, b"cat/2.jpg": 0}
 
 
-# Names of files -> (classes if they are given, photographs of each class)
+# {names of the photographs: names of the classes, which the test gives with --classes or as the classes of the store}
 NESTED = {
     ("b/bar/1.jpg", "b/bar/indoor.jpg", "b/bar/indoor/2.jpg", "c/cafe/3.jpg"): ("b/bar", "b/bar/indoor", "c/cafe"),
     ("cat/1.jpg", "cat/old/new/2.jpg", "cat/old/new/deep/3.jpg", "dog/4.jpg"): (
@@ -261,7 +261,7 @@ def _in_zip(root: Path, names: Sequence[str]) -> Path:
 def test_class_folders_inside_class_folders_are_classes_if_the_classes_are_given(
     make: Callable[[Path, Sequence[str]], Path], names: tuple[str, ...], tmp_path: Path
 ) -> None:
-    """If the classes are not named, `cat/old` may be a class or a part of the class `cat`, and there is an error."""
+    """Without the names of the classes, there is an error: `cat/old` can be a class, or a part of the class `cat`."""
     source, classes = make(tmp_path / "x", names), NESTED[names]
     with pytest.raises(UserError, match=r"photographs in .*so it is unclear .*--classes FILE"):
         list_source(source, "train")
@@ -272,7 +272,7 @@ def test_class_folders_inside_class_folders_are_classes_if_the_classes_are_given
         listed = list_source(source, "train", options, store_classes)
         assert listed.classes == classes[::-1] and not listed.refused
         assert {item.path: listed.classes[item.label] for item in listed.inputs} == expected
-    # Photographs of other folders are left out, and do not belong to this class.
+    # If the file names one class, photographs in all other folders are left out.
     file.write_text("\n".join(classes[:1]))
     listed = list_source(source, "train", ListOptions(class_file=file))
     assert {item.path for item in listed.inputs} == {path for path, name in expected.items() if name == classes[0]}

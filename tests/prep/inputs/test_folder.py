@@ -1,7 +1,7 @@
-"""prep.inputs.folder on small folders with a known listing, and on files that change after the listing.
+"""prep.inputs.folder: listings of small folders, and files that change after the listing.
 
 Most images are empty files, because prep.inputs.folder lists files without opening them. The tests create real links,
-FIFOs, sockets and odd names. An entry that is not listed must be in `refused`, with the reason.
+FIFOs, sockets and odd names. If an entry is not listed, it must be in `refused`, with the reason.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def test_classes_and_images_are_sorted_by_the_bytes_of_their_names(tmp_path: Pat
 
 
 def test_images_are_sorted_by_class_before_name(tmp_path: Path) -> None:
-    """The path `n1-x/` comes before the path `n1/` in sorted order, but the name `n1-x` comes after the name `n1`."""
+    """As a path, `n1-x/` sorts before `n1/`. As the name of a class, `n1-x` sorts after `n1`."""
     root = touch(tmp_path / "t", "n1/a.JPEG", "n1-x/a.JPEG")
     source = list_images(root)
     assert source.classes == ("n1", "n1-x")
@@ -75,8 +75,8 @@ def test_class_folders_without_a_file_are_refused(tmp_path: Path) -> None:
 def folder_with_links(tmp_path: Path) -> Path:
     """Return a folder with links.
 
-    The links point to files and classes inside and outside of the root, to nothing, to themselves, and to parent
-    folders.
+    Some links point to files and class folders inside and outside of the root. Other links point to nothing, to
+    themselves, or to parent folders.
     """
     root = touch(tmp_path / "t", "n1/a.JPEG", "n2/b.JPEG")
     touch(tmp_path / "elsewhere", "x.JPEG", "n5/y.JPEG", "n5/z.JPEG")
@@ -244,7 +244,7 @@ def test_names_that_differ_in_case_are_different(tmp_path: Path) -> None:
 
 
 def test_an_unreadable_class_folder_is_a_one_line_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """os.scandir is replaced, because a test that runs as root could read every folder."""
+    """The test replaces os.scandir by a function that fails, because root can read every folder."""
     root = touch(tmp_path / "t", "n1/a.JPEG", "n2/a.JPEG", "n3/a.JPEG")
     scandir = os.scandir
 
@@ -308,7 +308,7 @@ def test_a_fifo_that_replaced_a_file_does_not_block(tmp_path: Path) -> None:
         with pytest.raises(BadImage, match=f"a {kind}, not a file|Is a directory"):
             reader.head(item, 4)
         status = path.stat()
-        # `same` has the size and time of the new FIFO or folder, as if the file system kept no times
+        # `same` has the size and time of the new FIFO or folder, as if the file system did not store times
         same = replace(item, size=status.st_size, mtime_ns=status.st_mtime_ns)
         with pytest.raises(BadImage, match=f"a {kind}, not a file|Is a directory"):
             reader.read(same)
@@ -319,7 +319,7 @@ def test_a_fifo_that_replaced_a_file_does_not_block(tmp_path: Path) -> None:
 
 
 def test_two_class_folders_that_are_the_same_folder_are_refused(tmp_path: Path) -> None:
-    """The link `tench -> n01440764`, with a readable name, would give each photograph two labels."""
+    """A link `tench -> n01440764` gives a class a second, readable name. Each photograph would then get two labels."""
     root = touch(tmp_path / "t", "n1/a.JPEG", "n2/b.JPEG")
     os.symlink("n1", root / "tench")
     for follow_links in (False, True):

@@ -1,6 +1,6 @@
 """Fuzzing of the readers of inputs: archives, label files, lists and the devkit.
 
-The examples are files that the tests of the formats write. A reader lists the inputs, or raises an error of one line.
+The intact files are those of the tests of the formats. A reader must list the inputs, or raise an error of one line.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ def test_labels_of_a_web_dataset(count: int, tmp_path: Path) -> None:
 @pytest.mark.parametrize("make", [parquet, web_dataset, csv_file])
 @examples(25, 3_000)
 def test_lists_and_shards(count: int, make: Callable[[dict[str, bytes], Path], Path], tmp_path: Path) -> None:
-    """Parquet folders, WebDataset shards and lists of paths."""
+    """The files are Parquet files, WebDataset shards and lists of paths."""
     pictures = {name: content[:200] for name, content in make_pictures().items()}
     source = make(pictures, tmp_path / "source")
     suffixes = (".parquet", ".tar", ".csv")

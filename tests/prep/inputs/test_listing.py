@@ -1,6 +1,6 @@
-"""prep.inputs.listing: content of a listing, record order, and memory of the columns.
+"""prep.inputs.listing: content of a listing, record order, and memory.
 
-The tests compute the order again from its definition with hashlib. The tests measure the memory in a separate process.
+The tests compute the record order from its definition with hashlib. They measure the memory in a separate process.
 """
 
 from __future__ import annotations
@@ -132,9 +132,9 @@ def test_same_as_compares_every_column(other: list[Input]) -> None:
 
 
 def test_the_digest_covers_paths_labels_and_sizes() -> None:
-    """The digest also depends on where each path ends.
+    """The digest also depends on the position at which each path ends.
 
-    The digest does not depend on times, or on offsets in an archive.
+    The digest does not depend on modification times, or on offsets in an archive.
     """
     digest = listing_of(INPUTS).digest()
     same = [listing_of(other).digest() == digest for other in OTHERS]
@@ -238,5 +238,5 @@ def test_a_tenth_of_imagenet_takes_less_than_40_mb(tmp_path: Path) -> None:
 
 @pytest.mark.soak
 def test_imagenet_takes_less_than_300_mb(tmp_path: Path) -> None:
-    """1.3 million inputs are listed. The limit includes the memory of the imports."""
+    """The process lists 1.3 million inputs. The limit includes the memory of the imported modules."""
     assert peak_mb(1_300_000, tmp_path)[1] < 300

@@ -1,4 +1,4 @@
-"""prep.inputs.selection: files that --exclude names, classes that --classes selects, class folders with numbers."""
+"""prep.inputs.selection: --exclude leaves files out, --classes selects classes, and numbers name class folders."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_a_line_is_a_path_a_name_or_a_number(line: str, path: bytes, tmp_path: P
 
 
 def test_numbers_are_for_files_that_are_numbered_alike(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The blacklist of the validation images names no training image.
+    """The numbers in the blacklist of the validation images exclude no training image.
 
     The names of training images end in numbers, too.
     """
@@ -104,7 +104,7 @@ def test_the_command_tells_lines_that_fit_no_file(tmp_path: Path) -> None:
 
 
 def test_a_class_file_selects_some_of_the_classes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """For ImageNet-100, the training images are in class folders, and the label file of val has all classes."""
+    """--classes names some of the training folders, as for ImageNet-100. The label file of val has all classes."""
     train = touch(tmp_path / "train", "n1/a.JPEG", "n2/b.JPEG", "n2/c.JPEG", "n3/d.JPEG")
     (tmp_path / "classes.txt").write_text("n3\nn1\n")
     options = ListOptions(class_file=tmp_path / "classes.txt")
@@ -126,7 +126,7 @@ def test_a_class_file_selects_some_of_the_classes(tmp_path: Path, capsys: pytest
 def test_numbered_folders_are_positions_only_if_the_order_is_given(tmp_path: Path) -> None:
     """ImageNetV2 has the folders 0 to 999."""
     root = touch(tmp_path / "v2", "0/a.jpeg", "1/b.jpeg", "2/c.jpeg")
-    store = ("n3", "n1", "n2")  # position 0 in sorted order is n1, whatever label n1 has
+    store = ("n3", "n1", "n2")  # in sorted order, position 0 is n1, although the label of n1 is 1
     with pytest.raises(UserError, match=r"pass --label-order sorted-from-0 \(the first class is 0, as in ImageNetV2\)"):
         list_source(root, "val", ListOptions(), store)
     source = list_source(root, "val", ListOptions(label_order="sorted-from-0"), store)

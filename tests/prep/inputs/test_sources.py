@@ -1,4 +1,4 @@
-"""prep.inputs.sources: which splits a SOURCE has, and which classes and labels fit the store."""
+"""prep.inputs.sources: the splits of a SOURCE, and the classes and labels that fit the store."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_classes_other_than_those_of_the_store_are_refused(tmp_path: Path) -> No
         list_images(root, store_classes=("n1", "n2", "n3"))
     with pytest.raises(UserError, match=r"2 classes, the store has 2\. Only here: n2\. Only in the store: n3\."):
         list_images(root, store_classes=("n1", "n3"))
-    # The class n2 is never allowed, because n2 has no label in the store.
+    # The class n2 is refused even with the option, because n2 has no label in the store.
     with pytest.raises(UserError, match=r"Only here: n2\. All splits"):
         list_source(root, "val", ListOptions(allow_empty_classes=True), ("n1", "n3"))
 
@@ -33,7 +33,7 @@ def test_classes_other_than_those_of_the_store_are_refused(tmp_path: Path) -> No
 def test_the_classes_of_the_store_keep_their_labels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = touch(tmp_path / "t", "2/a.JPEG", "10/b.JPEG")
     assert list_images(root).classes == ("2", "10")
-    source = list_images(root, store_classes=("10", "2"))  # a store of an earlier version sorted the classes as text
+    source = list_images(root, store_classes=("10", "2"))  # earlier versions sorted the classes of a store as text
     assert source.classes == ("10", "2")
     assert dict(paths_and_labels(source)) == {b"10/b.JPEG": 0, b"2/a.JPEG": 1}
     assert "keep the labels of the store: label 0 is 10. In a new store, label 0 would be 2" in capsys.readouterr().err

@@ -1,7 +1,7 @@
-"""prep.inputs.tar_members on damaged, truncated and non-tar files, and on headers that claim too large a size.
+"""prep.inputs.tar_members reads damaged and truncated archives, other files, and headers with a false, huge size.
 
-The behaviour of tarfile depends on the Python version. These tests import no module of the project except prep.console,
-so that they run with every supported Python.
+The behaviour of tarfile depends on the Python version. Of the project, these tests import only tar_members and
+prep.console, so that the tests run with every supported Python.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def test_a_damaged_archive_is_one_line_that_names_it(damage: str, tmp_path: Path
 def test_every_cut_of_an_archive_is_an_error(tmp_path: Path) -> None:
     """A flat tar, a tar of tars, and tars with long names are truncated to each multiple of 256 bytes.
 
-    A truncated tar is read only if only padding is missing.
+    A truncated tar is an error, unless nothing but padding is missing.
     """
     long = [("n1/" + "x" * 150 + name.split("/")[1], content) for name, content, *_ in THREE]
     tars = [("n1.tar", tar_of([("a.JPEG", A), ("b.JPEG", B)])), ("n2.tar", tar_of([("c.JPEG", C)]))]
@@ -93,7 +93,7 @@ def test_every_cut_of_an_archive_is_an_error(tmp_path: Path) -> None:
 
 
 def test_one_changed_byte_never_loses_a_member(tmp_path: Path) -> None:
-    """If one byte changes, there is an error, or the number of members stays the same."""
+    """After a change of one byte, there is an error, or the number of members stays the same."""
     rng = random.Random(3)
     content = tar_of(THREE)
     for _ in range(300):
@@ -108,9 +108,9 @@ def test_one_changed_byte_never_loses_a_member(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", [tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE])
 def test_a_header_that_claims_a_gigabyte_is_not_read(kind: bytes, tmp_path: Path) -> None:
-    """tarfile tries to read the gigabyte, but BoundedFile refuses to read a header of more than 1 MiB.
+    """tarfile tries to read a header of 1 GB, but BoundedFile refuses to read a header of more than 1 MiB.
 
-    The file is sparse: it is 2 GiB long, but needs almost no disk blocks.
+    The file of the test is sparse: it is 2 GiB long, but needs almost no disk space.
     """
     path = written(tar_of(THREE[:1])[:MEMBER_BYTES] + header(b"x", b"%011o\0" % (1 << 30), kind), tmp_path)
     with open(path, "r+b") as file:
@@ -131,7 +131,7 @@ def test_a_long_name_below_the_bound_is_read(tmp_path: Path) -> None:
 
 
 def test_members_are_not_kept(tmp_path: Path) -> None:
-    """Of 2,000 members, fewer than 10 are in memory at the end. The TarInfo objects of ImageNet would take 1 GB."""
+    """Of 2,000 TarInfo objects, fewer than 10 are in memory at the end. Those of ImageNet would take 1 GB."""
     members: list[Member] = [(f"n1/{number}.JPEG", b"") for number in range(2000)]
     path = written(tar_of(members), tmp_path)
     size = path.stat().st_size
@@ -140,7 +140,7 @@ def test_members_are_not_kept(tmp_path: Path) -> None:
         for member in iterate_members(file, path, 0, size, Progress(size, "bytes")):
             if member.name == "n1/1999.JPEG":
                 break
-        # type() is used, because isinstance() reads __class__, and torch.distributed.reduce_op then prints a warning.
+        # isinstance() would read __class__ of each object. torch.distributed.reduce_op then prints a warning.
         alive = sum(type(each) is tarfile.TarInfo for each in gc.get_objects())
     assert 1 <= alive < 10
 

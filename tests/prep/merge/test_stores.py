@@ -1,4 +1,4 @@
-"""prep.merge.stores: a merged store equals the store that is built from all photographs together, and loses nothing."""
+"""prep.merge.stores: a merged store equals the store that is built from all photographs together."""
 
 from __future__ import annotations
 
@@ -93,9 +93,9 @@ def test_a_merge_of_two_parts_of_a_folder_equals_the_build_of_the_folder(
 def test_classes_are_joined_by_name_and_no_image_changes(
     make_store: MakeStore, photos: Path, tmp_path: Path, records_of: Records
 ) -> None:
-    """The second store has a class of the first store under another label.
+    """One class is in both stores, with different labels. The second store also has a class of its own.
 
-    The second store also has a class that comes before all classes of the first store.
+    In sorted order, this class comes before all classes of the first store.
     """
     other = tmp_path / "other"
     shutil.copytree(photos / "two" / "n3", other / "n3")
@@ -124,7 +124,7 @@ def test_classes_are_joined_by_name_and_no_image_changes(
 
 
 class CutsTheShard(TaskProgress):
-    """Cuts a shard when record 1 begins. The pages of the tree remain, and the values of the records are lost."""
+    """Cuts a shard when record 1 begins. The pages of the tree remain in the file, but no values of the records."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__()
@@ -139,7 +139,7 @@ class CutsTheShard(TaskProgress):
 def test_a_shard_that_is_cut_during_a_merge_gives_its_own_error(
     make_store: MakeStore, tmp_path: Path, work: str
 ) -> None:
-    """Pages that cannot be read appear as zeros, which must not be taken for a damaged record."""
+    """Pages that are missing in the file read as zeros. The error must not call this a damaged record."""
     store = Store.open(shutil.copytree(make_store("two"), tmp_path / "two"))
     folder = Path(store.shard_paths("train")[0])
     shard = SourceShard(folder, store.split("train").shards[0].records, tuple(range(len(store.classes))))
@@ -186,7 +186,7 @@ def test_an_interrupted_merge_is_resumed_and_finished_shards_are_kept(make_store
 
 
 def test_a_merge_may_be_killed_at_any_disk_operation(photos: Path, tmp_path: Path) -> None:
-    """A killed merge never leaves a store that looks complete. The same command again merges all photographs."""
+    """A killed merge leaves no store that looks complete. The same command, run again, merges all photographs."""
     for number, path in enumerate(sorted((photos / "all").glob("*/*"))[::8]):
         for folder in ("all", ("one", "two")[number % 2]):
             copy = tmp_path / "photos" / folder / path.parent.name / path.name
@@ -254,7 +254,7 @@ def test_what_cannot_be_merged_is_refused(make_store: MakeStore, photos: Path, t
     damaged = shutil.copytree(two, tmp_path / "damaged")
     shard = damaged / "train" / "00000" / "data.mdb"
     content = bytearray(shard.read_bytes())
-    at = content.rindex(b"P6\n#") + 2000  # a pixel
+    at = content.rindex(b"P6\n#") + 2000  # the offset of a pixel
     content[at] ^= 1
     shard.write_bytes(content)
     with pytest.raises(UserError, match=r"record \d+: checksum .* Check the store with: alexprep verify"):

@@ -27,7 +27,7 @@ def server() -> Iterator[S3Server]:
 
 @pytest.fixture
 def proxy(server: S3Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Proxy]:
-    """A proxy that causes no faults. obstore sends its requests to this proxy, in parts of 128 KiB."""
+    """A proxy that causes no faults. obstore sends its requests to the proxy, and sends a file in parts of 128 KiB."""
     started = Proxy(server)
     for variable, value in (
         ("AWS_ENDPOINT_URL", started.url),
@@ -83,7 +83,7 @@ def copy() -> Copy:
 
 
 def put_store(server: S3Server, prefix: str, store: Path) -> None:
-    """Write the files of a store and SHA256SUMS to the bucket, without using the code under test."""
+    """Write the files of a store and SHA256SUMS to the bucket, without the code that is tested."""
     files = contents(store)
     sums = "".join(f"{sha256(content).hexdigest()}  {path}\n" for path, content in files.items())
     for path, content in {**files, "SHA256SUMS": sums.encode()}.items():

@@ -25,7 +25,7 @@ _AUTHORIZATION = "AWS4-HMAC-SHA256 Credential=key/20260101/us-east-1/s3/aws4_req
 class S3Server:
     """moto's S3 server as a process on a free port of this machine, with an empty bucket.
 
-    Parts of multipart uploads may be as small as 256 bytes.
+    The server accepts parts of a multipart upload from a size of 256 bytes.
     """
 
     def __init__(self, port: int = 0) -> None:
@@ -103,7 +103,7 @@ class Proxy:
     decide: Callable[[Request], Fault | None] = lambda request: None
     log: list[Request] = field(default_factory=list)
     faults: int = 0  # number of faults that were caused
-    is_gcs: bool = False  # whether requests come in Google's form, in which `/` and `.` of keys are escaped
+    is_gcs: bool = False  # whether requests have the form of Google's API, in which `/` and `.` in keys are escaped
 
     def __post_init__(self) -> None:
         proxy = self
@@ -128,7 +128,7 @@ class Proxy:
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
-    wbufsize = -1  # head and body of an answer are sent together
+    wbufsize = -1  # buffer an answer, so that its head and body are sent together
     owner: Proxy
 
     def _forward(self) -> None:

@@ -1,4 +1,4 @@
-"""Tests that profiles in AWS's shared configuration files are read as boto3 reads them."""
+"""Profiles in AWS's shared configuration files are read as boto3 reads them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tests of copies with broken connections, failing servers and changed bytes: an incomplete copy has no manifest."""
+"""Tests of copies with broken connections, failing servers and changed bytes. An incomplete copy has no manifest."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ from tests.prep.remote.s3_server import Fault, Proxy, Request, S3Server
 
 
 def random_cuts(seed: int, share: float, longest: int) -> object:
-    """Return a function for Proxy.decide that cuts a random share of all requests, in the request or in the answer."""
+    """Return a function for Proxy.decide. It breaks the connection of a random `share` of the requests.
+
+    The connection breaks within the request or within the answer, after at most `longest` bytes.
+    """
     rng = np.random.default_rng(seed)
 
     def decide(request: Request) -> Fault | None:
@@ -34,7 +37,7 @@ def random_cuts(seed: int, share: float, longest: int) -> object:
 
 @pytest.fixture
 def inner_retries(proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As outside of the tests, obstore repeats failed requests, but it waits only 5 ms."""
+    """obstore repeats failed requests, as it does outside of the tests. Between two tries it waits only 5 ms."""
     retries = {"max_retries": 2, "backoff": {"init_backoff": timedelta(milliseconds=5)}}
     assert retries["max_retries"] == INNER_RETRIES["max_retries"]
     monkeypatch.setattr(object_store, "INNER_RETRIES", retries)
@@ -45,7 +48,7 @@ def inner_retries(proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_connections_that_break_at_random_are_retried_in_both_directions(
     small_store: Path, copy: Copy, proxy: Proxy, server: S3Server, url: str, prefix: str, tmp_path: Path
 ) -> None:
-    """A quarter of all requests is cut after up to 150 kB. A part of an upload or download has 128 KiB."""
+    """A quarter of the connections break after up to 150 kB. A part of an upload or download has 128 KiB."""
     proxy.decide = random_cuts(7, 0.25, 150_000)  # type: ignore[assignment]
     copy(small_store, url)
     sent_faults = proxy.faults
@@ -61,7 +64,10 @@ def test_connections_that_break_at_random_are_retried_in_both_directions(
 def test_a_broken_download_continues_with_the_part_that_failed(
     small_store: Path, copy: Copy, proxy: Proxy, url: str, server: S3Server, prefix: str, tmp_path: Path
 ) -> None:
-    """Every second request for a part of a shard is cut after 1,000 bytes. No part is requested more than twice."""
+    """The answer to every second request for a part of a shard breaks after 1,000 bytes.
+
+    No part is requested more than twice.
+    """
     put_store(server, prefix, small_store)
     proxy.log.clear()
     numbers = dict[str, int]()
@@ -83,7 +89,7 @@ def test_a_server_that_answers_503_and_429_is_asked_again(
 ) -> None:
     """Requests of multipart uploads do not fail in this test.
 
-    After a failed request of a multipart upload, all requests of the upload would be repeated.
+    If a request of a multipart upload failed, all requests of the upload would be repeated.
     """
     numbers = dict[tuple[str, str, str], int]()
 
@@ -103,7 +109,7 @@ def test_a_server_that_answers_503_and_429_is_asked_again(
 def test_a_server_that_is_away_for_a_while_delays_the_copy(
     small_store: Path, copy: Copy, proxy: Proxy, url: str, monkeypatch: pytest.MonkeyPatch, prefix: str
 ) -> None:
-    """For 1.5 s, beginning with the tenth request, every connection is reset."""
+    """Beginning with the tenth request, the proxy resets every connection for 1.5 s."""
     monkeypatch.setattr(object_store, "WAITS_S", (0.1, 0.2, 0.4, 0.8, 1.6))
     away: list[float] = []
 
@@ -183,9 +189,9 @@ def test_bits_that_always_change_on_the_way_down_leave_no_store(
     path: str,
     has_checksums: bool,
 ) -> None:
-    """Without SHA256SUMS, only the digests of the manifest detect the change.
+    """Without SHA256SUMS, the change is detected by the digests in the manifest.
 
-    SHA256SUMS is missing after an upload by another program.
+    If another program has uploaded the store, SHA256SUMS is missing.
     """
     put_store(server, prefix, small_store)
     if not has_checksums:
@@ -217,16 +223,16 @@ def test_a_bit_that_changes_once_on_the_way_down_is_read_again(
 def test_a_server_that_is_killed_and_loses_everything_leaves_no_manifest(
     small_store: Path, copy: Copy, proxy: Proxy, url: str, prefix: str
 ) -> None:
-    """The server is killed during the copy.
+    """The server is killed during the copy, and starts again on the same port.
 
-    The server restarts on the same port without its objects, which were in memory. At the end, the files that were
-    verified before are missing, so the copy fails. A copy to a new prefix succeeds.
+    Its objects were in memory and are lost. At the end, files that were verified before are missing, so the copy fails.
+    A copy to a new prefix succeeds.
     """
     first = S3Server()
     proxy.server = first
     restarted: list[S3Server] = []
 
-    lock = threading.Lock()  # several parts are sent at the same time
+    lock = threading.Lock()  # several threads call `decide`, because several parts are sent at the same time
 
     def decide(request: Request) -> None:
         with lock:
@@ -258,7 +264,7 @@ def test_the_waits_between_tries_grow_and_last_half_a_minute() -> None:
 def test_a_store_that_came_through_broken_connections_opens(
     small_store: Path, copy: Copy, proxy: Proxy, url: str, tmp_path: Path
 ) -> None:
-    """Connections are cut only within the first 600 bytes: in small files and in XML answers."""
+    """Connections break only within the first 600 bytes, that is, in small files and in XML answers."""
     proxy.decide = random_cuts(11, 0.3, 600)  # type: ignore[assignment]
     copy(small_store, url)
     copy(url, tmp_path / "back")

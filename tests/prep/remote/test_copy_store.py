@@ -1,6 +1,6 @@
-"""Tests that a copy has the bytes of its source and writes the manifest last.
+"""Tests that a copy has the bytes of its source, and that the manifest is written last.
 
-Also tests destinations that are refused.
+Other tests copy to destinations that must be refused.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def test_a_store_comes_back_from_gcs_with_equal_bytes(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Google's XML interface differs from that of S3 only in the escapes in keys and in the authorization."""
+    """Google's XML interface differs from that of S3 in two respects: escapes in keys, and authorization."""
     account = {"gcs_base_url": proxy.url, "disable_oauth": True, "client_email": "", "private_key": ""}
     (tmp_path / "account.json").write_text(json.dumps({**account, "private_key_id": ""}))
     monkeypatch.setenv("GOOGLE_SERVICE_ACCOUNT", str(tmp_path / "account.json"))
@@ -130,7 +130,7 @@ def test_a_complete_copy_is_left_as_it_is(
 
 
 def other_store(small_store: Path, folder: Path) -> Path:
-    """Return a copy of the store in which one class has another name. The copy therefore has another fingerprint."""
+    """Return a copy of the store with another fingerprint. In the copy, one class has another name."""
     shutil.copytree(small_store, folder)
     store = Store.open(folder)
     classes = ("another", *store.classes[1:])
@@ -168,7 +168,7 @@ def test_an_unfinished_copy_of_another_store_is_refused_with_both_fingerprints(
     fingerprints = Store.open(small_store).fingerprint, Store.open(other).fingerprint
     with pytest.raises(UserError, match=rf"unfinished copy of another store \(.*{fingerprints[0]};.*{fingerprints[1]}"):
         copy(other, target)
-    copy(small_store, target)  # if the same store is undamaged, the copy continues
+    copy(small_store, target)  # the copy continues from an undamaged source with the same fingerprint
 
 
 def test_a_folder_or_prefix_with_other_files_is_refused_and_not_changed(
@@ -225,10 +225,7 @@ def test_a_source_that_changes_during_the_copy_is_noticed(
 def test_a_file_that_another_program_overwrites_during_the_copy_is_noticed(
     small_store: Path, copy: Copy, proxy: Proxy, server: S3Server, url: str, prefix: str
 ) -> None:
-    """After a shard was verified, it is overwritten with the same number of other bytes.
-
-    The next copy sends the shard again.
-    """
+    """A shard is overwritten after it was verified, with as many other bytes. The next copy sends the shard again."""
     path = "train/00001/data.mdb"
 
     def decide(request: Request) -> None:
@@ -247,10 +244,7 @@ def test_a_file_that_another_program_overwrites_during_the_copy_is_noticed(
 def test_two_stores_that_are_copied_to_one_prefix_at_the_same_time_are_noticed(
     small_store: Path, copy: Copy, proxy: Proxy, server: S3Server, url: str, prefix: str
 ) -> None:
-    """The second command begins after the first command.
-
-    The source.json of the second command replaces the source.json of the first command.
-    """
+    """The second command begins after the first command, and replaces its source.json."""
 
     def decide(request: Request) -> None:
         if request.method == "PUT" and request.path == f"{prefix}/val/inputs.jsonl":

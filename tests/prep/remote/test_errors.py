@@ -78,7 +78,7 @@ def test_a_broken_connection_to_a_name_with_403_is_no_error_of_permission(
 def test_missing_credentials_name_the_variables(
     small_store: Path, copy: Copy, proxy: Proxy, url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without credentials, obstore asks the metadata service of EC2. In this test, no metadata service answers."""
+    """Without credentials, obstore asks the metadata service of EC2, which does not answer in this test."""
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
     monkeypatch.setenv("AWS_METADATA_ENDPOINT", "http://127.0.0.1:1")
@@ -120,7 +120,7 @@ def test_without_obstore_the_error_names_the_extra(small_store: Path, monkeypatc
 def test_a_full_disk_ends_with_exit_code_3_and_the_copy_continues(
     small_store: Path, copy: Copy, proxy: Proxy, url: str, prefix: str, server: S3Server, tmp_path: Path
 ) -> None:
-    """A limit of the process lets no file grow beyond 150 kB. No training shard can therefore be written."""
+    """The process cannot write files of more than 150 kB, so no training shard can be written."""
     put_store(server, prefix, small_store)
     limited = subprocess.run(
         [sys.executable, "-c", COMMAND, "copy", url, str(tmp_path / "copy"), "--jobs", "1"],
@@ -217,7 +217,7 @@ def test_an_object_that_is_replaced_during_the_download_is_noticed(
 
 
 class RecordedProgress(Progress):
-    """Progress that keeps every reported value of `done`."""
+    """A Progress that keeps a list of all reported values of `done`."""
 
     def __init__(self, total: int) -> None:
         self.values: list[int] = []
@@ -240,10 +240,7 @@ def test_progress_counts_each_byte_once_although_a_shard_is_transferred_twice(
     monkeypatch: pytest.MonkeyPatch,
     is_upload: bool,
 ) -> None:
-    """The first transfer of a shard is damaged.
-
-    The first copy stops at val/mean_image.npy, and a second copy continues.
-    """
+    """The first transfer of one shard is damaged. The copy stops at val/mean_image.npy, and a second copy continues."""
     monkeypatch.setattr(copy_store, "MB", 1000)
     if not is_upload:
         put_store(server, prefix, small_store)

@@ -59,7 +59,7 @@ def kill_at_request(proxy: Proxy, command: CopyCommand, number: int, signum: int
 def recorded(files: dict[str, bytes]) -> set[str]:
     """Return the paths of the files that the journal lists as verified.
 
-    A kill can leave a temporary file in the journal.
+    Temporary files, which a kill can leave in the journal, do not count.
     """
     return {
         path.removeprefix(".copy/").removesuffix(".json")
@@ -82,7 +82,7 @@ def test_a_copy_that_is_killed_again_and_again_transfers_no_verified_file_twice(
 ) -> None:
     """The command is killed twice at random requests, and then runs to its end.
 
-    When a command is killed, its workers must end, too.
+    After each kill, the workers of the command must end, too.
     """
     rng = np.random.default_rng(31)
     if not is_upload:
@@ -115,7 +115,7 @@ def test_a_copy_that_is_killed_again_and_again_transfers_no_verified_file_twice(
     code, stdout, stderr = CopyCommand(source, target, "--json").end()
     assert code == 0, stderr
     result = json.loads(stdout)
-    # A request that was on its way to the server at the last kill may have arrived after the files were counted.
+    # At the last kill, a request may have been on its way to the server, and may have arrived after the count.
     assert 11 - kept[-1] - 1 <= result["copied_files"] <= 11 - kept[-1]
     assert f"resuming; {kept[-1]} of 10 files have arrived" in stderr
     assert {path: proxy.count(method, f"{prefix}/{path}") for path in first} == dict.fromkeys(first, 0)

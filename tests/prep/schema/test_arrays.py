@@ -1,4 +1,4 @@
-"""Tests of reading NumPy files whose content may be anything."""
+"""Tests of the readers of NumPy files. The content of the files is intact, damaged or arbitrary."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def npy(array: npt.NDArray[np.generic]) -> bytes:
 
 
 def with_header(header: str, data: bytes = b"", version: bytes = b"\1\0") -> bytes:
-    """Return a .npy file with any text as its header."""
+    """Return a .npy file with the text `header` as its header."""
     text = header.encode().ljust(118 if len(header) < 118 else len(header) + 1)
     return b"\x93NUMPY" + version + len(text).to_bytes(2, "little") + text + data
 

@@ -1,4 +1,4 @@
-"""Tests of the typed models: what is accepted, and one line for each kind of wrong content."""
+"""Tests of the comparison of content with typed models: right content is accepted, wrong content gives one line."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ADVICE = "Build the store again."
 
 
 class Part(Struct, frozen=True, forbid_unknown_fields=True):
-    """Model with bounds, and a check of two fields."""
+    """A model whose fields have bounds. It also compares two fields with each other."""
 
     path: Annotated[str, Meta(min_length=1, max_length=8)]
     records: Count
@@ -30,7 +30,7 @@ class Part(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Whole(Struct, frozen=True, forbid_unknown_fields=True):
-    """Model with each kind of container."""
+    """A model with each kind of container: dicts, tuples and other models."""
 
     splits: dict[str, tuple[Part, ...]]
     counts: dict[Annotated[str, Meta(max_length=3)], Count] = {}
@@ -43,7 +43,7 @@ class Whole(Struct, frozen=True, forbid_unknown_fields=True):
 
 @dataclass(frozen=True)
 class Lenient:
-    """Model that ignores unknown fields."""
+    """A model that ignores unknown fields."""
 
     name: str
     loss: float = 0.0
@@ -53,7 +53,7 @@ GOOD: dict[str, Any] = {"splits": {"train": [{"path": "a", "records": 3}], "val"
 
 
 def error_of(data: object) -> str:
-    """Return the message for this content, after comparing the errors of JSON and of Python objects."""
+    """Return the error message for `data`. Asserts that the message is the same for JSON and for Python objects."""
     with pytest.raises(UserError) as caught:
         decode(Whole, json.dumps(data).encode(), "m.json", ADVICE)
     with pytest.raises(UserError) as caught_of_object:
@@ -154,7 +154,7 @@ def test_a_wrong_root_is_described() -> None:
         (b'{"a":' * 100_000, "more than 64 levels"),
     ],
 )
-def test_text_that_is_no_strict_json_is_refused(content: bytes, expected: str) -> None:
+def test_text_that_is_not_strict_json_is_refused(content: bytes, expected: str) -> None:
     with pytest.raises(UserError, match=expected) as caught:
         decode(Lenient, content, "run.json", ADVICE)
     assert str(caught.value).startswith("run.json: ") and len(str(caught.value)) < 300
@@ -180,7 +180,7 @@ def test_python_objects_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_text_of_too_many_values_is_refused_before_memory_is_allocated_for_them() -> None:
-    content = b"[" + b"[]," * 5_000_000 + b"[]]"  # as Python objects: 0.3 GB
+    content = b"[" + b"[]," * 5_000_000 + b"[]]"  # these lists would take 0.3 GB as Python objects
     tracemalloc.start()
     with pytest.raises(UserError, match=r"more than 5,000,000 values, expected at most 5,000,000"):
         parse_json(content, "run.json", ADVICE)

@@ -1,4 +1,4 @@
-"""All files are read through prep.schema: no other module opens files for reading or parses untrusted content."""
+"""prep.schema reads all files. No other module opens files for reading, or parses content that can be wrong."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tests.test_layering import ROOT, python_files
 PARSERS = {"json.load", "json.loads", "np.load", "numpy.load", "pickle.load", "pickle.loads", "np.fromfile"}
 READERS = {"read_bytes", "read_text"}
 
-# Calls outside of prep/schema that read trusted content, or content whose errors the next line handles.
+# Exceptions: {(file, call): what is read}. The content is trusted, or the code handles all errors in the content.
 ALLOWED = {
     ("prep/compiled.py", "read_bytes"): "kernels.c of the installed package",
     ("prep/version.py", "read_text"): "pyproject.toml of the checkout",
@@ -53,7 +53,7 @@ def test_the_search_finds_all_kinds_of_reading() -> None:
     assert not list(reading_calls("open(p, 'wb')\nopen(p, 'a+')\nstore.open(p)\nread_regular(p, 1, '')\n"))
 
 
-def test_prep_reads_only_through_the_gate() -> None:
+def test_files_are_read_only_through_prep_schema() -> None:
     found = {
         (str(path.relative_to(ROOT)), call)
         for path in python_files("prep")

@@ -1,4 +1,4 @@
-"""Tests of opening files: only regular files, of a bounded size, without waiting."""
+"""Tests of opening files: only regular files of a bounded size are opened, and opening never waits."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ADVICE = "Build the store again."
 
 
 class OwnError(UserError):
-    """An error type of a caller."""
+    """An error type that the caller of the reader chooses."""
 
 
 def test_a_regular_file_and_a_link_to_it_are_read(tmp_path: Path) -> None:

@@ -1,8 +1,8 @@
-"""prep.store.datum: records compared with protobuf and DALI's Caffe reader, checksums with zlib, and damaged records.
+"""prep.store.datum: records are compared with protobuf and DALI's Caffe reader, checksums with zlib. Damaged records.
 
-protobuf reads Caffe's message with the descriptor that conftest.py builds. Damage means every single-bit flip, every
-truncation, and seeded random bytes. Every damaged record must raise DatumError and no other exception. `locate_image`
-is compared with Datum.decode and with the Datum that was encoded.
+protobuf reads Caffe's message with the descriptor that conftest.py builds. Records are damaged by every single-bit
+flip, by every truncation, and by seeded random bytes. Every damaged record must raise DatumError and no other
+exception. `locate_image` is compared with Datum.decode and with the Datum that was encoded.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ EXAMPLES = [
 
 
 def sealed(body: bytes) -> bytes:
-    """Return `body` with its correct checksum appended, as field 1002 of wire type fixed32."""
+    """Return `body` followed by its correct checksum, which is field 1002 with the wire type fixed32."""
     return body + bytes([0xD5, 0x3E]) + zlib.crc32(body).to_bytes(4, "little")
 
 
@@ -64,9 +64,9 @@ def test_protobuf_reads_an_encoded_record(datum: Datum, caffe_datum: Callable[[]
 
 
 def test_the_record_begins_with_the_bytes_of_a_plain_caffe_datum(caffe_datum: Callable[[], Any]) -> None:
-    """Fields 1001 and 1002 come last in a record.
+    """Fields 1001 and 1002, which Caffe's Datum does not have, come last in a record.
 
-    The bytes before fields 1001 and 1002 are the bytes that protobuf writes for a Caffe Datum.
+    The bytes before these fields are the bytes that protobuf writes for a Caffe Datum.
     """
     message = caffe_datum()
     message.ParseFromString(SMALL.encode())
@@ -153,7 +153,7 @@ def test_every_truncation_is_refused() -> None:
 
 
 def test_every_truncation_with_a_correct_checksum_is_refused() -> None:
-    """One truncation is accepted: without its last field, which is the source, the record is still a valid Datum."""
+    """One truncation is accepted: the record without its last field, the source, is still a valid Datum."""
     body = SMALL.encode()[:-6]
     without_source = len(body) - len(SMALL.source) - 3
     for length in range(len(body)):
@@ -174,9 +174,9 @@ def test_a_checksum_error_gives_both_values() -> None:
 
 
 def test_random_bytes_raise_only_datum_error() -> None:
-    """Decodes random bytes, with and without a correct checksum.
+    """The test decodes random bytes with and without a correct checksum.
 
-    Only bytes with a correct checksum reach the parser.
+    Without a correct checksum, the bytes are refused before they are parsed.
     """
     rng = np.random.default_rng(1002)
     for _ in range(3000):
@@ -187,7 +187,7 @@ def test_random_bytes_raise_only_datum_error() -> None:
 
 
 def test_randomly_changed_records_decode_or_raise_datum_error() -> None:
-    """A good record with changed bytes and a correct checksum gives a Datum or a DatumError, and no other exception."""
+    """A record with changed bytes and a correct checksum gives a Datum or a DatumError, and no other exception."""
     rng = np.random.default_rng(7)
     body = SMALL.encode()[:-6]
     refused = 0
@@ -232,7 +232,7 @@ def test_the_image_of_a_record_written_by_protobuf_is_located(caffe_datum: Calla
 
 @pytest.mark.parametrize("datum", EXAMPLES[:4])
 def test_the_image_of_a_truncated_record_is_located_if_its_label_is_complete(datum: Datum) -> None:
-    """Bytes after the label are not read."""
+    """locate_image does not read the bytes after the label."""
     value = datum.encode()
     whole = locate_image(memoryview(value))
     label_ends = whole.end + 1 + -(-max(datum.label.bit_length(), 1) // 7)
@@ -259,7 +259,7 @@ def test_only_images_of_three_channels_are_located() -> None:
 
 
 def test_a_located_image_lies_within_the_record() -> None:
-    """For random or changed bytes and wrong sizes, locate_image returns a range in the record or raises DatumError."""
+    """For random bytes, changed bytes and wrong sizes, locate_image returns a range in the record, or DatumError."""
     rng = np.random.default_rng(8)
     attempts = [rng.bytes(int(rng.integers(0, 60))) for _ in range(2000)]
     for _ in range(4000):

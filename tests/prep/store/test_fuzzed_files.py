@@ -1,6 +1,6 @@
 """Fuzzing of the files of a store: each reader returns a value or raises an error of one line.
 
-A test builds a small store. Hypothesis then changes bytes and fields of its files, as tests/fuzzing.py describes.
+Hypothesis changes bytes and fields of the files of a small store, as tests/fuzzing.py describes.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def copy(store: Path, tmp_path: Path) -> Path:
 
 
 def read_all(store: Path) -> None:
-    """Open a store and use every part of its manifest that the streams use."""
+    """Open a store, and use all fields of its manifest that the streams use."""
     opened = Store.open(store)
     for split in opened.splits:
         opened.shard_paths(split)
@@ -88,7 +88,7 @@ def a_record(store: Path) -> bytes:
 
 @examples(150, 50_000)
 def test_record(count: int, store: Path) -> None:
-    """Two parsers read a record: the parser that checks everything, and the parser of the streams."""
+    """The test calls both parsers of records: the parser that checks all fields, and the parser of the streams."""
     value = a_record(store)
     at = value.index(b"\xff\xd8\xff")
     head, rest = value[: at + 4], value[at + 4 :]
@@ -118,7 +118,7 @@ def test_fields_of_a_record_with_a_correct_checksum(count: int, store: Path) -> 
 
 @examples(100, 20_000)
 def test_image_in_a_record(count: int, store: Path) -> None:
-    """An image that can be decoded has three channels. The stream's decoder and the build's decoder are tried."""
+    """The test calls the decoders of the stream and of the build. A decoded image must have three channels."""
     image = Datum.decode(a_record(store)).data
 
     def read(content: bytes) -> None:
@@ -133,7 +133,7 @@ def test_image_in_a_record(count: int, store: Path) -> None:
 
 @examples(100, 20_000)
 def test_search_in_the_pages_of_a_shard(count: int, store: Path) -> None:
-    """The search finds records only within the file, whatever the pages hold. The buffer ends with the last page."""
+    """Whatever the pages contain, the search must not find a record that lies outside of the file."""
     if kernels.native is None:
         pytest.skip("the C kernels are not compiled")
     content = (store / "train" / "00000" / "data.mdb").read_bytes()
@@ -144,7 +144,7 @@ def test_search_in_the_pages_of_a_shard(count: int, store: Path) -> None:
     address = ctypes.addressof(buffer)
     shards = np.array([(address, len(content), page, root)], kernels.SHARD_DTYPE)
     keys = np.arange(30)
-    # The pages of the tree. The flags of a page are 1 for a branch page and 2 for a leaf page.
+    # Find the pages of the tree: the flags of a branch page are 1, and the flags of a leaf page are 2.
     pages = [
         n for n in range(2, len(content) // page) if content[n * page + 10] in (1, 2) and content[n * page + 11] == 0
     ]

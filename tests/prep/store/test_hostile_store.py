@@ -1,4 +1,4 @@
-"""Stores whose manifest or other files say false things: each gives one StoreError, and nothing hangs."""
+"""Stores whose manifest or other files have false contents. Each store gives one StoreError, and no command hangs."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_fields_that_do_not_agree_are_refused_although_all_digests_are_right(cop
 
 @pytest.mark.timeout(20)
 def test_a_name_that_occurs_twice_among_many_classes_is_found_at_once(copied: Path) -> None:
-    """A comparison of each name with all names before it would take an hour."""
+    """If each name were compared with all earlier names, this test would take an hour."""
     change_manifest(copied, lambda data: data.update(classes=[*map(str, range(400_000)), "399999"]))
     assert 'classes has the name "399999" twice' in refused(copied)
 
@@ -174,7 +174,7 @@ def test_a_wrong_line_of_the_input_log_is_named(tmp_path: Path, line: bytes, exp
 
 
 def test_a_manifest_of_imagenet_opens_within_a_fifth_of_a_second(copied: Path) -> None:
-    """The manifest has 1,281 shards of 1,000 records, and 1,000 classes. The CPU time counts, not other processes."""
+    """The manifest has 1,281 shards of 1,000 records, and 1,000 classes. The test measures CPU time."""
     manifest = json.loads((copied / "manifest.json").read_bytes())
     split, count = train(manifest), 1_281_000
     classes = [f"n{number:08d}" for number in range(1000)]

@@ -1,4 +1,4 @@
-"""Search for records in mapped LMDB files, compared with py-lmdb and locate_image, also for damaged files."""
+"""The search for records in mapped LMDB files is compared with py-lmdb and locate_image, also for damaged files."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def datum(number: int, size: int) -> bytes:
 
 
 def find(reader: ShardReader, numbers: list[int]) -> list[tuple[int, ...]]:
-    """Return (image, bytes, height, width, label) of the records at these indices."""
+    """Return (address of the image, size in bytes, height, width, label) of the records at these indices."""
     assert kernels.native
     shards = np.array([reader.map_entry()], kernels.SHARD_DTYPE)
     shard_of = np.zeros(len(numbers), np.int64)
@@ -42,10 +42,7 @@ def find(reader: ShardReader, numbers: list[int]) -> list[tuple[int, ...]]:
     [(1, 30_000, 1), (1, 5, 1), (200, 9_000, 1), (300, 40, 1), (5_000, 20, 1), (30_000, 3, 7), (400, 2_000, 3)],
 )
 def test_every_record_is_found_as_py_lmdb_finds_it(tmp_path: Path, count: int, size: int, step: int) -> None:
-    """Short values are in the leaf pages, and long values are in their own pages.
-
-    The trees have one to three levels.
-    """
+    """LMDB stores short values in leaf pages, and long values in pages of their own. The trees have 1 to 3 levels."""
     keys = [5 + step * k for k in range(count)]
     lmdb_shard.write(tmp_path / "s", [(b"%08d" % key, datum(key, size + key % 70)) for key in keys])
     reader = ShardReader(tmp_path / "s", count)
@@ -80,7 +77,7 @@ def test_missing_and_unusual_keys_are_not_found(tmp_path: Path) -> None:
 
 @needs_kernels
 def test_the_tree_of_the_last_transaction_is_used(tmp_path: Path) -> None:
-    """The transactions write the two header pages in turn."""
+    """Each transaction of LMDB writes one of the two header pages, alternately."""
     lmdb_shard.write(tmp_path / "s", [(b"%08d" % k, datum(k, 20)) for k in range(3)])
     for label in range(4):
         with lmdb.open(str(tmp_path / "s"), map_size=1 << 20, lock=False) as env, env.begin(write=True) as txn:
@@ -92,7 +89,7 @@ def test_the_tree_of_the_last_transaction_is_used(tmp_path: Path) -> None:
 
 @needs_kernels
 def test_a_record_of_another_format_is_not_found(tmp_path: Path) -> None:
-    """For random changes of a record, the record is found if and only if locate_image accepts it."""
+    """Records are changed at random. The search finds a record if and only if locate_image accepts the record."""
     rng, values = np.random.default_rng(4), []
     for k in range(3_000):
         value = bytearray(datum(k, 30))
@@ -113,9 +110,9 @@ def test_a_record_of_another_format_is_not_found(tmp_path: Path) -> None:
 
 @needs_kernels
 def test_damaged_files_are_searched_without_a_crash() -> None:
-    """Random bytes of a file are changed.
+    """Random bytes of a file are changed. In memory, a protected page follows the file.
 
-    The file ends at a protected page, so reading beyond its end kills the process.
+    A read beyond the end of the file therefore kills the process.
     """
     program = """
 import ctypes, mmap, os, sys, tempfile, numpy as np

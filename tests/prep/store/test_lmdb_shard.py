@@ -1,6 +1,6 @@
-"""prep.store.lmdb_shard compared with the lmdb library, and its digest with hashlib.
+"""prep.store.lmdb_shard is compared with the lmdb library, and its digest with hashlib.
 
-The tests of ShardReader also use keys with missing numbers. Numbers are missing if inputs were left out.
+In some tests of ShardReader, numbers are missing between the keys, as in a store whose build left inputs out.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def test_written_records_are_in_the_lmdb(tmp_path: Path) -> None:
     assert read_with_lmdb(folder) == records
     assert count == 150
     assert size == sum(len(value) for _, value in records)
-    assert [path.name for path in folder.iterdir()] == ["data.mdb"]  # there is no lock file
+    assert [path.name for path in folder.iterdir()] == ["data.mdb"]  # no lock file is left
 
 
 def test_written_records_are_read_back(tmp_path: Path) -> None:
@@ -87,7 +87,10 @@ def test_the_digest_depends_on_order_keys_and_record_boundaries(tmp_path: Path) 
 
 
 def test_the_map_grows_with_the_records(tmp_path: Path) -> None:
-    """150 MB of records exceed twice the initial map size. One record has 80 MB. The file has little unused space."""
+    """The 150 MB of records are more than twice the initial map size. One record has 80 MB.
+
+    The file must have little unused space.
+    """
     sizes = [1_000_000] * 30 + [80_000_000] + [4_000_000] * 10
     filler = np.random.default_rng(3).bytes(1_000_003)
 
@@ -122,7 +125,7 @@ def test_an_exception_of_the_iterator_of_records_is_raised(tmp_path: Path) -> No
 
 @pytest.fixture(params=[None, b"", b"x" * 100, b"not an lmdb" * 2000], ids=["absent", "empty", "short", "long"])
 def not_an_lmdb(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    """The folder does not exist, or its data.mdb is not an LMDB file."""
+    """A folder that does not exist, or whose data.mdb is not an LMDB file."""
     folder = tmp_path / "s"
     if request.param is not None:
         folder.mkdir()
@@ -234,7 +237,7 @@ def test_a_reader_refuses_a_wrong_number_of_records(tmp_path: Path, expected: in
 
 
 def test_a_missing_key_between_others_is_named(tmp_path: Path) -> None:
-    """The number of keys, the first key and the last key are as expected, but one key between them is missing."""
+    """The number of keys, the first key and the last key are right, but a key between them is missing."""
     with lmdb.open(str(tmp_path / "s"), map_size=1 << 20, lock=False) as env, env.begin(write=True) as txn:
         for key in (b"00000000", b"000000005", b"00000002"):
             txn.put(key, key)
@@ -246,7 +249,7 @@ def test_a_missing_key_between_others_is_named(tmp_path: Path) -> None:
 
 
 def test_readers_of_one_shard_are_independent(tmp_path: Path) -> None:
-    """`read` and readers may use one shard at the same time, also through a symlink."""
+    """`read` and several readers may use one shard at the same time, also through a symbolic link."""
     records = random_records(40)
     write(tmp_path / "s", records)
     (tmp_path / "link").symlink_to(tmp_path / "s")
@@ -293,7 +296,7 @@ def test_a_reader_names_a_folder_that_is_not_an_lmdb(not_an_lmdb: Path) -> None:
 
 
 def test_a_reader_of_damaged_pages_raises_store_error_or_nothing(tmp_path: Path) -> None:
-    """Overwrites one page at a time, but no header page. A reader may return a damaged record without an error."""
+    """The test overwrites one page at a time, but no header page. A reader may return a damaged record."""
     folder = tmp_path / "s"
     write(folder, random_records(60))
     content = (folder / "data.mdb").read_bytes()

@@ -1,6 +1,6 @@
-"""prep.store.manifest: damaged stores are refused with the actual and expected values. Fingerprints cover all records.
+"""prep.store.manifest: the error about a damaged store has the found and the expected value. Fingerprints.
 
-Fingerprints are computed independently, with hashlib and json.
+The tests compute fingerprints independently, with hashlib and json.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def copied(store: Path, tmp_path: Path) -> Path:
 
 
 def change_manifest(store: Path, change: Change) -> None:
-    """Apply a change to manifest.json, and write the file with a correct fingerprint of the store and checksum."""
+    """Change the content of manifest.json, and write it with a correct fingerprint of the store and checksum."""
     data = json.loads((store / "manifest.json").read_bytes())
     change(data)
     with suppress(AttributeError, KeyError, TypeError):  # the change made one of the fields wrong
@@ -40,7 +40,7 @@ def change_manifest(store: Path, change: Change) -> None:
 
 
 def assert_refused(store: Path, *parts: str) -> None:
-    """Store.open raises StoreError with a one-line message that contains all `parts`."""
+    """Assert that Store.open raises StoreError with a one-line message that contains all `parts`."""
     with pytest.raises(StoreError) as caught:
         Store.open(store)
     for part in parts:
@@ -250,7 +250,7 @@ def canonical_digest(data: object) -> str:
 def test_the_fingerprint_is_a_digest_of_all_records_and_class_names(store: Path) -> None:
     """The test computes the fingerprint from the LMDB files.
 
-    The test computes the SHA-256 of the records of each shard, then the SHA-256 of these digests.
+    First it computes the SHA-256 of the records of each shard, then the SHA-256 of these digests.
     """
     written = json.loads((store / "manifest.json").read_bytes())
     splits = {}

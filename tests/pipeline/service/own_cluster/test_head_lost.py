@@ -1,7 +1,8 @@
 """Tests of the loss of the head node while a consumer on another machine reads from the service.
 
-Both machines are simulated: neither machine sees the processes of the other. The head node is switched off at once, and
-its processes cannot shut down. The consumer is a separate program, and the tests also check how this program ends.
+Both machines are simulated: the processes of one machine do not see the processes of the other. The head node is
+switched off at once, so its processes cannot shut down. The consumer is a separate program. The tests also check how
+this program ends.
 """
 
 from __future__ import annotations
@@ -129,7 +130,7 @@ def test_the_program_ends_cleanly(ended: dict[str, Any]) -> None:
 
 
 def test_a_lost_service_is_left_when_no_thread_waits_in_ray(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The service answers one request, and then nothing more arrives, not even the pixels of the request."""
+    """The service answers one request. After this answer, nothing more arrives, not even the pixels of the request."""
     pixels_requested, waiting, waiting_at_exit = threading.Event(), set[int](), list[int]()
 
     def get(reference: Any, timeout: float) -> Any:

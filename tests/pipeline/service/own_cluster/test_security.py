@@ -19,7 +19,7 @@ from tests.pipeline.service.consumer import digests
 from tests.pipeline.service.faults import TOKEN, Machine, free_port, head_commands
 from tests.pipeline.streaming import take_batches
 
-# Without the settings in _SHORT, a refusal takes two minutes.
+# Settings with which Ray soon refuses a program. Without these settings, a refusal takes two minutes.
 _SHORT = ("RAY_NUM_REDIS_GET_RETRIES=1", "RAY_py_gcs_connect_timeout_s=5")
 PROGRAM = """
 import sys
@@ -77,7 +77,7 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def machine(store: Path, certificates: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Run the program four times on the head node. The value is the folder with the outputs of the four runs."""
+    """Run the program four times on the head node. The fixture is the folder with the outputs of the four runs."""
     folder, host, port = tmp_path_factory.mktemp("outputs"), node_address(), free_port()
     (folder / "program.py").write_text(PROGRAM)
     run = f"timeout 100 {sys.executable} {folder}/program.py {store} {host}:{port}"

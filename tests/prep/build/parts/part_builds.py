@@ -64,9 +64,10 @@ class SlowReader(FolderReader):
 
 @dataclass(frozen=True)
 class MarkingReader(SlowReader):
-    """A reader that creates the file `marker` when a process on the doomed node reads its tenth image.
+    """A reader that lets a test kill a node while the node builds a shard.
 
-    The process then waits until it is killed. The doomed node has the environment variable ALEXNET_DOOMED.
+    On the node with the environment variable ALEXNET_DOOMED, a process that reads its tenth image creates the file
+    `marker`, and then waits until it is killed.
     """
 
     marker: Path
@@ -98,9 +99,9 @@ def source_with(reader: FolderReader) -> Source:
 
 
 class ActingProgress(Progress):
-    """Progress that keeps every reported number of finished inputs.
+    """A Progress that keeps a list of the reported numbers of finished inputs.
 
-    When `is_time()` becomes true, the progress object calls `act()` once.
+    As soon as `is_time()` is true, the object calls `act()` once.
     """
 
     def __init__(self, is_time: Callable[[], bool] = lambda: False, act: Callable[[], object] = lambda: None) -> None:

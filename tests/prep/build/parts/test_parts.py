@@ -1,6 +1,6 @@
-"""Tests of builds in parts (`build-lmdb --part`): in any order, repeated, at the same time, killed and incomplete.
+"""Tests of builds in parts (`build-lmdb --part`). Parts run in any order, repeatedly, at the same time, or are killed.
 
-Every store must equal the store of a build without parts: manifest, files and fingerprint.
+Every finished store must equal the store of a build without parts: manifest, files and fingerprint.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def test_parts_in_any_order_with_repetitions_give_the_same_store(
     photos: Path, whole: Store, tmp_path: Path, seed: int
 ) -> None:
     rng = np.random.default_rng(seed)
-    count = (1, 3, 11)[seed]  # of 11 parts, three have no shard
+    count = (1, 3, 11)[seed]  # the build has eight shards, so three of 11 parts have no shard
     numbers = [*rng.permutation(np.repeat(np.arange(1, count + 1), 2)).tolist()]
     last = max(numbers.index(number) for number in set(numbers))  # index of the run after which every part has run
     for position, number in enumerate(numbers):
@@ -109,10 +109,7 @@ def _run_all(photos: Path, store: Path, count: int) -> list[Result]:
 
 
 def test_parts_of_train_and_val_have_the_classes_of_a_build_without_parts(photo_folder: Path, tmp_path: Path) -> None:
-    """The split val has no class folders.
-
-    The labels of val refer to the classes of train, which is not in the store yet.
-    """
+    """The split val has no class folders. Its labels refer to the classes of train, which is not in the store yet."""
     words = ("build-lmdb", photo_folder, *WORDS, "--jobs", "1", "--store")
     assert alexprep(*words, tmp_path / "whole").exit_code == 0
     for number in (2, 1):
@@ -138,10 +135,7 @@ def test_parts_at_the_same_time_give_the_same_store(photos: Path, whole: Store, 
 def test_killed_parts_are_finished_by_the_same_commands(
     photos: Path, whole: Store, tmp_path: Path, start: Start
 ) -> None:
-    """Two parts run at the same time and are killed at random moments, three times.
-
-    After the kills, each part runs to its end.
-    """
+    """Three times, two parts are started together and killed at a random moment. Then each part runs to its end."""
     store, rng = tmp_path / "store", np.random.default_rng(4)
     for _ in range(3):
         commands = [start(photos, store, "--part", f"{number}/2") for number in (1, 2)]
@@ -159,9 +153,9 @@ def test_killed_parts_are_finished_by_the_same_commands(
 def test_one_of_several_commands_that_end_at_the_same_time_writes_the_manifest(
     photos: Path, whole: Store, all_shards: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Four threads find all shards finished at the same time.
+    """Four threads simulate four commands. All threads see at the same time that all shards are finished.
 
-    Each thread opens its own files, and so has its own locks.
+    Each thread opens the lock files itself, so the threads exclude each other as processes do.
     """
     assembled, at_once = [], threading.Barrier(4)
     real, real_missing = parts.assemble_split, parts.missing_shards
@@ -200,7 +194,7 @@ def test_only_one_of_two_parts_that_begin_at_the_same_time_begins_the_build(phot
 
 
 def test_a_shard_of_a_discarded_build_does_not_count_as_finished(photos: Path, tmp_path: Path) -> None:
-    """A process of a killed build can write the summary of its shard after a build with other settings has begun."""
+    """A process of a killed build can finish its shard after a build with other settings has begun."""
     source = list_source(photos, "train")
     old = BuildPlan(source, tmp_path / "train", PPM.__class__(**{**vars(PPM), "side_px": 48}), False)
     begin_build(old)
@@ -216,10 +210,7 @@ def test_a_shard_of_a_discarded_build_does_not_count_as_finished(photos: Path, t
 
 
 def test_a_shard_that_two_processes_build_at_the_same_time_is_always_complete(photos: Path, tmp_path: Path) -> None:
-    """The test uses two threads.
-
-    The two threads have the same process id, as two processes on different machines can have.
-    """
+    """Two threads simulate two processes on different machines, which can have the same process id."""
     source = list_source(photos, "train")
     plan = BuildPlan(source, tmp_path / "train", PPM, False)
     begin_build(plan)
@@ -324,7 +315,7 @@ def test_parts_on_a_file_system_without_locks_leave_the_end_to_join(
     monkeypatch.setattr("prep.files.fcntl.flock", flock)
     store = tmp_path / "store"
     assert run_part(photos, store, 2, 2).store is None
-    # A temporary folder of another part that is running.
+    # A temporary folder that belongs to another running part.
     (store / "train" / ".build" / f"00000.{os.getpid()}-01234567.tmp").mkdir()
     finished = run_part(photos, store, 1, 2)
     assert finished.store is None and not finished.missing

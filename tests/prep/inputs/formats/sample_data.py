@@ -1,6 +1,6 @@
 """The same photographs in every layout.
 
-The library that defines a layout writes the files; for other layouts, this module writes the files in the same form.
+If a library defines a layout, the library writes the files. The files of the other layouts are written here.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def class_folders(pictures: Pictures, root: Path) -> Path:
 
 
 def class_tars(pictures: Pictures, root: Path) -> Path:
-    """Return the folder that ILSVRC2012_img_train.tar contains, unpacked."""
+    """Write a folder like an unpacked ILSVRC2012_img_train.tar: one tar archive for each class. Return the folder."""
     root.mkdir()
     for folder in CLASSES:
         with tarfile.open(root / f"{folder}.tar", "w") as tar:
@@ -85,7 +85,7 @@ def zip_of(compression: int, prefix: str = "") -> Callable[[Pictures, Path], Pat
 def streamed_zip(pictures: Pictures, root: Path) -> Path:
     """Return a zip archive that was written to a pipe.
 
-    Sizes and CRC-32 follow the contents, and the sizes are in zip64 fields.
+    In such an archive, the sizes and the CRC-32 of a member follow its content, and the sizes are in zip64 fields.
     """
 
     class Pipe(io.RawIOBase):
@@ -110,7 +110,7 @@ def streamed_zip(pictures: Pictures, root: Path) -> Path:
 
 
 def tiny_imagenet(pictures: Pictures, root: Path) -> Path:
-    """cs231n.stanford.edu/tiny-imagenet-200.zip, unpacked; its images have the extension .JPEG."""
+    """Return a folder like the unpacked cs231n.stanford.edu/tiny-imagenet-200.zip. The images are named .JPEG."""
     for name, content in pictures.items():
         folder, _, file = name.partition("/")
         put(root / "train" / folder / "images" / file, content)
@@ -126,7 +126,7 @@ def tiny_imagenet(pictures: Pictures, root: Path) -> Path:
 
 
 def zipped(make: Callable[[Pictures, Path], Path]) -> Callable[[Pictures, Path], Path]:
-    """Return the folder that `make` makes, as a zip archive that contains one folder."""
+    """Return a function that packs the folder of `make` into a zip archive. The archive contains this one folder."""
 
     def make_zip(pictures: Pictures, root: Path) -> Path:
         folder = make(pictures, root.with_name(f"{root.name}-folder"))
@@ -149,7 +149,7 @@ def web_dataset(pictures: Pictures, root: Path) -> Path:
 
 
 def web_dataset_json(pictures: Pictures, root: Path) -> Path:
-    """Return one shard with names without folders and labels in JSON, as in timm/imagenet-1k-wds."""
+    """Return one shard as in timm/imagenet-1k-wds: names have no folders, and labels are in JSON."""
     path = root.with_suffix(".tar")
     with webdataset.TarWriter(str(path)) as writer:
         for name, content in pictures.items():
@@ -160,9 +160,9 @@ def web_dataset_json(pictures: Pictures, root: Path) -> Path:
 
 
 def hugging_face_table(pictures: Pictures) -> pa.Table:
-    """A table as `datasets.Dataset.to_parquet` writes it (datasets/arrow_writer.py, features.py).
+    """Return a table like those of `datasets.Dataset.to_parquet` (datasets/arrow_writer.py, features.py).
 
-    The paths have no folders, and the features are in the metadata of the schema.
+    The paths have no folders. The metadata of the schema describes the features of `datasets`.
     """
     features = {"image": {"_type": "Image"}, "label": {"names": list(CLASSES), "_type": "ClassLabel"}}
     image = pa.struct({"bytes": pa.binary(), "path": pa.string()})
@@ -173,7 +173,7 @@ def hugging_face_table(pictures: Pictures) -> pa.Table:
 
 
 def parquet(pictures: Pictures, root: Path) -> Path:
-    """Return a folder like the repository imagenet-1k: data/train-00000-of-00002.parquet and so on."""
+    """Return a folder like the repository imagenet-1k, with data/train-00000-of-00002.parquet and similar files."""
     (root / "data").mkdir(parents=True)
     table = hugging_face_table(pictures)
     for number in range(2):

@@ -47,9 +47,9 @@ def write(path: Path, columns: dict[str, Any], names: list[str] | None = None) -
 def test_files_are_found_under_the_names_that_huggingface_uses(
     names: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """`datasets` calls the splits train, validation and test.
+    """The library `datasets` calls the splits train, validation and test.
 
-    Each file has one row. The class of the row is the name of the split.
+    In this test, each file has one row, and the class of the row is the name of the split.
     """
     for split in ("train", "validation", "test"):
         for number, name in enumerate(names):
@@ -203,7 +203,7 @@ def test_splits_of_a_repository(tmp_path: Path) -> None:
 
 
 def test_digits_in_a_column_of_texts_are_names_of_classes(tmp_path: Path) -> None:
-    """As positions from 0, 1 and 2 would be the second and third class of the store."""
+    """The labels `1` and `2` are names here. As positions from 0, they would be the second and the third class."""
     three = images("a.jpg", "b.jpg", "c.jpg")
     texts = write(tmp_path / "texts.parquet", {"image": three, "label": ["1", "10", "2"]})
     assert list_source(texts, "train").classes == ("1", "2", "10")

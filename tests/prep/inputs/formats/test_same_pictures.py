@@ -44,7 +44,7 @@ def test_a_layout_gives_the_fingerprint_of_class_folders(
     store = build_all(source, tmp_path / "store")
     assert store.classes == CLASSES
     assert store.split("train").fingerprint == by_folder
-    # A second listing is the same as the first.
+    # A second listing equals the first listing.
     assert build_all(source, tmp_path / "store").fingerprint == store.fingerprint
     listed = list_source(where, "train")
     reader = pickle.loads(pickle.dumps(listed.reader))
@@ -71,7 +71,7 @@ def test_an_interrupted_build_is_resumed(
 
 
 def test_numbers_as_labels_get_names_from_a_class_file(pictures: Pictures, by_folder: str, tmp_path: Path) -> None:
-    """The keys have no folders, and the labels are positions. --classes gives the names of the classes."""
+    """The keys of this data set have no folders, and the labels are positions. --classes names the classes."""
     source = web_dataset_json(pictures, tmp_path / "source")
     assert build_all(source, tmp_path / "numbers").classes == ("0", "1")
     (tmp_path / "classes.txt").write_text("n01 tench\nn02 goldfish\n")

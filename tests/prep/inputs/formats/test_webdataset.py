@@ -88,7 +88,7 @@ def test_positions_without_a_name_are_refused(tmp_path: Path) -> None:
     put(tmp_path / "classes.txt", b"cat\ndog\n")
     with pytest.raises(UserError, match=r"number 2, but .*classes\.txt has 2 classes, numbers 0 to 1"):
         list_source(path, "train", ListOptions(class_file=tmp_path / "classes.txt"))
-    with pytest.raises(UserError, match="no photograph: 1"):  # a gap in the labels is a class without a photograph
+    with pytest.raises(UserError, match="no photograph: 1"):  # no sample has label 1, so class 1 has no photograph
         list_source(path, "train")
 
 

@@ -1,4 +1,4 @@
-"""docs/guides/your-data.md: every command and the Python example are run on small data sets in these layouts."""
+"""The tests run every command and the Python example of docs/guides/your-data.md, on small data sets."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from tests.prep.inputs.formats.sample_data import (
 
 PAGE = (ROOT / "docs" / "guides" / "your-data.md").read_text()
 COMMANDS = [line.strip() for line in PAGE.splitlines() if line.startswith("    alexprep ")]
-# Stores of the page that are built from the same photographs, with the same names and classes.
+# Stores on the page that must have the same fingerprint: they have the same photographs, names and classes.
 SAME = ("store", "ilsvrc-train", "class-tars", "from-zip", "from-tar", "from-shards", "from-parquet", "from-csv")
 
 
@@ -50,7 +50,7 @@ def inline_runner(*args: Any, **options: Any) -> Iterator[InlineRunner]:
 
 
 def make_data(pictures: Pictures, root: Path) -> None:
-    """Every SOURCE that the page names."""
+    """Write every SOURCE that the page names."""
     photos = class_folders(pictures, root / "photos")
     class_tars(pictures, root / "ILSVRC2012_img_train")
     with tarfile.open(root / "ILSVRC2012_img_train.tar", "w") as tar:

@@ -1,4 +1,4 @@
-"""prep.inputs.formats.zip_archive: names are never trusted, and damage is found in the directory and in each member."""
+"""prep.inputs.formats.zip_archive: unsafe names are refused, and damage of the directory or of a member is found."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def test_a_damaged_archive_is_an_error_of_one_line(tmp_path: Path) -> None:
 
 
 def test_archives_of_other_programs_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Bytes before the archive, an end record of zip64, a comment, backslashes of Windows, names that are not UTF-8."""
+    """The archives have bytes before the archive, a zip64 end record, a comment, backslashes, or names not in UTF-8."""
     windows = zipfile.ZipInfo("n1/a.jpg")
     windows.create_system = 0
     path = zip_file(tmp_path / "plain.zip", {windows: CONTENT, "n1/é.jpg": CONTENT})
@@ -147,7 +147,7 @@ def test_archives_of_other_programs_are_read(tmp_path: Path, monkeypatch: pytest
 def test_members_with_sizes_and_offsets_of_zip64_are_read(
     compression: int, limit: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """zip64 in the headers of the members (force_zip64). With a small limit, the central directory also uses zip64."""
+    """With force_zip64, the headers of the members use zip64. With a small limit, the central directory also does."""
     if limit is not None:
         monkeypatch.setattr(zipfile, "ZIP64_LIMIT", limit)
     contents = {f"n{k % 2}/{k}.jpg": CONTENT + bytes([k]) * (50 * k) for k in range(4)}

@@ -1,4 +1,4 @@
-"""Formats of label files: the same four labels in many formats, headers, wrong orders of columns, and Kaggle's file."""
+"""Formats of label files: the same four labels in many formats, headers, swapped columns, and Kaggle's file."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_a_header_is_recognized_and_told(
 @pytest.mark.parametrize("separator", [" ", ",", "\t"])
 @pytest.mark.parametrize("header", ["filename label", "image class_id", "photo kind", "#name number"])
 def test_numbers_after_a_header_stay_numbers(separator: str, header: str, tmp_path: Path) -> None:
-    """Twelve images with the labels 0 to 11. As text, 10 and 11 would come before 2."""
+    """The twelve images have the labels 0 to 11. If the labels were sorted as text, 10 and 11 would come before 2."""
     root = touch(tmp_path / "photos", *(f"{k:02d}.jpg" for k in range(12)))
     rows = [header.replace(" ", separator), *(f"{k:02d}.jpg{separator}{k}" for k in range(12))]
     source = list_labelled(root, label_file(tmp_path, "\n".join(rows)))
@@ -77,7 +77,7 @@ def test_numbers_after_a_header_stay_numbers(separator: str, header: str, tmp_pa
 
 
 def test_a_first_line_for_a_missing_image_is_no_header(flat: Path, tmp_path: Path) -> None:
-    """A line whose image does not exist still names a class: `gone.jpg eel` is not a header."""
+    """The first line is `gone.jpg eel`. Although gone.jpg does not exist, the line must not be taken for a header."""
     with pytest.raises(UserError, match="eel"):
         list_labelled(flat, label_file(tmp_path, "gone.jpg\teel\n" + FORMATS["tabs"]), None, CLASSES)
 
@@ -155,7 +155,7 @@ def test_a_stem_that_two_images_share_needs_its_extension(tmp_path: Path) -> Non
 
 
 def test_an_index_of_the_images_is_no_label_file(tmp_path: Path) -> None:
-    """ImageSets/CLS-LOC/val.txt of ILSVRC numbers the images: `ILSVRC2012_val_00000001 1`."""
+    """ImageSets/CLS-LOC/val.txt of ILSVRC has the number of each image, not its label: `ILSVRC2012_val_00000001 1`."""
     root = touch(tmp_path / "val", *(f"ILSVRC2012_val_{k:08d}.JPEG" for k in range(1, 101)))
     text = "".join(f"ILSVRC2012_val_{k:08d} {k}\n" for k in range(1, 101))
     with pytest.raises(UserError, match="an index of the images, not labels"):

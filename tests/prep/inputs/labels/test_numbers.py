@@ -1,7 +1,7 @@
-"""Meaning of a number in a label file: the name of a class or a position.
+"""A number in a label file can be the name of a class, or the position of a class in the order of the classes.
 
-If a number can be a name and a position, the error asks for --label-order. The expected labels are written by hand for
-each reading.
+If both meanings are possible and give different labels, an error asks for --label-order. The expected labels for each
+meaning are written by hand.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ SYNSETS = ("n01", "n02", "n03", "n04")
 
 
 def labels_for(numbers: str, tmp_path: Path, order: str | None = None, classes: tuple[str, ...] = ()) -> list[int]:
-    """Return the labels of the images a.jpg, b.jpg, … The words of `numbers` are their texts in the label file."""
+    """Return the labels of the images a.jpg, b.jpg, … if the label file has the words of `numbers` as their labels."""
     names = [f"{chr(97 + k)}.jpg" for k in range(len(numbers.split()))]
     root = touch(tmp_path / "photos", *names)
     rows = [f"{name} {text}\n" for name, text in zip(names, numbers.split(), strict=True)]

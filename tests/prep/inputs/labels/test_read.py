@@ -1,8 +1,7 @@
-"""Labels of images from label files that the tests write, with the expected labels written by hand.
+"""Labels of images from label files that the tests write. The expected labels are written by hand.
 
 The devkit's order of classes comes from a meta.mat that scipy.io.savemat writes. The images are empty files, because
-prep.inputs.labels does not open images. Labels that do not fit the images give a one-line error that names the file and
-the fault.
+prep.inputs.labels does not open images. If labels do not fit the images, a one-line error names the file and the fault.
 """
 
 from __future__ import annotations
@@ -136,10 +135,7 @@ def test_a_missing_or_broken_devkit_is_refused(flat: Path, tmp_path: Path) -> No
 
 
 def test_a_part_of_ilsvrcs_images_finds_its_lines_by_number(tmp_path: Path) -> None:
-    """There are three images and a ground truth of six lines.
-
-    The number in the name of an image is the number of its line.
-    """
+    """There are three images and a ground truth of six lines. The number in an image's name gives its line."""
     root = touch(tmp_path / "val", *(f"ILSVRC2012_val_{k:08d}.JPEG" for k in (2, 4, 6)))
     labels = label_file(tmp_path, "1\n2\n1\n3\n1\n1\n")
     assert labels_of(list_labelled(root, labels, "sorted", CLASSES3)) == [1, 2, 0]
@@ -286,7 +282,7 @@ def test_none_or_two_label_files_next_to_the_folder_are_refused(flat: Path, tmp_
 def test_labels_that_cannot_be_classes_are_refused(
     flat: Path, tmp_path: Path, text: str, store_classes: tuple[str, ...], parts: list[str]
 ) -> None:
-    """A huge label is refused before a list with so many class names is made."""
+    """A huge label must be refused before the program makes a list of as many class names."""
     test_labels_that_do_not_fit_are_one_line_with_the_fault(flat, tmp_path, text, store_classes, parts)
 
 

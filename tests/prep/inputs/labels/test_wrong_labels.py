@@ -1,4 +1,4 @@
-"""Sources whose labels could be wrong without an error. Each source is refused, or is read in the only right way."""
+"""Sources whose labels could be misread. Each source is refused, or is read in the only right way."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def test_numbers_and_words_together_are_names_if_the_user_says_so(photos: Path, 
 
 
 def test_a_class_of_the_store_without_a_photograph_is_refused(tmp_path: Path) -> None:
-    """Labels that count from 1, with class folders 0 to 2. Only the empty class 0 shows the mistake."""
+    """The labels count from 1, but the class folders are 0 to 2. The mistake shows only because class 0 is empty."""
     root = touch(tmp_path / "photos", "a.jpg", "b.jpg")
     labels = label_file(tmp_path, "a.jpg 1\nb.jpg 2\n")
     with pytest.raises(UserError, match=r"1 class has no photograph: 0\..*--allow-empty-classes"):
@@ -193,7 +193,7 @@ def test_rows_of_no_split_are_told(tmp_path: Path, capsys: pytest.CaptureFixture
 
 
 def tiny(root: Path, annotations: str, *images: str) -> Path:
-    """The val folder of Tiny ImageNet."""
+    """Write a folder val like that of Tiny ImageNet, and return `root`."""
     touch(root / "images", *images)
     label_file(root, annotations, "val_annotations.txt")
     return root
