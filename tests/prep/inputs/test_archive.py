@@ -427,11 +427,7 @@ def test_a_file_without_images_or_not_a_tar_is_one_line(what: str, tmp_path: Pat
     if part == "compressed":
         assert "Decompress" in lines[-1]
     assert not (tmp_path / "store" / "manifest.json").exists()
-    if what not in (
-        "empty tar",
-        "folders alone",
-        "links alone",
-    ):  # inside another tar, the file is refused, too
+    if what not in ("empty tar", "folders alone", "links alone"):  # inside another tar, the file is refused, too
         inner: list[Member] = [("n1.tar", tar_of([("a.JPEG", A)])), ("n2.tar", content)]
         with pytest.raises(UserError, match=part if content else r"x\.tar"):
             list_tar(tar_of(inner), tmp_path / "x.tar")
