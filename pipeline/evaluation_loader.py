@@ -150,7 +150,7 @@ def eval_loader(
     service_fallback: str | None = None,
     check: bool | None = None,
 ) -> EvalLoader:
-    """Evaluation batches of a store: every image of `split` exactly once, without random augmentation.
+    """Return a loader of evaluation batches: every image of `split` exactly once, without random augmentation.
 
     views         1: the centre crop. 10: the crops at the four corners and the centre, then the same five crops
                   mirrored (section 4.1 of the paper). "square": the complete central square, for dense evaluation
@@ -161,7 +161,7 @@ def eval_loader(
 
     The docstring of train_loader describes the other arguments and the errors.
 
-    Every `for` over the loader begins with the first image, also after a `break`.
+    Every `for` loop over the loader begins with the first image, also after a `break`.
 
     The loader yields Batch(images, labels). Images are RGB in grey levels (0 to 255) minus the mean. The shape of the
     images is (N, 3, 224, 224) for one view and (N, 10, 3, 224, 224) for ten views. For views="square" the shape is (N,

@@ -269,7 +269,7 @@ def train_loader(
     service_fallback: str | None = None,
     check: bool | None = None,
 ) -> TrainLoader:
-    """Training batches of a store: random 224×224 crop, flip and colour noise (section 4.1), minus the mean.
+    """Return a loader of training batches: random 224×224 crop, flip and colour noise (section 4.1), minus the mean.
 
     One `for` loop over the loader is one epoch. After a `break`, the next loop continues within the epoch, with the
     batch after the last batch that was served. `loader.set_epoch(n)` begins epoch n instead.

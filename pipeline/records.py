@@ -22,8 +22,8 @@ from prep.store.datum import CRC32_BYTES, SOURCE, DatumError, locate_image, pars
 from prep.store.lmdb_shard import ShardReader
 from prep.store.manifest import Store, StoreError
 
-# Whether the checksum of each record is verified as it is read, by default. The key is the format of the records. A
-# checksum takes less than 1 % of the time to decode a JPEG file, but 20 % of the time to crop a raw image.
+# Whether the checksum of each record is verified by default when the record is read. The key is the format of the
+# records. A checksum takes less than 1 % of the time to decode a JPEG file, but 20 % of the time to crop a raw image.
 CHECK_BY_DEFAULT = {"jpeg": True, "ppm": False}
 _MAX_SIDE_PX = 2**31 - 1
 _READ_ONLY = 0x100  # PyBUF_READ
@@ -101,7 +101,7 @@ class Records:
         return self._ends[-1] if self._ends else 0
 
     def __getitem__(self, number: int) -> Record:
-        """Record `number`. Raises StoreError with the location of the record if the record is not valid.
+        """Return record `number`. Raises StoreError with the location of the record if the record is not valid.
 
         The image is not decoded.
         """

@@ -32,7 +32,7 @@ def ideal_distinct(label_counts: npt.NDArray[np.int64], batch: int) -> float:
 
     Class k has label_counts[k] records.
 
-    A class with n of the N records is missing from a batch with probability C(N − n, batch) / C(N, batch).
+    If a class has n of the N records, a batch lacks this class with probability C(N − n, batch) / C(N, batch).
     """
     total = int(label_counts.sum())
     counts = label_counts[label_counts > 0]

@@ -147,7 +147,7 @@ class DaliEngine:
         return [np.ascontiguousarray(pixels[y : y + side, x : x + side]) for pixels, (y, x) in parts]
 
     def _image(self, size_px: int) -> Node:
-        """uint8 HWC pixels: a decoded square of `size_px` (JPEG records), or the input `pixels` (raw records)."""
+        """Return uint8 HWC pixels: a decoded square of `size_px` (JPEG records), or the input `pixels` (raw)."""
         if self._augmenter.is_raw:
             return self._placement.to_device(external_source("pixels", self._types.UINT8, 3, "HWC"))
         return decode_crop(self._placement, size_px)

@@ -3,8 +3,8 @@
 On a GPU, the loader queues copies and kernels on its own CUDA stream (a side stream). The copies and kernels of the
 side stream run while the consumer's kernels run. Two rules keep the results correct:
 
-- The user of a result first waits for an event that was recorded after the work. `Event.wait` lets a thread of the host
-  wait. `Event.order` lets the kernels wait that the consumer queues afterwards.
+- The user of a result first waits for an event that was recorded after the work. With `Event.wait`, a thread of the
+  host waits. With `Event.order`, all kernels that the consumer queues later wait on the GPU.
 - `Event.order` also tells torch that the consumer's stream uses the memory of the tensors. Without `Event.order`, torch
   could give the memory to the loader's next batch while the consumer's kernels still read it.
 
@@ -51,7 +51,7 @@ class DeviceStream(Protocol):
         """Queue `work` after all earlier work.
 
         The results of `work` are undefined until an event that follows `work` has passed. `work` may only use tensors
-        that this stream made, or that exist before the call.
+        that this stream made, or that existed before the call.
         """
 
     def record(self) -> Event:
@@ -92,7 +92,7 @@ class CudaStream:
             work()
 
     def record(self) -> Event:
-        """Return an event that passes when all work is done that was launched on this stream."""
+        """Return an event that passes when all work that was launched on this stream is done."""
         return _CudaEvent(self._stream)
 
     def record_consumer(self) -> Event:

@@ -41,8 +41,8 @@ class Engine(Protocol):
     def finish(self, outputs: Any, records: RecordBatch, crops: Crops) -> torch.Tensor:
         """Return the images of a batch, from the outputs of the graph or from the result of `start`.
 
-        The images are complete when an event has passed that was recorded on `stream` after this call. An engine
-        without DALI raises DecodeError for a record that cannot be decoded.
+        An event that is recorded on `stream` after this call passes when the images are complete. An engine without
+        DALI raises DecodeError for a record that cannot be decoded.
         """
 
     def close(self) -> None:

@@ -68,7 +68,7 @@ def start_service(ray: ModuleType, config: ServiceConfig) -> Any:
 
 
 def most_workers(ray: ModuleType, threads: int) -> int:
-    """Number of workers with `threads` cores each that fit on the present nodes of the cluster; at least 1."""
+    """Return the number of workers with `threads` cores each that fit on the cluster's present nodes; at least 1."""
     return max(1, sum(cores // threads for cores in _cores(ray)))
 
 

@@ -43,7 +43,7 @@ class Sharing:
         """The arguments are the fields `ahead`, `consumers`, `patience_s` and `forget_s` of ServiceConfig."""
         self._ahead, self._expected, self._patience_s, self._forget_s = ahead, expected, patience_s, forget_s
         self.consumers: dict[str, Consumer] = {}
-        # Time at which the first consumer of a stream connected; None after the stream's first batch was allowed.
+        # Time at which the first consumer of a stream connected; None once the first batch may be served.
         self._begun: dict[StreamKey, float | None] = {}
 
     def touch(self, call: Call, now_s: float) -> bool:

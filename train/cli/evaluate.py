@@ -1,6 +1,6 @@
 """`alextrain evaluate`: error rates of a run, or of the averaged probabilities of several runs.
 
-To average predictions for different images is an error (check_same_images in train/evaluation/predictions.py).
+Predictions for different images cannot be averaged (check_same_images in train/evaluation/predictions.py).
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ class TorchrunGroup(Group):
         return name, command, rest
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the command. torchrun's report of failed processes shows the message of an error, too."""
+        """Run the command. If the command fails, torchrun's report of failed processes also shows the error."""
         try:
             return super().invoke(ctx)
         except click.ClickException as error:

@@ -84,7 +84,7 @@ def check_same_run(group: ReplicaGroup, run: Run, **more: Any) -> None:
     """
     names = ("epochs", "steps", "log_every", "checkpoint_every", "replicas", "deterministic", "service")
     settings = {**run.identity, **{name: getattr(run.config, name) for name in names}, **more}
-    settings["stream_seed"] = run.config.seed_of_stream  # run.identity lacks a stream seed that equals the seed
+    settings["stream_seed"] = run.config.seed_of_stream  # run.identity has it only if it differs from the seed
     settings["split val"] = run.store.split("val").fingerprint if "val" in run.store.splits else None
     settings = as_json({**settings, "devices of a replica": count_of(run.config.devices)})
     theirs = group.broadcast_json(settings)

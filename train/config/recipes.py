@@ -202,14 +202,14 @@ MODERN = _variant(
     schedule=(
         Cosine(warmup_epochs=5, start=0.1, end=0.001),
         "Goyal et al. 2017, section 2.2: warm-up over 5 epochs; Loshchilov and Hutter 2017 (arXiv 1608.03983), eq. 5: "
-        "half a cosine; ours: the shares of lr at both ends",
+        "half a cosine; ours: the values of start and end",
     ),
 )
 
 SHORT = _variant(
     PAPER,
     "short",
-    batch_size=(16, "ours: in minutes, many small steps learn more than few large steps (docs/measurements.md)"),
+    batch_size=(16, "ours: in a few minutes, many small steps learn more than few large steps (docs/measurements.md)"),
     epochs=(3, "ours: about four minutes on two cores for 1,500 images"),
     input_divisor=(64.0, "ours: pixels of about unit variance, which initialization 'he' assumes"),
     augmentation=(

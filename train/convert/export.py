@@ -78,7 +78,7 @@ class Preprocessing:
     resize_filter: str = "area"
     stored_as: str = "ppm"  # format of the rescaled training images: "jpeg, quality N", or "ppm", which is lossless
     background: str = "white"  # colour behind transparent pixels; "dropped": alpha is left out
-    square_first: str = "(length - shorter_side_px) // 2"  # first row (length: height) and column (length: width)
+    square_first: str = "(length - shorter_side_px) // 2"  # first row (length = height), column (length = width)
     window_px: int = CROP_PX
     window_rows: tuple[int, int] = (0, 0)  # first and last row of the centre crop in the square, counted from 0
     window_columns: tuple[int, int] = (0, 0)  # first and last column

@@ -160,7 +160,7 @@ class _Metadata(NamedTuple):
 
 
 def _metadata(file: Path, attributes: Mapping[str, Any]) -> _Metadata | None:
-    """Return the metadata in the attributes of a state_dict, which torch keeps in `_metadata`."""
+    """Return the metadata that `alextrain export` wrote. `attributes` are the attributes of a state_dict."""
     modules = attributes.get("_metadata")
     metadata = modules.get("") if isinstance(modules, dict) else None
     if not isinstance(metadata, dict) or "preprocessing" not in metadata:

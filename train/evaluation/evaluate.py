@@ -161,7 +161,7 @@ def average_probabilities(
 
 
 def error_rates(probabilities: npt.NDArray[np.float64], labels: npt.NDArray[np.int64]) -> EvalResult:
-    """Error rates and loss, computed from probabilities (N, classes).
+    """Return error rates and loss, computed from probabilities (N, classes).
 
     For the loss, a probability below the smallest positive float32 is replaced by the smallest positive float32.
     """

@@ -8,7 +8,7 @@ ILSVRC_CLASSES = 1000
 
 
 class PaperRow(NamedTuple):
-    """A row of table 2. The error rates are in 0..1, of the average over ten views."""
+    """A row of table 2. The error rates, in 0..1, are those of the average over ten views."""
 
     name: str  # the paper's name of the row
     top1_error: float

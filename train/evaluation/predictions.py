@@ -116,7 +116,7 @@ def predict_split(
     service_fallback: str | None = None,
     group: ReplicaGroup = ALONE,
 ) -> tuple[EvalResult, Predictions]:
-    """Error rates and probabilities of a network over a split.
+    """Return error rates and probabilities of a network over a split.
 
     views             1, 10 or DENSE
     run               name of the run, saved in `about`

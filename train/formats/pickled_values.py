@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, BinaryIO, NoReturn
 
-MAX_INSTRUCTIONS = 2_000_000  # of a pickle, at most; the pickle of a checkpoint for 1,000 classes has about 5,000
+MAX_INSTRUCTIONS = 2_000_000  # largest number of instructions; a checkpoint for 1,000 classes has about 5,000
 # Largest number of values. A value counts as often as it occurs, because a pickle can refer to one list many times.
 MAX_VALUES = 2_000_000
 MAX_DEPTH = 32  # levels of nested lists and dicts

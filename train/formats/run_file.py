@@ -76,7 +76,7 @@ class SplitFields(Struct, frozen=True):
 
 
 class StoreFields(Struct, frozen=True):
-    """Metadata of the training store, which a run keeps."""
+    """Metadata of the training store: the part "store" of run.json."""
 
     fingerprint: Digest
     settings: Settings

@@ -129,7 +129,7 @@ def _activations(x: Tensor, relu: bool) -> Tensor:
 
 
 def _negative_power(s: Tensor, beta: float) -> Tensor:
-    """s^−β."""
+    """Return s^−β."""
     if beta == 0.75:
         root = s.rsqrt()
         return root.sqrt().mul_(root)  # this is s^−¼ · s^−½

@@ -14,8 +14,7 @@ the paper, v has the opposite sign. The weight decay is in λ and in v. As in Pa
 The paper leaves three points open. In these points, this module does what the authors' code does (GetLocalRate in
 src/caffe/solvers/sgd_solver.cpp of borisgin/nvcaffe, a fork of NVIDIA's Caffe):
 
-- The weights and the biases of a layer have separate local rates, as in the paper's table 2. Biases also have local
-  rates.
+- The weights and the biases of a layer have separate local rates, as in the paper's table 2.
 - λ is 1 if ‖w‖ or ‖g‖ is 0. With λ = 0, biases that start at 0 could not change.
 - λ is not limited. A later version of the authors' code, `larc_policy: "clip"`, limits γ · λ to γ.
 

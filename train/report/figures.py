@@ -182,15 +182,15 @@ def _figures_of_errors(trained: TrainedRun, split: str) -> Iterator[RunFigure]:
     yield RunFigure(
         "class-errors",
         "Errors per class",
-        f"Top-1 errors of {split}, centre crop, the worst class first.",
+        f"Top-1 error of each class of {split}, by the centre crop. The worst class comes first.",
         ERRORS_INCHES,
         lambda figure: draw_class_errors(figure, confusion, names),
     )
     yield RunFigure(
         "confusion",
         "Confusion of the worst classes",
-        "Images of the classes with the highest errors, by predicted class: number of images, and shade for their "
-        "share of the class. The correct class is framed.",
+        "Predicted classes of the images of the classes with the highest errors. A cell has the number of images; the "
+        "shade is their share of the class. The correct class is framed.",
         CONFUSION_INCHES,
         lambda figure: draw_confusion_matrix(figure, confusion, names),
     )

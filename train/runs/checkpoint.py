@@ -260,7 +260,10 @@ class CheckpointKeeper:
                 with open(path, "rb") as source, atomic_file(best) as file:
                     shutil.copyfileobj(source, file)
         except OSError as error:
-            say(f"Warning: {best}: cannot be written ({error.strerror or error}). An earlier best.pt stays, if any.")
+            say(
+                f"Warning: {best}: cannot be written ({error.strerror or error}). If there is an earlier best.pt, it "
+                "is kept."
+            )
         finally:
             temporary.unlink(missing_ok=True)  # if both names are links to one file, os.replace keeps `temporary`
 

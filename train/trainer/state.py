@@ -97,7 +97,10 @@ class Generators:
         self._training: object = None  # the training run that uses the generators
 
     def switch_to(self, training: object) -> None:
-        """Set the generators to the states of `training`. After the first call, `training` must seed the generators."""
+        """Set the generators to the states of `training`.
+
+        After the first call for a training, the training must seed the generators.
+        """
         if training is self._training:
             return
         if self._training is not None:
