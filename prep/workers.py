@@ -35,7 +35,7 @@ from prep.worker_start import SharedIntegers, StartOutput, WorkerNotStarted, sta
 T = TypeVar("T")
 R = TypeVar("R")
 
-_KEEP_BYTES = 256_000_000  # freed memory that a worker keeps for reuse; the arrays of a huge image need more memory
+_KEEP_BYTES = 256_000_000  # freed memory that a worker keeps for reuse; more memory is returned to the system
 _POLL_S = 0.2
 # Time between two checks of the workers' CPU time; time by which the limit may be exceeded.
 _CHECK_CPU_S, _CPU_GRACE_S = 1.0, 2.0

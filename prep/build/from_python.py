@@ -1,9 +1,9 @@
 """Builds a split from images that Python code yields: any data set with (image, label, name) for each item.
 
 The images are first written one after another into one file in the store, because a build reads them in the order of
-the records. At the end of the build the file with the images is removed. An image that is given in encoded form takes
-its own number of bytes in this file. An image that is given as pixels (a PIL image of mode RGB, or an array) is first
-rescaled if it is larger than the records. The build does not rescale the pixels a second time.
+the records. At the end of the build the file with the images is removed. The bytes of an encoded image are written into
+this file unchanged. An image that is given as pixels (a PIL image of mode RGB, or an array) is first rescaled if it is
+larger than the records. The build does not rescale the pixels a second time.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Builds a split in parts, without a cluster: part I of N builds every N-th shard, starting with shard I − 1.
+"""Builds a split in parts, without a cluster. Part I of N builds every N-th shard, beginning with the I-th shard.
 
 Parts can run in any order, more than once, and at the same time on several machines that share a file system (for
 example as the tasks of a SLURM array). Two files serve as locks:

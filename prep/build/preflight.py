@@ -84,10 +84,11 @@ def _obvious_fault(reader: InputReader, item: Input) -> str:
 
 
 def check_inputs(plan: BuildPlan, policy: BuildPolicy, jobs: int, unfinished: Sequence[int]) -> None:
-    """Raise UserError if the listing, and `probe` in the `unfinished` shards, found more bad inputs than allowed.
+    """Raise UserError if there are more bad inputs than `policy` allows.
 
-    `policy` says how many bad inputs are allowed. If `policy` skips bad inputs, `probe` does not run. The bad inputs
-    are listed in bad.jsonl in the plan's `work_dir`.
+    The bad inputs are those that the listing refused, and those that `probe` finds in the `unfinished` shards. If
+    `policy` skips bad inputs, `probe` does not run. Before the error is raised, the bad inputs are written to bad.jsonl
+    in the plan's `work_dir`.
     """
     bad = list(plan.source.refused)
     if not policy.skip_bad and unfinished:
@@ -269,7 +270,7 @@ def _build_tasks(
 
 
 def _measure(task: ShardTask, task_progress: TaskProgress) -> BuiltInMemory:
-    """Build the records of a task in memory, after one record that loads the libraries."""
+    """Build the records of a task in memory. One more record is built first, because its build loads the libraries."""
     warm_up = replace(task, inputs=task.inputs[:1])
     list(ShardBuilder(warm_up, TaskProgress()).records())
     return _build_records(task, task_progress)

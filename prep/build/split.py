@@ -138,7 +138,7 @@ def build_shards(
 
 @contextmanager
 def disk_errors(store: Path) -> Iterator[None]:
-    """Raise an OSError of a `with` block as DiskFull or as another UserError."""
+    """Convert an OSError in a `with` block to DiskFull or to another UserError."""
     try:
         yield
     except OSError as error:

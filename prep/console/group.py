@@ -23,7 +23,7 @@ CONTEXT_SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 
 
 
 class FiniteRange(click.FloatRange):
-    """A number in a range, as click.FloatRange, but NaN is refused."""
+    """Like click.FloatRange, a number in a range, but NaN is refused."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """Return the number. Raises click.BadParameter for a number outside of the range, and for NaN."""
@@ -111,7 +111,7 @@ class Group(click.Group):
         return super().main(*args, **kwargs)
 
     def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
-        """Parse the options before the name of the command. Raises click.UsageError for a wrong option."""
+        """Parse the options that come before the name of the command. Raises click.UsageError for a wrong option."""
         with _escaped_usage_errors():
             return super().make_context(*args, **kwargs)
 

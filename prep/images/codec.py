@@ -262,7 +262,7 @@ def check_size(width: int, height: int, options: DecodeOptions) -> None:
 
 def _check_scans(width: int, height: int, content: bytes, options: DecodeOptions) -> None:
     most = _MAX_SCANS * options.max_pixels
-    # Count no scans in small files: a scan has at least ten bytes, so a small file has few scans.
+    # The scans of a small file are not counted: a scan has at least ten bytes, so a small file has few scans.
     if width * height * len(content) > 16 * most:
         scans = content.count(b"\xff\xda")
         if width * height * scans > most:

@@ -33,9 +33,9 @@ _PLUGINS = {"HEIF": ("HEIC", "pillow_heif", "heic"), "JXL": ("JPEG XL", "pillow_
 class BadImage(ValueError):
     """A file that cannot be used as an image. The message gives the reason, without the name of the file.
 
-    If an option can raise the limit that the image exceeds, `limit` holds the name of the option and the value of the
-    image, such as {"limit": "max_pixels", "pixels": 240000000}. The keys of `limit` become keys of the input's outcome
-    in inputs.jsonl.
+    If the image exceeds a limit that an option sets, `limit` holds the name of the option and the size of the image,
+    such as {"limit": "max_pixels", "pixels": 240000000}. The keys of `limit` become keys of the input's outcome in
+    inputs.jsonl.
     """
 
     def __init__(self, reason: str, **limit: Any) -> None:

@@ -113,7 +113,7 @@ class _BandedMatrix(NamedTuple):
     """The matrix of one pass for BLAS, divided into bands along its diagonal.
 
     A band is (inputs, outputs, weights): a slice of the elements of an input line, a slice of the elements of an output
-    line, and a matrix. Input slices are relative to the first element of pixel `source.start`.
+    line, and a matrix. The slices of input elements count from the first element of pixel `source.start`.
     """
 
     source: slice  # pixels that the pass reads from each line

@@ -37,9 +37,8 @@ class FileFacts(NamedTuple):
 
     bits: int = 8  # number of bits of a channel
     is_grey: bool = False  # whether the file has grey levels, with or without alpha
-    zero_is_white: bool = (
-        False  # whether this is a TIFF whose lowest grey level is white; Pillow inverts it only if it has 8 bits
-    )
+    # Whether this is a TIFF in which grey level 0 is white. Pillow inverts such grey levels only if they have 8 bits.
+    zero_is_white: bool = False
 
 
 def file_facts(image: Image.Image, content: bytes) -> FileFacts:

@@ -199,7 +199,7 @@ class _Tree:
         return kept
 
     def enter_single_folders(self) -> None:
-        """If the root contains one folder alone, and this folder contains folders and no images, make it the root."""
+        """While the root contains only one folder, which contains folders and no images, make this folder the root."""
         while self.root not in self.has_images and len(self.folders_in[self.root]) == 1:
             below = next(iter(self.folders_in[self.root])) + b"/"
             if below in self.has_images or not self.folders_in[below]:

@@ -110,8 +110,8 @@ def list_caffe_lmdbs(
     -   the labels, written as decimal numbers
 
     Raises UserError if a folder is not an LMDB, or if no record is a Datum with a label. Also raises UserError if a
-    label has no class name, if a class has no record and `allow_empty_classes` is false, or if the folder names in the
-    keys are other classes.
+    label has no class name, if a class has no record and `allow_empty_classes` is false, or if the folder name in a key
+    and the label of its record are different classes.
     """
     if len({folder.resolve() for folder in folders}) < len(folders):
         raise UserError(f"{folders[0]}: one of the LMDBs is named twice.")

@@ -6,7 +6,7 @@ An interrupted copy reads the journal and continues with the other files.
     DST/.copy/train/00000/data.mdb.json size, version and SHA-256 of a file that was verified after it arrived
     DST/.copy/incoming/…                only in a local destination: files that are being transferred
 
-A file counts as arrived only if its size and version in the destination are still those in its entry. The version is
+A file counts as arrived only if its size and version in the destination are still those in the journal. The version is
 the ETag or the modification time. The last step of a copy deletes the folder .copy.
 """
 

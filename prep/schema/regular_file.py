@@ -1,4 +1,4 @@
-"""Opens regular files only: a FIFO, socket, device or folder in place of a file is an error, and never blocks."""
+"""Opens regular files only. A FIFO, socket, device or folder in place of a file causes an error, and never blocks."""
 
 from __future__ import annotations
 
@@ -77,9 +77,9 @@ def read_regular(path: Path | str, max_bytes: int, advice: str, error: Callable[
 
 
 def check_regular(path: Path | str, advice: str, error: Callable[[str], UserError] = UserError) -> None:
-    """Raise `error` if something other than a regular file is at `path`, for a library that opens the file itself.
+    """Raise `error` if something other than a regular file is at `path`. Nothing is raised if `path` does not exist.
 
-    Nothing is raised if there is nothing at `path`.
+    Call this function before a library opens the file itself.
     """
     with suppress(FileNotFoundError, NotADirectoryError):
         _refuse_other_kinds(os.stat(path).st_mode, path, advice, error)

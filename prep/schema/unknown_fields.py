@@ -41,7 +41,10 @@ def finder(type_: Any) -> _Find | None:
 
 
 def _finder(node: Any, known: dict[int, list[_Find | None]]) -> _Find | None:
-    """Return the function for a type of msgspec.inspect. `known`: functions of the outer objects (for recursion)."""
+    """Return the function for a type of msgspec.inspect.
+
+    `known` has the functions of the objects that contain this type, because an object can contain its own type.
+    """
     is_strict = False
     while type(node).__name__ == "Metadata":
         is_strict |= bool((node.extra or {}).get("refuses_unknown"))

@@ -1,4 +1,4 @@
-/* Look up many records in the memory maps of LMDB shards, check the records, and survive pages that cannot be read.
+/* Look up many records in the memory maps of LMDB shards, check the records, and continue if a page cannot be read.
  * kernels.py calls these functions and explains the formats. Stores are not trusted: every offset and every size is
  * compared with the memory that it refers to. */
 
@@ -124,8 +124,9 @@ static int parse(const uint8_t *value, int64_t size, record *out) {
     return *at++ == 0x28 && (out->label = varint(&at, end)) >= 0;
 }
 
-/* CRC-32 of zlib and PNG: the remainder of the message, a polynomial over GF(2) whose first bit is the lowest bit of the
- * first byte, modulo P. POLYNOMIAL holds the coefficients of x^31 to x^0 of P, with the coefficient of x^31 in bit 0. */
+/* CRC-32 as in zlib and PNG. The bits of a message are the coefficients of a polynomial over GF(2). The lowest bit of the
+ * first byte is the coefficient of the highest power. The CRC is the remainder of this polynomial modulo P. POLYNOMIAL
+ * holds the coefficients of x^31 to x^0 of P, with the coefficient of x^31 in bit 0. */
 #define POLYNOMIAL 0xedb88320u
 static uint32_t crc_of_byte[8][256]; /* [k][b]: remainder of the byte b followed by k bytes of zeros */
 
@@ -260,8 +261,8 @@ void find_records(const shard *shards, const int64_t *shard_of, const int64_t *k
 }
 
 /* Maps of files that are protected against SIGBUS. The kernel sends SIGBUS if a page of a map cannot be read: the file
- * was cut while it was mapped, or the disk has an error. The handler puts a page of zeros in place of such a page, and
- * marks the map. The reader continues with zeros, and the caller then asks map_is_broken before it uses the result. */
+ * was truncated while it was mapped, or the disk has an error. The handler puts a page of zeros in place of such a page,
+ * and marks the map. The reader continues with zeros. The caller must call map_is_broken before it uses the result. */
 typedef struct {
     uintptr_t address;
     uint64_t bytes; /* 0: this entry is free */
@@ -316,7 +317,8 @@ int64_t install_handler(void) {
     return sigaction(SIGBUS, &action, 0) == 0;
 }
 
-/* Protect a map. Returns its entry for the functions below, or null if there is no memory. One thread at a time. */
+/* Protect a map. Returns its entry in map_lists, which release_map and map_is_broken take, or null if there is no
+ * memory. Only one thread at a time may call this function. */
 guarded_map *guard_map(uintptr_t address, uint64_t bytes) {
     if (!install_handler())
         return 0;

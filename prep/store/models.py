@@ -209,7 +209,7 @@ class Outcome(TypedDict):
 
 
 def outcome_fault(outcome: Mapping[str, Any]) -> str:
-    """Return which field a line of inputs.jsonl lacks for its fate, as text; empty if the line has all fields."""
+    """Return an error text if a line of inputs.jsonl lacks a field that its fate or limit requires, otherwise ""."""
     needed = {"bad": "why", "ignored": "why", "kept, with warnings": "warnings"}.get(outcome["fate"], "source")
     also = {"max_pixels": "pixels", "time_limit": "seconds"}.get(outcome.get("limit", ""), "source")
     missing = next((name for name in (needed, also) if name not in outcome), "")

@@ -54,7 +54,7 @@ class Summary(TypedDict):
 
     shard: BuiltShard
     labels: list[tuple[_Label, Count]]  # (label, number of records)
-    fates: list[Outcome]  # outcomes of the inputs that are not plainly kept
+    fates: list[Outcome]  # outcomes of the inputs that get a line in inputs.jsonl
     build: NotRequired[str]  # `id` of the plan
     moments: NotRequired[MomentsJson]
     largest_px: NotRequired[Count]

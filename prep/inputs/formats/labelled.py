@@ -1,4 +1,4 @@
-"""Inputs that have their labels beside them: rows of a Parquet file or of a CSV list, samples of a WebDataset.
+"""Inputs of formats that give a label with each input: rows of Parquet files and CSV lists, samples of WebDatasets.
 
 A label is the name of a class. If all labels are numbers, a label is the position of a class from 0. If the name of an
 input has no folder, the input gets the name CLASS/NAME. With the name CLASS/NAME, the images give the same records as
@@ -88,7 +88,7 @@ class LabelledRows:
                 f"{self.origin}: {count_noun(len(self.unlabelled), 'image')} without a label "
                 f"({examples(self.unlabelled)}), so a class may be missing, and other classes may get its label. Add "
                 "the labels, remove these images, or name all classes with --classes FILE. With --allow-empty-classes, "
-                "the classes of the other images are all classes."
+                "only the classes of the other images become classes."
             )
         texts = list(self.texts)
         twice = next((name for name, count in Counter(names).items() if count > 1), None)

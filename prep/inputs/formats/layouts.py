@@ -84,7 +84,7 @@ def split_source(path: Path, layout: str | None = None) -> SplitSource:
 
 
 def _split_named_by(source: Path, layout: str) -> str:
-    """Return the split that the name of a file or of a folder of Parquet files means, or train if there is none."""
+    """Return the split that the name of a file or of a folder of Parquet files means; train if it means no split."""
     (named,) = files_by_split([source]) if source.is_file() else (_ONLY_SPLIT,)
     if layout == "parquet" and named == _ONLY_SPLIT:
         folder = source.resolve().parent if source.is_file() else source.resolve()
