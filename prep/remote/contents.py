@@ -24,6 +24,7 @@ from prep.store.manifest import (
 )
 
 MANIFEST = "manifest.json"
+_MAX_NPY_HEADER_BYTES = 65_536
 CHECKSUMS = "SHA256SUMS"  # file in object storage: digests of all files, in the format of the program sha256sum
 
 
@@ -33,12 +34,13 @@ class Damaged(Exception):
 
 @dataclass(frozen=True)
 class StoreFile:
-    """A file of a store, and its expected content. Exactly one of the last three fields is set."""
+    """A file of a store, and its expected content. Exactly one of shard, color_stats and sha256 is set."""
 
     path: str  # path relative to the store
     shard: Shard | None = None  # for a data.mdb: the entry of the shard in the manifest
     color_stats: ColorStats | None = None  # for a colour.json: statistics computed from the manifest's moments
     sha256: str = ""  # for any other file: SHA-256 (hex) from the manifest
+    max_bytes: int | None = None  # largest size of an intact file; None if the manifest does not bound the size
 
 
 def read_manifest(folder: Folder) -> tuple[Store, bytes]:
@@ -61,11 +63,15 @@ def read_manifest(folder: Folder) -> tuple[Store, bytes]:
 def store_files(store: Store) -> list[StoreFile]:
     """Return all files of a store except its manifest. The shards come first."""
     files = [StoreFile(f"{shard.path}/data.mdb", shard) for split in store.splits.values() for shard in split.shards]
+    max_bytes = {"mean_image.npy": _MAX_NPY_HEADER_BYTES + 4 * 3 * store.settings.side_px**2}
     for split_name, split in store.splits.items():
         digests = {file: split.account["files"][file] for file in SPLIT_FILES}
         stats = compute_color_stats(split.records, Moments.from_json(split.moments))
-        files.append(StoreFile(f"{split_name}/colour.json", color_stats=stats))
-        files += [StoreFile(f"{split_name}/{file}", sha256=digest) for file, digest in digests.items()]
+        files.append(StoreFile(f"{split_name}/colour.json", color_stats=stats, max_bytes=MAX_COLOR_STATS_BYTES))
+        files += [
+            StoreFile(f"{split_name}/{file}", sha256=digest, max_bytes=max_bytes.get(file))
+            for file, digest in digests.items()
+        ]
     return files
 
 

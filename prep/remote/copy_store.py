@@ -110,6 +110,12 @@ def planned_copy(source_name: str, target_name: str) -> Iterator[CopyPlan]:
     for file in files:
         if file.path not in states:
             raise UserError(f"{source.name}: {file.path} is missing. The store is damaged: build or copy it again.")
+        size_bytes = states[file.path].size_bytes
+        if file.max_bytes is not None and size_bytes > file.max_bytes:
+            raise UserError(
+                f"{source.name}: {file.path} has {size_bytes:,} bytes, expected at most {file.max_bytes:,}. The store "
+                "is damaged: build or copy it again."
+            )
     has_checksums = states.pop(CHECKSUMS, None) is not None and source.is_remote
     checksums = parse_checksums(source.read(CHECKSUMS)) if has_checksums else {}
     # Another program replaced the store, but did not replace its SHA256SUMS.

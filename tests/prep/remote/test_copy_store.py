@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 from dataclasses import replace
@@ -277,3 +278,15 @@ def test_a_changed_manifest_is_refused(small_store: Path, copy: Copy, proxy: Pro
     path.write_bytes(path.read_bytes().replace(b'"seed": 0', b'"seed": 1'))
     with pytest.raises(StoreError, match=r"manifest\.json: was changed: checksum \w{64}, the file says \w{64}"):
         copy(tmp_path / "changed", tmp_path / "copy")
+
+
+def test_a_file_that_is_far_too_large_is_refused_before_the_copy(
+    small_store: Path, copy: Copy, proxy: Proxy, tmp_path: Path
+) -> None:
+    for name in ("mean_image.npy", "colour.json"):
+        large = tmp_path / name / "large"
+        shutil.copytree(small_store, large)
+        os.truncate(large / "train" / name, 3_000_000_000)
+        with pytest.raises(UserError, match=rf"train/{name} has 3,000,000,000 bytes, expected at most "):
+            copy(large, tmp_path / "copy")
+        assert not (tmp_path / "copy").exists()
