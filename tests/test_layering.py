@@ -30,7 +30,7 @@ ALLOWED = {
     "train": (
         *("train", "pipeline", "prep.console", "prep.schema", "prep.files", "prep.compiled", "prep.plot_style"),
         "prep.version",
-        *("prep.images.limits", "prep.store.manifest"),
+        *("prep.images.limits", "prep.store.agreement", "prep.store.manifest"),
     ),
 }
 

@@ -52,6 +52,7 @@ class Choice:
     seed: int = 0  # seed of the random choice of edits and commands
 
 
+SLOW_COMMANDS = ("alextrain run", "alextrain report", "alextrain ablate", "alexprep build-lmdb")
 BELIEVED = "believed"  # verdict on a command that accepted an edit although no rule allows the edit
 Job = tuple[Target, Edit, list[str]]
 
@@ -69,9 +70,15 @@ def jobs_of(samples: Path, choice: Choice) -> list[Job]:
             label = f"{edit.file}:{edit.field}"
             is_named = not choice.only or any(name in label for name in choice.only)
             if is_named and (not choice.kinds or edit.kind in choice.kinds) and rng.random() < choice.share:
-                jobs.append((target, edit, commands if choice.every_command else [rng.choice(commands)]))
+                jobs.append((target, edit, commands if choice.every_command else _drawn(commands, rng)))
     rng.shuffle(jobs)
     return jobs
+
+
+def _drawn(commands: Sequence[str], rng: random.Random) -> list[str]:
+    """Return one of the commands. Commands that take seconds are drawn one tenth as often as others."""
+    weights = [0.1 if command.startswith(SLOW_COMMANDS) else 1.0 for command in commands]
+    return rng.choices(commands, weights)
 
 
 def run_jobs(jobs: Sequence[Job], samples: Path, processes: int, limit_s: float) -> Iterator[Outcome]:
@@ -148,7 +155,8 @@ def table_lines(outcomes: Sequence[Outcome]) -> list[str]:
 @click.option(
     "--every-command",
     is_flag=True,
-    help="After each edit, run all commands that read the file.  [default: one command, drawn with the seed]",
+    help="After each edit, run all commands that read the file.  [default: one command, drawn with the seed; commands "
+    "that take seconds are drawn less often]",
 )
 @click.option(
     "--share",

@@ -1,16 +1,23 @@
-"""Rules between the fields of a manifest: sums and lengths that must agree, digests, moments that pixels can have."""
+"""Rules between the fields of a manifest and of colour statistics.
+
+Sums, lengths and digests must agree. Pixels must be able to have the moments. Principal components must be those of
+their covariance.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from prep.schema import shown
-from prep.store.models import Manifest, MomentsJson, Settings, Shard, Split
+from prep.store.models import ColorStats, Manifest, MomentsJson, Settings, Shard, Split
 
+# Largest difference, as a share of the sum of the variances, that is taken for a rounding error.
+_ROUNDING = 1e-6
 SPLIT_FILES = ("mean_image.npy", "inputs.jsonl")  # files of a split whose digests are in Split.account
 
 
@@ -81,3 +88,32 @@ def impossible_moments(moments: MomentsJson) -> Iterator[str]:
                 yield f"outer.{i}.{j} is {outer[i][j]}, expected the value of outer.{j}.{i}, {outer[j][i]}"
             elif outer[i][j] ** 2 > outer[i][i] * outer[j][j]:
                 yield f"outer.{i}.{j} is {outer[i][j]}, expected at most the root of outer.{i}.{i}·outer.{j}.{j}"
+
+
+def inconsistent_statistics(stats: ColorStats) -> Iterator[str]:
+    """Yield a text for each field of colour statistics that contradicts another field.
+
+    The covariance must be symmetric. The eigenvalues λ must descend, and the standard deviations must be their square
+    roots. The eigenvectors v must have the length 1 and must be orthogonal. Σ λ·v·vᵀ must be the covariance.
+    """
+    covariance, values, vectors = stats.covariance, stats.eigenvalues, stats.eigenvectors
+    pairs = [(i, j) for i in range(3) for j in range(i + 1)]
+    for i, j in pairs:
+        if covariance[i][j] != covariance[j][i]:
+            expected = f"the value of covariance.{i}.{j}, {covariance[i][j]:g}"
+            yield f"covariance.{j}.{i} is {covariance[j][i]:g}, expected {expected}"
+    if list(values) != sorted(values, reverse=True):
+        yield f"eigenvalues is {list(values)}, expected descending values"
+    for k in range(3):
+        if not math.isclose(stats.stdevs[k] ** 2, max(0.0, values[k]), rel_tol=_ROUNDING, abs_tol=_ROUNDING):
+            yield f"stdevs.{k} is {stats.stdevs[k]:g}, expected the square root of eigenvalues.{k} ({values[k]:g})"
+    for i, j in pairs:
+        product = sum(vectors[row][i] * vectors[row][j] for row in range(3))
+        if abs(product - (i == j)) > _ROUNDING:
+            yield f"eigenvectors: the product of the columns {j} and {i} is {product:.6g}, expected {int(i == j)}"
+    rounding = _ROUNDING * max(1.0, sum(values))
+    for i, j in pairs:
+        rebuilt = sum(values[k] * vectors[i][k] * vectors[j][k] for k in range(3))
+        if abs(rebuilt - covariance[i][j]) > rounding:
+            expected = f"{rebuilt:g}, as eigenvalues and eigenvectors give"
+            yield f"covariance.{i}.{j} is {covariance[i][j]:g}, expected {expected}"

@@ -28,7 +28,13 @@ import numpy.typing as npt
 from prep.console import UserError, did_you_mean, shell_quoted
 from prep.files import write_atomic
 from prep.schema import ArrayShape, convert, decode, parse_json, read_npy, read_regular, shown
-from prep.store.agreement import SPLIT_FILES, digest_json, disagreements, split_fingerprint
+from prep.store.agreement import (
+    SPLIT_FILES,
+    digest_json,
+    disagreements,
+    inconsistent_statistics,
+    split_fingerprint,
+)
 from prep.store.models import (
     DEFAULT_BACKGROUND,
     DROPPED,
@@ -228,14 +234,11 @@ class Store:
 def parse_color_stats(content: bytes, name: str, advice: str = ADVICE) -> ColorStats:
     """Return the content of a colour.json.
 
-    Raises StoreError, with `name` and `advice` in its message, for a wrong field. The covariance must be symmetric, and
-    the eigenvalues must descend.
+    Raises StoreError, with `name` and `advice` in its message, for a wrong field, and for fields that contradict each
+    other.
     """
     stats = decode(ColorStats, content, name, advice, StoreError)
-    for i, j in ((0, 1), (0, 2), (1, 2)):
-        if stats.covariance[i][j] != stats.covariance[j][i]:
-            text = f"covariance.{i}.{j} is {stats.covariance[i][j]}, expected the value of covariance.{j}.{i}"
-            raise StoreError(f"{name}: {text}, {stats.covariance[j][i]}. {advice}")
-    if list(stats.eigenvalues) != sorted(stats.eigenvalues, reverse=True):
-        raise StoreError(f"{name}: eigenvalues is {list(stats.eigenvalues)}, expected descending values. {advice}")
+    wrong = next(inconsistent_statistics(stats), "")
+    if wrong:
+        raise StoreError(f"{name}: {wrong}. {advice}")
     return stats

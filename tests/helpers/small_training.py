@@ -84,9 +84,9 @@ def tiny_description(
     recipe: Recipe = SHORT, model: Architecture = TINY_ALEXNET, fingerprint: str = "f" * 64, **settings: Any
 ) -> dict[str, Any]:
     """Return the content of a run.json, for a store with two classes. `settings` replaces or adds settings."""
-    zeros, identity_matrix = [0.0] * 3, [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]]
+    ones, identity_matrix = [1.0] * 3, [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]]
     colour = {"records": 80, "pixels": 80 << 16, "mean_rgb": [100.0] * 3, "covariance": identity_matrix}
-    colour |= {"eigenvalues": zeros, "stdevs": zeros, "eigenvectors": identity_matrix, "pixel_scale": 255}
+    colour |= {"eigenvalues": ones, "stdevs": ones, "eigenvectors": identity_matrix, "pixel_scale": 255}
     of_store = {"side_px": 256, "keep_aspect": False, "format": "jpeg", "quality": 90, "filter": "area", "seed": 0}
     all_settings = {
         **{"store": "store", "batch_size": 8, "seed": 0, "precision": "fp32", "accumulate": 1, "run_dir": "run"},

@@ -116,7 +116,7 @@ def test_accepted_edits_need_a_rule() -> None:
     edit = ("store/manifest.json", "splits.train.records", "text", INSPECT, ACCEPTED, 0, "", 0.1, 1)
     assert judged(Outcome(*edit)).verdict == BELIEVED
     assert reason_to_accept(Outcome(*edit)) is None
-    allowed = Outcome("run/status.json", *edit[1:])
+    allowed = Outcome("run/tensorboard/EVENTS", *edit[1:])
     assert judged(allowed) == allowed
     assert any(line.split()[-1] == "1" for line in table_lines([allowed, judged(Outcome(*edit))]))
 

@@ -199,7 +199,10 @@ def _save_value(value: Any) -> Apply:
 
 
 def _save_plainly(content: Any, path: Path) -> None:
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(limit + 10 * _NESTED_LISTS)
     torch.save(content, path)
+    sys.setrecursionlimit(limit)
 
 
 def _edit_content(

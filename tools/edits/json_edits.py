@@ -114,7 +114,8 @@ def _replacements(value: Any) -> Iterator[tuple[str, Any]]:
     elif isinstance(value, list | tuple) and value:
         yield "item removed", list(value)[:-1]
         yield "item repeated", [*value, value[-1]]
-        yield "items reversed", list(value)[::-1]
+        if list(value) != list(value)[::-1]:
+            yield "items reversed", list(value)[::-1]
 
 
 def _numbers(value: float) -> Iterator[tuple[str, Any]]:

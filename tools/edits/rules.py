@@ -39,8 +39,18 @@ _OTHER_NUMBERS = ("plus 1", "minus 1", "zero", "number", "fraction", "negative")
 _OTHER_TEXTS = ("other text", "long text", "outside", "absolute")
 _ODD_TEXTS = ("escape code", "C1 control", "newline", "NUL", "bidi", "empty text")
 _ALL_NUMBERS = (*_OTHER_NUMBERS, "10^30", "400 digits", "1e308", "NaN", "Infinity", "-Infinity")
+WHOLE_FILE = "."  # the pattern of edits that do not belong to one field
+# Edits that leave a file of lines as a crash of the machine can leave the file: without its end, or with other bytes
+# instead of its end.
+_CUT = (
+    *("empty", "missing", "truncated to 1 byte", "truncated to 1/4", "truncated to 2/4", "truncated to 3/4"),
+    *("without last byte", "random bytes", "zero bytes", "text after the end", "nested lists", "nested objects"),
+    *("escape codes", "UTF-16"),
+)
 
-
+_LIMITS_OF_INTEGERS = ("largest numbers", "smallest numbers")
+_SAME_SCALAR = ("rows repeated", "half of the rows", "shape scalar", "Fortran order")
+_LINES = ("run/metrics.jsonl", "run/evaluations.jsonl")
 _RUN_FILES = ("run/run.json", "run/checkpoint-*", "ensemble/*", "ablations/*")
 _TEXTS = (
     *("classes", "environment", "store.tools", "recipe.sources", "recipe.name", "model.source", "model.name"),
@@ -68,14 +78,23 @@ class Rule:
         """Return whether the rule allows a command to accept an edit."""
         return (
             any(fnmatch(edited.file, pattern) for pattern in self.files)
-            and (not self.fields or field_matches(edited.field, self.fields))
+            and (not self.fields or _names_field(self.fields, edited.field))
             and (not self.kinds or edited.kind in self.kinds)
             and (not self.commands or any(text in edited.command for text in self.commands))
         )
 
 
+def _names_field(patterns: Sequence[str], field: str) -> bool:
+    return field == "" if WHOLE_FILE in patterns else field_matches(field, patterns)
+
+
 RULES: Sequence[Rule] = (
-    Rule("A link to a file with the same content gives the same result.", ("*",), ("",), ("link out of the folder",)),
+    Rule(
+        "A link to a file with the same content gives the same result.",
+        ("*",),
+        (WHOLE_FILE,),
+        ("link out of the folder",),
+    ),
     Rule(
         "The versions of tools are for information. Only a resumed build compares them.",
         ("store/manifest.json",),
@@ -106,13 +125,6 @@ RULES: Sequence[Rule] = (
         ("store/*/data.mdb",),
         ("pages",),
     ),
-    Rule(
-        "The field has no effect on the result of the command, and `alexprep verify` finds the edit.",
-        ("store/*/data.mdb", "store/train/mean_image.npy", "store/train/inputs.jsonl", "store/train/colour.json"),
-        (),
-        (),
-        ("alextrain", "alexstream", "alexprep inspect", "alexprep export-files", "alexprep merge"),
-    ),
     Rule("A summary that cannot be used is built again.", ("parts/*", "merge/*")),
     Rule(
         "The counts of a finished build are for information.",
@@ -123,10 +135,80 @@ RULES: Sequence[Rule] = (
     Rule("A journal that cannot be used is left out, and the file is copied again.", ("copy/*",)),
     Rule("A log of events has no effect on a run.", ("run/tensorboard/*",)),
     Rule(
-        "Readers leave out a damaged line, because a crash of the machine can leave an incomplete line.",
-        ("run/metrics.jsonl", "run/evaluations.jsonl"),
+        "Readers leave out a cut end of the file, because a crash of the machine can leave it.",
+        _LINES,
+        (WHOLE_FILE,),
+        _CUT,
     ),
-    Rule("The status is written again when the run continues.", ("run/status.json",)),
+    Rule("No other field tells which value is right.", _LINES, (), (*_OTHER_NUMBERS, *_OTHER_TEXTS, "twice")),
+    Rule(
+        "The field may hold any text. The text is escaped when it is printed.",
+        ("run/evaluations.jsonl",),
+        ("*.split", "*.split_fingerprint"),
+        _ODD_TEXTS,
+    ),
+    Rule("A branch of a run does not read the file.", _LINES, (), (), ("--fork",)),
+    Rule(
+        "The metrics of a network that diverges can be any number.",
+        _LINES,
+        (),
+        ("10^30", "1e308"),
+    ),
+    Rule(
+        "The loss of a network that diverges can be NaN or infinite.",
+        _LINES,
+        ("*.loss",),
+        ("NaN", "Infinity", "-Infinity", "400 digits"),
+    ),
+    Rule(
+        "Older versions did not write the field. A layer that is not trained has no norm.",
+        ("run/metrics.jsonl",),
+        (
+            "*.gradient_norm",
+            "*.weight_norm",
+            "*.stream_waiting_share",
+            "*.memory_mb",
+            "*.gpu_memory_mb",
+            "*.unix_time_s",
+        ),
+        ("delete", "empty", "item removed", "item repeated"),
+    ),
+    Rule("The edit leaves floating-point numbers unchanged.", ("run.npz",), ("probabilities",), _LIMITS_OF_INTEGERS),
+    Rule("An array with one axis has no order.", ("*.npz",), (), ("Fortran order",)),
+    Rule(
+        "The command reads only a part of the records.",
+        ("store/*/data.mdb",),
+        (),
+        (),
+        ("alexstream preview", "alexstream bench"),
+    ),
+    Rule(
+        "The label is within the range, and `alexprep verify` finds it.",
+        ("store/*/data.mdb",),
+        (),
+        ("label plus 1", "label 0"),
+    ),
+    Rule(
+        "The field may hold any text or nothing.",
+        _RUN_FILES,
+        ("settings.service", "settings.store_absolute"),
+        ("text", "null", "delete"),
+    ),
+    Rule("Fields of newer versions are ignored.", ("ready/*",), (), ("unknown field",)),
+    Rule(
+        "Older versions did not write the field.",
+        ("ready/*/plan.json",),
+        ("digest", "id", "source"),
+        ("delete", "null"),
+    ),
+    Rule("The array is a scalar, so the edit changes nothing.", ("run.npz", "run/SCORES"), ("about",), _SAME_SCALAR),
+    Rule("Other arrays are not read.", ("*.npz", "run/SCORES"), (WHOLE_FILE,), ("unknown member", "member outside")),
+    Rule("Only the numbers of a tensor are read.", ("weights.pth", "exported.pth"), (), ("requires grad",)),
+    Rule(
+        "An import reads only the normalization and the classes of the metadata.",
+        ("exported.pth",),
+        ("metadata.architecture", "metadata.recipe", "metadata.environment"),
+    ),
     Rule("The saved result is computed again.", ("run/index-fc7-*.npz", "run/SCORES")),
     Rule("Fields of newer versions are ignored.", ("run/*", "ensemble/*", "ablations/*"), (), ("unknown field",)),
     Rule(
@@ -134,13 +216,6 @@ RULES: Sequence[Rule] = (
         (*_RUN_FILES, "ready/*"),
         _TEXTS,
         (*_OTHER_TEXTS, *_ODD_TEXTS),
-    ),
-    Rule(
-        "The settings of the run are also in its checkpoint. If both agree, the run writes run.json again.",
-        ("run/run.json", "ensemble/member-1/run.json"),
-        (),
-        (),
-        ("alextrain run",),
     ),
     Rule("An additional member of the archive is not read.", ("weights.pth", "exported.pth"), (), ("member outside",)),
     Rule(
@@ -153,7 +228,7 @@ RULES: Sequence[Rule] = (
     Rule(
         "The command says that the file is damaged, and uses the previous checkpoint.",
         ("run/checkpoint-*",),
-        ("",),
+        (WHOLE_FILE,),
     ),
     Rule(
         "Floating-point numbers of another size are converted.",

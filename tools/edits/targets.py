@@ -105,7 +105,9 @@ _STATUS, _RESUME, _REPORT, _EVALUATE = _READS_RUN[0], _READS_RUN[-2], _READS_RUN
 _EVALUATE_STORE, _FEATURES_STORE, _SEARCH_STORE = _READS_STORE_AND_RUN[:3]
 _READS_RECORDS = (
     *(_VERIFY, "alexprep inspect --store store --key 0 --out record.jpg", *_OPENS_STORE[2:3], *_OPENS_STORE[4:6]),
-    *(*_OPENS_STORE[7:], _TRAINS_NEW, "alextrain features run --split train --store store --gpus cpu", _SEARCH_STORE),
+    *("alexstream inspect --store store --batch 70 --batches 1", *_OPENS_STORE[8:]),
+    f"{_TRAINS_NEW.replace('--batch 16', '--batch 70')}",
+    "alextrain features run --split train --store store --gpus cpu",
 )
 
 
@@ -121,7 +123,7 @@ TARGETS = (
         "store/train/colour.json",
         "json",
         _STORE_AND_RUN,
-        (_VERIFY, _COPY_ALL, _OPENS_STORE[8], _TRAINS_NEW, _EVALUATE_STORE, *_READS_STORE_AND_RUN[3:5]),
+        (_VERIFY, _COPY_ALL, _OPENS_STORE[8], _TRAINS_NEW, _EVALUATE_STORE, _READS_STORE_AND_RUN[4]),
     ),
     Target(
         "store/train/mean_image.npy",
@@ -153,7 +155,7 @@ TARGETS = (
         ("alexprep export-files export --store store --jobs 1",),
     ),
     Target("run/run.json", "json", _RUN, _READS_RUN),
-    Target("run/status.json", "json", _RUN, (*_READS_RUN[:4], _RESUME)),
+    Target("run/status.json", "json", _RUN, _READS_RUN[:2]),
     Target("run/metrics.jsonl", "lines", _RUN, (*_READS_RUN[:4], *_READS_RUN[-2:])),
     Target("run/evaluations.jsonl", "lines", _RUN, (_REPORT, _EVALUATE)),
     Target("run/checkpoint-00000008.pt", "checkpoint", _RUN, _READS_CHECKPOINT),
@@ -163,7 +165,7 @@ TARGETS = (
         _RUN,
         tuple(f"alextrain {words} --checkpoint best" for words in ("evaluate run --gpus cpu", _EXPORT)),
     ),
-    Target("run/mean_image.npy", "npy", _RUN, (*_READS_RUN[6:8], _RESUME)),
+    Target("run/mean_image.npy", "npy", _RUN, _READS_RUN[6:8]),
     Target("run/index-fc7-00000008.npz", "npz", _RUN, ("alextrain search run picture.png --gpus cpu --index 20",)),
     Target("run/SCORES", "npz", _RUN, (_REPORT.replace(" --no-images", " --index 20"),)),
     Target("run.npz", "npz", ("run.npz",), ("alextrain evaluate run.npz",)),

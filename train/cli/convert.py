@@ -148,9 +148,9 @@ def _store_beside(file: Path) -> Path:
     Returns `store` if `file` is not in a run folder. Raises UserError if the run's training store is missing.
     """
     from train.runs.preprocessing import missing_store_text, saved_store_path, training_store
-    from train.runs.run_dir import DESCRIPTION, read_description
+    from train.runs.run_dir import has_description, read_description
 
-    if not (file.parent / DESCRIPTION).exists():
+    if not has_description(file.parent):
         return Path("store")
     description = read_description(file.parent)
     store = training_store(file.parent, description)

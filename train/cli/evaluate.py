@@ -186,7 +186,7 @@ def _evaluate_run(
     from train.replicas.devices import devices_of_replica
     from train.runs.loading import load_trained, run_and_checkpoint
     from train.runs.preprocessing import find_store, missing_store_text, saved_store_path
-    from train.runs.run_dir import DESCRIPTION, read_description
+    from train.runs.run_dir import has_description, read_description
 
     with group.together():
         devices = devices_of_replica(gpus, 2, group)
@@ -217,7 +217,7 @@ def _evaluate_run(
         service_fallback=service_fallback,
         group=group,
     )
-    if group.is_first and (run_dir / DESCRIPTION).exists():  # a checkpoint file outside of a run folder has no run.json
+    if group.is_first and has_description(run_dir):  # a checkpoint file outside of a run folder has no run.json
         record_evaluation(run_dir, predictions.about, result)
     return result, predictions
 

@@ -38,7 +38,7 @@ from train.config.choices import MAX_COUNT
 from train.experiments.ensemble_options import open_members, requested_ensemble
 from train.replicas.group import ALONE, ReplicaGroup
 from train.replicas.torchrun import torchrun_rank, wait_for_message
-from train.runs.run_dir import DESCRIPTION, newest_checkpoint
+from train.runs.run_dir import DESCRIPTION, has_description, newest_checkpoint
 
 if TYPE_CHECKING:
     from train.runs.ensemble_dir import Ensemble
@@ -202,8 +202,8 @@ def _open_run(group: ReplicaGroup, options: dict[str, Any], given: set[str]) -> 
 
 def _what_is_in(run_dir: Path) -> tuple[bool, bool]:
     """Return whether a folder has a run.json, and whether it holds a run."""
-    has_description = (run_dir / DESCRIPTION).exists()
-    return has_description, has_description or newest_checkpoint(run_dir) is not None
+    is_described = has_description(run_dir)
+    return is_described, is_described or newest_checkpoint(run_dir) is not None
 
 
 def _check_one_replica(ensemble: Ensemble, run_dir: Path) -> None:

@@ -127,7 +127,7 @@ def differing_leaves(name: str, theirs: Any, ours: Any) -> Iterator[Difference]:
     elif isinstance(theirs, list) and isinstance(ours, list) and len(theirs) == len(ours):
         for index, pair in enumerate(zip(theirs, ours, strict=True)):
             yield from differing_leaves(f"{name}.{index}", *pair)
-    elif theirs != ours:
+    elif theirs != ours or isinstance(theirs, bool) != isinstance(ours, bool):  # Python: True == 1
         yield Difference(name, theirs, ours)
 
 

@@ -39,6 +39,7 @@ from train.runs.checkpoint import Checkpoint
 
 DENSE = "dense"  # value of `views` for a crop at every 32 px of the central square
 _EVALUATIONS = "evaluations.jsonl"
+_LARGEST_SUM_ERROR = 0.01  # by which the probabilities of an image may differ from 1 in sum
 _ARRAYS = {
     "probabilities": ArrayShape(("<f4",), (None, None)),
     "labels": ArrayShape(("<i8",), (None,)),
@@ -97,6 +98,10 @@ def _check_arrays(path: Path, predictions: Predictions, classes: int, advice: st
     smallest, largest = float(probabilities.min()), float(probabilities.max())
     if not (smallest >= 0 and largest <= 1.001):
         raise UserError(f"{path}: probabilities from {smallest:g} to {largest:g}, expected 0 to 1. {advice}")
+    sums = probabilities.sum(axis=1, dtype=np.float64)
+    worst = float(sums[np.argmax(abs(sums - 1))])
+    if abs(worst - 1) > _LARGEST_SUM_ERROR:
+        raise UserError(f"{path}: the probabilities of an image have the sum {worst:g}, expected 1. {advice}")
     if labels.min() < 0 or labels.max() >= classes:
         raise UserError(
             f"{path}: labels from {labels.min()} to {labels.max()}, expected 0 to {classes - 1:,}. {advice}"

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from prep.console import UserError, WrongArgument
 from prep.store.manifest import Store
 from train.runs.ensemble_dir import Ensemble, member_dirs, read_ensemble
-from train.runs.run_dir import DESCRIPTION, newest_checkpoint
+from train.runs.run_dir import has_description, newest_checkpoint
 
 if TYPE_CHECKING:
     from train.runs.run import Run
@@ -67,7 +67,7 @@ def _check_new(run_dir: Path, members: int, fork: Path | None) -> None:
             f"--members {members}: {run_dir} holds no ensemble to fork. Name the folder of an ensemble, or fork "
             "a single run without --members."
         )
-    if (run_dir / DESCRIPTION).exists() or newest_checkpoint(run_dir) is not None:
+    if has_description(run_dir) or newest_checkpoint(run_dir) is not None:
         raise UserError(
             f"--members {members}: {run_dir} holds a single run. Name another --run-dir for the ensemble, or continue "
             "the run without --members."
@@ -81,7 +81,7 @@ def open_members(ensemble: Ensemble, options: Mapping[str, Any], given: Collecti
     requested_config and Run.open.
     """
     run_dir = options["run_dir"]
-    described = [path for path in member_dirs(run_dir, ensemble.members) if (path / DESCRIPTION).exists()]
+    described = [path for path in member_dirs(run_dir, ensemble.members) if has_description(path)]
     store = None
     # A missing store is reported before torch is imported.
     if "store" in given or not described:

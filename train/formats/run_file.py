@@ -15,6 +15,7 @@ from msgspec import Meta, Struct
 from prep.console import UserError
 from prep.schema import Count, Digest, Text, convert, parse_json, read_regular
 from prep.schema.fields import MAX_INT
+from prep.store.agreement import inconsistent_statistics
 from prep.store.manifest import ColorStats, Settings
 from train.config.choices import MAX_THREADS
 from train.formats.fields import (
@@ -81,7 +82,7 @@ class StoreFields(Struct, frozen=True):
     fingerprint: Digest
     settings: Settings
     tools: dict[str, Line]
-    splits: dict[str, SplitFields]
+    splits: Annotated[dict[str, SplitFields], Meta(min_length=1)]
     colour: ColorStats
 
 
@@ -124,6 +125,9 @@ def read_run_file(path: Path) -> dict[str, Any]:
         setting, value = getattr(checked.settings, field), getattr(checked.identity, field)
         if setting != value:
             raise UserError(f"{path}: settings.{field} is {setting}, expected {value}, as in identity. {ADVICE}")
+    wrong = next(inconsistent_statistics(checked.store.colour), "")
+    if wrong:
+        raise UserError(f"{path}: store.colour.{wrong}. {ADVICE}")
     for name, split in checked.store.splits.items():
         counts = split.label_counts
         if len(counts) != classes or sum(counts) != split.records:

@@ -22,7 +22,7 @@ from prep.console import UserError, disk_error, shell_quoted
 from prep.files import check_output_folder, hold_lock, write_atomic
 from prep.schema import decode, read_regular
 from train.formats.small_files import MAX_BYTES, EnsembleFile
-from train.runs.run_dir import DESCRIPTION, read_description
+from train.runs.run_dir import has_description, read_description
 
 ENSEMBLE = "ensemble.json"
 
@@ -134,7 +134,7 @@ def with_members(paths: Iterable[Path]) -> list[Path]:
             expanded.append(path)
             continue
         for number, run_dir in enumerate(member_dirs(path, ensemble.members), start=1):
-            if not (run_dir / DESCRIPTION).exists():
+            if not has_description(run_dir):
                 raise UserError(
                     f"{run_dir}: the training of this member has not begun. Train the ensemble with: alextrain run "
                     f"--run-dir {shell_quoted(path)}. Or name the members that are trained."

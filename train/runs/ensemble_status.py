@@ -9,7 +9,7 @@ from typing import Any
 
 from prep.console import duration_text
 from train.runs.ensemble_dir import Ensemble, member_dirs
-from train.runs.run_dir import DESCRIPTION, errors_text
+from train.runs.run_dir import errors_text, has_description
 from train.runs.status import status_of
 
 # States of an ensemble in the order of their precedence. The state of an ensemble is the first state in this list that
@@ -33,9 +33,7 @@ def ensemble_status(folder: Path, ensemble: Ensemble) -> dict[str, Any]:
     """
     members: list[dict[str, Any]] = []
     for run_dir in member_dirs(folder, ensemble.members):
-        members.append(
-            status_of(run_dir) if (run_dir / DESCRIPTION).exists() else {"run_dir": str(run_dir), "state": "new"}
-        )
+        members.append(status_of(run_dir) if has_description(run_dir) else {"run_dir": str(run_dir), "state": "new"})
     states = {member["state"] for member in members}
     left: list[float | None] = [member.get("seconds_left") for member in members]
     known = [seconds for seconds in left if seconds is not None]

@@ -13,7 +13,7 @@ from train.model.alexnet import AlexNet
 from train.runs import checkpoint
 from train.runs.checkpoint import Checkpoint
 from train.runs.ensemble_dir import check_single_run
-from train.runs.run_dir import DESCRIPTION, read_description
+from train.runs.run_dir import has_description, read_description
 
 
 class TrainedNetwork(NamedTuple):
@@ -50,7 +50,7 @@ def load_trained(run_dir: Path, devices: Devices, which: str = "last") -> Traine
         raise UserError(f"{run_dir}: no such run. Train a run with: alextrain run --run-dir {shell_quoted(run_dir)}")
     check_single_run(run_dir)
     folder = run_dir if run_dir.is_dir() else run_dir.parent
-    if (folder / DESCRIPTION).exists():
+    if has_description(folder):
         read_description(folder)  # a damaged run.json is reported before the checkpoint is read or a file is written
     state = checkpoint.load(run_dir, which) if run_dir.is_dir() else checkpoint.read(run_dir)
     architecture, recipe = architecture_from_json(state.model), recipe_from_json(state.recipe)

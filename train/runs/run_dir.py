@@ -19,6 +19,7 @@ This module does not import torch, so that `alextrain status` starts quickly.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -54,6 +55,11 @@ _LATER_SETTINGS = {
     "service_fallback": None,
     "replicas": 1,
 }
+
+
+def has_description(run_dir: Path) -> bool:
+    """Return whether a folder has an entry run.json, even if the entry is a link to a missing file."""
+    return os.path.lexists(run_dir / DESCRIPTION)
 
 
 def read_description(run_dir: Path) -> dict[str, Any]:

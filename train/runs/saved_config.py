@@ -24,7 +24,7 @@ from train.replicas.devices import devices_of_replica
 from train.replicas.group import ALONE, ReplicaGroup
 from train.runs.preprocessing import missing_store_text, saved_store_path, training_store
 from train.runs.run import Run
-from train.runs.run_dir import DESCRIPTION, read_description
+from train.runs.run_dir import has_description, read_description
 
 # Options of `alextrain run` that set the RunConfig field of the same name, without conversion.
 _PLAIN = ("accumulate", "seed", "stream_seed", "deterministic", "steps", "log_every", "checkpoint_every", "keep")
@@ -59,7 +59,7 @@ def saved_config(run_dir: Path, group: ReplicaGroup = ALONE) -> RunConfig | None
 
 
 def _description(run_dir: Path) -> dict[str, Any] | None:
-    return read_description(run_dir) if (run_dir / DESCRIPTION).exists() else None
+    return read_description(run_dir) if has_description(run_dir) else None
 
 
 def requested_config(

@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 
 from prep.schema import decode
+from prep.store.agreement import inconsistent_statistics
 from prep.store.input_log import read_outcomes
 from prep.store.manifest import Store, StoreError
-from prep.store.models import Manifest
+from prep.store.models import ColorStats, Manifest
 from tests.helpers.damaged_stores import canonical_digest, change_manifest, sign_again
 
 Change = Callable[[dict[str, Any]], object]
@@ -135,6 +136,10 @@ def test_values_of_the_mean_image_are_bounded(copied: Path) -> None:
         ({"covariance": [[1, 2, 3], [0, 1, 0], [3, 0, 1]]}, "covariance.0.1 is 2"),
         ({"covariance": [[1, 2], [2, 1]]}, "covariance is an array of 2 values"),
         ({"eigenvalues": [1, 2, 3]}, "expected descending values"),
+        ({"stdevs": [1, 1, 1]}, "stdevs.0 is 1, expected the square root of eigenvalues.0"),
+        ({"eigenvectors": [[1, 0, 0], [0, 1, 0], [0, 1, 0]]}, "the product of the columns 1 and 1 is 2, expected 1"),
+        ({"eigenvectors": [[1, 0, 0], [0, 1, 0], [0, 0, 1]]}, "as eigenvalues and eigenvectors give"),
+        ({"covariance": [[9, 0, 0], [0, 9, 0], [0, 0, 1e30]]}, "covariance.0.0 is 9"),
         ({"mean_rgb": [1, 2, 256]}, "mean_rgb.2 is 256, expected a number of at least 0 and at most 255"),
         ({"pixel_scale": 1}, "pixel_scale is 1"),
         ({"more": 1}, 'unknown field "more"'),
@@ -146,6 +151,25 @@ def test_colour_files_are_refused_in_one_line(copied: Path, change: dict[str, An
     with pytest.raises(StoreError) as caught:
         opened.color_stats("train")
     assert str(path) in str(caught.value) and expected in str(caught.value) and "pca-stats" in str(caught.value)
+
+
+@pytest.mark.parametrize("scale", [1e-5, 1, 100])
+def test_the_components_that_numpy_computes_are_consistent(scale: float) -> None:
+    pixels = np.random.default_rng(0).normal(0, scale, (50, 3)) @ np.array([[1, 0.9, 0.8], [0, 0.3, 0.1], [0, 0, 0.02]])
+    covariance = np.cov(pixels.T)
+    values, vectors = np.linalg.eigh(covariance)
+    order = np.argsort(-values)
+    stats = ColorStats(
+        records=50,
+        pixels=50,
+        mean_rgb=(9, 9, 9),
+        covariance=covariance.tolist(),
+        eigenvalues=values[order].tolist(),
+        stdevs=np.sqrt(values[order]).tolist(),
+        eigenvectors=vectors[:, order].tolist(),
+        pixel_scale=255,
+    )
+    assert not list(inconsistent_statistics(stats))
 
 
 @pytest.mark.parametrize(
