@@ -34,7 +34,7 @@ def test_readme_has_only_speeds_that_the_measurements_have() -> None:
     measured = (ROOT / "docs" / "measurements.md").read_text("utf-8")
     assert section
     figures = re.findall(r"(?<![\w.])\d+(?:,\d{3})*(?:\.\d+)?", re.sub(r"\]\(.*?\)", "", section[1]))
-    rounded = {"1.7", "3.2"}  # README.md states GB, and measurements.md states MB
+    rounded = {"1.7", "3.2"}  # these numbers are GB in README.md, and MB in measurements.md
     assert [figure for figure in figures if figure not in rounded and figure not in measured] == []
 
 
@@ -76,7 +76,7 @@ def test_files_and_modules_of_the_project_that_are_named_exist() -> None:
 
 
 def exported_metrics() -> dict[str, str]:
-    """Return {name: type} of the metrics in Prometheus.
+    """Return {name in Prometheus: type} of the metrics that a service exports.
 
     Ray adds `ray_` to each name, and `_total` to the name of a counter.
     """
@@ -102,7 +102,7 @@ def test_page_of_the_service_lists_all_metrics_with_their_types() -> None:
 def test_dashboard_shows_all_metrics_of_the_service_and_no_other() -> None:
     dashboard = json.loads((ROOT / "docs" / "grafana-service.json").read_text("utf-8"))
     assert {panel["type"] for panel in dashboard["panels"]} == {"timeseries"}
-    source = {"type": "prometheus", "uid": "${DS_PROMETHEUS}"}  # Grafana asks for this input when it imports the file
+    source = {"type": "prometheus", "uid": "${DS_PROMETHEUS}"}  # on import, Grafana asks for this data source
     assert [needed["name"] for needed in dashboard["__inputs"]] == ["DS_PROMETHEUS"]
     targets = [target for panel in dashboard["panels"] for target in panel["targets"]]
     assert all(part["datasource"] == source for part in [*dashboard["panels"], *targets])

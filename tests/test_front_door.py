@@ -25,7 +25,7 @@ def read_yaml(name: str) -> Any:
 
 
 def commands_of_target(target: str) -> list[str]:
-    """Return the programs of .venv that a target of the Makefile runs, with subcommands, such as `ruff check`."""
+    """Return the programs of .venv that a target of the Makefile runs. A subcommand is included, as in `ruff check`."""
     lines = re.search(rf"^{target}:.*\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), re.M)
     assert lines
     return re.findall(r"\$\(BIN\)/([\w-]+(?: [a-z]+)*(?: --check)?)", lines[1])

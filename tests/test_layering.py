@@ -1,4 +1,4 @@
-"""Tests of the import order of packages and rooms, import cycles, folder sizes, and imports of heavy libraries.
+"""Tests of the imports between packages and rooms, import cycles, folder sizes, and imports of large libraries.
 
 A room is a subpackage, or a module at the top of a package.
 """
@@ -17,7 +17,7 @@ from tests.helpers.project import ROOT
 
 PROJECT = {"prep", "pipeline", "train", "tools", "tests"}
 
-# The packages and rooms of the project that each package may import. `pipeline` and `train` only read stores.
+# {package: packages and rooms of the project that it may import}. `pipeline` and `train` read stores, but write none.
 ALLOWED = {
     "prep": ("prep",),
     # `pipeline` imports prep.images to decode and rescale single photographs exactly as builds do.
@@ -72,7 +72,7 @@ ROOMS = {
         "train.__main__",
     ),
 }
-# Largest number of Python files in a folder.
+# Largest number of Python files in a folder of each package.
 MAX_FILES = {"prep": 12, "pipeline": 12, "train": 12, "tools": 12, "tests": 14}
 FORBIDDEN_LIBRARIES = {"prep": {"torch", "nvidia"}, "pipeline": set(), "train": {"nvidia", "lmdb", "PIL"}}
 
@@ -187,7 +187,7 @@ def test_only_placement_chooses_the_decoder_of_a_gpu() -> None:
 
 
 def test_the_configuration_of_a_run_loads_no_torch() -> None:
-    """train.config holds the choices that --help shows, so all its modules must load quickly."""
+    """--help shows choices that modules of train.config define, so these modules must load quickly."""
     modules = [name for path in python_files("train") if is_within(name := module_name(path), "train.config")]
     script = f"import sys, importlib\n[importlib.import_module(name) for name in {modules}]\n"
     script += "sys.exit('torch' in sys.modules)\n"

@@ -83,7 +83,7 @@ def tensors_hash(tensors: Mapping[str, torch.Tensor]) -> str:
 
 
 def open_older_run(folder: Path, epochs: int = 2, **settings: Any) -> Run:
-    """Open the older run with the settings with which it was trained. `settings` replaces some settings of the run."""
+    """Open the older run with the settings with which it was trained, except those that `settings` replaces."""
     given = {"model": SMALL, "run_dir": folder / "run", "epochs": epochs, "log_every": 1, "threads": 1, **settings}
     return Run.open(RunConfig(folder / "store-jpeg", SHORT, 4, **given))
 
@@ -141,10 +141,10 @@ def test_a_checkpoint_loads_with_the_same_parameters_and_velocity(unpacked: Path
 
 
 def test_a_run_continues_with_the_parameters_and_metrics_of_the_older_version(older: Path) -> None:
-    """Remove the last checkpoint and train steps 4 to 6 again. Revision 595f19d saved the expected results.
+    """The test removes the last checkpoint and trains steps 4 to 6 again. Revision 595f19d saved the expected results.
 
-    On the CPU that made the files, new and saved results are equal, bit for bit. On other CPUs, new and saved results
-    are nearly equal.
+    On the CPU that made the files, new and expected results are equal, bit for bit. On other CPUs, they are nearly
+    equal.
     """
     then, lines = checkpoint.load(older / "run", "last"), read_lines(older / "run")
     checkpoint.path_of(older / "run", 6).unlink()
@@ -216,7 +216,7 @@ def test_compare_shows_no_difference_from_a_newer_run(older: Path) -> None:
     first, second = answer["runs"]
     for kind in ("train", "val", "best"):
         assert (first[kind]["step"], first[kind]["top1_error"]) == (second[kind]["step"], second[kind]["top1_error"])
-    # The environments differ: Python 3.11 and a CPU build of torch made the older run.
+    # Only the environments differ: the older run was trained with Python 3.11 and a CPU build of torch.
     assert [name for name in answer["differences"] if not name.startswith("environment.")] == []
     assert Path("compared.png").stat().st_size > 0
 

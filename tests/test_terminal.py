@@ -1,4 +1,4 @@
-"""Names and texts of files reach the terminal only with escaped control characters."""
+"""Control characters in the names and texts of files are escaped before they are printed on a terminal."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ from train.config.run_config import RunConfig
 from train.runs.run import Run
 from train.trainer.loop import fit
 
-# A window title, a cursor movement of C1, DEL, a reversed direction, separators of lines, and ends of lines.
+# The name has a window title, a C1 cursor movement, DEL, a bidi control, line separators, and ends of lines.
 HOSTILE = "\x1b]0;x\x07\x9b2J\x7f\u202e\u2028\x85\n\r"
 SHOWN = r"\x1b]0;x\x07\x9b2J\x7f\u202e\u2028\x85\n\r"
 CLASSES = [f"{letter}{HOSTILE}" for letter in "abc"]
 
-# Functions that print. Commands print with prep.console instead, which escapes control characters.
+# Functions and streams that print without escaping control characters. Commands must print with prep.console instead.
 PRINTERS = {"print", "click.echo", "click.secho", "click.echo_via_pager", "click.confirm", "click.prompt", "rich.print"}
 STREAMS = {"sys.stdout", "sys.stderr", "sys.__stdout__", "sys.__stderr__", "rich.console.Console"}
 # Modules that draw on a terminal, or that ask whether a stream is a terminal.
@@ -57,7 +57,7 @@ def dotted_name(node: ast.expr) -> str:
 
 
 def printing_names(source: str) -> set[str]:
-    """Return the functions and streams in a Python source with which a module can print."""
+    """Return the names of functions and streams in a Python source that can print."""
     names, used = {}, set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.ImportFrom):
@@ -106,7 +106,10 @@ BYTES_NAME = os.fsdecode(b"bytes\xff\x1b.jpg")
 
 @pytest.fixture(scope="module")
 def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a folder, a TAR and a ZIP of photographs, a list, a store and a run, all with hostile names."""
+    """A folder that contains photographs in a folder, a tar and a zip, a list, a store and a run.
+
+    All names contain control characters.
+    """
     root = tmp_path_factory.mktemp("hostile")
     for split in ("train", "val"):
         for name, content in {**PICTURES, f"{CLASSES[1]}/{BYTES_NAME}": jpeg(9), BROKEN: b"no image"}.items():
@@ -136,7 +139,7 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(main: click.Group, args: list[str]) -> Result:
-    """Run a command as on a terminal, on which click does not remove escape codes. Asserts that none is printed."""
+    """Run a command as on a terminal, where click keeps escape codes. Assert that the command prints no escape code."""
     result = CliRunner().invoke(main, args, color=True)
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
@@ -146,7 +149,7 @@ def run(main: click.Group, args: list[str]) -> Result:
 
 
 def assert_harmless(output: str) -> None:
-    """Assert that an output has only printable characters and ends of lines."""
+    """Assert that `output` contains only printable characters and ends of lines."""
     assert output.replace("\n", "").isprintable(), ascii(output)
 
 
@@ -210,7 +213,7 @@ def test_json_gives_a_program_the_exact_names(hostile: Path) -> None:
 
 
 def test_workers_and_progress_bars_print_no_hostile_name_to_a_terminal(hostile: Path, tmp_path: Path) -> None:
-    """On a terminal without escape codes (TERM=dumb), even the progress bar prints none."""
+    """With TERM=dumb, the progress bar itself prints no escape codes, so the output must not contain any."""
     command = [sys.executable, "-m", "prep", "build-lmdb", str(hostile / f"photos{HOSTILE}"), "--on-bad", "skip"]
     ours, theirs = pty.openpty()
     with subprocess.Popen(

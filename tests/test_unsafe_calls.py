@@ -1,4 +1,4 @@
-"""Tests that no code of the project reads files with functions that can run code from the file."""
+"""Tests that no module of the project calls a function that can run code from the file that it reads."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import pytest
 
 from tests.helpers.project import ROOT
 
-# Modules whose functions run code that is in a file, or build any object from it.
+# Modules whose functions can run code from a file, or create arbitrary objects from a file.
 UNSAFE_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
-# Call -> argument without which the call is unsafe.
+# {call: argument}; without this argument, the call is unsafe.
 NEEDED_ARGUMENTS = {("np", "load"): ("allow_pickle", False), ("torch", "load"): ("weights_only", True)}
 
 # Modules that may import an unsafe module, with the reason.

@@ -22,10 +22,10 @@ SOURCES = (*PACKAGES, "tools", "pyproject.toml", "README.md", "LICENSE")  # file
 
 
 def copy_sources(folder: Path, *names: str) -> Path:
-    """Copy files and folders of the checkout.
+    """Copy files and folders of the checkout into `folder`.
 
-    The build writes compiled libraries next to the sources. Other tests may be loading the libraries of the checkout at
-    the same time.
+    The build of the wheel writes compiled libraries next to the sources. In the checkout, other tests may load the
+    libraries at the same time.
     """
     for name in names:
         if (ROOT / name).is_dir():
@@ -67,7 +67,7 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_wheel_holds_every_file_of_the_three_packages_and_no_other(wheel: Path) -> None:
-    """Python files, py.typed, C sources, and the libraries that were compiled from them."""
+    """These are Python files, py.typed, C sources, and the libraries that are compiled from the C sources."""
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info" not in name}
     files = [path for package in PACKAGES for path in (ROOT / package).rglob("*")]
     expected = {path for path in files if path.suffix in (".py", ".c", ".h") or path.name == "py.typed"}
@@ -113,7 +113,7 @@ def test_commands_run_with_the_wheel_alone(installed: Path, tmp_path: Path) -> N
 
 @pytest.mark.soak
 def test_a_users_program_has_the_types_of_the_wheel(installed: Path, tmp_path: Path) -> None:
-    """mypy --strict sees installed packages, and reads the types of a package only if it contains py.typed."""
+    """mypy --strict reads the types of an installed package only if the package contains py.typed."""
     program = Path(shutil.copy(typed_program.__file__, tmp_path / "program.py"))
     interpreter = installed.parents[2] / "bin" / "python"
     command = [sys.executable, "-m", "mypy", "--strict", "--config-file=", "--cache-dir", str(tmp_path / "cache")]

@@ -312,7 +312,7 @@ def test_an_endless_input_is_left_out_and_named(photos: Path, tmp_path: Path, mo
 
 
 def test_large_jpegs_are_decoded_smaller_only_where_asked_for(tmp_path: Path, records_of: Records) -> None:
-    """The reduced decoding of a smooth picture differs little from the complete decoding, and is counted."""
+    """For a smooth image, reduced decoding differs little from complete decoding. Reduced images are counted."""
     (tmp_path / "photos" / "a").mkdir(parents=True)
     for name, mode in (("rgb", "RGB"), ("grey", "L"), ("cmyk", "CMYK")):
         smooth(300, 411).convert(mode).save(tmp_path / "photos" / "a" / f"{name}.jpg", quality=95)
@@ -333,5 +333,5 @@ def test_no_lock_builds_without_a_lock_file(tmp_path: Path) -> None:
     base = ["build-lmdb", photos, "--store", tmp_path / "store", "--side", "40", "--jobs", "1"]
     assert alexprep(*base, "--no-lock").exit_code == 0
     assert ".lock" not in os.listdir(tmp_path / "store")
-    assert alexprep(*base).exit_code == 0  # the option is for one command only
+    assert alexprep(*base).exit_code == 0  # without the option, the next command locks the folder again
     assert ".lock" in os.listdir(tmp_path / "store")

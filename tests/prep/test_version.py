@@ -1,8 +1,8 @@
-"""prep.version, and the three commands run from a checkout that is not installed.
+"""prep.version. The three commands also run from a checkout that is not installed.
 
-`not_installed` holds the environment variables for commands in a checkout that is not installed. PYTHONPATH has two
-folders. One folder has the packages and pyproject.toml. The other folder has links to all installed packages except
-alexnet. `python -S` ignores site-packages.
+The fixture `not_installed` has the environment variables for commands in such a checkout. PYTHONPATH has two folders.
+One folder has the packages and pyproject.toml. The other folder has links to all installed packages except alexnet.
+`python -S` ignores site-packages.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def test_python_m_runs_the_command_without_installation(
 def test_a_store_is_built_without_installation(
     not_installed: Environment, photo_folder: Path, store: Path, tmp_path: Path
 ) -> None:
-    """The build uses worker processes. The store is the same as the store that the installed program builds."""
+    """The build uses worker processes. The store equals the store that the installed program builds."""
     words = ["build-lmdb", photo_folder, "--store", tmp_path / "store", "--jobs", 2, "--json"]
     ended = run_python(not_installed, tmp_path, "-m", "prep", *words)
     assert ended.returncode == 0, ended.stderr
@@ -126,7 +126,7 @@ def test_version_of_a_checkout(content: bytes | None, expected: str, tmp_path: P
 
 
 def test_hints_name_the_packages_of_the_extras_and_no_extra_of_this_project() -> None:
-    """`alexnet[figures]` is installed from a checkout, and the packages of this extra from the package index."""
+    """A user may have no checkout, and alexnet is not in the package index. The hint therefore names the packages."""
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     assert {name: list(packages) for name, packages in PACKAGES.items()} == {name: extras[name] for name in PACKAGES}
     assert shlex.split(pip_command("cluster")) == ["pip", "install", "ray[default]>=2.60,<3"]

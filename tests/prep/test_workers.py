@@ -63,9 +63,9 @@ def env_and_sigint_blocked(task: str, task_progress: TaskProgress) -> tuple[str 
 
 
 def die(task: tuple[int, int, int], task_progress: TaskProgress) -> int:
-    """Take `length` steps.
+    """Take `length` steps. At step `fatal_step`, die of signal `signum`, or end with exit code 3 if `signum` is 0.
 
-    At step `fatal_step` (-1: at no step), die of signal `signum`, or end with exit code 3 if `signum` is 0.
+    If `fatal_step` is -1, the process survives.
     """
     fatal_step, signum, length = task
     for number in range(length):
@@ -132,7 +132,7 @@ def test_no_more_processes_start_than_there_are_tasks() -> None:
 
 
 def test_a_task_is_taken_only_when_a_worker_is_free() -> None:
-    """At most `jobs` tasks are in memory at a time, because each task of a build holds the inputs of its shard."""
+    """A task of a build holds all inputs of its shard. Therefore, at most `jobs` tasks are in memory at a time."""
     taken, finished, max_running = 0, 0, 0
 
     def tasks() -> Iterator[int]:
@@ -191,7 +191,7 @@ def test_a_killed_worker_is_reported_and_the_other_tasks_finish() -> None:
 
 
 def test_the_reported_input_of_a_killed_worker_belongs_to_its_last_task() -> None:
-    """In its previous task the worker reached input 7. For the task that kills the worker, 7 must not be reported."""
+    """In its previous task, the worker reached input 7. The error about the fatal task must not name input 7."""
     with WorkerPool(1) as workers:
         (_, first), (_, second), (_, third) = workers.map(die_at_once, [0, 1, 0], ignore)
     assert isinstance(first, int) and isinstance(third, int) and first != third
@@ -233,9 +233,9 @@ def test_an_abandoned_map_sends_no_result_to_the_next(how: str) -> None:
 
 
 def test_on_progress_gets_the_counts_of_all_workers() -> None:
-    """`map` calls on_progress several times during a task, and at the end with exact totals.
+    """`map` calls on_progress several times during a task. The last call has the exact totals.
 
-    A second call of `map` begins to count at 0 again.
+    A second call of `map` counts from 0 again.
     """
     seen: list[Counts] = []
     with WorkerPool(2) as workers:
@@ -280,10 +280,10 @@ print(signal.pthread_sigmask(signal.SIG_BLOCK, []))
 
 
 def test_the_first_worker_of_a_process_leaves_ctrl_c_to_the_parent() -> None:
-    """The pool blocks SIGINT in its workers. The pool must still block SIGINT after the start of the first worker.
+    """The pool blocks SIGINT in the parent while it starts workers, so that the workers inherit the blocked signal.
 
-    With the first worker, multiprocessing also starts its resource tracker. The resource tracker unblocks SIGINT in the
-    parent when it starts.
+    With the first worker, multiprocessing also starts its resource tracker, and then unblocks SIGINT in the parent. In
+    all workers, SIGINT must nevertheless be blocked.
     """
     ended = subprocess.run([sys.executable, "-c", FIRST_WORKERS], env=with_this_file(), capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
@@ -393,7 +393,7 @@ def test_preload_imports_a_module_before_the_first_task() -> None:
 def test_a_worker_that_cannot_start_says_why(
     script: str, parts: tuple[str, ...], preload: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """The interpreter of the workers is a program that ends at once. Its output appears only in the error."""
+    """The workers run a program that ends at once, instead of Python. Its output appears only in the error."""
     program, before = tmp_path / "python", multiprocessing.spawn.get_executable()
     program.write_text(script)
     program.chmod(0o755 if script else 0o644)

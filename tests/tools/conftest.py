@@ -14,7 +14,10 @@ from tools.gpu_check import parse_settings
 
 @pytest.fixture
 def global_switches() -> Iterator[None]:
-    """Restore torch's precision switches, which the GPU check sets. Uses one thread, because the tensors are small."""
+    """Restore torch's precision switches after a test, because the GPU check sets them.
+
+    During the test, torch uses one thread, because the tensors are small.
+    """
     matmul, cudnn, threads = torch.backends.cuda.matmul, torch.backends.cudnn, torch.get_num_threads()
     before = matmul.fp32_precision, cudnn.conv.fp32_precision, cudnn.benchmark
     torch.set_num_threads(1)

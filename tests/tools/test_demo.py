@@ -1,4 +1,4 @@
-"""tools.demo: the last lines say how to make the commands of the virtual environment available."""
+"""tools.demo: the last lines of its output say how to make the commands of the virtual environment available."""
 
 from __future__ import annotations
 
@@ -21,6 +21,6 @@ def test_the_demo_ends_with_the_command_that_adds_the_commands_to_path(
     assert capsys.readouterr().out.endswith("in this shell, run:\n  . .venv/bin/activate\n")
     monkeypatch.setattr(sys, "prefix", "/opt/my env")
     assert demo.activation_script() == "'/opt/my env/bin/activate'"
-    monkeypatch.setattr(sys, "prefix", sys.base_prefix)  # without a virtual environment the commands are on PATH
+    monkeypatch.setattr(sys, "prefix", sys.base_prefix)  # without a virtual environment, the commands are on PATH
     demo.run_demo(Path("demo"))
     assert "activate" not in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""tools.edit_files finds faults that are put into a command. A sample of the edits finds no fault in the commands."""
+"""tools.edit_files finds faults that a test puts into a command. In the real commands, it finds no fault."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_edited_values_are_written_as_json() -> None:
 
 
 def test_records_are_taken_apart_and_put_together(records_of: Callable[..., Any], store: Path) -> None:
-    """The fields agree with those that protobuf reads, and an unchanged record has the same bytes."""
+    """`parse` returns the fields that protobuf reads. `serialized` returns the bytes of the record again."""
     import lmdb
 
     with lmdb.open(str(store / "train" / "00000"), readonly=True, lock=False) as env, env.begin() as txn:
@@ -67,7 +67,7 @@ def samples(store: Path, tmp_path: Path) -> Path:
 
 
 def outcome_with(command: Callable[[Any], object], samples: Path, patch: pytest.MonkeyPatch) -> Outcome:
-    """Return the outcome of `alexprep inspect` if `command` runs instead of Store.open."""
+    """Return the outcome of `alexprep inspect` after `command` has replaced Store.open."""
     patch.setattr(prep.cli.check.Store, "open", staticmethod(command))
     target = Target("store/manifest.json", "json", ("store",), (INSPECT,))
     return check_edit(target, Edit(target.file, "", "x", lambda path: None), target.commands, samples, 2.0)[0]
@@ -140,7 +140,7 @@ def test_edits_of_a_store_end_with_one_line(share: float, samples: Path) -> None
 
 @pytest.mark.soak
 def test_edits_of_all_files_end_with_one_line() -> None:
-    """One command after each of a tenth of all edits. The tool makes the examples itself."""
+    """The tool makes the examples, makes a tenth of all edits, and runs one command after each edit."""
     program = [sys.executable, "-m", "tools.edit_files", "--share", "0.1", "--jobs", "2", "--limit", "60"]
     ended = subprocess.run(program, cwd=ROOT, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stdout + ended.stderr

@@ -1,4 +1,4 @@
-"""Tests of tools.gpu_check, run completely on a CPU: report, exit code and errors."""
+"""Tests of complete runs of tools.gpu_check on a CPU: report, exit code and errors."""
 
 from __future__ import annotations
 

@@ -8,9 +8,10 @@ from tools.docs import scaling_table
 
 
 def test_the_exchange_sends_twice_the_gradients_less_one_share() -> None:
-    """The gradients have 4 · 60,965,224 bytes. A GPU of two sends as many bytes, and a GPU of eight 1.75 times as many.
+    """In a ring of n GPUs, each GPU sends 2 (n − 1) / n times the bytes of the gradients.
 
-    A ring of n GPUs sends 2 (n − 1) / n times the gradients from each GPU.
+    The gradients have 4 · 60,965,224 bytes. With two GPUs, each GPU sends once as many bytes. With eight GPUs, each GPU
+    sends 1.75 times as many.
     """
     assert scaling_table.gradient_bytes() == 243_860_896
     assert scaling_table.exchange_s(1000, 2, 500.0) == 2.0
@@ -18,7 +19,7 @@ def test_the_exchange_sends_twice_the_gradients_less_one_share() -> None:
 
 
 def test_the_time_of_a_step_follows_the_measured_times() -> None:
-    """128 images take 8 ms, and 256 images 13.913 ms. The time of 16 images lies on the line through both times."""
+    """128 images take 8 ms, and 256 images 13.913 ms. The time of 16 images is on the line through these two points."""
     assert scaling_table.step_s(128) == pytest.approx(0.008)
     assert scaling_table.step_s(256) == pytest.approx(256 / 18_400)
     assert scaling_table.step_s(384) == pytest.approx((256 / 18_400 + 512 / 21_000) / 2)

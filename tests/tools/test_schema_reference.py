@@ -1,4 +1,4 @@
-"""The JSON Schema documents are current. An independent validator agrees with the readers about files of a store."""
+"""The JSON Schema documents are up to date. An independent validator and the readers refuse the same files."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ from train.runs import checkpoint
 from train.runs.run import Run
 from train.trainer.loop import fit
 
-DEADLINE_S = 600.0  # longest time of each wait, on a busy machine
+DEADLINE_S = 600.0  # longest time of each wait, long enough for a busy machine
 STATUS: dict[str, Any] = {
     "workers": [{"node": "aa"}, {"node": "bb"}],
     "starting": 0,
@@ -43,7 +43,7 @@ STATUS: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def runs(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the run folders of a demo. For each seed, one trained run has both names."""
+    """A folder with the run folders of a demo. For each seed, the two run folders are copies of one trained run."""
     folder = tmp_path_factory.mktemp("runs")
     for seed in service_demo.SEEDS:
         run_dir = folder / f"service-{seed}"
@@ -54,7 +54,7 @@ def runs(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def trained(runs: Path, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder of a demo that copies the run folders of `runs` instead of training."""
+    """The folder for a demo. During the test, the demo copies the run folders of `runs` instead of training."""
 
     def copy(store: Path, folder: Path, *others: Any) -> dict[str, Any]:
         for run_dir in runs.iterdir():
@@ -112,7 +112,7 @@ def test_one_different_bit_of_a_weight_gives_exit_code_1(
 
 
 def test_other_batches_and_missing_results_are_different(trained: Path, runs: Path) -> None:
-    """Runs of different seeds differ in all results. The names of the results contain the step of the checkpoint."""
+    """Runs with different seeds differ in all results. The name of a result contains the step of the checkpoint."""
     service_demo.train_with_service(Path(), trained)
     shutil.rmtree(trained / "alone-1")
     shutil.copytree(trained / "alone-2", trained / "alone-1")
@@ -203,7 +203,7 @@ def start_demo(folder: Path, *options: str) -> subprocess.Popen[str]:
     """Start the demo in its own session. All of its files are in `folder`."""
     command = [sys.executable, "-m", "tools.service_demo", *options]
     environment = {**os.environ, "TMPDIR": str(folder)}
-    # If this process ignores SIGINT, a child process inherits this setting. The default handler is therefore set first.
+    # If this process ignores SIGINT, the demo would also ignore it. The default handler is therefore set first.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         return subprocess.Popen(
@@ -227,7 +227,7 @@ def start_demo(folder: Path, *options: str) -> subprocess.Popen[str]:
     ],
 )
 def test_ctrl_c_leaves_no_process_and_no_file(short_folder: Path, program: str) -> None:
-    """The signal is sent as soon as a process whose command line contains `program` is running."""
+    """The test sends the signal as soon as a process runs whose command line contains `program`."""
     with start_demo(short_folder) as process:
         try:
             deadline = time.monotonic() + DEADLINE_S

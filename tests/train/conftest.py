@@ -1,7 +1,7 @@
-"""Fixtures: runs of a small network, trained once for all tests, and a limit on the size of files.
+"""Fixtures: runs of a small network that are trained once for all tests, and a limit on the size of files.
 
-The limit on the size of files simulates a full disk. A test must not write into `uninterrupted_run` or `small_run`, but
-only into a copy.
+The limit on the size of files simulates a full disk. A test that writes into `uninterrupted_run` or `small_run` must
+use a copy of the folder.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from train.trainer.loop import fit
 
 @pytest.fixture(scope="session")
 def uninterrupted_run(stores: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of `small_config` on the JPEG store that was trained without a stop."""
+    """A run of `small_config` on the store of JPEG records. The run was trained without an interruption."""
     return fit(Run.open(small_config(stores["jpeg"], tmp_path_factory.mktemp("uninterrupted") / "run")))
 
 

@@ -36,7 +36,7 @@ def test_contestants_take_turns_and_ratios_are_medians_of_the_rounds() -> None:
         (100.0, 50.0, 200.0),
         (400.0, 200.0, 400.0),
     ]
-    # 0.5 is the median of 1/2, 1/3 and 1; 4 is the median of 4, 4 and 2.
+    # The ratio 0.5 is the median of 1/2, 1/3 and 1. The ratio 4 is the median of 4, 4 and 2.
     assert [row.of_ours for row in rows] == [1.0, 0.5, 4.0]
     assert [row.of_bound for row in rows] == [0.5, None, None]  # the median of 1/2, 3/4 and 1/2
     assert speedups(rows) == {"peer": 2.0, "bound": 0.25}

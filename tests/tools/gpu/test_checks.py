@@ -36,7 +36,10 @@ def test_other_images_or_labels_on_the_device_fail_the_stream_checks(
     calls, read_batches = [], checks.read_batches
 
     def read_with_fault(*arguments: Any) -> Any:
-        """Calls 2, 4, 6 and 8 read batches on the device. The other calls read on the CPU or from a resumed stream."""
+        """Add the fault to the batches of calls 2, 4, 6 and 8, which read the stream on the device.
+
+        The other calls read on the CPU, or from a resumed stream.
+        """
         calls.append(arguments)
         batches, state = read_batches(*arguments)
         is_device = len(calls) % 2 == 0 and len(calls) < 9
@@ -59,7 +62,7 @@ def test_a_stream_that_resumes_at_another_position_fails(
 def test_a_network_that_computes_something_else_fails(
     settings: GpuCheckSettings, monkeypatch: pytest.MonkeyPatch, fault: str
 ) -> None:
-    """The reference is the only network in float64, and all other networks get the fault."""
+    """All networks get the fault, except the reference, which is the only network in float64."""
     inputs, max_pool, drop = AlexNet._inputs, alexnet.max_pool, AlexNet._with_dropout
     exact = torch.float64
     if fault == "input":
@@ -78,7 +81,7 @@ def test_a_network_that_computes_something_else_fails(
 
 
 def test_tf32_in_place_of_float32_fails(settings: GpuCheckSettings, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Weights are rounded to the 10 mantissa bits of TF32, as in PyTorch's convolutions on a GPU by default."""
+    """The test rounds weights to the 10 mantissa bits of TF32, as PyTorch's convolutions on a GPU do by default."""
     make_network = checks.make_network
     calls: list[int] = []
 

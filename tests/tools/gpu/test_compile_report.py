@@ -1,4 +1,4 @@
-"""Test that the Triton kernels compile for a GPU, on a machine without a GPU."""
+"""The Triton kernels compile for a GPU on a machine without a GPU."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tools.gpu import compile_report
 
 @pytest.mark.soak
 def test_the_kernels_compile_for_a_gpu_and_their_values_fit_into_registers() -> None:
-    """The test runs in a process without TRITON_INTERPRET, in which Triton compiles the kernels."""
+    """The report runs in a process without the variable TRITON_INTERPRET, so that Triton compiles the kernels."""
     pytest.importorskip("triton", reason="Triton is not installed")
     program = "import json; from tools.gpu.compile_report import report; "
     program += "print(json.dumps([row._asdict() for row in report(90, ('bf16',))]))"

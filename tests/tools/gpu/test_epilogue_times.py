@@ -51,10 +51,7 @@ def test_every_direction_of_every_layer_is_measured(settings: GpuCheckSettings) 
 
 
 def test_on_a_gpu_all_inputs_are_recorded_in_one_graph_which_is_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a simulated GPU, a replay of the graph of two functions takes 4 ms.
-
-    25 replays therefore fill the time of a turn.
-    """
+    """On a simulated GPU, a replay of a graph of two functions takes 4 ms. A turn of 0.1 s therefore has 25 replays."""
     calls: list[str] = []
     clock_ms = [0.0]
 

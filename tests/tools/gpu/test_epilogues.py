@@ -1,7 +1,7 @@
 """Tests that the checks of the epilogue kernels pass for right results and fail for wrong results.
 
-The tests run on a CPU. PyTorch operators in float32 and bfloat16 replace the kernels. One test runs kernels in Triton's
-interpreter.
+The tests run on a CPU. In most tests, PyTorch operators in float32 and bfloat16 replace the kernels. One test runs the
+kernels in Triton's interpreter.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def test_right_results_pass(layer: str, dtype: torch.dtype) -> None:
 
 
 def with_changed(part: str, change: Callable[[Tensor], Tensor]) -> Apply:
-    """PyTorch operators with a fault in one `part`: gradient of the bias, gradient of x, or result."""
+    """Return PyTorch operators with a fault in `part`: the gradient of the bias, the gradient of x, or the result."""
 
     class Changed(torch.autograd.Function):
         @staticmethod
@@ -90,9 +90,9 @@ def test_an_error_of_a_hundred_thousandth_fails_in_float32() -> None:
 
 @DTYPES
 def test_a_gradient_at_the_last_maximum_passes_but_at_another_value_fails(dtype: torch.dtype) -> None:
-    """Windows with two nearly equal maxima are left out.
+    """Windows with two nearly equal maxima are left out, so a kernel may choose either of them.
 
-    For a kernel that sends gradients to other values, the check still fails.
+    The check still fails if a kernel gives the gradient to another value of a window.
     """
     moved = with_changed("x", lambda grad: grad.roll(1, 3))
     assert not check_epilogue(SMALL["conv5"], 3, dtype, CPU, moved).ok

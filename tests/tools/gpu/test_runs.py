@@ -36,9 +36,9 @@ def line(step: int, rate: float, unix_time_s: float, waiting: float = 0.0, kind:
 
 
 def test_the_rate_leaves_out_intervals_that_begin_a_run_or_an_epoch() -> None:
-    """The metrics have a line for every 20 steps of 100 images; an epoch has 40 steps.
+    """The metrics have a line for every 20 steps of 100 images. An epoch has 40 steps.
 
-    Between the epochs a checkpoint takes 3 s.
+    Between two epochs, a checkpoint takes 3 s.
     """
     lines = [
         line(20, 100, 0.0, 0.9),

@@ -1,4 +1,4 @@
-"""Tests of the timings of tools.gpu_check: length of turns, kinds of kernels, derived figures, timings that fail."""
+"""Tests of the timings of tools.gpu_check: length of turns, kinds of kernels, derived figures, and failing timings."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tools.gpu.settings import GpuCheckSettings
 
 
 def test_a_turn_is_as_long_as_asked_and_does_not_count_prefetched_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A call takes 10 ms by a simulated clock. A turn has 8 calls that are not counted, then 50 calls (0.5 s)."""
+    """By a simulated clock, a call takes 10 ms. After 8 calls that are not counted, a turn has 50 calls (0.5 s)."""
     calls: list[int] = []
     settings = SimpleNamespace(devices=("cpu", "cpu"), turn_s=0.5)
 
@@ -85,7 +85,7 @@ def test_conclusions_have_the_share_of_the_peak_and_the_hours_of_imagenet(
     assert summary["from_jpeg"] == {
         "images_per_s": 19_000,
         "of_network_alone": 0.95,
-        "of_bound": 0.955,  # 19,000 / 19,900, because the decoder is slower than the step
+        "of_bound": 0.955,  # 19,000 / 19,900; the decoder is the bound, because it is slower than the step
         "stream_of_network": 1.5,
         "hours_for_90_epochs": 1.69,
         "within_goal": True,
@@ -120,10 +120,7 @@ def test_kernels_are_sorted_into_kinds_by_their_names_and_callers(call_chain: li
 def test_a_kernel_counts_once_and_the_span_of_an_annotation_does_not(
     settings: GpuCheckSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The time of a kernel counts once, for the operation that launched it.
-
-    The time does not count for an annotation.
-    """
+    """The time of a kernel counts once, for the operation that launched it, and not for an annotation around it."""
 
     def event(name: str, parent: Any = None, kernels: Any = ()) -> SimpleNamespace:
         launched = [SimpleNamespace(name=kernel, duration=time_us) for kernel, time_us in kernels]

@@ -1,4 +1,4 @@
-"""Tests of `alextrain run --deterministic`, as far as a CPU can run them, and of the default precision."""
+"""Tests of `alextrain run --deterministic` on a CPU, and of the default precision."""
 
 from __future__ import annotations
 
@@ -17,10 +17,7 @@ from train.model.precision import default_precision
 
 @pytest.fixture(autouse=True)
 def _restored(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Replaces the paper's network by a small network.
-
-    After the test, nondeterministic algorithms are allowed again.
-    """
+    """Replace the paper's network by a small network. After the test, allow nondeterministic algorithms again."""
     monkeypatch.setitem(ARCHITECTURES, "alexnet", SMALL_ALEXNET)
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     yield
@@ -32,9 +29,9 @@ def _restored(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_every_operator_of_a_training_has_a_deterministic_algorithm(
     stores: dict[str, Path], tmp_path: Path, recipe: str
 ) -> None:
-    """PyTorch raises RuntimeError for a nondeterministic operator.
+    """With the option, PyTorch raises RuntimeError for a nondeterministic operator.
 
-    On a CPU, the option changes no bit of the result.
+    On a CPU, the option must not change a bit of the result.
     """
     words = ["run", "--store", stores["jpeg"], "--gpus", "cpu", "--recipe", recipe, "--batch", "8", "--steps", "3"]
     for name, options in (("plain", []), ("deterministic", ["--deterministic"])):

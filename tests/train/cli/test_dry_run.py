@@ -1,4 +1,4 @@
-"""Tests of `alextrain run --dry-run`: the printed description of the run, and that no file is written."""
+"""Tests that `alextrain run --dry-run` prints a description of the run and writes no file."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_only_the_recipe_paper_warns_that_learning_starts_late(store: Path, tmp_
     args = ["run", "--store", store, "--run-dir", tmp_path / "run", "--gpus", "cpu", "--batch", "8", "--dry-run"]
     messages = {recipe: alextrain(*args, "--recipe", recipe).stderr for recipe in RECIPES}
     assert {recipe for recipe, text in messages.items() if "learning starts late" in text} == {"paper"}
-    assert alextrain(*args).stderr == messages["released"]  # `paper` is the default recipe
+    assert alextrain(*args).stderr == messages["released"]  # `released` is the default recipe
     larger_weights = ["--recipe", "paper", "--set", "init_std.conv3=0.03"]
     assert "learning starts late" not in alextrain(*args, *larger_weights).stderr
 

@@ -1,4 +1,4 @@
-"""Runs the commands of alextrain in sequence on a CPU, with the network at the paper's full width."""
+"""The commands of alextrain run one after another on a CPU, with the paper's network at full width."""
 
 from __future__ import annotations
 

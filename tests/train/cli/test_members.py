@@ -71,7 +71,7 @@ def test_evaluate_averages_the_members_of_an_ensemble(ensemble: Path, store: Pat
 
 
 def test_the_rows_of_the_papers_table_are_shown_only_for_its_data_and_views() -> None:
-    """The values are from table 2 of Krizhevsky, Sutskever and Hinton (2012), column of the validation errors."""
+    """The values are the validation errors in table 2 of Krizhevsky, Sutskever and Hinton (2012)."""
     rows = {networks: paper_row(networks, 1000, 10, "val") for networks in (1, 2, 5, 7)}
     errors = {networks: row and (row.top1_error, row.top5_error) for networks, row in rows.items()}
     assert errors == {1: (0.407, 0.182), 2: None, 5: (0.381, 0.164), 7: (0.367, 0.154)}
@@ -159,7 +159,7 @@ def test_an_ensemble_is_forked_although_a_kill_ended_the_command_between_two_mem
     with monkeypatch.context() as patch:
         patch.setattr("train.experiments.ensemble.fork", fork_first)
         assert alextrain(*words).exit_code != 0
-    # To go on without --fork would begin member 2 at step 0.
+    # Without --fork, member 2 would begin at step 0.
     assert "cannot be read" in refusal("run", "--run-dir", new_dir)
     assert alextrain(*words).exit_code == 0
     assert [checkpoint.load(new_dir / f"member-{k}").ancestry[0]["step"] for k in (1, 2)] == [2, 2]
@@ -174,7 +174,7 @@ def test_member_folders_that_are_missing_or_copies_are_noticed(ensemble: Path, t
     shutil.rmtree(folder / "member-1")
     shutil.rmtree(folder / "member-2")
     shutil.copytree(ensemble / "member-2", folder / "member-2")
-    (folder / "member-1").mkdir()  # as after a kill before run.json is written
+    (folder / "member-1").mkdir()  # a kill before run.json is written leaves such a folder
     (status,) = json_lines("status", folder)
     assert [member["state"] for member in status["members"]] == ["new", "finished"]
     # Member 1 gets the settings of member 2.

@@ -1,4 +1,4 @@
-"""Tests of --service and --service-fallback that need no service. The other tests are in tests/train/service."""
+"""Tests of --service and --service-fallback that need no service. tests/train/service has the tests with a service."""
 
 from __future__ import annotations
 

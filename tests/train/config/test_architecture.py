@@ -1,4 +1,4 @@
-"""Tests of the architectures: parameter counts, torchvision's definition, dense evaluation, padding of conv1."""
+"""Tests of the architectures: parameter counts, comparison with torchvision, dense evaluation, padding of conv1."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_number_of_parameters_of_each_architecture(name: str, parameters: int) -
 
 
 def test_half_and_one_gpu_have_half_the_kernels_of_alexnet() -> None:
-    """Footnote of section 3.2: the network on one GPU has conv5 and the fully connected layers at full width."""
+    """`one-gpu` has conv5 and the fully connected layers at full width, as the footnote of section 3.2 says."""
     full, half, one_gpu = (vars(a.widths) for a in (ALEXNET, HALF, ONE_GPU))
     assert {half[name] / full[name] for name in full} == {0.5}
     ratio = {name: one_gpu[name] / full[name] for name in full}
@@ -58,7 +58,7 @@ def test_an_architecture_is_the_same_after_a_round_trip_through_json() -> None:
 
 
 def test_torchvisions_parameters_give_torchvisions_outputs_in_training_and_evaluation() -> None:
-    """With equal seeds, both networks have equal dropout masks. Both networks scale activations in training."""
+    """Both networks have the same seed, so their dropout masks are equal. Both scale activations in training."""
     torch.manual_seed(0)
     torchvision_net = torchvision_alexnet()
     recipe = replace(SHORT, input_divisor=1.0, dropout=0.5, dropout_scales_training=True)
@@ -90,7 +90,7 @@ def network_pair() -> tuple[AlexNet, AlexNet]:
 def test_the_convolutional_network_computes_what_alexnet_computes(
     network_pair: tuple[AlexNet, AlexNet],
 ) -> None:
-    """Compares outputs and gradients with dropout. Each network must also load the parameters of the other network."""
+    """The test compares outputs and gradients, with dropout. Each network must also load the other's parameters."""
     alexnet, convolutional = network_pair
     images = torch.randn(3, 3, 224, 224, dtype=torch.float64) * 60
     outputs = []
@@ -106,9 +106,10 @@ def test_the_convolutional_network_computes_what_alexnet_computes(
 
 
 def dense_reference(net: AlexNet, images: torch.Tensor, right_px: int) -> torch.Tensor:
-    """Return the logits of dense evaluation with the joined parameters.
+    """Return the logits of dense evaluation, computed with torch functions from the joined parameters.
 
-    The convolutions up to pool5 are computed first, then the fully connected layers on each 6 × 6 window.
+    First, the layers up to pool5 are applied to the whole image. Then the fully connected layers are applied to each
+    window of 6 × 6 positions.
     """
     w, r = net.joined_tensors(), net.recipe
     x = F.conv2d(F.pad(images / r.input_divisor, (0, right_px) * 2), w["conv1.weight"], w["conv1.bias"], stride=4)

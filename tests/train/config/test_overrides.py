@@ -1,4 +1,4 @@
-"""Tests of recipe overrides (`--set`): parsing by field type, the recipe's new name and sources, error messages."""
+"""Tests of recipe overrides (`--set`): parsing by the type of the field, new name and sources of the recipe, errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tests of the recipes' values against the paper, the released code and Caffe's files."""
+"""The values of the recipes are compared with the paper, the released code and Caffe's files."""
 
 from __future__ import annotations
 

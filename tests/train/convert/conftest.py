@@ -1,4 +1,4 @@
-"""Fixtures: a small architecture `torchvision`, and runs of small networks."""
+"""Fixtures: a small network instead of the architecture `torchvision`, and runs of small networks."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def small_torchvision(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def make_run(store: Path, tmp_path: Path) -> MakeRun:
-    """make_run(architecture, recipe) returns a run of a random network at step 0, and the network for evaluation."""
+    """make_run(architecture, recipe) returns the folder of a run at step 0, and its network in evaluation mode."""
 
     def make(architecture: Architecture, recipe: Recipe) -> tuple[Path, AlexNet]:
         recipe = replace(recipe, init="he", init_bias=dict.fromkeys(("conv1", "conv3", "conv5", "fc6"), 0.2))

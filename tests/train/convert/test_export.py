@@ -83,10 +83,10 @@ def test_safetensors_load_into_a_network_built_from_their_metadata(
 def test_onnx_gives_the_same_outputs_for_any_batch(
     make_run: MakeRun, store: Path, tmp_path: Path, name: str, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Export three networks.
+    """The test exports three networks.
 
-    The first network has two columns, with LRN within maps before ReLU. The second network has one column with the
-    paper's LRN. The third network has one column without LRN.
+    The first network has two columns, and LRN within maps before ReLU. The second network has one column, and the
+    paper's LRN. The third network has one column, and no LRN.
     """
     run_dir, network = make_run(SMALL[name], recipe)
     out = tmp_path / "net.onnx"
@@ -95,7 +95,7 @@ def test_onnx_gives_the_same_outputs_for_any_batch(
     handler.emit = records.append
     monkeypatch.setattr(logging.getLogger("torch.onnx"), "handlers", [handler])
     json_lines("export", run_dir, "--to", "onnx", "--out", out)
-    assert not records  # the export hides torch's warning that torchvision is missing
+    assert not records  # the export suppresses torch's warning that torchvision is missing
     session = onnxruntime.InferenceSession(out)
     metadata = session.get_modelmeta().custom_metadata_map
     preprocessing = json.loads(metadata["preprocessing"])
@@ -116,7 +116,7 @@ DIVIDED = replace(MODERN, augmentation=replace(MODERN.augmentation, divisor=2.0)
 def test_the_metadata_of_an_onnx_file_are_enough_to_compute_its_input(
     make_run: MakeRun, store: Path, photo_folder: Path, tmp_path: Path, recipe: Recipe
 ) -> None:
-    """The test prepares photographs with Pillow, and takes every number from the file.
+    """The test prepares photographs with Pillow. All numbers for the preparation come from the ONNX file.
 
     Pillow rounds to 8 bits between the two passes of a rescaling, and encodes JPEG with other tables than the build.
     The pixels therefore differ from those of the store by a few grey levels.
@@ -160,7 +160,7 @@ def test_the_metadata_of_an_onnx_file_are_enough_to_compute_its_input(
 
 @pytest.mark.parametrize("recipe", [PAPER, CAFFE, MODERN], ids=lambda recipe: recipe.augmentation.mean)
 def test_exported_preprocessing_gives_the_images_of_the_stream(make_run: MakeRun, store: Path, recipe: Recipe) -> None:
-    """The test computes the images from the JSON, with NumPy only."""
+    """The test computes the images with NumPy, from the numbers in the exported JSON."""
     run_dir, _ = make_run(SMALL["joined"], recipe)
     transform = load_eval_transform(run_dir, recipe)
     exported = json.loads(json.dumps(vars(export_preprocessing(transform, recipe.input_divisor))))
@@ -182,10 +182,7 @@ def test_exported_preprocessing_gives_the_images_of_the_stream(make_run: MakeRun
 def test_torchvisions_network_computes_the_same_from_exported_weights(
     make_run: MakeRun, store: Path, tmp_path: Path, recipe: Recipe
 ) -> None:
-    """The outputs agree, also at the border of an image.
-
-    The outputs also agree if the recipe's dropout scales in evaluation.
-    """
+    """The outputs agree even at the border of an image, and even if the recipe's dropout scales in evaluation."""
     run_dir, network = make_run(SMALL["torchvision"], recipe)
     out = tmp_path / "net.pth"
     normalization = json_lines("export", run_dir, "--to", "torchvision", "--out", out)[0]["preprocessing"]["normalise"]

@@ -1,4 +1,4 @@
-"""Tests of importing torchvision's weights: same outputs as torchvision's network, and refused files.
+"""Imported weights of torchvision give the outputs of torchvision's network, and wrong files are refused.
 
 tests/helpers/torchvision_alexnet.py defines torchvision's network.
 """
@@ -47,7 +47,7 @@ def weights(torchvision_net: torch.nn.Module, tmp_path: Path) -> Path:
 
 
 def normalize(pixels: torch.Tensor) -> torch.Tensor:
-    """torchvision.transforms.Normalize with the values that all of torchvision's weights expect."""
+    """Compute torchvision.transforms.Normalize with the values that all weights of torchvision expect."""
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     return (pixels / 255 - mean[:, None, None]) / std[:, None, None]
 
@@ -71,7 +71,8 @@ def test_an_imported_run_differs_only_at_the_border_and_can_be_evaluated(
 ) -> None:
     """The outputs of conv1 are equal at the inner 53 × 53 of the 55 × 55 positions.
 
-    At the border, the imported network pads with the store's mean, and torchvision's network with ImageNet's mean.
+    The padding differs: the imported network pads with the mean of the store, torchvision's network with the mean of
+    ImageNet.
     """
     json_lines("import", weights, "--store", store, "--run-dir", tmp_path / "run", "--batch", 8)
     network, state = load_trained(tmp_path / "run", ("cpu", "cpu"))
@@ -92,10 +93,7 @@ def test_an_imported_run_differs_only_at_the_border_and_can_be_evaluated(
 
 
 def test_an_imported_run_can_be_trained_further(weights: Path, store: Path, tmp_path: Path) -> None:
-    """`alextrain run` with the options of the import resumes the run.
-
-    The first loss is the loss of the imported network.
-    """
+    """`alextrain run` continues the imported run. The first loss is the loss of the imported network."""
     args = ["--store", store, "--run-dir", tmp_path / "run", "--batch", 8, "--seed", 3, "--set", "dropout=0"]
     args += ["--set", "label_smoothing=0.1"]
     json_lines("import", weights, *args, "--set", "lr=0.001")
@@ -110,7 +108,7 @@ def test_an_imported_run_can_be_trained_further(weights: Path, store: Path, tmp_
 
 
 def test_exported_weights_are_the_same_after_import(make_run: MakeRun, store: Path, tmp_path: Path) -> None:
-    """The test compares all weights. If the classes in the exported file are changed, the import refuses the file."""
+    """The test compares all weights. If the test changes the classes in the exported file, the import refuses it."""
     run_dir, network = make_run(SMALL["torchvision"], MODERN_SCALED_AT_TEST_TIME)
     out = tmp_path / "net.pth"
     json_lines("export", run_dir, "--to", "torchvision", "--out", out)
@@ -128,7 +126,7 @@ def test_exported_weights_are_the_same_after_import(make_run: MakeRun, store: Pa
 def test_transposed_weights_are_imported(
     weights: Path, torchvision_net: torch.nn.Module, store: Path, tmp_path: Path
 ) -> None:
-    """A program that stores weights as (inputs, outputs) transposes them, and torch.save keeps the strides."""
+    """If a program transposes weights before it saves them, torch.save stores the strides of the transposed view."""
     state = torch.load(weights, weights_only=True)
     for name in ("features.0.weight", "classifier.1.weight"):
         state[name] = state[name].transpose(0, -1).contiguous().transpose(0, -1)

@@ -34,15 +34,12 @@ SMALL = replace(ALEXNET, widths=Widths(8, 8, 8, 8, 8, 12, 12))
 def test_top_k_misses_counts_labels_outside_the_top_one_and_the_top_five() -> None:
     scores = torch.tensor([[9.0, 8, 7, 6, 5, 4, 3], [1, 2, 3, 4, 5, 6, 7], [1, 2, 3, 4, 5, 6, 7]])
     assert top_k_misses(scores, torch.tensor([0, 2, 1])).tolist() == [2, 1]
-    # There are three classes, so there are no top-5 misses.
+    # With three classes, every label is among the top five, so there are no top-5 misses.
     assert top_k_misses(scores[:, :3], torch.tensor([0, 2, 1])).tolist() == [1, 0]
 
 
 def test_of_equal_scores_the_lower_class_ranks_higher_and_nan_is_a_miss() -> None:
-    """torch.topk orders equal scores arbitrarily.
-
-    With torch.topk, the error rates of a network with constant outputs would vary.
-    """
+    """torch.topk orders equal scores arbitrarily, so the error rates of a network with constant outputs would vary."""
     labels = torch.tensor([0, 1, 4, 5, 9])
     assert top_k_misses(torch.zeros(5, 10), labels).tolist() == [4, 2]
     assert top_k_misses(torch.full((5, 10), torch.nan), labels).tolist() == [5, 5]
@@ -94,10 +91,7 @@ def test_error_rates_and_loss_equal_a_plain_count(stores: dict[str, Path], netwo
 def test_dense_evaluation_averages_the_softmax_over_the_windows_of_a_square(
     stores: dict[str, Path], network: AlexNet
 ) -> None:
-    """A square of 256 px has 4 windows.
-
-    The batches have 5, 5 and 2 images, never as many images as there are windows.
-    """
+    """A square of 256 px has 4 windows. No batch has 4 images: the batches have 5, 5 and 2 images."""
     with eval_loader(stores["jpeg"], 5, views="square", augmentation=Augmentation(mean="image")) as loader:
         result = evaluate(network, loader, Progress(loader.records, "images"))
         with torch.no_grad():
@@ -138,7 +132,7 @@ def test_error_rates_of_a_weighted_average_of_probabilities() -> None:
     np.testing.assert_allclose(weighted, 0.75 * first.astype(float) + 0.25 * second)
     assert error_rates(average_probabilities([first, second]), labels).misses == (1, 0)
     result = error_rates(weighted, labels)
-    assert result.misses == (1, 0) and result.images == 3  # the label of the second image has probability 0.475
+    assert result.misses == (1, 0) and result.images == 3  # the label of the second image has only probability 0.475
     assert result.loss == pytest.approx(-np.log([0.725, 0.475, 0.775]).mean(), rel=1e-6)
 
 

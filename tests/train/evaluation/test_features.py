@@ -1,4 +1,4 @@
-"""Tests of captured activations against torch functions with the joined parameters, and of the command `features`."""
+"""Captured activations are compared with torch functions of the joined parameters. Tests of the command `features`."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def images(store: Path) -> torch.Tensor:
 
 
 def test_activations_equal_those_of_one_network_without_columns(network: AlexNet, images: torch.Tensor) -> None:
-    """The test computes the expected conv1 and fully connected layers from the joined parameters."""
+    """The test computes the expected outputs of conv1 and the fully connected layers from the joined parameters."""
     actual = compute_activations(network, images, ("conv1", "conv5", "fc6", "fc7", "fc8"))
     p = network.joined_tensors()
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Tests of nearest neighbors against distances that NumPy computes, of the saved index, and of the command `search`."""
+"""Tests of nearest neighbors, which are compared with NumPy, of the saved index, and of the command `search`."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_an_index_is_built_once_for_each_checkpoint_size_and_precision(
     path.write_bytes(path.read_bytes()[:500])
     rebuilt = load_or_build_index(trained_run, network, checkpoint, opened, max_records=7)
     assert len(rebuilt.features) == 7  # the damaged file is replaced
-    # Computing a new index would raise TypeError.
+    # From here on, the computation of a new index raises TypeError.
     monkeypatch.setattr("train.evaluation.neighbors.iter_split_activations", None)
     loaded = load_or_build_index(trained_run, network, checkpoint, opened, max_records=7)
     assert all(np.array_equal(a, b) for a, b in zip(loaded, smaller, strict=True))

@@ -46,10 +46,7 @@ def test_predictions_for_a_photograph_equal_those_for_its_record(
 def test_a_checkpoint_file_can_be_named_in_place_of_its_run(
     small_run: Path, photo_folder: Path, tmp_path: Path
 ) -> None:
-    """The name of the photograph has a newline and a byte that is not UTF-8.
-
-    The newline and the byte are escaped in the output.
-    """
+    """The name of the photograph has a newline and a byte that is not UTF-8. Both are escaped in the output."""
     photograph = tmp_path / "a\nb\udcff.jpg"
     shutil.copy(next((photo_folder / "val").glob("*.JPEG")), photograph)
     by_file = json_lines("predict", small_run / "best.pt", photograph)

@@ -1,4 +1,4 @@
-"""Tests of saved predictions, their averages, evaluations.jsonl, and the command `evaluate`."""
+"""Tests of saved predictions, averages of predictions, evaluations.jsonl, and the command `evaluate`."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Tests of evaluation by several replicas: exact counts for any number of ranks, and probabilities in store order.
 
-The ranks are threads, which exchange values over gloo as processes do. tests/train/replicas/test_evaluate_command.py
-starts processes.
+The ranks are threads, which exchange values over gloo as processes do. The tests with processes are in
+tests/train/replicas/test_evaluate_command.py.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from train.replicas.group import ALONE, ReplicaGroup
 
 
 def evaluate_part(store: Path, group: ReplicaGroup, batch_size: int, views: int) -> tuple[EvalResult, np.ndarray]:
-    """Evaluate the part of a rank in the split val with a small random network.
+    """Evaluate one rank's share of the split val with a small random network.
 
-    Returns the result, and on rank 0 the probabilities of all ranks.
+    Returns the result for the whole split. On rank 0, also returns the probabilities of all images.
     """
     classes, generator = len(Store.open(store).classes), torch.Generator().manual_seed(4)
     network = AlexNet(classes, replace(SHORT, init="he"), ("cpu", "cpu"), SMALL_ALEXNET)
@@ -58,7 +58,7 @@ def test_any_number_of_ranks_counts_every_image_once(
     for rank, outcome in enumerate(outcomes):
         assert not isinstance(outcome, BaseException), outcome
         result, rows = outcome
-        assert result == outcomes[0][0]  # every rank has the same bits
+        assert result == outcomes[0][0]  # all ranks have the same result, bit for bit
         assert result.misses == alone.misses and result.images == alone.images == images
         assert result.loss == pytest.approx(alone.loss, rel=1e-6)
         assert len(rows) == (0 if rank else images)

@@ -16,7 +16,7 @@ def test_cached_predictions_are_used_only_for_the_same_checkpoint_and_precision(
 ) -> None:
     trained = TrainedRun.open(trained_run, None, "cpu", "fp32")
     computed = trained.predictions("val")
-    # Computing the predictions again would raise TypeError.
+    # From here on, the computation of new predictions raises TypeError.
     monkeypatch.setattr("train.evaluation.trained_run.predict_split", None)
     assert np.array_equal(trained.predictions("val").probabilities, computed.probabilities)
     other_run = replace(trained.checkpoint, digest="another run's")

@@ -1,1 +1,1 @@
-"""Tests of trainings of several networks with one command."""
+"""Tests of commands that train several networks."""

@@ -1,4 +1,4 @@
-"""Tests of the paper's ablations: the change that each ablation makes, resuming, and the arithmetic of the table."""
+"""Tests of the paper's ablations: the change that each ablation makes, resumed ablations, and the computed table."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def small_runs(store: Path, out: Path, **options: Any) -> list[AblationRun]:
 
 
 def test_each_ablation_changes_one_part_of_the_recipe_or_the_network(tmp_path: Path) -> None:
-    """Compares each ablation with the baseline of `released`, which has every part that an ablation removes."""
+    """Each ablation is compared with the baseline of `released`, which has every part that an ablation can remove."""
     runs = plan_runs(tmp_path, tmp_path, "released", gpus="cpu")
     assert [run.ablation for run in runs] == list(ABLATIONS)
     base = asdict(RELEASED)
@@ -127,7 +127,7 @@ def test_stopped_ablations_resume_and_finished_ones_are_not_trained_again(
 def test_each_replica_measures_its_part_of_the_split(
     small_run: Path, store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """If only rank 0 evaluated, the other replicas would wait for rank 0 until the time-out."""
+    """If rank 0 evaluated alone, the other replicas would wait for rank 0 until a time limit ends the run."""
     config = RunConfig(store, SHORT, 10, model=SMALL["alexnet"], run_dir=small_run, epochs=2, threads=1)
     served: list[int] = []
 

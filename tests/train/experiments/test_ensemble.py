@@ -1,4 +1,4 @@
-"""Tests of ensembles: a member has the bits of a run that was trained alone, even after kills, stops and failures."""
+"""Tests of ensembles: even after kills, stops and failures, a member has the bits of a run that was trained alone."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SEED = 3  # small_config has the same seed
 
 
 def ensemble_config(store: Path, folder: Path) -> RunConfig:
-    """Return the configuration of an ensemble with six steps, in two epochs, and checkpoints after steps 2, 3, 4, 6."""
+    """Return the settings of an ensemble: six steps in two epochs, with checkpoints after steps 2, 3, 4 and 6."""
     return small_config(store, folder, epochs=2)
 
 
@@ -91,7 +91,7 @@ def test_members_trained_one_at_a_time_have_the_same_bits_and_an_ensemble_can_ge
 def test_members_that_were_killed_at_different_steps_go_on_to_the_same_bits(
     stores: dict[str, Path], tmp_path: Path, alone: list[Path]
 ) -> None:
-    """Member 1 has steps 1 to 3, and its validation is due. Member 2 has steps 1 and 2, and member 3 has no steps."""
+    """At the kill, member 1 has saved step 3, and member 2 has saved step 2. Member 3 is added later."""
     killed, saves = KeyboardInterrupt(), []
     save = Training.save
 
@@ -107,7 +107,7 @@ def test_members_that_were_killed_at_different_steps_go_on_to_the_same_bits(
             train_ensemble(members_of(stores["ppm"], tmp_path / "ensemble", 2))
     assert saves[-1] == ("member-1", 3)
     leftover = tmp_path / "ensemble" / ".ensemble.json.1-ab.tmp"
-    leftover.touch()  # as after a kill just before the file is renamed
+    leftover.touch()  # a kill just before a rename leaves such a temporary file
     trained, train = [], Training.train
 
     def train_and_note(training: Training, *batch: torch.Tensor) -> None:

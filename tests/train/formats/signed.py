@@ -1,4 +1,4 @@
-"""Writes checkpoint files with any content and a correct digest, as anyone who knows the format can do."""
+"""Writes checkpoint files with any content and a correct digest. Everyone who knows the format can write such files."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def write_signed(path: Path, content: object) -> Path:
 
 
 def write_signed_pickle(path: Path, pickle_bytes: bytes, **records: bytes) -> Path:
-    """Write an archive with `pickle_bytes` as data.pkl and `records` as other entries, and add the digest."""
+    """Write an archive with the entry data.pkl (`pickle_bytes`) and the entries `records`, and add the digest."""
     with open(path, "w+b") as file:
         with zipfile.ZipFile(file, "w") as archive:
             entries = {"data.pkl": pickle_bytes, "byteorder": b"little", "version": b"3\n", **records}
@@ -42,7 +42,7 @@ def write_signed_pickle(path: Path, pickle_bytes: bytes, **records: bytes) -> Pa
 
 
 def entries_of(content: object) -> dict[str, bytes]:
-    """Return the entries of the archive that torch.save writes, by their names in the archive's folder."""
+    """Return {name in the archive's folder: content} of the archive that torch.save writes for `content`."""
     file = io.BytesIO()
     torch.save(content, file)
     with zipfile.ZipFile(file) as archive:

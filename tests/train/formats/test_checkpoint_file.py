@@ -1,4 +1,4 @@
-"""Tests of checkpoints with a correct digest and wrong content: each is refused with one line that names the field."""
+"""Checkpoints with a correct digest and wrong content are refused. One line of error names the wrong field."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Edit = Callable[[dict[str, Any]], object]
 
 
 def put(value: object, *path: str | int) -> Edit:
-    """Return an edit that sets the value at a path of keys."""
+    """Return an edit that sets the field at `path`, a sequence of keys, to `value`."""
 
     def edit(content: dict[str, Any]) -> None:
         target: Any = content
@@ -118,7 +118,7 @@ def test_wrong_content_with_a_correct_digest_is_refused_in_one_line(tmp_path: Pa
         checkpoint.read(path)
     text = str(raised.value)
     assert text.startswith(f"{path}: ") and "\n" not in text and text.endswith(".")
-    assert not isinstance(raised.value, UnreadableCheckpoint)  # load_latest does not skip the file
+    assert not isinstance(raised.value, UnreadableCheckpoint)  # load_latest would skip an unreadable checkpoint
 
 
 class Call:
@@ -153,7 +153,7 @@ def test_nothing_in_a_pickle_is_called(
 
 
 def test_a_storage_that_is_smaller_than_its_tensor_is_refused(tmp_path: Path) -> None:
-    """A version of torch that does not compare the sizes would read other memory of the process."""
+    """If the sizes were not compared, torch could read memory behind the storage."""
     content = tiny_content()
     content["parameters"]["fc7.bias"] = torch.full((2,), 0.125)
     entries = entries_of(content)

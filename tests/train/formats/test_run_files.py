@@ -1,4 +1,4 @@
-"""Tests of damaged files in a run folder: each gives one line that names the file and the field, and nothing hangs."""
+"""Damaged files in a run folder give one line of error that names the file and the field, and no command hangs."""
 
 from __future__ import annotations
 
@@ -108,10 +108,13 @@ def test_settings_of_another_version_are_kept(run_dir: Path) -> None:
 
 
 def test_a_run_may_be_longer_than_it_can_ever_be_trained(run_dir: Path) -> None:
-    """`--epochs 2147483648` means that a person ends the run. Version 0.1.0 had no limit of epochs and intervals."""
+    """With `--epochs 2147483648`, the run goes on until the user stops it.
+
+    Version 0.1.0 did not limit the numbers of epochs and intervals, so older runs may have such settings.
+    """
     description = changed(tiny_description(), "settings.epochs", 10**10)
     description = changed(description, "settings.checkpoint_every", 10**12)
-    steps = {"steps_per_epoch": 10_009, "steps": 10_009 * 2**31}  # about ImageNet's steps in an epoch
+    steps = {"steps_per_epoch": 10_009, "steps": 10_009 * 2**31}  # an epoch of ImageNet has 10,009 steps of 128 images
     (run_dir / "run.json").write_text(json.dumps(changed(description, "length", steps)))
     assert read_description(run_dir)["length"] == steps
 
@@ -288,7 +291,7 @@ def test_gpu_numbers_without_bounds_are_refused_in_one_line() -> None:
 def test_run_refuses_a_damaged_run_json_and_goes_on_without_the_file(
     trained_run: Path, store: Path, tmp_path: Path
 ) -> None:
-    """The command writes run.json again, and continues from the newest checkpoint."""
+    """Without run.json, the command continues from the newest checkpoint, and writes run.json again."""
     path = trained_run / "run.json"
     content = json.loads(path.read_text())
     path.write_text(json.dumps(changed(content, "recipe.lr", "x")))

@@ -1,6 +1,6 @@
-"""Tests of the AlexNet module: comparison with a network of grouped torch modules, shapes, joined parameters.
+"""Tests of the AlexNet module: shapes, joined parameters, crossing between columns, and dropout.
 
-Also tests of the crossing between columns, and of dropout.
+The reference is a network of grouped torch modules.
 """
 
 from __future__ import annotations
@@ -173,7 +173,7 @@ def test_joined_tensors_of_other_names_or_shapes_are_refused(small_network: Alex
 
 
 def test_cross_joins_both_halves_on_each_receiving_device() -> None:
-    """Uses the device `meta` as the second device."""
+    """The second device of the test is the device `meta`."""
     model = AlexNet(5, PAPER, ("meta", "meta"), SMALL)
     cpu, meta = torch.device("cpu"), torch.device("meta")
     halves = [torch.ones(2, 3, device="cpu"), torch.ones(2, 4, device="cpu")]

@@ -1,7 +1,7 @@
-"""Tests of statements in the paper and in its authors' code about the network, in the order of the paper's sections.
+"""Tests of statements about the network in the paper and in its authors' code, in the order of the paper's sections.
 
-Other statements are tested elsewhere: the update rule in tests/train/optim/test_paper_sgd.py, the schedules in
-tests/train/optim/test_schedule.py, normalization in test_lrn.py, and the two columns in test_alexnet.py.
+Statements about the update rule are tested in tests/train/optim/test_paper_sgd.py, about the schedules in
+tests/train/optim/test_schedule.py, about normalization in test_lrn.py, and about the two columns in test_alexnet.py.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ SMALL = replace(ALEXNET, widths=Widths(8, 12, 12, 16, 8, 20, 24))
 def test_section_3_5_neurons_of_each_layer() -> None:
     """The paper's numbers of neurons are 253,440 - 186,624 - 64,896 - 64,896 - 43,264 - 4096 - 4096 - 1000.
 
-    The number 253,440 for conv1 is wrong. The number 253,440 is 96 × 55 × 48, but 96 kernels at 55 × 55 positions make
-    290,400 neurons. With 253,440 or 290,400, the sum over all layers is near the paper's 650,000. The paper's number of
-    inputs, 150,528, is right.
+    The number 253,440 for conv1 is wrong: 253,440 is 96 × 55 × 48, but 96 kernels at 55 × 55 positions make 290,400
+    neurons. With either number, the sum over all layers is near the paper's 650,000. The paper's number of inputs,
+    150,528, is right.
     """
     neurons = [row.neurons for row in summarize(1000)]
     assert neurons == [290_400, 186_624, 64_896, 64_896, 43_264, 4096, 4096, 1000]
@@ -40,7 +40,10 @@ def test_section_3_5_neurons_of_each_layer() -> None:
 
 
 def test_section_3_5_60_million_parameters_layer_by_layer() -> None:
-    """A convolution has maps × (side² × maps that its column reads + 1) parameters; side is the side of the kernel."""
+    """A convolution has maps × (side² × inputs + 1) parameters.
+
+    `side` is the side of the kernel, and `inputs` is the number of maps that a column of the layer reads.
+    """
     parameters = {row.layer: row.parameters for row in summarize(1000)}
     assert parameters == {
         "conv1": 96 * (11 * 11 * 3 + 1),
@@ -65,9 +68,9 @@ def test_section_3_2_the_network_on_one_gpu_has_half_the_kernels_and_about_as_ma
 
 
 def test_conv1_has_55_positions_on_224_px_and_the_last_covers_3_px_of_padding() -> None:
-    """A kernel of ones on an image of ones counts the pixels under the kernel.
+    """A kernel of ones on an image of ones counts the pixels that the kernel covers.
 
-    The kernel covers 11 rows of the image, but at the last position it covers only 8 rows.
+    At the last position, the kernel covers only 8 rows of the image. At all other positions, it covers 11 rows.
     """
     model = AlexNet(3, PAPER, ("cpu", "cpu"), SMALL)
     with torch.no_grad():
@@ -98,9 +101,9 @@ def test_figure_2_units_are_connected_to_the_maps_that_the_figure_shows(
 ) -> None:
     """To find connections, the test computes the gradient of each unit with respect to each map of the layer below.
 
-    Every unit of conv2, conv4 and conv5 depends on all maps of its own column in the layer below, and on no map of the
-    other column. Units of conv3, fc6 and fc7 depend on the maps of both columns. Without crossing, units of conv3, fc6
-    and fc7 depend only on the maps of their own column. Units of fc8 depend on both columns, with and without crossing.
+    Units of conv2, conv4 and conv5 depend on all maps of their own column in the layer below, and on no map of the
+    other column. Units of conv3, fc6 and fc7 depend on the maps of both columns. In a network without crossing, they
+    depend only on the maps of their own column. Units of fc8 depend on both columns, with and without crossing.
     """
     torch.manual_seed(0)
     recipe = replace(recipe, activation="tanh", init="he", input_divisor=64.0, dropout=0.0, crossing=crossing)
@@ -115,7 +118,7 @@ def test_figure_2_units_are_connected_to_the_maps_that_the_figure_shows(
     above = [logits] if layer == "fc8" else [outputs[layer, column] for column in (0, 1)]
     below = [outputs[BELOW[layer], column] for column in (0, 1)]
 
-    rows = []  # one row for each unit, which says whether the unit depends on each map of the layer below
+    rows = []  # for each unit: a row that has, for each map of the layer below, whether the unit depends on the map
     for units in above:
         for unit in range(units.shape[1]):
             grads = torch.autograd.grad(units[:, unit].sum(), below, retain_graph=True, allow_unused=True)
@@ -130,7 +133,7 @@ def test_figure_2_units_are_connected_to_the_maps_that_the_figure_shows(
 
 
 class RecordedMoves(TorchFunctionMode):
-    """Records each function that moves a tensor between devices. Tensors that are moved from `meta` become zeros."""
+    """Records each call that moves a tensor between devices. A tensor that is moved from `meta` becomes zeros."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -185,9 +188,9 @@ BIASES = {"paper": 1.0, "released": 1.0, "caffe": 0.1, "large": 0.1, "modern": 0
 
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
 def test_initialization_of_each_layer(recipe: Recipe) -> None:
-    """Tests the mean and standard deviation of the weights, and the biases.
+    """The test compares the mean and standard deviation of the weights, and the biases.
 
-    With init `he`, the standard deviation is sqrt(2 / fan-in), except 0.01 in fc8.
+    With the initialization `he`, the standard deviation is sqrt(2 / fan-in), but 0.01 in fc8.
     """
     torch.manual_seed(3)
     joined = AlexNet(20, recipe, ("cpu", "cpu"), replace(ALEXNET, widths=Widths(fc6=256, fc7=256))).joined_tensors()
@@ -224,9 +227,9 @@ def test_section_4_2_the_first_two_fully_connected_layers_have_dropout() -> None
 
 
 def test_both_columns_see_the_same_dropout_mask() -> None:
-    """In the authors' layers-145.cfg, units are copied after dropout.
+    """In the authors' layers-145.cfg, units are copied to the other column after dropout.
 
-    Both columns therefore have the same draw for each unit.
+    Both columns therefore see the same dropped units.
     """
     torch.manual_seed(5)
     model = AlexNet(5, replace(SHORT, dropout=0.5), ("cpu", "cpu"), SMALL)
@@ -242,9 +245,9 @@ def trained_weights(scaled: bool, keep: float) -> tuple[dict[str, torch.Tensor],
 
     The evaluation follows the last step and uses the first batch.
 
-    scaled  whether dropout scales in training; if so, initialization, learning rate and weight decay of fc7 and fc8 are
+    scaled  True: dropout scales in training, and initialization, learning rate and weight decay of fc7 and fc8 are
             adapted
-    keep    probability that a unit is kept
+    keep    probability with which dropout keeps a unit
     """
     torch.manual_seed(6)
     recipe = replace(SHORT, dropout=1 - keep, dropout_scales_training=scaled)
@@ -275,9 +278,9 @@ def trained_weights(scaled: bool, keep: float) -> tuple[dict[str, torch.Tensor],
 def test_inverted_dropout_equals_the_papers_with_init_times_keep_lr_times_keep2_decay_over_keep2(
     keep: float,
 ) -> None:
-    """Compares scaling in evaluation (the paper) with scaling in training (nn.Dropout).
+    """Scaling in evaluation (the paper) is compared with scaling in training (nn.Dropout).
 
-    The learning rate drops after 3 of 6 steps.
+    After 3 of 6 steps, the learning rate is reduced.
     """
     (plain, plain_logits), (scaled, scaled_logits) = trained_weights(False, keep), trained_weights(True, keep)
     for actual, expected in zip(scaled_logits, plain_logits, strict=True):

@@ -30,7 +30,7 @@ def load(path: Path) -> kernels.NativeKernels | None:
 
 
 def outputs_and_gradients() -> list[Tensor]:
-    """Return outputs and gradients of all kernels. No number of maps is a multiple of the vector size or block size."""
+    """Return outputs and gradients of all kernels. No number of maps is a multiple of the vector or block size."""
     results = []
     for shape in ((3, 44, 9, 8), (1, 9, 31, 20), (5, 3, 3, 3)):
         x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).mul_(30).requires_grad_()
@@ -66,9 +66,9 @@ def test_run_in_threads_covers_every_item_once(items: int, threads: int, monkeyp
 
 @needs_kernel
 def test_kernels_read_and_write_only_inside_their_tensors() -> None:
-    """Each tensor first ends just before a protected page, then begins just after a protected page.
+    """In one pass, each tensor ends just before a protected page. In another pass, it begins just after such a page.
 
-    An access outside of the tensor kills the process.
+    An access to a protected page kills the process.
     """
     program = """
 import ctypes, mmap, os
@@ -117,12 +117,10 @@ os._exit(0)
 @needs_kernel
 @pytest.mark.parametrize("layouts", ["alike", "different", "strided"])
 def test_an_update_with_and_without_the_kernel_is_the_same(layouts: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The tensors are those of a convolution, of a layer that needs more than one block, and of biases.
-
-    One tensor is empty.
+    """The tensors: the weight of a convolution, a weight of more than one block, biases, and an empty tensor.
 
     layouts  alike      the convolution's weight and gradient are channels last
-             different  only the convolution's weight is channels last
+             different  the convolution's weight is channels last, and its gradient is not
              strided    all tensors are strided
     """
     results = []
@@ -187,7 +185,7 @@ def test_a_library_with_a_wrong_result_or_a_missing_function_is_refused(
 
 @pytest.mark.usefixtures("c_compiler")
 def test_kernels_without_vectors_or_fused_multiply_adds_agree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The results differ in their last few bits. If the terms of a sum cancel, the relative difference is larger."""
+    """The results may differ in their last bits. If the terms of a sum cancel, the relative difference is larger."""
     monkeypatch.setattr(compiling, "FLAGS", [*FAST_TO_COMPILE, "-ffp-contract=off"])
     expected, source = outputs_and_gradients(), tmp_path / "kernels.c"
     source.write_bytes(kernels.SOURCE.read_bytes())

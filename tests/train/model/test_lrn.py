@@ -1,4 +1,4 @@
-"""Tests of local response normalization against the paper's formula in float64 and against torch's layer."""
+"""Local response normalization is compared with the paper's formula in float64, and with torch's layer."""
 
 from __future__ import annotations
 
@@ -26,10 +26,7 @@ def lrn_reference(a: Numbers, n: int, alpha: float, beta: float, k: float) -> Nu
 
 
 def gradient_reference(a: Numbers, grad: Numbers, n: int, alpha: float, beta: float, k: float) -> Numbers:
-    """Return the gradient of the input.
-
-    For each input map, the gradient is a sum over the output maps whose window contains this map.
-    """
+    """Return the gradient of the input: for each input map, a sum over the output maps whose window contains it."""
     maps = a.shape[1]
     gradient = np.zeros_like(a)
     for i in range(maps):
@@ -42,7 +39,7 @@ def gradient_reference(a: Numbers, grad: Numbers, n: int, alpha: float, beta: fl
 
 
 def random_maps(count: int, *, last: bool = True, seed: int = 0) -> Tensor:
-    """Return float32 (2, count, 4, 5) with positive and negative values. The channels are last if `last`."""
+    """Return float32 (2, count, 4, 5) with positive and negative values, with channels last in memory if `last`."""
     x = torch.randn(2, count, 4, 5, generator=torch.Generator().manual_seed(count + seed)) * 30
     return x.contiguous(memory_format=torch.channels_last) if last else x
 
@@ -110,7 +107,7 @@ def test_gradient_in_float32_equals_torchs(implementation: str) -> None:
 
 
 def test_any_memory_layout_gives_the_formula(implementation: str) -> None:
-    """Tests outputs and gradients of channels-first, strided, transposed, expanded and flipped tensors."""
+    """The test compares outputs and gradients of channels-first, strided, transposed, expanded and flipped tensors."""
     base = torch.randn(4, 14, 10, 12, generator=torch.Generator().manual_seed(6)) * 20
     base = base.contiguous(memory_format=torch.channels_last)
     views = [base.contiguous(), base[::2, 3:11, 1:, ::3], base.transpose(2, 3), base.permute(0, 2, 1, 3)]

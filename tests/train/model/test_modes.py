@@ -1,4 +1,4 @@
-"""Tests that the context manager for evaluation mode restores the earlier mode, also after an exception."""
+"""The context manager for evaluation mode restores the earlier mode of a network, also after an exception."""
 
 from __future__ import annotations
 

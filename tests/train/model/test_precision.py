@@ -1,4 +1,4 @@
-"""Tests of precision: bfloat16 against float32 on a CPU, the TF32 switches, and the precision in a run's identity."""
+"""Tests of precision: bfloat16 compared with float32 on a CPU, the TF32 switches, the precision in a run's identity."""
 
 from __future__ import annotations
 

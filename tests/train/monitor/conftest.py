@@ -1,4 +1,4 @@
-"""Fixture `observed_run`: a training run with its terminal output, and with its status while it was running."""
+"""Fixture `observed_run`: a run with its terminal output, and with the status that was read while it was running."""
 
 from __future__ import annotations
 

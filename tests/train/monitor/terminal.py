@@ -1,4 +1,4 @@
-"""A pseudo-terminal that runs a program, types keys, and returns the rows that the screen shows at the end."""
+"""A pseudo-terminal, in which a test runs a program, types keys, and reads the rows of the screen at the end."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def run_in_terminal(command: Sequence[str], columns: int, keys: Mapping[str, byt
 def screen_rows(output: str, columns: int) -> list[str]:
     """Return the rows of a terminal after `output`.
 
-    The output has text, line ends, upward moves of the cursor, and erased lines.
+    The output may contain text, line ends, and the escape codes that move the cursor up or erase a line.
     """
     rows: dict[int, dict[int, str]] = {}
     y = x = 0

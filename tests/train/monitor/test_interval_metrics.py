@@ -1,4 +1,4 @@
-"""Tests of the norms of gradients and weights against NumPy, and of peak memory."""
+"""The norms of gradients and weights are compared with NumPy. Also tests peak memory."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ def test_weight_norms_equal_those_of_numpy_on_the_checkpoint(observed_run: Obser
 
 
 def test_gradient_norms_equal_those_solved_from_two_checkpoints(observed_run: ObservedRun) -> None:
-    """Solve v' = momentum · v − decay · lr · w − lr · g for g in float64.
+    """The test solves v' = momentum · v − decay · lr · w − lr · g for the gradient g, in float64.
 
-    v and w are from step 8, and v' is from step 9.
+    The velocity v and the weights w are from step 8, and the velocity v' is from step 9.
     """
     before, after = (torch.load(path, weights_only=True) for path in checkpoint.checkpoint_paths(observed_run.run_dir))
     last = [line for line in read_metrics(observed_run.run_dir) if line["kind"] == "train"][-1]

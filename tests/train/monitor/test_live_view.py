@@ -27,9 +27,9 @@ def test_a_terminal_shows_a_run_and_its_cursor_is_restored(observed_run: Observe
     assert "step" in output and "of 9" in output and "images/s" in output
     assert output.count("centre view") == 3
     cursor_hidden, first_validation = output.rindex("\x1b[?25l"), output.index("centre view")
-    # The cursor is shown again before the first validation, not only at the end of the run.
+    # The cursor is shown again before the line of the first validation, not only at the end of the run.
     assert cursor_hidden < output.index("\x1b[?25h") < first_validation
-    assert "epoch   0.33" not in output  # besides the live view, no plain lines are printed
+    assert "epoch   0.33" not in output  # with the live view, no plain lines are printed
 
 
 def test_the_live_view_shows_curves_rates_memory_and_the_time_left() -> None:
@@ -146,7 +146,7 @@ main()
 
 @pytest.mark.parametrize("columns", [80, 40])
 def test_ctrl_c_leaves_a_clean_screen_with_its_messages(columns: int) -> None:
-    """The terminal itself prints ^C at the cursor, which is in the display."""
+    """When Ctrl-C is typed, the terminal itself prints ^C at the cursor, which is within the live display."""
     code, screen = run_in_terminal([sys.executable, "-c", _STOPPED_RUN, "run"], columns, keys={"ready": b"\x03"})
     assert code == 130
     lines = [

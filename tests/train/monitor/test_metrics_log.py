@@ -20,7 +20,7 @@ from train.runs.run_dir import read_metrics
 def test_lines_are_held_in_memory_while_the_disk_is_full_and_written_later(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], limit_file_size: LimitFileSize
 ) -> None:
-    """metrics.jsonl may grow by 100 bytes. A line beyond this limit is removed, and is written again later."""
+    """metrics.jsonl may grow by 100 bytes. A line that does not fit is removed, and is written again later."""
     with MetricsLog(tmp_path, RUN_LENGTH, 0, False, QuietView()) as log:
         log.train(training_line(1))
         size_bytes = (tmp_path / "metrics.jsonl").stat().st_size

@@ -14,7 +14,7 @@ from train.monitor.step_counters import StepCounters
 def test_counts_are_those_of_the_steps_since_the_last_read() -> None:
     rng = torch.Generator().manual_seed(3)
     counters = StepCounters(torch.device("cpu"), max_steps=3)
-    for _ in range(2):  # the second interval begins from zero
+    for _ in range(2):  # the counters of the second interval begin at zero
         losses = torch.randn(3, generator=rng)
         scores = torch.randn(3, 8, 10, generator=rng)
         labels = torch.randint(2, 9, (3, 8), generator=rng)

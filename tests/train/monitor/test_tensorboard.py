@@ -26,10 +26,10 @@ def test_tensorboard_reads_every_value_of_metrics_jsonl_once(observed_run: Obser
 
 
 def test_a_resumed_run_has_no_point_and_no_line_twice(tmp_path: Path) -> None:
-    """Twice, the run is killed after it logged step 5, and resumes from step 4. When the run resumes the
-    second time, the validation of step 4 is still due.
+    """Twice, the run is killed after it has logged step 5, and resumes from step 4.
 
-    Line 1 of metrics.jsonl is in no event file when the run starts.
+    At the second resumption, the validation after step 4 is still missing. At the start of the run, line 1 of
+    metrics.jsonl is in no event file.
     """
     result = EvalResult(0.5, 0.25, 2.0, 12)
     (tmp_path / "metrics.jsonl").write_text(json.dumps({**training_line(1), "unix_time_s": 5.0}) + "\n")

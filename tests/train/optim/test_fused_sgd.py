@@ -1,6 +1,6 @@
-"""Tests of the fused parameter update.
+"""The fused parameter update has the same bits as torch's private kernel.
 
-The update has the same bits as torch's private kernel, and nearly the same values in the fallback.
+Where the fused update cannot be used, the fallback gives nearly the same values.
 """
 
 from __future__ import annotations
@@ -90,10 +90,7 @@ def renamed(*args: object, **kwargs: object) -> None:
 
 
 def without_lr(weights: list[Tensor], gradients: list[Tensor], velocities: list[Tensor], **kwargs: object) -> None:
-    """Replaces torch's kernel by a kernel that ignores a negative learning rate.
-
-    A later version of torch might ignore a negative learning rate.
-    """
+    """A replacement for torch's kernel that ignores a negative learning rate, as a later version of torch might do."""
     for velocity in velocities:
         velocity.mul_(0.5)
 

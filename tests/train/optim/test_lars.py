@@ -1,4 +1,4 @@
-"""Tests of LARS against algorithm 1 of arXiv 1708.03888 in NumPy and float64, also for layers divided into columns."""
+"""LARS is compared with algorithm 1 of arXiv 1708.03888 in float64 NumPy, also for layers divided into columns."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ WARMUP = replace(
 def formula(
     weights: Sequence[np.ndarray], gradients: Sequence[Sequence[np.ndarray]], rates: Sequence[float]
 ) -> list[np.ndarray]:
-    """Return the weights after algorithm 1 of the paper, with the paper's sign of v.
+    """Return the weights after algorithm 1 of the LARS paper, where w = w − v. (This project computes w = w + v.)
 
-    The last two tensors have no decay.
+    The last two tensors have no weight decay.
     """
     after = []
     for index, start in enumerate(weights):
@@ -48,7 +48,7 @@ def formula(
 
 
 def example(steps: int, dtype: type = np.float32) -> tuple[list[np.ndarray], list[list[np.ndarray]]]:
-    """Return weights, and gradients for each step. The last of the tensors starts at 0, like a bias."""
+    """Return weights, and the gradients of each step. The last tensor of weights starts at 0, like a bias."""
     rng = np.random.default_rng(5)
     weights = [rng.normal(size=shape).astype(dtype) for shape in SHAPES[:3]] + [np.zeros(SHAPES[3], dtype)]
     return weights, [[(0.01 * rng.normal(size=shape)).astype(dtype) for shape in SHAPES] for _ in range(steps)]
@@ -84,13 +84,13 @@ def train(
 @pytest.mark.parametrize("steps", [1, 20])
 @pytest.mark.parametrize("kind", ["kernel", "operators", "float64", "rate tensor", "rate tensor in Triton"])
 def test_the_update_is_the_formula_of_the_paper(steps: int, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The 20 learning rates are a warm-up followed by a polynomial decay, at half of the recipe's batch."""
+    """The 20 learning rates are a warm-up and then a polynomial decay. The batch is half of the recipe's batch."""
     if kind != "kernel":
         monkeypatch.setattr(kernels, "native", None)
     elif kernels.native is None:
         pytest.skip("the C kernels are not compiled")
     schedule = Schedule(WARMUP, batch_size=32)
-    # There are fewer steps, because Triton's interpreter is slow.
+    # The Triton kernel makes fewer steps, because Triton's interpreter is slow.
     steps = min(steps, 3) if kind == "rate tensor in Triton" else steps
     weights, gradients = example(steps, np.float64 if kind == "float64" else np.float32)
     rates = [schedule.learning_rates(epoch)[0] for epoch in np.arange(steps) * 0.5]
@@ -118,7 +118,7 @@ def test_without_trust_the_optimizer_has_no_local_rates() -> None:
 
 @pytest.mark.parametrize("native", [True, False], ids=["kernel", "operators"])
 def test_norms_are_exact_for_many_values(native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """PyTorch's float32 norm of 4 million values would be off by more than this tolerance."""
+    """The error of PyTorch's float32 norm of 4 million values would exceed the tolerance of this test."""
     if not native:
         monkeypatch.setattr(kernels, "native", None)
     values = torch.randn(2053, 2001, generator=torch.Generator().manual_seed(3))
@@ -142,7 +142,7 @@ def two_columns(recipe: Recipe = LARGE) -> tuple[AlexNet, PaperSGD, dict[str, Te
 
 
 def test_two_columns_are_updated_like_the_joined_layers() -> None:
-    """A layer has one norm, however the layer is divided into columns. The two halves alone would have other norms."""
+    """A layer that is divided into columns still has one norm. The two halves have other norms than the layer."""
     network, optimizer, gradients = two_columns()
     gradients = {name: channels_last(g) for name, g in gradients.items()}
     before = network.joined_tensors()

@@ -1,4 +1,4 @@
-"""Tests of PaperSGD against the paper's rule in NumPy and against torch.optim.SGD, and of weight decay by parameter."""
+"""PaperSGD is compared with the paper's rule in NumPy and with torch.optim.SGD. Tests of weight decay by parameter."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_the_update_is_the_papers_rule_before_and_after_the_rate_drops(grads: np
 def test_several_parameters_are_updated_by_the_rule_without_compiled_kernels(
     momentum: float, same_layout: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The update without C kernels: one fused call for both parameters, or single operators if their layouts differ."""
+    """Without C kernels, one fused call updates both parameters. If their layouts differ, single operators do."""
     monkeypatch.setattr("train.model.kernels.native", None)
     layout = torch.channels_last if same_layout else torch.contiguous_format
     start = np.random.default_rng(1).normal(size=(2, 4, 3, 2, 2)).astype(np.float32)

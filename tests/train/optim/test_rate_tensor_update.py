@@ -1,4 +1,4 @@
-"""Tests of the update with learning rates in a tensor: its Triton kernel and its operators against a NumPy formula."""
+"""The update with learning rates in a tensor: the Triton kernel and the operators are compared with NumPy's formula."""
 
 from __future__ import annotations
 
@@ -29,10 +29,7 @@ def make_trios() -> list[Trio]:
 
 @pytest.mark.parametrize("kind", ["kernel", "operators"])
 def test_update_equals_the_formula(kind: str) -> None:
-    """There are two updates.
-
-    Between the two updates, the learning rate of one group changes. One parameter has no gradient.
-    """
+    """Between the two updates, the learning rate of one group changes. One parameter has no gradient."""
     trios = make_trios()
     trios[3].parameter.grad = None
     update = RateTensorUpdate(trios, groups=2, momentum=MOMENTUM)
@@ -79,7 +76,7 @@ def test_parameters_of_two_types_are_refused() -> None:
 
 
 def test_optimizer_with_a_rate_tensor_takes_the_same_steps() -> None:
-    """Compares PaperSGD.step with and without a rate tensor, over three steps. The rate of one group changes."""
+    """PaperSGD.step is compared with and without a rate tensor, over three steps. The rate of one group changes."""
     parameters = [[trio.parameter for trio in make_trios()] for _ in range(2)]
     optimizers = [
         PaperSGD([{"params": p[:2], "weight_decay": 0.01, "lr": 0.1}, {"params": p[2:], "lr": 0.2}], MOMENTUM)

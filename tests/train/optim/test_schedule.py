@@ -1,4 +1,4 @@
-"""Tests of learning-rate schedules against the tables and formulas of their sources, and of frozen layers."""
+"""Learning-rate schedules are compared with the tables and formulas of their sources. Also tests frozen layers."""
 
 from __future__ import annotations
 
@@ -66,9 +66,9 @@ def test_a_cosine_with_warm_up_follows_its_formula() -> None:
 
 
 def test_a_polynomial_with_warm_up_follows_its_formula() -> None:
-    """As in the authors' code, the decay counts from the first step.
+    """As in the authors' code, the decay is computed from the first step of the run, not from the end of the warm-up.
 
-    The rate therefore drops a little after the warm-up.
+    After the warm-up, the rate is therefore already a little lower.
     """
     recipe = replace(LARGE, lr=8.0, epochs=50, schedule=Polynomial(warmup_epochs=5, start=0.1, power=2, end=1e-4))
     schedule, epochs = Schedule(recipe), np.linspace(0, 60, 241)
@@ -132,7 +132,7 @@ def test_biases_have_a_multiple_of_the_rate_or_a_rate_of_their_own() -> None:
 
 
 def test_the_rate_of_every_recipe_is_above_zero_at_each_of_its_epochs() -> None:
-    """If a recipe had a learning rate of 0 in an epoch, the epoch would train nothing."""
+    """In an epoch with a learning rate of 0, nothing would be trained."""
     for recipe in RECIPES.values():
         schedule = Schedule(recipe)
         assert all(schedule.learning_rates(epoch / 2)[0] > 0 for epoch in range(2 * recipe.epochs + 2)), recipe.name

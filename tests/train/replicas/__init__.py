@@ -1,1 +1,1 @@
-"""Tests of train.replicas."""
+"""Tests of train.replicas: processes of torchrun that train one network together."""

@@ -1,4 +1,4 @@
-"""Runs the ranks of a group as threads of the test's process. The ranks exchange values over gloo, as processes do."""
+"""Runs the ranks of a group as threads of the test process. The ranks exchange values over gloo, as processes do."""
 
 from __future__ import annotations
 
@@ -17,10 +17,7 @@ Outcome = Any  # the result of a rank, or the exception that it raised
 def run_ranks(
     monkeypatch: Any, size: int, work: Callable[[ReplicaGroup], Any], timeout_s: float = 20.0
 ) -> list[Outcome]:
-    """Call `work` with the joined group of each rank, in one thread per rank.
-
-    Return results or exceptions in rank order.
-    """
+    """Start one thread for each rank, and call `work(group)` in it. Return results or exceptions in rank order."""
     server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     monkeypatch.setattr(
         "train.replicas.group.connect",

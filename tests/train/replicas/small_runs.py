@@ -11,7 +11,7 @@ SMALL_ALEXTRAIN = ROOT / "tests/helpers/torchrun/small_alextrain.py"
 
 
 def run_arguments(store: Path, run_dir: Path, *options: object) -> tuple[object, ...]:
-    """The arguments of `alextrain run` for 9 steps of 8 images: 3 epochs of 3 steps, with a validation after each."""
+    """Return arguments of `alextrain run`: 3 epochs of 3 steps of 8 images, with a validation after each epoch."""
     recipe = ("--recipe", "short", "--set", "dropout=0.5", "--batch", 8, "--epochs", 3, "--seed", 3)
     intervals = ("--log-every", 1, "--checkpoint-every", 2, "--keep", 100)
     return ("run", "--gpus", "cpu", "--store", store, "--run-dir", run_dir, *recipe, *intervals, *options)

@@ -1,4 +1,4 @@
-"""Tests of `alextrain evaluate` and of refused commands under torchrun, with real processes."""
+"""Tests of `alextrain evaluate` under torchrun, and of commands that refuse to run under torchrun."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def test_other_commands_refuse_to_start_in_several_processes(monkeypatch: pytest
         assert result.stderr.count("\n") == (rank == 0)
         assert alextrain(command, "--help").exit_code == 0
     monkeypatch.setattr("train.replicas.torchrun.time.sleep", lambda seconds: None)
-    assert "runs in one process" in alextrain("status", "x").stderr  # rank 1 prints its error if rank 0 has not failed
+    assert "runs in one process" in alextrain("status", "x").stderr  # rank 1 prints the error, as rank 0 has not failed
     monkeypatch.setenv("WORLD_SIZE", "1")
     monkeypatch.setenv("RANK", "0")
     assert "no such run" in alextrain("status", "/nowhere").stderr
@@ -119,7 +119,7 @@ def test_other_commands_refuse_to_start_in_several_processes(monkeypatch: pytest
 def test_a_rank_that_ends_because_of_another_rank_does_not_say_that_it_was_interrupted(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """SIGTERM of torchrun can come while rank 0 leaves the group after the error of another rank."""
+    """After the error of another rank, torchrun may send SIGTERM to rank 0 while rank 0 leaves the group."""
     context = click.Context(main, info_name="alextrain")
     for kind, expected in (("StoreError", ""), ("Terminated", "Interrupted.")):
         try:

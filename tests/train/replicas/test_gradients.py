@@ -1,4 +1,4 @@
-"""Tests of the sum of gradients over replicas: in shared memory and over TCP, for every layout of parameters."""
+"""Tests of the sums of gradients over replicas, in shared memory and over TCP, for every layout of parameters."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SHAPES = [(3, 5), (7,), (4, 3, 3, 3), (2000,), (1,)]
 
 
 def parameters_of(rank: int) -> list[nn.Parameter]:
-    """Return parameters with random gradients, which differ between ranks; the last one has no gradient."""
+    """Return parameters with random gradients that differ between ranks. The last parameter has no gradient."""
     generator = torch.Generator().manual_seed(rank)
     parameters = [nn.Parameter(torch.zeros(shape)) for shape in SHAPES]
     parameters[2] = nn.Parameter(parameters[2].detach().contiguous(memory_format=torch.channels_last))
@@ -33,7 +33,7 @@ def parameters_of(rank: int) -> list[nn.Parameter]:
 def test_gradients_are_summed_and_keep_the_layout_of_the_parameters(
     monkeypatch: pytest.MonkeyPatch, over_tcp: bool
 ) -> None:
-    """Sum the gradients twice: the second sum must not change the gradients of a slower rank's first sum."""
+    """The gradients are summed twice. The second sum must not change the first sum that a slower rank still reads."""
 
     def work(group: ReplicaGroup) -> list[list[torch.Tensor | None]]:
         parameters = parameters_of(group.rank)
@@ -63,7 +63,7 @@ def test_gradients_are_summed_and_keep_the_layout_of_the_parameters(
 def test_connections_of_gpus_for_later_trainings_read_no_entry_of_earlier_ones(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """`alextrain ablate` trains several networks over one link. FakeNccl takes the place of GPUs."""
+    """`alextrain ablate` trains several networks over one link. FakeNccl replaces the communication of GPUs."""
 
     class FakeNccl:
         Options = allreduce = abort = MagicMock()
@@ -71,7 +71,7 @@ def test_connections_of_gpus_for_later_trainings_read_no_entry_of_earlier_ones(
         def __init__(self, store: Any, rank: int, *_: object) -> None:
             assert not store.check([f"id/{rank}"]), "the entry of an earlier connection"
             store.set(f"id/{rank}", "new")
-            store.wait([f"id/{1 - rank}"])  # the ranks use the same names
+            store.wait([f"id/{1 - rank}"])  # each rank waits for the entry of the other rank
 
     monkeypatch.setattr("torch.distributed.ProcessGroupNCCL", FakeNccl, raising=False)
     monkeypatch.setattr("torch.cuda.device", lambda device: nullcontext())

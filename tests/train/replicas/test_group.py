@@ -1,4 +1,4 @@
-"""Tests of train.replicas.group: exchange of values, errors of single ranks, ranks that do not arrive."""
+"""Tests of train.replicas.group: exchanges of values, errors of single ranks, and ranks that never join or hang."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tests of docs/guides/many-gpus.md: CPU commands are run with a small network, other commands are only parsed."""
+"""Tests of docs/guides/many-gpus.md. The commands for a CPU run with a small network; other commands are parsed."""
 
 from __future__ import annotations
 

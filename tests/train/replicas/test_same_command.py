@@ -57,7 +57,7 @@ def test_settings_that_differ_between_replicas_are_named(
 def test_a_store_without_the_split_val_on_one_machine_is_refused(
     stores: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without this error, rank 0 would wait for the other rank in the first validation."""
+    """If the run began without this error, rank 0 would wait for the other rank in the first validation."""
     run = Run.open(small_config(stores["ppm"], tmp_path))
     splits = {name: split for name, split in run.store.splits.items() if name != "val"}
     runs = [run, replace(run, store=replace(run.store, splits=splits))]

@@ -1,7 +1,8 @@
-"""Tests that a training on several replicas has the result of one process. torchrun starts the replicas; they use gloo.
+"""Tests that a training on several replicas has the result of one process, apart from rounding.
 
-The weights differ only by rounding: sums over images are split between processes, so they are added in another order.
-After three steps, an update may differ by 1e-4 of its norm plus the rounding of the weights.
+torchrun starts the replicas, which exchange values over gloo. Each replica sums over its own images, so the terms of a
+sum are added in another order than in one process. After three steps, an update may differ by 1e-4 of its norm plus the
+rounding of the weights.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ def train(torchrun: TorchrunServer, replicas: int, store: Path, folder: Path, ru
 
 
 def assert_same_training(store: Path, actual: Path, settings: dict[str, Any], alone: Path) -> None:
-    """Assert that the run in `actual` is, except for rounding, the run of one process with `settings`."""
+    """Assert that the run in `actual` equals, apart from rounding, a run of one process with `settings`."""
     config = run_config(store, alone, settings)
     fit(Run.open(config), QuietView())
     expected, state = checkpoint.load(alone), checkpoint.load(actual)
@@ -48,7 +49,7 @@ def assert_same_training(store: Path, actual: Path, settings: dict[str, Any], al
         # Float32 rounds each parameter by up to 2⁻²⁴ of its value.
         tolerance = 1e-4 * update_norm + 2**-24 * tensor.norm()
         assert error_norm <= tolerance, (name, float(error_norm / update_norm))
-        assert update_norm > 0 or name == "conv2.bias"  # small weights make some units 0
+        assert update_norm > 0 or name == "conv2.bias"  # with the small weights, some units are always 0
     assert torch.equal(state.random, expected.random) and state.identity == expected.identity
     for line, expected_line in zip(metrics_without_clock(actual), metrics_without_clock(alone), strict=True):
         assert line.keys() == expected_line.keys() and line["lr" if line["kind"] == "train" else "images"]
@@ -67,7 +68,7 @@ def _initial_parameters(config: RunConfig) -> dict[str, torch.Tensor]:
 def test_two_replicas_give_the_weights_and_metrics_of_one_process_with_every_recipe(
     torchrun: TorchrunServer, stores: dict[str, Path], tmp_path: Path
 ) -> None:
-    """The recipe's dropout is used. Both replicas draw random numbers for all images of a step, like one process."""
+    """The runs have dropout. Like one process, each replica draws the random numbers for all images of a step."""
     train(torchrun, 2, stores["ppm"], tmp_path / "two", EACH_RECIPE)
     for name, settings in EACH_RECIPE:
         assert_same_training(stores["ppm"], tmp_path / "two" / name, settings, tmp_path / name)
@@ -76,10 +77,7 @@ def test_two_replicas_give_the_weights_and_metrics_of_one_process_with_every_rec
 def test_four_replicas_and_batches_in_parts_give_the_weights_of_one_process(
     torchrun: TorchrunServer, stores: dict[str, Path], tmp_path: Path
 ) -> None:
-    """With --accumulate, each replica draws dropout for other images than one process does.
-
-    The run of this test has no dropout.
-    """
+    """The runs have no dropout, because dropout depends on the number of replicas if --accumulate is used."""
     parts = {"recipe": "short", "set": ["dropout=0"], "steps": 3, "accumulate": 2}
     runs = [("whole", {"recipe": "short", "steps": 3}), ("parts", parts)]
     train(torchrun, 4, stores["jpeg"], tmp_path / "four", runs)

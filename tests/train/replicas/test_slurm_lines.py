@@ -14,7 +14,7 @@ from torch.distributed.run import config_from_args, parse_args
 from tests.helpers.project import ROOT
 from train.cli.run import run
 
-# srun runs its command once on each node, at the same time, with the node's number.
+# The substitute for srun: it starts the command once for each node, all at the same time, with the node's number.
 SRUN = """#!/bin/bash
 for node in $(seq 0 $((SLURM_NNODES - 1))); do SLURM_NODEID=$node SLURM_PROCID=$node SLURM_LOCALID=0 "$@" & done
 wait

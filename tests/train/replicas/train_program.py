@@ -1,7 +1,7 @@
 """Program for torchrun: trains the runs of a JSON file one after another, each on all replicas.
 
-The file holds [[name, settings], …]; `settings` are those of run_config. Rank 0 writes the run folders, by name, next
-to the file.
+The file holds a list of [name, settings]. `run_config` describes the settings. Rank 0 writes the folder of each run
+next to the file.
 """
 
 from __future__ import annotations
@@ -23,7 +23,10 @@ from train.trainer.loop import fit
 
 
 def run_config(store: Path, run_dir: Path, settings: dict[str, Any]) -> RunConfig:
-    """Return a run of a small network; `settings` has "recipe", "set" (a list of FIELD=VALUE), fields of RunConfig."""
+    """Return the configuration of a run of a small network.
+
+    `settings` has the keys "recipe", "set" (a list of FIELD=VALUE), and names of fields of RunConfig.
+    """
     recipe = apply_overrides(RECIPES[settings["recipe"]], settings.get("set", []))
     fields = {name: value for name, value in settings.items() if name not in ("recipe", "set")}
     config = RunConfig(store, recipe, 8, seed=3, model=SMALL_ALEXNET, run_dir=run_dir, log_every=1, threads=1)
@@ -31,7 +34,7 @@ def run_config(store: Path, run_dir: Path, settings: dict[str, Any]) -> RunConfi
 
 
 def main(store: Path, runs: Path) -> None:
-    """Train all runs of the file `runs` on images of `store`."""
+    """Train all runs of the file `runs` on the images of `store`."""
     with joined(group_from_environment(), 60) as group:
         for name, settings in json.loads(runs.read_text()):
             config = run_config(store, runs.parent / name, {**settings, "replicas": group.size})

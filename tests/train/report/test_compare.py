@@ -35,10 +35,7 @@ from train.report.compare import (
 def write_run(
     folder: Path, recipe: Recipe = SHORT, model: Architecture = ALEXNET, errors: tuple[float, ...] = (), **settings: Any
 ) -> Path:
-    """Write run.json and metrics.jsonl of a run, and return the run folder.
-
-    The run has one validation for each of `errors`.
-    """
+    """Write run.json and metrics.jsonl of a run, and return the run folder. Each of `errors` is one validation."""
     folder.mkdir(parents=True)
     fingerprint = settings.pop("store_fingerprint", "f0" * 32)
     description = tiny_description(recipe, model, fingerprint, run_dir=str(folder), **settings)
@@ -53,7 +50,7 @@ def write_run(
 
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The matplotlib figures that draw_comparison draws."""
+    """A list to which draw_comparison appends the matplotlib figures that it draws."""
     figures: list[Any] = []
     draw = compare._draw_curves
 

@@ -1,4 +1,4 @@
-"""Tests of the HTML report: valid HTML, figures that decode, no external resources, and its layout in Chromium."""
+"""Tests of the HTML report: valid HTML, figures that can be decoded, no external resources, layout in Chromium."""
 
 from __future__ import annotations
 
@@ -166,13 +166,13 @@ def test_text_from_files_is_escaped_in_the_report(small_run: Path, monkeypatch: 
     assert {tag for tag, _ in page.elements} == elements and "script" not in elements
     assert source.replace("\n", "").isprintable() and source.encode()
     shown = _HOSTILE.replace("\x1b", r"\x1b").replace("\u202e", r"\u202e").replace("\udcff", r"\udcff")
-    assert page.text.count(shown) > 25  # in each place where an element could begin, the text is shown instead
+    assert page.text.count(shown) > 25  # the page shows the markup as text
 
 
 def browser() -> str | None:
-    """Return the path of Chromium; None if there is no Chromium.
+    """Return the path of Chromium, or None if there is none.
 
-    The path is from the variable CHROMIUM, from PATH or from Playwright's cache.
+    The function looks at the variable CHROMIUM, in the folders of PATH, and in Playwright's cache.
     """
     named = [os.environ.get("CHROMIUM"), *map(shutil.which, _BROWSERS)]
     cached = Path.home().glob(".cache/ms-playwright/chromium*/*/*")

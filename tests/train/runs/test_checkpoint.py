@@ -1,4 +1,4 @@
-"""Tests of checkpoint files: writing, verification, retention, repair after a kill, and refused files."""
+"""Tests of checkpoint files: writing, verification, removal of old files, repair after a kill, and refused files."""
 
 from __future__ import annotations
 
@@ -75,9 +75,9 @@ def test_every_flipped_bit_and_every_cut_is_detected(uninterrupted_run: Path, tm
 
 
 def test_loading_a_checkpoint_executes_no_code(tmp_path: Path) -> None:
-    """torch.load with weights_only refuses a pickle that would create a folder.
+    """The pickle of the test would create a folder. torch.load with weights_only refuses this pickle.
 
-    A file with a pickle counts as unreadable.
+    The checkpoint counts as unreadable.
     """
 
     class MakesFolder:
@@ -151,7 +151,7 @@ def test_torn_checkpoints_are_not_counted_among_those_to_keep(stores: dict[str, 
 def test_an_intact_checkpoint_with_a_temporary_read_error_does_not_count_as_damaged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str, error: Exception, message: str
 ) -> None:
-    """A run removes unreadable checkpoints. A temporary read error must not make a run remove an intact checkpoint."""
+    """A run removes unreadable checkpoints. After a temporary read error, it must not remove an intact checkpoint."""
 
     def fail(*args: object, **options: object) -> None:
         raise error
@@ -209,7 +209,7 @@ def test_the_newest_checkpoints_and_the_best_are_kept(stores: dict[str, Path], t
     assert checkpoint.load(run_dir, str(run_dir / BEST)).step == best
     assert checkpoint.load(run_dir, "checkpoint-00000012.pt").step == 12
     (run_dir / "run.json").unlink()
-    network, state = load_trained(run_dir / BEST, ("cpu", "cpu"))  # no other file is needed to use best.pt
+    network, state = load_trained(run_dir / BEST, ("cpu", "cpu"))  # best.pt can be loaded without any other file
     assert network.architecture == SMALL_ALEXNET and state.step == best and len(state.classes) == 3
 
 
@@ -261,7 +261,10 @@ def test_the_next_start_finishes_the_updates_that_a_kill_after_the_last_checkpoi
 def test_metrics_are_synced_before_a_checkpoint_and_both_before_the_previous_checkpoint_is_removed(
     stores: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After a power cut at any moment, there is a checkpoint, and metrics.jsonl has all lines up to that checkpoint."""
+    """At any moment, the disk has a checkpoint, and metrics.jsonl with all lines up to this checkpoint.
+
+    A power cut can therefore never leave a run without a usable checkpoint.
+    """
     operations: list[str] = []
 
     def recorded(function: str, real: Any) -> Any:

@@ -1,6 +1,7 @@
 """Fuzzing of the files of a run folder: each reader returns a value or raises an error of one line.
 
-The examples are the files of a small trained run. The checkpoints have correct digests, so that the contents are read.
+The intact files are those of a small trained run. Changed checkpoints get a correct digest, so that readers do not stop
+at the digest.
 """
 
 from __future__ import annotations
@@ -138,7 +139,7 @@ def test_text_about_predictions(count: int, predictions: Path) -> None:
 
 @examples(60, 20_000)
 def test_checkpoint(count: int, trained_run: Path) -> None:
-    """The pickle of a checkpoint is changed, and the digest is computed again."""
+    """The test changes the pickle of a checkpoint, and computes the digest again."""
     path = max(trained_run.glob("checkpoint-*.pt"))
     with zipfile.ZipFile(path) as archive:
         members = {name: archive.read(name) for name in archive.namelist()}
@@ -157,7 +158,7 @@ def test_checkpoint(count: int, trained_run: Path) -> None:
 
 @examples(50, 20_000)
 def test_archive_of_a_checkpoint(count: int, trained_run: Path) -> None:
-    """The directory and the headers of the archive are changed, with and without a correct digest."""
+    """The test changes the directory and the headers of the archive, with and without a correct digest."""
     path = max(trained_run.glob("checkpoint-*.pt"))
     content = path.read_bytes()[:-71]
     body = content[:-2] + b"\0\0"

@@ -1,6 +1,7 @@
-"""Stores and run folders of another user: commands that only read work, and other commands say what cannot be written.
+"""Stores and run folders of another user, which are read-only.
 
-The folders are read-only. Root may write into every folder, so the child process of a test gives up this right.
+Commands that only read work as usual. Other commands fail, and the error names the file that cannot be written. Root
+may write into every folder, so the child process of a test gives up this right.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import pytest
 
 from tests.helpers.project import ROOT
 
-# The child process runs every command in itself, so that it loads the libraries once.
+# The child process runs all commands itself, so that it loads the libraries only once.
 _SCRIPT = """
 import contextlib, io, json, sys
 import pipeline.cli, prep.cli, train.cli
@@ -35,9 +36,9 @@ print(json.dumps(results))
 
 
 def give_up_rights_of_root() -> None:
-    """Remove CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH, with which root ignores permissions.
+    """Drop CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH, with which root ignores permissions.
 
-    A user other than root has no such right, and the calls fail.
+    Other users do not have these rights. For them, the calls fail without harm.
     """
     libc = ctypes.CDLL(None)
     for capability in (1, 2):
@@ -61,7 +62,7 @@ def run_commands(folder: Path, commands: list[str]) -> list[tuple[int, str, str]
 
 @pytest.fixture
 def read_only(store: Path, tmp_path: Path) -> Path:
-    """A folder with a store and a run in which nobody may write. The folder itself may be written."""
+    """A folder with a store and a run folder that nobody may write into. The folder itself is writable."""
     shutil.copytree(store, tmp_path / "store")
     for path in (tmp_path / "store", *(tmp_path / "store").rglob("*")):
         path.chmod(0o555 if path.is_dir() else 0o444)

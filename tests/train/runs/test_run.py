@@ -103,7 +103,7 @@ def test_a_run_in_a_folder_whose_name_is_not_utf_8_is_read_and_forked(
         fit(fork(Run.open(replace(config, steps=2)), Path("fork")))
     path = read_description(Path("fork"))["ancestry"][0]["path"]
     assert path == f"{tmp_path}/photos-\\udcff/run"
-    with pytest.raises(UserError, match="holds a run that was forked from"):  # the origin is found by its path
+    with pytest.raises(UserError, match="holds a run that was forked from"):  # run.json has the path of the origin
         fork(Run.open(replace(config, run_dir=Path("other"))), Path("fork"))
     monkeypatch.chdir(tmp_path)
     config = saved_config(folder / "run")  # finds the store by its absolute path

@@ -1,4 +1,4 @@
-"""Tests of reading metrics.jsonl while a run writes it, and of the remaining time predicted from this file."""
+"""Tests of reading metrics.jsonl while a run writes it, and of the remaining time that is predicted from it."""
 
 from __future__ import annotations
 

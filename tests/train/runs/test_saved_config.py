@@ -1,6 +1,6 @@
-"""`alextrain run` continues a run with its own settings.
+"""`alextrain run` continues a run with the settings that the run has saved.
 
-Forks inherit the settings, and runs find their training store.
+Forks inherit the settings of their origin, and runs find their training store again.
 """
 
 from __future__ import annotations
@@ -34,10 +34,7 @@ def small_alexnet(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def own_run(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of one step in a project folder, which also has a copy of the store.
-
-    The run and the store were named by relative paths.
-    """
+    """A run of one step, in a folder that also has a copy of the store. Both were given as relative paths."""
     project = tmp_path_factory.mktemp("project")
     shutil.copytree(store, project / "store")
     with pytest.MonkeyPatch.context() as patch:
@@ -50,7 +47,7 @@ def own_run(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run_dir(own_run: Path, tmp_path: Path) -> Path:
-    """A copy of `own_run` that has the store of the original."""
+    """A copy of the run `own_run`, without a copy of its store."""
     return Path(shutil.copytree(own_run, tmp_path / "copy"))
 
 
@@ -112,7 +109,7 @@ def test_a_fork_inherits_the_settings_and_lists_the_differences_before_the_train
 def test_another_recipe_brings_its_batch_size_and_epochs(run_dir: Path, tmp_path: Path) -> None:
     command = ["run", "--run-dir", run_dir, "--fork", tmp_path / "fork", "--dry-run"]
     refused = alextrain(*command, "--recipe", "modern")
-    assert refused.exit_code == 2 and "--batch 512: " in refused.stderr  # this is the batch size of `modern`
+    assert refused.exit_code == 2 and "--batch 512: " in refused.stderr  # the batch size of the recipe `modern` is 512
     (answer,) = json_lines(*command, "--recipe", "modern", "--batch", "6")
     assert answer["batch_size"] == 6 and answer["recipe"] == "modern"
 
@@ -128,7 +125,7 @@ def test_a_run_finds_its_store_from_any_folder_and_after_a_move(
     assert answer["images"] == 12
     moved = Path(shutil.copytree(project, tmp_path / "moved"))
     description = json.loads((moved / "runs/a/run.json").read_text())
-    description["settings"]["store_absolute"] = "/nowhere/store"  # the path is wrong, as after a move of the project
+    description["settings"]["store_absolute"] = "/nowhere/store"  # after a move of the folder, the path is wrong
     (moved / "runs/a/run.json").write_text(json.dumps(description))
     found = training_store(moved / "runs/a", read_description(moved / "runs/a"))
     assert found is not None and found.root == moved / "store"
@@ -155,7 +152,7 @@ def test_a_missing_store_is_named_and_the_exit_code_is_1(run_dir: Path, tmp_path
 
 
 def test_recipes_of_older_runs_divide_no_evaluation_image() -> None:
-    """Version 0.1.0 had no eval_divisor, and divided only training images."""
+    """Version 0.1.0 had no eval_divisor, and divided training images but no evaluation images."""
     old: dict[str, Any] = json.loads(json.dumps({**vars(RELEASED)}, default=vars))
     del old["augmentation"]["eval_divisor"]
     read = recipe_from_json(old)

@@ -1,4 +1,4 @@
-"""Tests of `alextrain run --stream-seed`: the batches of a run, its identity, and the files that show the seed."""
+"""Tests of `alextrain run --stream-seed`: batches and identity of a run, and files and commands that show the seed."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def seeded_run(stores: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
 def test_runs_with_equal_stream_seeds_train_on_the_batches_of_that_seed_and_begin_with_their_own_parameters(
     stores: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The runs have 4 steps, so that they also take a batch of the second epoch."""
+    """The runs have 4 steps, so that step 4 takes a batch of the second epoch."""
     iterate = TrainLoader.__iter__
     served: dict[str, list[torch.Tensor]] = {}
     first_weights: dict[str, torch.Tensor] = {}
@@ -121,7 +121,7 @@ def test_a_fork_can_change_the_stream_seed_and_records_it(
 
 
 def test_a_run_that_was_created_with_a_stream_seed_is_trained_with_it(stores: dict[str, Path], tmp_path: Path) -> None:
-    """`alextrain import` also creates a run, with create_run. The loop refuses a stream state with another seed."""
+    """`alextrain import` creates a run with create_run. The training loop refuses a stream state with another seed."""
     config = small_config(stores["ppm"], tmp_path / "run", stream_seed=STREAM_SEED, steps=1)
     create_run(Run.open(config), AlexNet(3, config.recipe, ("cpu", "cpu"), config.model))
     fit(Run.open(config))

@@ -23,7 +23,7 @@ from train.config.run_config import RunConfig
 from train.runs.run import Run
 from train.trainer.loop import fit
 
-# With fixed ports, Ray does not kill a new node whose agents need more than 15 s to start.
+# These ports are fixed. Without fixed ports, Ray kills a new node whose agents need more than 15 s to start.
 _PORTS = ("metrics_agent_port", "metrics_export_port", "runtime_env_agent_port", "dashboard_agent_listen_port")
 
 
@@ -68,8 +68,7 @@ def cluster_address() -> Iterator[str]:
     from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
     from ray.cluster_utils import Cluster
 
-    # Either the node and the runs all use a token, or none does. The node and the runs use a token if this machine has
-    # one.
+    # If this machine has a Ray token, the node and the runs use the token. Otherwise, no process uses a token.
     maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     cluster = started_cluster(Cluster)
@@ -83,10 +82,7 @@ def cluster_address() -> Iterator[str]:
 
 
 def started_cluster(cluster_class: Any) -> Any:
-    """Start a cluster with a head node.
-
-    If the node needs longer than Ray waits, as on a busy machine, the start is tried again.
-    """
+    """Start a cluster with a head node. If the node starts too slowly for Ray, the start is tried again."""
     node = {"num_cpus": 2, "object_store_memory": 150_000_000, "include_dashboard": False}
     for attempts_left in reversed(range(4)):
         cluster = cluster_class()
@@ -120,13 +116,13 @@ def service(cluster_address: str, stores: dict[str, Path]) -> Service:
 
 @pytest.fixture(scope="package")
 def store_without_records(stores: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the JPEG store without its shards. A loader cannot itself read any record of this store."""
+    """A copy of the JPEG store without its shards. A loader can read its records only through a service."""
     folder = tmp_path_factory.mktemp("without-records") / "store"
     return Path(shutil.copytree(stores["jpeg"], folder, ignore=shutil.ignore_patterns("[0-9][0-9][0-9][0-9][0-9]")))
 
 
 def config_with_two_streams(store: Path, run_dir: Path, **changes: Any) -> RunConfig:
-    """small_config with another colour noise after epoch 2, so that the run opens a second training stream."""
+    """Return small_config with another colour noise after epoch 2, so that the run opens a second training stream."""
     recipe = small_config(store, run_dir).recipe
     schedule = (ScheduleChange(1.5, lr=0.002), ScheduleChange(2, colour="off"))
     return small_config(store, run_dir, recipe=replace(recipe, schedule=schedule), **changes)

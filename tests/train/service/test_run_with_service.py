@@ -61,7 +61,7 @@ def test_a_run_with_a_service_reads_no_record_and_has_the_result_of_a_run_withou
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Training and validation read from the service, and continue to do so after the run opens a second stream."""
+    """Training and validation read from the service, also after the run has opened a second training stream."""
     config = config_with_two_streams(store_without_records, tmp_path / "run", service=lasting_service.option)
     fit(Run.open(config))
     assert_same_result(tmp_path / "run", local_run)
@@ -75,7 +75,7 @@ def test_a_run_with_a_service_reads_no_record_and_has_the_result_of_a_run_withou
 def test_the_members_of_an_ensemble_train_on_one_stream_of_a_service(
     store_without_records: Path, lasting_service: Service, local_run: Path, tmp_path: Path
 ) -> None:
-    """Member 1 has the seeds of a run without a service. The training opens a second stream when the noise changes."""
+    """Member 1 has the seeds of a run without a service. When the noise changes, the training opens a second stream."""
     changes = {"service": lasting_service.option, "seed": 2, "stream_seed": 3}
     config = config_with_two_streams(store_without_records, tmp_path / "pair", **changes)
     runs = [Run.open(member) for member in member_configs(config, 2)]
@@ -124,9 +124,9 @@ def test_a_run_whose_service_is_lost_goes_on_with_the_local_store(
 def test_a_run_without_a_fallback_stops_with_a_log_line_and_a_checkpoint_of_its_last_step_and_resumes(
     stores: dict[str, Path], service: Service, tmp_path: Path, after_step: Any
 ) -> None:
-    """An epoch has 15 steps and one log line.
+    """An epoch has 15 steps and one log line. The test stops the service after step 1.
 
-    The service is stopped after step 1, when a few batches have been read ahead.
+    At that time, the loader has read a few batches ahead.
     """
     changes = {"batch_size": 2, "epochs": 1, "log_every": 100, "checkpoint_every": 100}
     fit(Run.open(small_config(stores["jpeg"], tmp_path / "local", **changes)))
@@ -186,7 +186,10 @@ def test_the_command_ends_with_one_line_and_exit_code_1_if_the_service_is_lost_o
 def test_a_signal_during_a_run_with_a_service_leaves_a_checkpoint(
     stores: dict[str, Path], lasting_service: Service, tmp_path: Path, after_step: Any, signum: int, step: int
 ) -> None:
-    """Step 7 belongs to the second training stream, which is opened after the run has installed its signal handlers."""
+    """The signal arrives in step 7, which belongs to the second training stream.
+
+    The run opens this stream after it has installed its signal handlers.
+    """
     after_step(step, lambda: os.kill(os.getpid(), signum))
     config = config_with_two_streams(stores["jpeg"], tmp_path / "run", service=lasting_service.option)
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]

@@ -51,10 +51,7 @@ def four_steps(stores: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
 
 @pytest.fixture
 def origin(four_steps: Path, tmp_path: Path) -> Path:
-    """A copy of `four_steps`.
-
-    According to the checkpoint of the copy, the schedule has already lowered the learning rate twice.
-    """
+    """A copy of `four_steps`. In its checkpoint, the schedule has already lowered the learning rate twice."""
     run_dir = Path(shutil.copytree(four_steps, tmp_path / "run"))
     state = checkpoint.load(run_dir)
     checkpoint.write(run_dir, replace(state, schedule={**state.schedule, "drops": 2}))
@@ -85,7 +82,7 @@ def test_a_fork_with_other_settings_begins_at_the_same_fraction_of_the_epoch_and
     # and begins after step 9.
     assert checkpoint.load(forked.run_dir).step == 9
     fit(Run.open(replace(forked.config, steps=12)))
-    fit(fork(Run.open(changed), tmp_path / "fork"))  # running the same command again continues the fork
+    fit(fork(Run.open(changed), tmp_path / "fork"))  # the same command, run again, continues the fork
     lines = [line for line in metrics_without_clock(forked.run_dir) if line["kind"] == "train"]
     assert [line["step"] for line in lines] == list(range(10, 22)) and lines[0]["epoch"] == pytest.approx(10 / 7)
     with pytest.raises(UserError, match="another batch size"):

@@ -32,9 +32,9 @@ def test_a_run_trains_on_while_the_disk_is_full_and_has_the_same_result(
     capsys: pytest.CaptureFixture[str],
     limit_file_size: LimitFileSize,
 ) -> None:
-    """From step 3 to step 5, no file may exceed the size of metrics.jsonl by more than 30 bytes.
+    """From step 3 to step 5, a file may be at most 30 bytes longer than metrics.jsonl is at step 3.
 
-    Within 30 bytes, neither a line of metrics.jsonl nor a checkpoint fits.
+    Neither another line of metrics.jsonl nor a checkpoint fits into this size.
     """
     run_dir, log_line = tmp_path / "run", MetricsLog.train
 

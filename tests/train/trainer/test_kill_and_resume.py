@@ -23,7 +23,7 @@ from train.trainer.loop import fit
 def kill_and_resume(store: Path, run_dir: Path, seed: int, when: str, members: int | None = None) -> dict[str, Any]:
     """Kill a run up to ten times, resume the run, and compare the result with the result of an uninterrupted run.
 
-    members  number of members of an ensemble that is trained in place of a single run
+    members  number of members of an ensemble that is trained instead of a single run; None: a single run
 
     Returns the JSON object that tests/helpers/kill_and_resume.py prints.
     """
@@ -33,7 +33,7 @@ def kill_and_resume(store: Path, run_dir: Path, seed: int, when: str, members: i
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=900,  # there are twelve forked processes, each limited to 120 s
+        timeout=900,  # the program forks twelve processes one after another; each may run for 120 s
         check=False,
     )
     assert result.returncode == 0, result.stderr
@@ -71,9 +71,9 @@ def test_a_run_killed_ten_times_has_the_same_result_and_leaves_no_temporary_file
 def test_runs_killed_a_hundred_times_in_all_have_the_same_result(
     stores: dict[str, Path], tmp_path: Path, when: str, seed: int
 ) -> None:
-    """Ten attempts of each run are to be killed.
+    """Each run has ten attempts. If `when` is "operation", all ten are killed.
 
-    If `when` is "operation", all ten are killed. If `when` is "time", an attempt may finish before its kill.
+    If `when` is "time", an attempt may finish before its kill.
     """
     kills = kill_and_resume(stores["ppm"], tmp_path / "run", seed, when)
     assert kills["kills"] == 10 if when == "operation" else 1 <= kills["kills"] <= 10

@@ -45,9 +45,9 @@ def test_a_run_ended_by_steps_resumes_with_more_steps_to_the_same_bits(
 
 
 def test_a_run_with_lars_resumes_to_the_same_bits(stores: dict[str, Path], tmp_path: Path) -> None:
-    """The checkpoint is from the warm-up.
+    """The run resumes from a checkpoint in the warm-up.
 
-    The learning rate is proportional to the batch size, which is 8; lr_batch is 16.
+    The learning rate is proportional to the batch size: the recipe's rate is for 16 images, and the batch has 8.
     """
     schedule = Polynomial(warmup_epochs=1, start=0.1, power=2, end=1e-6)
     recipe = replace(LARGE, lr=20.0, lr_batch=16, epochs=2, schedule=schedule)
@@ -94,10 +94,7 @@ def test_a_small_network_memorizes_30_training_images(stores: dict[str, Path], t
 def test_a_plateau_reduces_the_rate_and_ends_a_run_also_after_resuming(
     stores: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The error does not improve.
-
-    The learning rate drops after the second validation, and the run ends after the third.
-    """
+    """The error does not improve. The learning rate drops after validation 2, and the run ends after validation 3."""
     monkeypatch.setattr("train.trainer.training.evaluate", lambda *args, **keywords: EvalResult(0.5, 0.25, 2.0, 12))
     recipe = replace(SHORT, schedule=Plateau(factor=0.5, patience_epochs=1, drops=1))
     config = small_config(stores["ppm"], tmp_path / "a", recipe=recipe, epochs=5)
@@ -114,9 +111,9 @@ def test_a_plateau_reduces_the_rate_and_ends_a_run_also_after_resuming(
 def test_another_architecture_with_overridden_recipe_fields_trains_resumes_and_is_loaded(
     stores: dict[str, Path], tmp_path: Path
 ) -> None:
-    """Trains one column with tanh and pooling without overlap.
+    """The network has one column, tanh, and pooling without overlap.
 
-    run.json has both settings, and a resumed run needs them.
+    run.json has the overridden fields, which the resumed run and the loaded network need.
     """
     half = replace(HALF, widths=Widths(6, 7, 8, 8, 8, 16, 16))
     recipe = apply_overrides(replace(SHORT, schedule=()), ["activation=tanh", "pool_px=2", "dropout=0.5"])
@@ -138,7 +135,7 @@ def test_another_architecture_with_overridden_recipe_fields_trains_resumes_and_i
 def test_label_smoothing_and_a_cosine_with_warm_up_follow_their_formulas(
     stores: dict[str, Path], tmp_path: Path
 ) -> None:
-    """Szegedy et al. 2016: loss = (1 - e) · (loss of the label) + e · (mean loss over all classes)."""
+    """Szegedy et al. 2016 define: loss = (1 - e) · (loss of the label) + e · (mean loss over all classes)."""
     recipe = replace(SHORT, dropout=0.0, label_smoothing=0.3, epochs=2, schedule=Cosine(1, 0.1, 0.01))
     config = small_config(stores["jpeg"], tmp_path / "run", recipe=recipe, epochs=2)
     fit(Run.open(config))

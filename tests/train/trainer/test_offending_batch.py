@@ -27,9 +27,9 @@ from train.trainer.watchdog import Diverged
 def test_a_nan_pixel_stops_the_run_and_its_batch_is_written_without_a_new_checkpoint(
     numbered_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, log_every: int
 ) -> None:
-    """One image of the second batch has NaN pixels. Step 2 is logged at once, or after step 3 if `log_every` is 3.
+    """One image of the second batch has NaN pixels. With `log_every` 1, step 2 is logged at once; with 3, after step 3.
 
-    Every image has a different label. The stream has its own seed.
+    Labels identify the images, because every image has a different label. The stream has its own seed.
     """
     iterate = TrainLoader.__iter__
     with train_loader(numbered_store, 8, "cpu", 6) as loader:

@@ -1,6 +1,6 @@
 """Tests of out-of-memory errors of the CPU, a GPU, the driver and cuBLAS.
 
-The message names options that need less memory.
+The message names the options with which a run needs less memory.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def raise_untyped(message: str) -> None:
 
 
 RUN_OUT_OF_MEMORY = {
-    "CPU": lambda: torch.empty(1 << 48),  # this causes a real error of torch's allocator
+    "CPU": lambda: torch.empty(1 << 48),  # torch's allocator itself raises this error
     "GPU": raise_out_of_memory,
     "driver": lambda: raise_untyped("CUDA error: out of memory\nCUDA kernel errors might be reported later"),
     "cuBLAS": lambda: raise_untyped("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
@@ -51,7 +51,7 @@ def test_an_out_of_memory_error_advises_more_parts_or_a_smaller_batch(
 
 
 def test_the_advice_to_replicas_is_a_number_that_their_parts_allow(tmp_path: Path) -> None:
-    """Each of two replicas takes three of six images, which cannot be divided into two parts."""
+    """Each of two replicas takes three of six images. Three images cannot be divided into two equal parts."""
     config = small_config(tmp_path, tmp_path / "run", batch_size=6, replicas=2)
     with pytest.raises(UserError, match=r"Pass --accumulate 3 .* or --batch 2\.$"), out_of_memory(config):
         raise_out_of_memory()

@@ -30,10 +30,7 @@ def test_generators_are_restored_on_the_devices_of_the_checkpoint_and_seeded_aga
 
 
 def test_columns_on_two_gpus_get_different_seeds(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """torch.manual_seed would give every GPU the same seed.
-
-    With equal seeds, both columns would have the same dropout masks.
-    """
+    """torch.manual_seed would give every GPU the same seed, and both columns would then have the same dropout masks."""
     seeds, devices = [], []
     monkeypatch.setattr("torch.manual_seed", seeds.append)
     monkeypatch.setattr("torch.cuda.manual_seed", seeds.append)

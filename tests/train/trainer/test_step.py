@@ -90,7 +90,7 @@ def test_gradients_of_two_steps_are_not_added_up() -> None:
 def test_a_batch_in_parts_gives_the_same_update(parts: int) -> None:
     """The test makes three steps, so that momentum has an effect.
 
-    Dropout is off, because the masks of a batch in parts differ from the masks of the same batch as a whole.
+    Dropout is off, because a batch in parts gets other masks than the same batch as a whole.
     """
     recipe = replace(PAPER, dropout=0.0, label_smoothing=0.1, lr=1e-3)
     (model, step), (model_of_parts, step_in_parts) = make_step(recipe), make_step(recipe, parts=parts)
@@ -108,7 +108,7 @@ def test_a_batch_in_parts_gives_the_same_update(parts: int) -> None:
 
 
 def test_a_batch_in_parts_keeps_only_the_activations_of_one_part() -> None:
-    """Compares the peak number of bytes that autograd saves for the backward pass. Parameters are not counted."""
+    """The test compares the largest number of bytes that autograd saves for the backward pass, without parameters."""
     peaks_bytes = []
     for parts in (1, 4):
         model, step = make_step(PAPER, parts=parts)
@@ -143,7 +143,7 @@ def test_a_batch_in_parts_keeps_only_the_activations_of_one_part() -> None:
 
 @pytest.mark.parametrize("recipe", [PAPER, RELEASED, LARGE], ids=lambda recipe: recipe.name)
 def test_step_and_counters_read_no_value_of_a_tensor(recipe: Recipe) -> None:
-    """Tests the full-size network with 128 images on the device `meta`, where reading a value raises."""
+    """The full-size network makes a step of 128 images on the device `meta`, on which reading a value is an error."""
     model, step = make_step(recipe, "meta")
     counters = StepCounters(model.devices[0], max_steps=2)
     images = torch.empty(128, 3, 224, 224, device="meta")

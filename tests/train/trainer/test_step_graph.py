@@ -1,4 +1,4 @@
-"""Tests of recorded steps, on a CPU with a graph that repeats operators as a CUDA graph repeats kernels."""
+"""Tests of recorded steps on a CPU. A test graph repeats operators, as a CUDA graph repeats kernels."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ RECIPE = replace(PAPER, init_std=dict.fromkeys(PAPER.init_std, 0.05))
 class Recorder(TorchDispatchMode):
     """Records each operator with its tensors and Python numbers.
 
-    Also copies tensors that are older than the recording.
+    The recorder also copies the values of tensors that existed before the recording.
     """
 
     def __init__(self) -> None:
@@ -90,7 +90,7 @@ class RecordedGraph:
 
 @pytest.fixture(autouse=True)
 def _operators_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The compiled kernels are not PyTorch operators, so the recorder would not see them."""
+    """Switch off the compiled kernels. They are not PyTorch operators, so the recorder would not see them."""
     monkeypatch.setattr(kernels, "native", None)
 
 
@@ -116,7 +116,7 @@ def train(
     counts = []
     for index, (images, labels) in enumerate(steps):
         change(index, network, optimizer)
-        counted_step(images.clone(), labels.clone())  # a loader also returns new tensors in each step
+        counted_step(images.clone(), labels.clone())  # new tensors in each step, like those of a loader
         counts.append(counters.read())
     return dict(network.named_parameters()), counts
 
@@ -124,7 +124,10 @@ def train(
 def assert_equal_training(
     actual: tuple[dict[str, Tensor], list[Counts]], expected: tuple[dict[str, Tensor], list[Counts]]
 ) -> None:
-    """Asserts equality apart from rounding: the update with rates in a tensor adds its terms in another order."""
+    """Assert that two trainings are equal apart from rounding.
+
+    The update with learning rates in a tensor adds its terms in another order.
+    """
     for name, parameter in expected[0].items():
         assert torch.allclose(actual[0][name], parameter, rtol=1e-4, atol=1e-6), name
     for a, b in zip(actual[1], expected[1], strict=True):
@@ -169,7 +172,7 @@ def test_a_frozen_layer_is_recorded_anew_and_stays_unchanged() -> None:
 
 
 def test_another_batch_size_is_recorded_anew() -> None:
-    """After steps of another batch size, which have replaced the recorded gradients, the step is recorded again."""
+    """Steps of another batch size replace the recorded gradients. After these steps, the step is recorded again."""
     sizes = (4, 4, 4, 4, 4, 2, 2, 2, 2, 4, 4, 4, 4)
     graph = RecordedGraph()
     assert_equal_training(train(graph, batches(sizes)), train(None, batches(sizes)))
@@ -177,7 +180,7 @@ def test_another_batch_size_is_recorded_anew() -> None:
 
 
 def test_training_continues_without_a_graph_if_a_step_cannot_be_recorded(capsys: pytest.CaptureFixture[str]) -> None:
-    """If a recording fails, no kernel has run. The learning rate still changes after the failure."""
+    """During the failed recording, no kernel has run. After the failure, the learning rate can still change."""
 
     class FailingGraph(RecordedGraph):
         def record(self, work: Callable[[], None]) -> None:

@@ -1,4 +1,4 @@
-"""Tests of SIGTERM, SIGINT and SIGHUP: training finishes the step in progress and saves a checkpoint to resume from."""
+"""Tests of SIGTERM, SIGINT and SIGHUP: training finishes the step in progress and saves a checkpoint."""
 
 from __future__ import annotations
 
@@ -67,9 +67,9 @@ def test_a_signal_during_a_validation_stops_at_once_and_the_resumed_run_validate
 
 
 def test_a_signal_just_before_a_validation_stops_before_it_begins() -> None:
-    """The signal arrives after the check in the loop, and before the validation.
+    """The signal arrives after the loop has looked for signals, and before the validation begins.
 
-    Validations of ImageNet take minutes.
+    The run must not make the validation first, which takes minutes on ImageNet.
     """
     with stop_requests() as stop:
         os.kill(os.getpid(), signal.SIGTERM)
@@ -78,7 +78,7 @@ def test_a_signal_just_before_a_validation_stops_before_it_begins() -> None:
 
 
 def test_under_torchrun_a_repeated_signal_counts_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """SLURM sends SIGTERM to torchrun and to the ranks, and torchrun sends SIGTERM to the ranks again."""
+    """SLURM sends SIGTERM to torchrun and to the ranks. torchrun then sends a second SIGTERM to the ranks."""
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     monkeypatch.setattr("train.trainer.stop_requests.REPEATED_BY_TORCHRUN_S", 0.3)
     with stop_requests() as stop:
@@ -101,7 +101,7 @@ def test_a_second_signal_stops_at_once_and_the_handlers_are_restored_at_the_end(
 
 
 def test_a_signal_that_interrupts_a_blocked_print_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Python raises RuntimeError if a signal handler interrupts a print to a stream and prints to the same stream."""
+    """A signal handler that interrupts a print must not print to the same stream. Python would raise RuntimeError."""
     read_fd, write_fd = os.pipe()
     main_thread = threading.get_ident()
 
@@ -128,9 +128,9 @@ def test_a_signal_that_interrupts_a_blocked_print_is_counted(monkeypatch: pytest
 def test_a_run_whose_messages_cannot_be_written_stops_with_a_checkpoint(
     stores: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, output: str
 ) -> None:
-    """In one case, Ctrl-C ends tee first in `alextrain run 2>&1 | tee log`.
+    """In the first case, Ctrl-C ends tee before alextrain in `alextrain run 2>&1 | tee log`.
 
-    In a second case, the log is on a full disk.
+    In the second case, the log is on a full disk.
     """
     log_line, (read_fd, write_fd) = MetricsLog.train, os.pipe()
     os.close(read_fd)

@@ -1,4 +1,4 @@
-"""Tests of the watchdog. NaN and infinite values end a run; a stuck loss or labels of few classes give a warning."""
+"""Tests of the watchdog: NaN and infinite values end a run; a stuck loss and labels of one class give a warning."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_an_infinite_parameter_or_gradient_stops_the_run_although_the_loss_is_fi
 
 
 def check(watchdog: Watchdog, step: int, results: list[StepResult]) -> None:
-    """Pass the results of the steps before `step` to the watchdog, counted as the training loop counts them."""
+    """Pass the results of the last steps before `step` to the watchdog, as the training loop does."""
     counters = StepCounters(torch.device("cpu"), len(results))
     for result in results:
         counters.add(*result)
@@ -84,7 +84,7 @@ GUESSING = math.log(37)  # the loss of uniform guessing among 37 classes
 
 @pytest.fixture
 def watchdog(numbered_store: Path, tmp_path: Path) -> Watchdog:
-    """The watchdog of a run of 400 steps on 37 classes. The watchdog warns if the loss is ln 37 for 200 steps."""
+    """The watchdog of a run of 400 steps on 37 classes. It warns if the loss stays at ln 37 for 200 steps."""
     model = AlexNet(37, SHORT, ("cpu", "cpu"), SMALL_ALEXNET)
     return Watchdog(Run.open(RunConfig(numbered_store, SHORT, 8, epochs=100, run_dir=tmp_path)), model)
 

@@ -1,4 +1,4 @@
-"""Tests of the fused epilogue: Triton's kernels, which Triton's interpreter runs, against float64 PyTorch operators."""
+"""The fused epilogue: Triton kernels, run by Triton's interpreter, are compared with float64 PyTorch operators."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 NORM = Lrn(size=5, alpha=0.1, beta=0.75, k=2.0)
 ACTIVATIONS = {"none": lambda v: v, "relu": F.relu, "tanh": torch.tanh, "sigmoid": torch.sigmoid}
-# (maps of a column, height, width, epilogue), as each recipe and network needs it. There are odd sizes, numbers of maps
-# that are not powers of two, tiles that are not full, more than one tile (35 columns, 35 rows) and other exponents.
+# (maps of a column, height, width, epilogue). The epilogues are those of all recipes and networks. The cases include
+# odd sizes, numbers of maps that are not powers of two, incomplete tiles, several tiles (35 columns or rows), and
+# another exponent than the paper's.
 CASES = [
     (6, 7, 9, Epilogue("relu", NORM, 3)),  # paper, caffe
     (6, 5, 35, Epilogue("none", NORM, 3, "relu")),  # layer 1 of the recipe `released`
@@ -32,7 +33,7 @@ CASES = [
 
 
 def expected_output(x: Tensor, bias: Tensor, epilogue: Epilogue) -> Tensor:
-    """Return the epilogue of one column, computed by PyTorch operators."""
+    """Return the result of the epilogue for one column, computed by PyTorch operators."""
     y = ACTIVATIONS[epilogue.before](x + bias[:, None, None])
     if epilogue.norm is not None:
         n = epilogue.norm
@@ -119,7 +120,7 @@ def test_channels_first_output_of_one_column(images: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("case", [CASES[2], CASES[8], (5, 3, 3, Epilogue("relu", NORM, 3))], ids=str)
 def test_16_bit_tensors_are_exact_to_their_rounding(case: tuple[int, int, int, Epilogue], dtype: torch.dtype) -> None:
-    """The window sums add squares that are rounded to bfloat16, which has 8 significant bits."""
+    """In bfloat16, the kernels round squares to 8 significant bits before they add them."""
     actual, expected = run(case, 2, dtype, (True, True))
     share = 2**-6 if case[3].norm else 2**-7
     for name, value in expected.items():
@@ -146,9 +147,9 @@ def test_relu_after_pooling_gives_no_gradient_to_a_maximum_of_zero() -> None:
 @pytest.mark.parametrize("pool_px", [0, 3])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_a_value_that_is_not_finite_makes_its_position_nan(pool_px: int, value: float) -> None:
-    """The normalization makes all maps of the column NaN at the position of the value.
+    """After the normalization, all maps of the column are NaN at the position of the value.
 
-    Other positions keep their bits.
+    At all other positions, the bits stay the same.
     """
     x = torch.rand(1, 6, 5, 5)
     broken = x.clone()
@@ -194,9 +195,9 @@ def test_an_epilogue_that_the_kernels_cannot_compute_is_refused(arguments: dict[
 def test_stages_fit_into_shared_memory(
     maps: int, float32: bool, slope_after: bool, expected: tuple[int, int, int]
 ) -> None:
-    """`expected` has the number of stages on an H200, an A100 and an RTX 4090.
+    """`expected` is the number of stages on an H200, an A100 and an RTX 4090.
 
-    More stages would need more shared memory.
+    With more stages, a program would need more shared memory than the GPU has.
     """
     actual = tuple(stages_for(maps, float32, slope_after, kib * 1024) for kib in (227, 163, 99))
     assert actual == expected

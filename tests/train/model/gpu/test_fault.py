@@ -1,4 +1,4 @@
-"""Tests of the check whether the Triton kernels work on a device."""
+"""Tests of the trial that shows whether the Triton kernels work on a device."""
 
 from __future__ import annotations
 
@@ -40,7 +40,10 @@ def test_the_kernels_work_in_tritons_interpreter() -> None:
 
 @pytest.mark.parametrize("pool_px", [0, 3])
 def test_the_trial_uses_no_operator_that_deterministic_algorithms_refuse(pool_px: int) -> None:
-    """F.local_response_norm uses average pooling over three axes, whose gradient PyTorch refuses on a GPU."""
+    """With deterministic algorithms, PyTorch refuses the gradient of average pooling over three axes on a GPU.
+
+    F.local_response_norm uses this pooling, so the trial must not use F.local_response_norm.
+    """
 
     class Names(TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -64,10 +67,10 @@ def test_without_triton_the_reason_is_given(monkeypatch: pytest.MonkeyPatch) -> 
 def test_operators_replace_a_triton_kernel_that_fails(
     wrong: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The kernel raises an exception, as in a container image without a C compiler, or gives wrong results.
+    """The kernel raises an exception, as without a C compiler, or gives wrong results.
 
-    Only the first normalization tries the kernels. Every normalization uses PyTorch operators. The test disables
-    gradients, so the kernels are first tried without gradients.
+    Only the first normalization tries the kernels. Then all normalizations use PyTorch operators. The test disables
+    gradients, because the trial must also work if the first normalization needs no gradient.
     """
 
     class Apply:
@@ -96,7 +99,7 @@ def test_operators_replace_a_triton_kernel_that_fails(
 def test_many_normalized_maps_need_much_shared_memory(
     maps: int, shared_kib: int, fits: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """`--model joined` has 256 maps in layer 2. For 256 maps, a GPU with 99 KiB of shared memory uses operators."""
+    """`--model joined` has 256 maps in layer 2. There, a GPU with 99 KiB of shared memory uses PyTorch operators."""
     monkeypatch.setattr(fault, "triton_fault", lambda device: None)
     monkeypatch.setattr(epilogue, "shared_bytes_of", lambda device: shared_kib << 10)
     assert (fault.normalization_fault(torch.device("cuda:0"), maps) is None) == fits

@@ -1,4 +1,4 @@
-"""Tests of the fused forward pass against the layers of AlexNet, on a CPU with Triton's interpreter."""
+"""The fused forward pass is compared with the layers of AlexNet, on a CPU with Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from train.model.gpu.fused_network import FusedNetwork
 pytest.importorskip("triton", reason="Triton is not installed")
 
 WIDTHS = Widths(4, 6, 6, 6, 4, 8, 8)
-# Side of the smallest image for which pool5 has a row; the interpreter takes seconds for an image of 224 px.
+# Side of the smallest image for which pool5 has a row. For an image of 224 px, the interpreter would take seconds.
 SIDE_PX = 67
 
 
@@ -47,9 +47,9 @@ def small_network(model: str, recipe: str, **changes: object) -> AlexNet:
     ids=str,
 )
 def test_maps_and_gradients_equal_those_of_the_layers(model: str, recipe: str, changes: dict[str, object]) -> None:
-    """Compares the maps of pool5 and the gradients of all convolutions.
+    """The test compares the maps of pool5 and the gradients of all convolutions.
 
-    The sides of the image are not multiples of 4 px.
+    The sides of the image are not multiples of 4 px, which is the stride of conv1.
     """
     network = small_network(model, recipe, **changes)
     images = torch.randn(1, 3, SIDE_PX, SIDE_PX + 2) * 3
@@ -68,7 +68,7 @@ def test_maps_and_gradients_equal_those_of_the_layers(model: str, recipe: str, c
 
 @pytest.mark.parametrize("model", ["alexnet", "torchvision", "one-gpu"])
 def test_logits_equal_those_of_the_layers(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compares the fully-connected layers, without dropout. AlexNet's layers compute pool5 for both networks."""
+    """The test compares the fully connected layers, without dropout. Both get the same pool5 from AlexNet's layers."""
     network = small_network(model, "paper")
     joined = torch.cat(network._convolutional(images := torch.randn(2, 3, 224, 224)), 1)
     monkeypatch.setattr(FusedNetwork, "_pooled_maps", lambda self, images, channels_first: [joined])

@@ -1,1 +1,1 @@
-"""Tests of trainings under torchrun that are disturbed: processes are killed, stopped or hang, disks are full."""
+"""Tests of trainings under torchrun with faults: processes are killed, are stopped or hang, or a disk is full."""

@@ -1,4 +1,4 @@
-"""Fixture: a run in two processes that is not disturbed."""
+"""Fixture: a run in two processes without a fault."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.train.replicas.small_runs import start_training
 def undisturbed_pair(
     torchrun: TorchrunServer, stores: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """A run in two processes, none of which is disturbed."""
+    """A run in two processes without a fault, for comparison."""
     run_dir = tmp_path_factory.mktemp("undisturbed") / "run"
     job = start_training(torchrun, 2, stores["ppm"], run_dir)
     assert job.wait() == 0, job.stderr

@@ -16,9 +16,8 @@ from tests.helpers.torchrun.job import Job, TorchrunServer
 from tests.train.replicas.small_runs import SMALL_ALEXTRAIN, run_arguments, start_training
 from train.runs import checkpoint
 
-# Without TORCH_DISABLE_SHARE_RDZV_TCP_STORE, torchrun (PyTorch 2.13) shares the store of its first start with its
-# ranks. A machine that joins later waits in vain for the address of the shared store
-# (DynamicRendezvousHandler.next_rendezvous).
+# Without TORCH_DISABLE_SHARE_RDZV_TCP_STORE, torchrun (PyTorch 2.13) shares its TCPStore with the ranks at its first
+# start. A machine that joins later never gets the address of this store (DynamicRendezvousHandler.next_rendezvous).
 OWN_STORE = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 
 
@@ -38,7 +37,7 @@ def assert_equal_up_to_rounding(run_dir: Path, expected_dir: Path) -> None:
 def test_a_machine_joins_and_another_is_lost_while_torchrun_runs(
     torchrun: TorchrunServer, stores: dict[str, Path], tmp_path: Path
 ) -> None:
-    """The run begins on one machine, continues on two from step 4 or later, and ends on one after step 7."""
+    """The run begins on one machine. From step 4 or later, it continues on two machines. After step 7, one is lost."""
     run_dir = tmp_path / "run"
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]

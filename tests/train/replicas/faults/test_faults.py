@@ -1,6 +1,6 @@
-"""Tests of a training in several processes of torchrun, one of which fails, hangs or is stopped.
+"""Tests of a training in several processes of torchrun. One of the processes fails, hangs or is stopped.
 
-test_kills.py tests processes that are killed.
+test_kills.py has the tests in which processes are killed.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def checkpoint_steps(run_dir: Path) -> list[int]:
 
 
 def resume(torchrun: TorchrunServer, store: Path, run_dir: Path, undisturbed_pair: Path) -> None:
-    """Finish the run in two processes, and assert that the result is that of an undisturbed run."""
+    """Finish the run in two processes, and assert that the result is that of a run without a fault."""
     job = start_training(torchrun, 2, store, run_dir)
     assert job.wait() == 0, job.stderr
     assert_same_result(run_dir, undisturbed_pair)
@@ -36,7 +36,7 @@ def resume(torchrun: TorchrunServer, store: Path, run_dir: Path, undisturbed_pai
 def test_sigterm_to_torchrun_ends_all_ranks_after_one_step_with_one_checkpoint(
     torchrun: TorchrunServer, stores: dict[str, Path], undisturbed_pair: Path, tmp_path: Path
 ) -> None:
-    """tests/train/replicas/test_run_command.py tests SIGTERM to one rank only."""
+    """The test of SIGTERM to a single rank is in tests/train/replicas/test_run_command.py."""
     run_dir = tmp_path / "run"
     job = start_training(torchrun, 2, stores["ppm"], run_dir, "--checkpoint-every", 100, fault="stop-all 0 5")
     assert job.wait() == 1  # exit code of torchrun
@@ -62,12 +62,12 @@ def test_torchrun_restarts_a_run_after_a_signal_to_one_rank(
 def test_rank_0_that_hangs_is_named_after_the_time_out(
     torchrun: TorchrunServer, stores: dict[str, Path], undisturbed_pair: Path, tmp_path: Path
 ) -> None:
-    """tests/train/replicas/test_run_command.py has the same test with a rank 1 that hangs."""
+    """The same test with rank 1 instead of rank 0 is in tests/train/replicas/test_run_command.py."""
     job = start_training(torchrun, 2, stores["ppm"], tmp_path / "run", "--replica-timeout", 3, fault="SIGSTOP 0 5")
     job.wait_until(lambda: "Error: " in job.stderr)
     job.wait_until(lambda: len(job.ranks()) == 1)
     (pid,) = job.ranks()
-    os.kill(pid, signal.SIGKILL)  # torchrun would kill the rank only 30 s later
+    os.kill(pid, signal.SIGKILL)  # without this kill, torchrun would kill the rank 30 s later
     assert job.wait() == 1
     (error,) = [line for line in job.messages if line.startswith("Error: ")]
     assert re.search(rf"rank 0 of 2 \(host .*, process {pid}\) did not come within 3 s", error)
@@ -107,7 +107,7 @@ def test_a_damaged_record_in_the_part_of_one_rank_stops_all_with_the_error_of_th
 ) -> None:
     damaged = Path(shutil.copytree(stores["ppm"], tmp_path / "store"))
     (shard,) = (damaged / "train").glob("[0-9]*")
-    # An image of the third step of epoch 0; in this step, rank 1 of 2 has images 4 to 7.
+    # The damaged record is an image of the third step of epoch 0. In this step, rank 1 of 2 has images 4 to 7.
     number = int(epoch_permutation(30, 3, 0)[2 * 8 + 5])
     records = read_records(shard)
     records[number] = records[number][0], records[number][1][:300]

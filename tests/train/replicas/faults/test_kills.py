@@ -1,6 +1,6 @@
-"""Tests that a training of several processes has the same result, to the bit, however often processes are killed.
+"""Tests that kills do not change the result of a training in several processes, bit for bit.
 
-torchrun restarts all processes after the kill of one.
+After the kill of one process, torchrun restarts all processes.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def assert_same_run(run_dir: Path, undisturbed_pair: Path) -> None:
 
 
 def kill_at_operations(torchrun: TorchrunServer, store: Path, run_dir: Path, seed: int) -> list[str]:
-    """Train with ten kills at random operations of random ranks; returns a line for each kill."""
+    """Train with ten kills at random operations of random ranks. Returns a line for each kill."""
     job = start_training(torchrun, 2, store, run_dir, fault=f"kill {seed}", max_restarts=10)
     assert job.wait(280) == 0, job.stderr
     return Path(f"{run_dir}.kills").read_text().splitlines()
@@ -46,7 +46,7 @@ def test_a_run_killed_ten_times_goes_on_and_has_the_same_result(
 
 
 def kill_at_times(job: Job, generator: random.Random, run_s: float, kills: int) -> int:
-    """Kill a random rank of the job `kills` times, each a random time after the processes have started.
+    """Kill a random rank of the job `kills` times. Each kill is a random time after the processes have started.
 
     run_s  time that a run without kills takes, in seconds
 
@@ -79,10 +79,7 @@ def test_runs_killed_fifty_times_at_operations_have_the_same_result(
 def test_runs_killed_fifty_times_at_any_time_have_the_same_result(
     torchrun: TorchrunServer, stores: dict[str, Path], undisturbed_pair: Path, tmp_path: Path, seed: int
 ) -> None:
-    """The training is repeated until it has been killed ten times in all.
-
-    After each kill, torchrun restarts the processes.
-    """
+    """The training is repeated until there were ten kills in all. After each kill, torchrun restarts the ranks."""
     generator, kills, attempts = random.Random(seed), 0, 0
     started = time.monotonic()
     assert start_training(torchrun, 2, stores["ppm"], tmp_path / "first").wait() == 0
