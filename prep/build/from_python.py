@@ -191,7 +191,9 @@ def _write_items(items: Iterable[Item], path: Path, settings: Settings, split: s
             text = _utf8_text(label) if isinstance(label, str) else str(_position(label, number))
             is_name = isinstance(label, str)
             if rows.texts and is_name != rows.labels_are_names:
-                raise UserError(f"item {number}: label {label!r}; expected only class names or only positions.")
+                raise UserError(
+                    f"item {number}: label {label!r}; expected class names in all items, or positions in all items."
+                )
             rows.labels_are_names = is_name
             content = _encode(image, settings, number)
             location = pack_location(0, file.tell())

@@ -54,7 +54,7 @@ def start_or_resume(plan: BuildPlan, store: Path) -> None:
                 summary_path(plan.folder, number).unlink(missing_ok=True)
         say(
             f"{plan.source.split}: {count_noun(len(changed), 'input')} changed since this build began; "
-            "none is stored yet."
+            "none of them is stored yet."
         )
         plan.source.inputs.save(plan.work_dir / "inputs.npz")
     if begun.digest != plan.digest or begun.refused != plan.source.refused or begun.ignored != plan.source.ignored:

@@ -264,7 +264,8 @@ def _check_same_limits(store: Store, split: str, limits: InputLimits) -> None:
     if changed:
         raise UserError(
             f"{store.root} holds a split {split} that was built with other values of --max-pixels, --on-warning or "
-            f"--time-limit, which decided about {changed}. Pass the same values, or choose another --store."
+            f"--time-limit. The values of this command would change the treatment of {changed}. Pass the same values "
+            "as before, or choose another --store."
         )
 
 

@@ -37,6 +37,7 @@ from prep.store.manifest import DEFAULT_BACKGROUND
 T = TypeVar("T")
 
 _EXIF_ORIENTATION = 0x0112
+_MAX_RESCALED_SIDE_PX = 65_000  # libjpeg allows 65,500 px
 _MAX_SCANS = 20  # limit for the scans of a progressive JPEG with the largest allowed number of pixels
 # Limit for the segments of a JPEG before its first scan; Pillow needs at least 1 µs for each segment.
 _MAX_SEGMENTS = 10_000
@@ -282,12 +283,14 @@ def _exif_orientation(image: Image.Image) -> int:
 def check_rescaled_size(pixels: npt.NDArray[np.uint8], side_px: int, keep_aspect: bool) -> None:
     """Raise BadImage if `keep_aspect` is set and the rescaled image would be too large.
 
-    The rescaled image may have at most MAX_RESCALED_PIXELS, and a side at most 65,000 px (libjpeg allows 65,500 px).
+    The rescaled image may have at most MAX_RESCALED_PIXELS, and a side at most _MAX_RESCALED_SIDE_PX.
     """
     height, width = pixels.shape[:2]
     new_width, new_height = rescaled_size(width, height, side_px)
-    if keep_aspect and (new_width * new_height > MAX_RESCALED_PIXELS or max(new_width, new_height) > 65_000):
-        raise BadImage(f"{width}×{height} would become {new_width}×{new_height}")
+    is_too_large = new_width * new_height > MAX_RESCALED_PIXELS or max(new_width, new_height) > _MAX_RESCALED_SIDE_PX
+    if keep_aspect and is_too_large:
+        limits = f"at most {MAX_RESCALED_PIXELS:,} pixels and {_MAX_RESCALED_SIDE_PX:,} px on a side"
+        raise BadImage(f"{width}×{height} would become {new_width}×{new_height} px, expected {limits}")
 
 
 def encode_image(pixels: npt.NDArray[np.uint8], format: str, quality: int) -> bytes:

@@ -1,7 +1,6 @@
 """Images in folders: one folder for each class, at any depth, or one flat folder.
 
-If there are class folders, the label of an image is the position of its class folder in the order of the classes, from
-0.
+The label of an image in a class folder is the position of this folder in the order of the classes, counted from 0.
 """
 
 from __future__ import annotations
@@ -233,10 +232,8 @@ class _Walk:
         if (folders or links) and not any(may_be_image(file.name) for file in files):
             status = os.stat(os.path.join(self.folder, path))
             if (status.st_dev, status.st_ino) in around:
-                raise UserError(
-                    f"{name_text(os.path.join(self.folder, path))} links to a folder that contains the link. Remove "
-                    "the link."
-                )
+                link = name_text(os.path.join(self.folder, path))
+                raise UserError(f"{link} links to a folder that contains the link. Remove the link.")
             self.add_level(path + b"/", entries, around)
             return
         self.class_folders.append(path)
@@ -286,7 +283,7 @@ class _Walk:
         if packed:
             raise UserError(
                 f"{name_text(self.folder)}: {len(packed):,} class tars that are not unpacked ({examples(packed)}) "
-                f"beside {count_noun(len(classes), 'class folder')}. Unpack the other tars, each into its own folder."
+                f"beside {count_noun(len(classes), 'class folder')}. Unpack these tars, too, each into its own folder."
             )
 
     def _refuse_links(self, parent: bytes, links: Sequence[_Entry]) -> None:

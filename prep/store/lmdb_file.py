@@ -95,7 +95,7 @@ class LmdbPages:
             for node in nodes:
                 count += 1
                 if count > self.tree.entries:
-                    raise self._damaged(f"more than {self.tree.entries:,} records, the LMDB header says that number")
+                    raise self._damaged(f"more records than {self.tree.entries:,}, the number in the LMDB header")
                 yield self._key(page, node), bytes(self._value(page, node)) if with_values else b""
         if count != self.tree.entries:
             raise self._damaged(f"{count:,} records, the LMDB header says {self.tree.entries:,}")

@@ -168,7 +168,7 @@ def test_lowering_max_pixels_leaves_out_what_is_too_large_now(photos: Path, tmp_
     }
     assert build(photos, store, policy=limited(max_pixels=50_000), runner=UnusedRunner()).splits == built.splits
     for limits in (InputLimits(), InputLimits(max_pixels=60_000)):
-        with pytest.raises(UserError, match=r"--max-pixels.*decided about n1/large\.png"):
+        with pytest.raises(UserError, match=r"--max-pixels.*treatment of n1/large\.png"):
             build(photos, store, policy=BuildPolicy(skip_bad=True, limits=limits))
 
 
@@ -282,7 +282,7 @@ def test_a_slow_input_is_bad_with_its_name(photos: Path, tmp_path: Path) -> None
         "limit": "time_limit",
         "seconds": 0.02,
     }
-    with pytest.raises(UserError, match=r"--time-limit.*decided about n1/slow\.bmp"):
+    with pytest.raises(UserError, match=r"--time-limit.*treatment of n1/slow\.bmp"):
         build(photos, store, policy=limited(time_limit_s=50.0))
     assert build(photos, tmp_path / "patient", policy=limited(time_limit_s=0)).split("train").records == 129
 

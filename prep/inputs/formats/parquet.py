@@ -4,10 +4,9 @@ The class names come from the schema's metadata, which the library `datasets` wr
 reads the files; install it with the extra `parquet`. The name of an input is the path in its row. If rows have no path,
 or if paths occur twice, the name is the number of the row.
 
-pyarrow cannot read a single row of a file. pyarrow decompresses a whole row group, which often has 100 images. A build
-reads rows in a random order. The first worker that needs a Parquet file therefore unpacks all its images into one file
-in the store's work folder, which is removed at the end. Without the work folder, each call of `read` decompresses a
-group.
+To read a row, pyarrow must decompress a whole row group, which often has 100 images. A build reads rows in a random
+order. The first worker that needs a Parquet file therefore unpacks all its images into one file in the store's work
+folder, which is removed at the end. Without the work folder, each call of `read` decompresses a row group.
 """
 
 from __future__ import annotations
@@ -117,7 +116,7 @@ def list_parquet(
             with _ErrorsOf(path), pq.ParquetFile(path) as file:
                 columns = _columns(path, file.schema_arrow)
                 if file.metadata.num_rows and columns != (first or columns):
-                    raise UserError(f"{files[0]} has {first}, but {path} has {columns}. Write equal columns.")
+                    raise UserError(f"{files[0]} has {first}, but {path} has {columns}. All files need equal columns.")
                 first = first or (columns if file.metadata.num_rows else None)
                 rows.labels_are_names = columns.has_texts and not columns.names
                 row = 0
@@ -320,8 +319,8 @@ def _offsets(packed: str, mtime_ns: int) -> npt.NDArray[np.int64]:
 def _unpack(path: Path, packed: Path, column: str) -> None:
     """Write the images of a Parquet file one after another into the file `packed`.
 
-    The offsets of the images (rows + 1 numbers) are written beside `packed`. Raises UserError if the Parquet file is
-    damaged, and DiskFull if the disk is full.
+    The offsets of the images (rows + 1 numbers) are written beside `packed`. Raises UserError if `path` is damaged, and
+    DiskFull if the disk is full.
     """
     try:
         packed.parent.mkdir(exist_ok=True)

@@ -105,7 +105,7 @@ def _find_directory(file: BinaryIO) -> tuple[int, int, int, int]:
         raise ValueError("one of several volumes")
     shift = end - size - offset
     if shift < 0:
-        raise ValueError(f"the directory of {size:,} bytes at byte {offset:,} does not fit")
+        raise ValueError(f"the directory of {size:,} bytes at byte {offset:,} does not fit into the file")
     return offset + shift, size, count, shift
 
 
@@ -134,7 +134,7 @@ def _entries(file: BinaryIO, size: int, start: int, shift: int) -> Iterator[ZipE
             name = name.replace(b"\\", b"/")
         reason = _reason(flags, method, attributes >> 16 if system == _UNIX else 0)
         if offset + shift + 30 > start:
-            raise ValueError(f"an entry points to byte {offset + shift:,}, which is behind the contents")
+            raise ValueError(f"an entry points to byte {offset + shift:,}, which is after the end of the contents")
         yield ZipEntry(name, plain_size, offset + shift, reason)
 
 

@@ -212,8 +212,8 @@ def _refuse_index(where: str, rows: Sequence[Row]) -> None:
     for first in (0, 1):
         if len(rows) >= _MIN_INDEX_LINES and all(row.label == str(k) for k, row in enumerate(rows, first)):
             raise UserError(
-                f"{where}: the numbers are the line numbers {first} to {len(rows) - 1 + first:,}: an index of the "
-                "images, not labels. Name another label file."
+                f"{where}: the numbers are the line numbers {first} to {len(rows) - 1 + first:,}, so the file is an "
+                "index of the images, not a list of labels. Name another label file."
             )
 
 

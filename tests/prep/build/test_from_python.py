@@ -123,7 +123,7 @@ def test_wrong_arguments_and_equal_names_are_refused(tmp_path: Path) -> None:
     jpeg = b"\xff\xd8\xff"
     with pytest.raises(UserError, match="two images have the name a"):
         build([(jpeg, 0, "a"), (jpeg, 0, "a")], tmp_path / "store")
-    with pytest.raises(UserError, match="only class names or only positions"):
+    with pytest.raises(UserError, match="class names in all items, or positions"):
         build([(jpeg, 0, "a"), (jpeg, "cat", "b")], tmp_path / "store")
     with pytest.raises(UserError, match="format='png': expected one of jpeg, ppm"):
         build_from([], tmp_path / "store", format="png")

@@ -115,7 +115,7 @@ def test_a_changed_input_that_is_not_stored_yet_is_read_as_it_is_now(
         change(photos / name)
     with pytest.raises(Stopped):
         build(photos, store, runner=StoppingRunner())
-    assert "3 inputs changed since this build began; none is stored yet" in capsys.readouterr().err
+    assert "3 inputs changed since this build began; none of them is stored yet" in capsys.readouterr().err
     progress = Progress(200, "pictures")
     built = build(photos, store, progress=progress)
     assert progress.skipped == 100

@@ -158,7 +158,7 @@ def test_an_index_of_the_images_is_no_label_file(tmp_path: Path) -> None:
     """ImageSets/CLS-LOC/val.txt of ILSVRC has the number of each image, not its label: `ILSVRC2012_val_00000001 1`."""
     root = touch(tmp_path / "val", *(f"ILSVRC2012_val_{k:08d}.JPEG" for k in range(1, 101)))
     text = "".join(f"ILSVRC2012_val_{k:08d} {k}\n" for k in range(1, 101))
-    with pytest.raises(UserError, match="an index of the images, not labels"):
+    with pytest.raises(UserError, match="an index of the images, not a list of labels"):
         list_labelled(root, label_file(tmp_path, text))
 
 
