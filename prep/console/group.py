@@ -54,7 +54,7 @@ def _on_sigterm(signum: int, frame: FrameType | None) -> NoReturn:
 
 @contextmanager
 def _escaped_usage_errors() -> Iterator[None]:
-    """Print click's own errors in one line. Control characters in arguments that an error repeats are escaped."""
+    """Make click's own errors one line of text with escaped control characters."""
     try:
         yield
     except click.MissingParameter as error:  # the message has a line for each choice of the option

@@ -1,7 +1,7 @@
 """Rules between the fields of a manifest and of colour statistics.
 
-Sums, lengths and digests must agree. Pixels must be able to have the moments. Principal components must be those of
-their covariance.
+Sums, lengths and digests must agree. There must be sets of 8-bit pixels that have the moments. The principal components
+must be those of the covariance.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 from prep.schema import shown
 from prep.store.models import ColorStats, Manifest, MomentsJson, Settings, Shard, Split
 
-# Largest difference, as a share of the sum of the variances, that is taken for a rounding error.
+# A difference of at most this share of the sum of the variances counts as a rounding error.
 _ROUNDING = 1e-6
 SPLIT_FILES = ("mean_image.npy", "inputs.jsonl")  # files of a split whose digests are in Split.account
 
