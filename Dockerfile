@@ -10,8 +10,8 @@
 # that needs a driver for CUDA 13 and NVIDIA's container toolkit.
 #
 # For Linux, PyPI has only the CUDA build of torch. The CUDA build also runs on a CPU, but makes the CPU image 6 GB
-# large. For a smaller image, add --build-arg PIP_EXTRA_INDEX_URL=URL, the URL of a package index with CPU builds of
-# torch. If both indexes have the same version of torch, pip prefers the CPU build.
+# large. For a smaller image, add --build-arg PIP_EXTRA_INDEX_URL=URL, where URL is the address of a package index with
+# CPU builds of torch. If both indexes have the same version of torch, pip prefers the CPU build.
 
 ARG PYTHON=3.13
 ARG VARIANT=cpu
@@ -30,7 +30,7 @@ COPY tools/compile_native.py tools/
 COPY prep prep/
 COPY pipeline pipeline/
 COPY train train/
-# The extra cuda13 installs DALI, which also runs on a CPU. `test` fails if one of the kernels.c files was not compiled.
+# The extra cuda13 installs DALI, which also runs on a CPU. The build fails at `test` if a kernels.c was not compiled.
 RUN --mount=type=cache,target=/var/cache/pip \
     python -m venv /opt/alexnet \
     && /opt/alexnet/bin/python -m pip install --constraint constraints.txt '.[cuda13,export,figures,tensorboard]' \
@@ -42,7 +42,7 @@ LABEL org.opencontainers.image.title="alexnet" \
       org.opencontainers.image.description="Photographs in, a trained AlexNet out" \
       org.opencontainers.image.version="0.1.0" \
       org.opencontainers.image.licenses="Apache-2.0"
-# Every user may write to /home/alexnet, because Triton and matplotlib keep caches there, and --user may name any user.
+# Triton and matplotlib keep caches in /home/alexnet. --user may name any user, so every user may write there.
 RUN useradd --uid 10001 --user-group --create-home --no-log-init alexnet \
     && chmod 1777 /home/alexnet \
     && install --directory --owner=10001 --group=10001 /data

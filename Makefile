@@ -1,4 +1,4 @@
-# On a new machine, run `make demo` or `make test`. Each command first sets up a virtual environment in .venv.
+# On a new machine, run for example `make demo` or `make test`. Each target first sets up a virtual environment .venv.
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -8,13 +8,13 @@ BIN := .venv/bin
 help:  ## Print this list of targets
 	@awk -F':.*## ' '/^[a-z]+:.*## / {printf "make %-6s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-demo: .venv/ready  ## Make photographs, build a store, train AlexNet, in a few minutes
+demo: .venv/ready  ## Make photographs, build a store and train AlexNet; takes a few minutes
 	@$(BIN)/python -m tools.demo
 
 test: .venv/ready  ## Run the tests in two processes; warnings are errors
 	@$(BIN)/python -m pytest -n 2
 
-soak: .venv/ready  ## Run the long tests, with hundreds of kills: about half an hour
+soak: .venv/ready  ## Run the long tests, which kill hundreds of processes; takes about half an hour
 	@$(BIN)/python -m pytest -m soak
 
 lint: .venv/ready  ## Check style and types
@@ -26,13 +26,13 @@ docs: .venv/ready  ## Build the documentation site in site/; warnings are errors
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 	@$(BIN)/python -m tools.docs.check_site site
 
-bench: .venv/ready  ## Measure the build, the stream, the training step and other programs
+bench: .venv/ready  ## Measure the build, the stream, the training step and replicas, and compare other programs
 	$(BIN)/python -m tools.bench.build --rounds 3
 	$(BIN)/python -m tools.bench.stream
 	$(BIN)/python -m tools.bench.train
 	$(BIN)/python -m tools.bench.replicas
 
-clean:  ## Remove .venv, demo and site
+clean:  ## Remove the folders .venv, demo and site
 	rm -rf .venv demo site
 
 .venv/ready: pyproject.toml constraints.txt $(wildcard */*/kernels.c */*/*.h) tools/compile_native.py
