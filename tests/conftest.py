@@ -28,7 +28,7 @@ from tools.compile_native import compile_native
 CLASSES = ("n00000011", "n00000022", "n00000033")
 _TINTS = ((200, 60, 40), (50, 180, 60), (40, 70, 210))
 _TRAIN, _VAL = 30, 12
-TRAIN_RECORDS, VAL_RECORDS = 37, 23  # numbers of records in the splits of `numbered_store`
+TRAIN_RECORDS, VAL_RECORDS = 37, 23  # numbers of records in the splits train and val of `numbered_store`
 
 
 def pytest_configure() -> None:

@@ -1,4 +1,4 @@
-"""Tests of README and docs: agreement with the commands and the code, links, and Python blocks."""
+"""README and docs agree with the commands and the code, their links lead somewhere, and their Python blocks run."""
 
 from __future__ import annotations
 

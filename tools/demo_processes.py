@@ -80,7 +80,7 @@ def cluster_of_nodes(count: int) -> Iterator[tuple[Any, list[Any]]]:
 
 
 class Trainer:
-    """One `alextrain run` command in the background. A file beside the run folder receives its output."""
+    """One `alextrain run` command in the background. Its output goes to a file beside the run folder."""
 
     def __init__(self, run_dir: Path, options: Sequence[str]) -> None:
         """Start the command. `options` are those of `alextrain run`, without --run-dir and --log-every."""

@@ -98,8 +98,8 @@ def _random_part(photograph: Image.Image, width: int, height: int, rng: np.rando
 def make_dataset(out: Path, seed: int = 0, limit: int | None = None, difficulty: Difficulty = EASY) -> tuple[int, int]:
     """Write the data set to the new folder `out`, and return the numbers of training and validation images.
 
-    If `limit` is given, only `limit` digits are used, for tests. The folder is written under a temporary name and
-    renamed at the end. An existing `out` is therefore complete. Raises UserError if `out` already exists.
+    `limit` is the number of digits to use; None: all digits. The folder is written under a temporary name and renamed
+    at the end. An existing `out` is therefore complete. Raises UserError if `out` already exists.
     """
     if out.exists():
         raise UserError(f"{out} exists. Name a new folder, or delete this folder.")

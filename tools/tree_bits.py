@@ -131,7 +131,7 @@ def stream_hashes(jpeg: Path, ppm: Path, batches: int) -> dict[str, str]:
     hashes = {}
     for name, (store, settings) in training.items():
         stream = loader.train_loader(store, 64, **{"seed": 0, **settings})
-        batch_count = min(batches, len(stream) + 1)  # at most the batches of one epoch and one batch of the next epoch
+        batch_count = min(batches, len(stream) + 1)  # at most one epoch, and one batch of the next epoch
         hashes[f"training batches: {name}"] = batches_hash(stream, batch_count)
     for name, (store, settings) in evaluation.items():
         stream = loader.eval_loader(store, 32, **settings)

@@ -1,4 +1,4 @@
-"""Run `alextrain` commands in the test's own process."""
+"""Functions that run `alextrain` commands in the process of the test."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from train.cli import main
 
 
 def alextrain(*args: object) -> Result:
-    """Run a command and return its result. An exception other than SystemExit is raised again."""
+    """Run a command and return its result. If the command raises an exception other than SystemExit, raise it again."""
     result = CliRunner().invoke(main, [*map(str, args)])
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception

@@ -134,7 +134,7 @@ def modification_times(folder: Path) -> dict[Path, int]:
 
 
 def snapshot(folder: Path) -> dict[str, tuple[int, int, bytes]]:
-    """Return the mode, modification time and content of a folder and of everything in it."""
+    """Return {path: (mode, modification time, content)} of a folder and of everything in it."""
     return {
         str(path): (status.st_mode, status.st_mtime_ns, path.read_bytes() if path.is_file() else b"")
         for path in (folder, *folder.rglob("*"))
@@ -151,7 +151,7 @@ main()
 
 
 class BuildCommand:
-    """A build with two workers, as a process that leads its own process group."""
+    """A build with two workers, which runs as a command in its own process group."""
 
     def __init__(self, images: Path, store: Path, *words: str) -> None:
         program = [sys.executable, "-c", COMMAND, "build-lmdb", str(images), "--store", str(store)]
@@ -179,7 +179,7 @@ class BuildCommand:
         return sorted(self.work_dir.glob("[0-9]*.json"))
 
     def kill(self) -> None:
-        """Send SIGKILL only to the parent process, whose workers must then end by themselves."""
+        """Send SIGKILL to the parent process alone. The workers must then end by themselves."""
         self.process.send_signal(signal.SIGKILL)
 
     def end(self) -> tuple[int, str, str]:

@@ -28,11 +28,11 @@ RNG = np.random.default_rng(2012)
 class Expected:
     """The expected outcome of a file: the file is bad, or is kept with these conversions and this EXIF orientation."""
 
-    bad: str = ""  # regular expression that matches the reason for a bad file; empty for a file that is kept
+    bad: str = ""  # regular expression that matches the reason why the file is bad; empty: the file is kept
     converted: tuple[str, ...] = ()
     orientation: int = 1
-    is_warned: bool = False  # whether the file is kept with a warning of the decoder
-    bad_if_whole: str = ""  # regular expression that matches the reason for a file that is bad only with --keep-aspect
+    is_warned: bool = False  # whether the decoder warns about the file, which is kept
+    bad_if_whole: str = ""  # regular expression that matches the reason why the file is bad with --keep-aspect alone
 
 
 def decoder_warns(content: bytes) -> bool:

@@ -54,7 +54,7 @@ members: int | None = None  # number of members of the ensemble; None: a single 
 first_counted_step: int | None = None
 operations_left = 0  # number of operations before the kill
 steps_done = 0  # number of steps that the run has made so far, in all attempts
-report_fd = -1  # pipe to the parent: before its kill, the attempt writes the operation to this pipe
+report_fd = -1  # pipe to the parent process; just before the kill, the attempt writes the operation to the pipe
 
 
 def before_operation(operation: str) -> None:
@@ -115,8 +115,8 @@ def train_to_end(store: Path, run_dir: Path) -> None:
 def attempt(store: Path, run_dir: Path, when: str, rng: random.Random, number: int | None, within_s: float) -> str:
     """Train in a forked process.
 
-    Returns the operation before which the process was killed. Returns "any time" if the parent killed the process, and
-    "" if the process was not killed.
+    If the forked process killed itself, returns the operation before which it did so. Returns "any time" if the parent
+    killed the process, and "" if the process was not killed.
 
     number    number of the attempt, 0 to 9; None: the attempt is not killed
     within_s  longest time from the start to a kill by the parent, in seconds, if `when` is "time"
@@ -157,7 +157,7 @@ def main(store: Path, run_dir: Path, seed: int, when: str) -> None:
     kills = Counter(filter(None, ends))
     sys.stdout.write(json.dumps({"kills": kills.total(), "at": dict(kills)}) + "\n")
     sys.stdout.flush()
-    os._exit(0)  # os._exit skips the exit handlers of libraries, which this process does not need
+    os._exit(0)  # skips the exit handlers of libraries, which are not needed here
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from train.monitor.console_view import RunLength
 from train.runs.run_dir import read_metrics, tensorboard_scalars
 
-# Length of the run that the example lines describe.
+# Length of the run to which the example lines belong.
 RUN_LENGTH = RunLength(steps_per_epoch=10, steps=100, batch_size=8)
 
 

@@ -1,4 +1,4 @@
-"""The path of the project's root folder, and commands that run in namespaces of Linux."""
+"""The path of the project's root folder, and command lines for commands in Linux namespaces."""
 
 import os
 import subprocess
@@ -10,7 +10,9 @@ ROOT = Path(__file__).parents[2]
 
 
 def own_namespaces(*kinds: str) -> list[str]:
-    """Return the beginning of a command line that runs a command in its own namespaces of Linux, such as "--mount".
+    """Return the beginning of a command line that runs a command in its own Linux namespaces.
+
+    kinds  kinds of namespaces, such as "--mount"
 
     Skips the test if this machine does not permit namespaces, as some containers and distributions do.
     """

@@ -217,7 +217,7 @@ def test_a_forked_child_may_open_the_same_store(numbered_store: Path) -> None:
 
 
 def test_a_forked_child_ends_without_a_crash(numbered_store: Path) -> None:
-    """The child ends as a program ends: Python destroys its objects, and one of them is the parent's loader."""
+    """When the child ends, Python destroys all objects of the child. One of them is the loader of the parent."""
     script = (
         "import os, signal, sys\n"
         "from pipeline.loader import train_loader\n"

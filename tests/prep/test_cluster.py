@@ -106,7 +106,7 @@ def test_on_a_machine_without_a_cluster_the_error_says_how_to_start_one(tmp_path
 
 @pytest.fixture(scope="module")
 def facts() -> dict[str, Any]:
-    """Values that a program with a local cluster prints.
+    """The values that a program prints after it has used a local cluster.
 
     On a busy machine, starting the cluster can fail, so it is tried again.
     """

@@ -1,4 +1,4 @@
-"""Tests of the computed tables of docs/guides/many-gpus.md: hand-computed values, and that the page is up to date."""
+"""The computed tables of docs/guides/many-gpus.md are compared with values computed by hand. The page is up to date."""
 
 from __future__ import annotations
 

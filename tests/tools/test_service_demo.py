@@ -127,7 +127,7 @@ def test_other_batches_and_missing_results_are_different(trained: Path, runs: Pa
 
 @pytest.mark.soak
 def test_a_short_trainer_ends_and_a_long_trainer_is_stopped(store: Path, tmp_path: Path) -> None:
-    """A short trainer runs to its end. A long trainer is stopped at the end of the `with` block, by SIGTERM."""
+    """A short trainer runs to its end. A long trainer gets SIGTERM at the end of the `with` block."""
     options = ["--store", str(store), "--gpus", "cpu", "--model", "half", "--recipe", "short", "--batch", "8"]
     with running([(tmp_path / "short", [*options, "--steps", "1"]), (tmp_path / "long", options)]) as trainers:
         wait_until(lambda: trainers[0].ended() and trainers[1].step >= 1, "first step", DEADLINE_S)

@@ -174,7 +174,7 @@ class BuildBenchmark:
             process.send()
             return int(process.read_line())
 
-        prepare()  # missing libraries are reported before the first round
+        prepare()  # a start before the first round reports missing libraries at once
         process.stop()
         return Contestant(name, timed(turn), _BOUND, prepare)
 

@@ -41,7 +41,7 @@ _TIMEOUT_S = 600.0
 
 
 def compute(pipe: Connection, rank: int, size: int, port: int, over_tcp: bool, batch: int, threads: int) -> None:
-    """Make training steps on request, as one of `size` replicas. A request is a number of steps; 0 ends the process."""
+    """Make training steps as one of `size` replicas. `pipe` receives the number of steps; 0 ends the process."""
     torch.set_num_threads(threads)
     keep_freed_memory()
     torch.manual_seed(0)

@@ -20,10 +20,10 @@ bounds      upper bounds: threads that read from memory and do only one thing. T
             libjpeg-turbo (simplejpeg), or copy the bytes of the PPM records.
 
 Every contestant has --threads worker threads or processes and may use --threads cores. Streams read from the page
-cache, so choose a store that fits into memory. FFCV, SPDL and WebDataset run in separate processes, each with its own
-Python interpreter. A separate process starts a turn when it reads a line. All other contestants run in the process of
-the benchmark. All streams keep prefetching between their turns. Each turn of a stream first discards some batches.
-Batches that were prefetched during another contestant's turn are therefore not counted.
+cache, so choose a store that fits into memory. FFCV, SPDL and WebDataset run in separate processes, which are called
+peers, each with its own Python interpreter. A peer starts a turn when it reads a line. All other contestants run in the
+process of the benchmark. All streams keep prefetching between their turns. Each turn of a stream first discards some
+batches. Batches that were prefetched during another contestant's turn are therefore not counted.
 
 Starting, compiling, writing .beton files and archives, and filling shuffle buffers are not timed. Before the first
 round, the benchmark checks two batches of each stream: dtype, shape and range of values. The two batches must differ,
@@ -192,7 +192,7 @@ def add_contestants(
     benchmark.add_peer("FFCV, raw", "--ffcv-python", ffcv, "ffcv_stream", "raw", "last", raw=True)
     if more:
         benchmark.add_peer("FFCV, raw, channels first", "--ffcv-python", ffcv, "ffcv_stream", "raw", "first", raw=True)
-    # NumPy releases the GIL while it copies. Python keeps the GIL while it copies bytes or a bytearray.
+    # The bound copies with NumPy, which releases the GIL. Python would keep the GIL while it copies bytes.
     benchmark.add_bound(_PPM_BOUND, lambda record: np.frombuffer(record, np.uint8).copy(), ppm, _OURS_PPM)
     for name, versions in benchmark.versions.items():
         say(f"{name}: {versions}")

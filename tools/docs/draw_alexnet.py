@@ -39,7 +39,7 @@ class Box:
     x: float  # x coordinate of the left edge of the front
     y: float  # y coordinate of the middle
     height: float
-    depth: float  # length of the edges that go to the right and up
+    depth: float  # length of the edges that run to the back, which are drawn to the right and up
     fill: str
 
     @property

@@ -169,7 +169,7 @@ def _nan_as_inf(distance: float) -> float:
 
 
 def lrn_checks(settings: GpuCheckSettings) -> Iterator[Check]:
-    """Compare the LRN that train.model.lrn chooses for this device with torch's LRN in float64 on the CPU."""
+    """Compare this device's implementation of LRN (train.model.lrn) with torch's LRN in float64 on the CPU."""
     lrn, images = PAPER.lrn, 2 if settings.quick else 8
     assert lrn is not None
     # Torch divides alpha by size, so alpha is multiplied by size.

@@ -4,10 +4,11 @@ The kernels (train/model/gpu/epilogue.py) are compared with PyTorch operators in
 same inputs. The compared values are the result, the gradient of the convolution's output x and the gradient of the
 bias. The float64 results are computed for some images at a time, so that they fit into memory.
 
+An epilogue is the work between two convolutions: bias, nonlinearity, normalization and pooling.
+
 If the two largest values of a pooling window are almost equal, rounding decides which of the two values is the maximum.
-The gradient of the window then goes to another position. Windows with two almost equal maxima get an upstream gradient
-of 0, so that rounding cannot hide other errors. The number of windows that are left out is part of the check. A check
-fails if more than a tenth of the windows are left out.
+The gradient of the window can then go to another position than in float64. These windows are left out: their upstream
+gradient is 0. A check fails if more than a tenth of the windows are left out.
 """
 
 from __future__ import annotations
@@ -48,9 +49,9 @@ class LayerCase:
     maps: int  # number of maps of each column
     side_px: int  # number of rows of x, equal to the number of columns
     epilogue: Epilogue
-    joined_in: bool  # whether x is one tensor with the maps of all columns
-    joined_out: bool  # whether the result is one tensor
-    channels_first: bool = False  # whether the result is contiguous, as fc6 needs it
+    joined_in: bool  # True: x is one tensor with the maps of all columns; False: one tensor for each column
+    joined_out: bool  # True: the result is one tensor with the maps of all columns
+    channels_first: bool = False  # True: the result has channels first in memory, as fc6 needs it
     columns: int = 2
 
     @property
@@ -198,7 +199,7 @@ class Distance:
         self._difference = self._wanted = 0.0
 
     def add(self, found: Tensor, wanted: Tensor) -> None:
-        """Add a part. `wanted` is float64."""
+        """Add a part of the tensor. `wanted` has the dtype float64."""
         self._difference += float((found.double() - wanted).square().sum())
         self._wanted += float(wanted.square().sum())
 

@@ -42,8 +42,8 @@ def result_table(report: Report) -> str:
 def ratios(report: Report) -> dict[str, float]:
     """Return the ratios of rates of bf16, such as {"from jpeg / bf16": …, "run from jpeg / from jpeg": …}.
 
-    A run is compared with steps that are fed from the same record format, if both have the same batch size. Rates that
-    the report does not have are left out.
+    If a run and a step with batches of the stream have the same record format and batch size, their ratio is included.
+    Rates that the report does not have are left out.
     """
     plain = _plain(report)
     rates, runs = _rates(plain), _runs(plain)

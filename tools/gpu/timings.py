@@ -93,7 +93,7 @@ def measure_rates(settings: GpuCheckSettings) -> list[Row]:
 
 
 class EndlessLoader:
-    """Yield the batches of a loader, epoch after epoch."""
+    """An endless sequence of the batches of a loader, epoch after epoch."""
 
     def __init__(self, loader: TrainLoader) -> None:
         self.loader, self.batch_size = loader, loader.batch_size
@@ -299,7 +299,8 @@ def host_time_us(settings: GpuCheckSettings) -> float:
 def summarize_rates(settings: GpuCheckSettings, rows: list[Row]) -> dict[str, Any]:
     """Return {precision: figures}, for the JSON key "conclusions".
 
-    The figures are TFLOP/s and share of the peak for steps alone, and ratios and hours for steps fed by a stream.
+    For steps on one batch, the figures are the TFLOP/s and the share of the peak rate. For steps on batches of the
+    stream, the figures are ratios of rates, and the hours of 90 epochs of ImageNet.
     """
     # The rate is never 0, because rates are rounded to tenths.
     rate = {row.name: max(row.images_per_s, 0.1) for row in rows}

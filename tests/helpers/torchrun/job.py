@@ -40,7 +40,7 @@ class Job:
 
     @property
     def messages(self) -> list[str]:
-        """The lines on standard error that the ranks printed, without torchrun's log, traceback and report."""
+        """The lines that the ranks printed to standard error, without the log, traceback and report of torchrun."""
         own = re.split(r"^Traceback \(most recent call last\):$", self.stderr, maxsplit=1, flags=re.MULTILINE)[0]
         return [line for line in own.splitlines() if not re.match(r"[IWE]\d{4} |\[(W|I|E)\d+|\[Gloo\]", line)]
 

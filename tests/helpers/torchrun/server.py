@@ -177,13 +177,13 @@ def start(request: dict[str, Any]) -> int:
 
 def main() -> None:
     pipeline.placement.dali()
-    train.model.summary.summarize(3, SMALL_ALEXNET, SHORT)  # makes torch import its modules for tensors without values
+    train.model.summary.summarize(3, SMALL_ALEXNET, SHORT)  # makes torch import its modules for the device `meta`
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the starters leave no zombie processes
     for line in sys.stdin:
         pid = start(json.loads(line))
         sys.stdout.write(f"{pid}\n")
         sys.stdout.flush()
-    os._exit(0)  # skips the exit handlers of libraries; the kernel kills the starters, and so torchrun and the ranks
+    os._exit(0)  # skips exit handlers of libraries; the kernel then kills the starters, torchrun and the ranks
 
 
 if __name__ == "__main__":

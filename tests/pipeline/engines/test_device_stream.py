@@ -1,4 +1,6 @@
-"""Loaders whose device works later than its host, as a GPU does: values, order, kept batches, wait times, closing.
+"""Loaders on a device that does its work later than the host queues it, as a GPU does.
+
+The tests check values, order, kept batches, wait times and closing.
 
 Tests on a CPU use DeferredStream. The last test calls CudaStream with a mocked torch.cuda.
 """
@@ -172,7 +174,7 @@ def test_the_loader_waits_until_the_gpu_has_caught_up_with_the_consumer(
                 ahead = sum(each > time.perf_counter() for each in passes)
                 assert ahead <= CONSUMER_AHEAD + 1
         waits = loader.wait_times()
-    # Together the two waits take most of the 50 ms of a batch; a slow machine has a larger share of consumer_wait_s.
+    # Together, the two waits take most of the 50 ms of a batch. On a slow machine, consumer_wait_s is a larger part.
     assert waits.loader_wait_s + waits.consumer_wait_s > 0.03 * waits.batches and waits.loader_wait_s > 0.05
 
 

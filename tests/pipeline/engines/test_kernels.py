@@ -1,4 +1,4 @@
-"""Decoding by the C kernel: the pixels of simplejpeg and of Pillow, damaged files, and machines without libjpeg."""
+"""Decoding by the C kernel: comparison with simplejpeg and Pillow, damaged files, and machines without libjpeg."""
 
 from __future__ import annotations
 
@@ -191,7 +191,7 @@ def batches(store: Path, **options: object) -> list[torch.Tensor]:
 def test_without_libjpeg_dali_serves_the_same_stream(
     stores: dict[str, Path], monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    """DALI's crop_mirror_normalize rounds differently from the kernel: pixels differ by at most 1e-4 grey levels."""
+    """DALI's crop_mirror_normalize rounds differently from the C kernel. Pixels differ by at most 1e-4 grey levels."""
     augmentation = Augmentation(mean="none", colour="off")
     assert isinstance(engine_of(stores[kind]), CpuEngine)
     expected = batches(stores[kind], augmentation=augmentation)

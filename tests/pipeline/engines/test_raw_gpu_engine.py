@@ -44,7 +44,7 @@ class Source:
         return records, self.augmenter.eval_crops(records, views)
 
     def expected(self, output: OutputFormat, batch: Input) -> torch.Tensor:
-        """Return the images of the C kernel on the CPU."""
+        """Return the images that the C kernel makes on the CPU."""
         assert kernels.native is not None
         engine = CpuEngine(self.augmenter, kernels.native, output, 1)
         images = engine.finish(engine.start(*batch), *batch)

@@ -1,4 +1,4 @@
-"""Tests of several consumers of one stream: equal batches that are decoded once, and waits of limited length."""
+"""Tests of several consumers of one stream: batches are equal, each image is decoded once, and waits are limited."""
 
 from __future__ import annotations
 
@@ -130,10 +130,7 @@ def test_a_consumer_that_left_or_is_far_away_is_not_waited_for(
 def test_stopped_and_killed_consumers_hold_the_others_for_a_limited_time(
     store: Path, serve: Serve, processes: list[ConsumerProcess], loaders: list[TrainLoader]
 ) -> None:
-    """One consumer process is suspended for longer than patience_s and then continues.
-
-    Another consumer process is killed.
-    """
+    """One consumer process is suspended for longer than patience_s, and then continues. Another process is killed."""
     patient = serve(store, 1, ahead=5, consumers=2, patience_s=2.0, forget_s=NEVER_S)
     loaders.append(consume(store, patient))
     processes[0].do(f"open {patient.at}")

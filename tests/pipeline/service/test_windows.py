@@ -1,6 +1,6 @@
-"""Tests of windows: their pixels, with and without the C kernel, errors for damaged records, and blocks of batches.
+"""Tests of windows (the decoded crops of a batch): pixels, errors for damaged records, and blocks of batches.
 
-A loader with a service fetches blocks of consecutive batches. The client of these tests is a local WindowMaker.
+A loader with a service fetches blocks of consecutive batches. In these tests, a local WindowMaker replaces the service.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="package")
 def whole(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Store:
-    """The store of a build without parts."""
+    """The store that a build without parts makes from the same photographs."""
     store = build(photos, tmp_path_factory.mktemp("whole") / "store")
     assert len(store.split("train").shards) == 8
     return store

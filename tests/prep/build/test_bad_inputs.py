@@ -52,7 +52,7 @@ BAD = OBVIOUS | TRUNCATED
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """200 small images: four shards."""
+    """200 small images, which fill four shards."""
     return make_pictures(tmp_path_factory.mktemp("small") / "photos", 200, (30, 70))
 
 
@@ -276,7 +276,7 @@ def test_a_corrected_file_lets_the_same_command_finish(with_bad: Path, tmp_path:
 def test_a_photograph_that_needs_too_much_memory_is_left_out(
     small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The memory runs out when the third photograph is rescaled."""
+    """In this test, rescaling the third photograph raises MemoryError."""
     calls, rescale = iter(range(1000)), shard_task.rescale
 
     def rescale_twice(*arguments: Any) -> Any:

@@ -34,7 +34,7 @@ def alexprep(*words: object) -> Result:
 
 
 class CrashingRunner(InlineRunner):
-    """Simulates a crash at an input with `crash` in its name, and the CPU time limit at an input with `slow`."""
+    """Simulates a crash at inputs with `crash` in their names, and an exceeded CPU time limit at inputs with `slow`."""
 
     def map(self, work: Any, tasks: Iterable[Any], on_progress: Any) -> Iterator[tuple[Any, Any]]:
         for task in tasks:
@@ -157,4 +157,4 @@ def test_parquet_rows_are_decoded_without_writing(tmp_path: Path) -> None:
     parquet._row_group.cache_clear()
     estimate = estimate_build(source, tmp_path / "s", PPM, InlineRunner(), STRICT, Progress(1, "pictures"))
     assert estimate.decoded == 6 and not estimate.bad and snapshot(tmp_path) == before
-    assert parquet._row_group.cache_info().misses == 4  # two files of three rows in groups of two
+    assert parquet._row_group.cache_info().misses == 4  # each of two files has two groups: of two rows and one row

@@ -181,7 +181,7 @@ def test_pil_images_that_cannot_be_used_are_bad_inputs(tmp_path: Path, records_o
     }
     blue = (0, 0, 255)
     good = {
-        "clear": opened(Image.new("RGB", (40, 40), blue), transparency=blue),  # all white
+        "clear": opened(Image.new("RGB", (40, 40), blue), transparency=blue),  # fully transparent, so it becomes white
         "hsv": Image.new("RGB", (40, 40), blue).convert("HSV"),
         "pa": Image.new("RGBA", (40, 40), blue).quantize().convert("PA"),
     }

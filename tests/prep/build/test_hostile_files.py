@@ -1,4 +1,4 @@
-"""Damaged, misleading and oversized files (tests/helpers/hostile_files.py), read by an alexprep process.
+"""An alexprep process reads damaged, misleading and oversized files (tests/helpers/hostile_files.py).
 
 Each file must have its expected outcome: kept, converted or bad. The command must end by itself with exit code 0,
 within limits of time and memory. The counts of the command must be consistent, and the command must not start any other

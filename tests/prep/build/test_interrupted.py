@@ -80,7 +80,7 @@ def ended(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     The fixture is the folder of the stores, and the outcomes.
     """
     work = tmp_path_factory.mktemp("interrupted")
-    photos = make_pictures(work / "photos", 66, (32, 34))  # two shards
+    photos = make_pictures(work / "photos", 66, (32, 34))  # 66 images fill two shards
     build(photos, work / "whole")
     return work, run_interrupted_builds(photos, work, request.param)
 
@@ -345,9 +345,9 @@ def test_no_worker_goes_on_after_a_failed_build(slow: Path, tmp_path: Path) -> N
 
 
 def test_a_shard_that_is_built_twice_is_complete(slow: Path, tmp_path: Path) -> None:
-    """If a killed build leaves workers behind, two workers may write the same shard.
+    """If a killed build leaves workers behind, two workers may write the same shard at the same time.
 
-    Each worker therefore uses its own temporary file names.
+    The shard must be complete, because each worker writes to its own temporary files.
     """
     source = list_source(slow, "train")
     (tmp_path / ".build").mkdir()

@@ -220,7 +220,7 @@ def test_few_records_are_read_from_shards_all_over_the_split(
     steps = np.diff(sorted(int(name) for name in counts))
     assert len(steps) == 0 or max(steps) - min(steps) <= 1
     assert len(pixels) == 4800 // read * read
-    # LMDB would refuse to open the shard a second time.
+    # The reader has closed the shard. Otherwise, LMDB would refuse to open the shard again.
     lmdb.open(str(store.root / "train/00000"), readonly=True, lock=False).close()
 
 

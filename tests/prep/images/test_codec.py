@@ -166,7 +166,7 @@ def test_a_cmyk_jpeg_gives_the_product_of_ink_and_black() -> None:
     expected = (255 - ink[..., :3]) * (255 - ink[..., 3:]) / 255
     image = decode_image(content)
     assert np.abs(image.pixels - expected).max() <= 1
-    # Adobe's CMYK files are inverted, but this file is not.
+    # In CMYK files of Adobe's programs, the values are inverted. In this file, the values are not inverted.
     assert np.abs(image.pixels - np.asarray(PHOTO).astype(float)).mean() < 4
     assert image.converted == ("cmyk",)
 

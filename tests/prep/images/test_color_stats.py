@@ -222,7 +222,7 @@ def test_a_build_writes_the_statistics_of_its_moments(photo_folder: Path, tmp_pa
 def test_a_damaged_record_is_named_by_shard_and_key(photo_folder: Path, tmp_path: Path) -> None:
     """In one case, the damaged record is not an image. In the other case, the damaged record has a wrong checksum."""
     store = build(photo_folder, tmp_path / "store", "jpeg")
-    # The new record is larger than the shard that it replaces.
+    # The record of the new shard is larger than the whole shard before.
     good = Datum(1, 1, b"not a image" * 100_000, 0, b"x").encode()
     for value in (good, good[:-1] + bytes([good[-1] ^ 1])):
         folder = tmp_path / "store" / "train" / "00000"

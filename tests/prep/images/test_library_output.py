@@ -1,4 +1,4 @@
-"""prep.images.library_output and time_limit: lines that C libraries write, and the limit for CPU time."""
+"""prep.images.library_output and time_limit: lines that C libraries print, and the limit of the CPU time."""
 
 from __future__ import annotations
 

@@ -439,7 +439,7 @@ def test_the_command_counts_and_names_refused_members(photo_folder: Path, tmp_pa
     odd = [member for name, (member, _) in ODD.items() if "folder" not in name]
     double: Member = (members[0][0], b"no picture at all")
     (tmp_path / "x.tar").write_bytes(tar_of([double, *odd, *members]))
-    # The class n1 has only links.
+    # In this archive, the class n1 has only links, so the class is empty.
     options = (tmp_path / "x.tar", "--store", tmp_path / "store", "--allow-empty-classes")
     result = alexprep(*options)
     assert result.exit_code == 1

@@ -372,7 +372,7 @@ def test_an_import_is_the_same_for_any_number_of_jobs_and_when_repeated(
     done(CliRunner().invoke(main, ["import-caffe", str(folder), *options]))
     assert Store.open(tmp_path / "one").fingerprint == Store.open(tmp_path / "two").fingerprint
     assert "nothing to do" in done(import_caffe(tmp_path / "one", folder))
-    # The LMDB is only read, not written.
+    # The imports have not written into the LMDB.
     assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == before
 
 

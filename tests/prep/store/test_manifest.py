@@ -33,7 +33,7 @@ def change_manifest(store: Path, change: Change) -> None:
     """Change the content of manifest.json, and write it with a correct fingerprint of the store and checksum."""
     data = json.loads((store / "manifest.json").read_bytes())
     change(data)
-    with suppress(AttributeError, KeyError, TypeError):  # the change made one of the fields wrong
+    with suppress(AttributeError, KeyError, TypeError):  # after some changes, the fingerprint cannot be computed
         data["fingerprint"] = canonical_digest({name: split["fingerprint"] for name, split in data["splits"].items()})
     data.pop("checksum", None)
     (store / "manifest.json").write_text(json.dumps({**data, "checksum": canonical_digest(data)}))

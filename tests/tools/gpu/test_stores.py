@@ -1,4 +1,4 @@
-"""Test that the GPU check makes stores of JPEG and PPM records, and makes them only once."""
+"""The GPU check makes a store of JPEG records and a store of PPM records, and uses existing stores again."""
 
 from __future__ import annotations
 

@@ -162,7 +162,8 @@ def test_dense_evaluation_refuses_images_smaller_than_a_crop(
 def test_padding_gives_conv1_the_number_of_positions_rounded_up(side_px: int) -> None:
     before, after = ALEXNET.padding_px(side_px)
     assert before == 0 and (side_px + after - 11) % 4 == 0 and after < 4
-    assert 1 + (side_px + after - 11) // 4 == 1 - (11 - side_px) // 4  # layer.py:1004: 1 + ceil((side - 11) / 4)
+    # layer.py:1004 of the authors' code computes 1 + ceil((side - 11) / 4).
+    assert 1 + (side_px + after - 11) // 4 == 1 - (11 - side_px) // 4
 
 
 def test_a_network_of_one_column_has_one_device_and_crosses_nothing() -> None:

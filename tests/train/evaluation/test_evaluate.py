@@ -97,7 +97,7 @@ def test_dense_evaluation_averages_the_softmax_over_the_windows_of_a_square(
         with torch.no_grad():
             maps = [(network.eval().dense(images).double(), labels) for images, labels in loader]
     network.train()
-    # The logits have the shape (12, 3, 2, 2).
+    # `logits` has the shape (12, 3, 2, 2): images, classes, rows and columns of windows.
     logits, labels = (torch.cat(parts).numpy() for parts in zip(*maps, strict=True))
     p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
     p = p.mean((2, 3))

@@ -1,4 +1,4 @@
-"""Tests of the predictions that a run folder caches for a split of a store."""
+"""Tests of the predictions for a split of a store that are saved in a run folder and used again."""
 
 from __future__ import annotations
 

@@ -64,8 +64,8 @@ def test_each_ablation_changes_one_part_of_the_recipe_or_the_network(tmp_path: P
 def test_the_published_differences_are_those_of_the_paper_and_of_the_authors_files() -> None:
     """The differences are in percentage points of top-1 and top-5 error.
 
-    The authors' net #150, without crossings, has errors of 41.83% / 19.33%. Net #145, with crossings, has a top-1 error
-    of 40.66% and a top-5 error of 18.21%.
+    The authors' net #150, without crossings, has a top-1 error of 41.83% and a top-5 error of 19.33%. Net #145, with
+    crossings, has a top-1 error of 40.66% and a top-5 error of 18.21%.
     """
     rises = {a.name: (a.rise_top1, a.rise_top5) for a in ABLATIONS if a.rise_top1 is not None}
     assert rises == {

@@ -66,7 +66,7 @@ def test_the_norm_of_a_large_layer_is_as_exact_as_in_float64() -> None:
 def test_memory_mb_is_the_peak_of_the_process(observed_run: ObservedRun) -> None:
     peaks_mb = [line["memory_mb"] for line in read_metrics(observed_run.run_dir) if line["kind"] == "train"]
     peak_now_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1.024e-3
-    # Linux updates memory counters with a delay, so there are tolerances
+    # Linux updates its memory counters with a delay, so the test allows a difference.
     assert 50 < peaks_mb[0] <= 1.02 * peaks_mb[-1] <= 1.05 * peak_now_mb
 
 

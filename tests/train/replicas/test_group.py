@@ -161,7 +161,7 @@ def test_a_process_of_this_machine_that_has_ended_is_recognized() -> None:
         assert not has_ended(f"{host}, process {process.pid}")
         process.kill()
         os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
-        assert has_ended(f"{host}, process {process.pid}")  # a zombie
+        assert has_ended(f"{host}, process {process.pid}")  # a zombie process counts as ended
     assert has_ended(f"{host}, process {process.pid}") and not has_ended(f"{host}, process {os.getpid()}")
     assert not has_ended(f"{host}-2, process {process.pid}")
 

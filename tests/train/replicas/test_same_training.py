@@ -30,7 +30,7 @@ EACH_RECIPE = [(name, {"recipe": name, "steps": 3}) for name in RECIPES]
 
 
 def train(torchrun: TorchrunServer, replicas: int, store: Path, folder: Path, runs: Any) -> None:
-    """Train `runs` on replicas into `folder`."""
+    """Train `runs`, a list of (name, settings), on `replicas` replicas. The run folders are in `folder`."""
     folder.mkdir()
     (folder / "runs.json").write_text(json.dumps(runs))
     job = torchrun("--nproc-per-node", replicas, PROGRAM, store, folder / "runs.json")

@@ -106,7 +106,7 @@ def test_a_run_in_a_folder_whose_name_is_not_utf_8_is_read_and_forked(
     with pytest.raises(UserError, match="holds a run that was forked from"):  # run.json has the path of the origin
         fork(Run.open(replace(config, run_dir=Path("other"))), Path("fork"))
     monkeypatch.chdir(tmp_path)
-    config = saved_config(folder / "run")  # finds the store by its absolute path
+    config = saved_config(folder / "run")  # run.json has the absolute path of the store
     assert config is not None and config.store == folder / "store"
     monkeypatch.chdir(folder)
     args = ["evaluate", folder / "fork", "--store", "store", "--gpus", "cpu", "--views", 1]

@@ -158,7 +158,7 @@ def test_recipes_of_older_runs_divide_no_evaluation_image() -> None:
     read = recipe_from_json(old)
     assert read.augmentation == RELEASED.augmentation and recipe_values(read) == recipe_values(RELEASED)
     for recipe in RECIPES.values():
-        # The identities of older runs lack this field, too.
+        # The default of eval_divisor is not part of a run's identity, so that older runs keep their identity.
         assert "eval_divisor" not in recipe_values(recipe)["augmentation"]
     divided = replace(SHORT, augmentation=replace(SHORT.augmentation, divisor=2.0))
     assert recipe_values(divided)["augmentation"]["eval_divisor"] == 2.0

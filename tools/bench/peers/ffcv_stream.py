@@ -59,9 +59,9 @@ class JpegField(RGBImageField):  # type: ignore[misc]
 
 
 class RecordDataset:
-    """Data set for the .beton: pairs of image and label.
+    """Data set from which FFCV writes the .beton file: pairs of image and label.
 
-    An image is given as pixels, or as (bytes of the file, width, height).
+    An image is an array of pixels, or a triple (bytes of the file, width, height).
     """
 
     def __init__(self, records: Records, raw: bool) -> None:

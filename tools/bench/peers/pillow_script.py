@@ -1,4 +1,4 @@
-"""A short script as a user might write it: a pool of processes rescales with Pillow, and the parent fills one LMDB.
+"""A short script as a user might write it: a pool of processes rescales with Pillow, the parent process fills one LMDB.
 
 The LMDB holds no labels, checksums or moments.
 

@@ -1,6 +1,7 @@
 """Does the same work as pillow_script.py, but with libvips' thumbnail instead of Pillow.
 
-A pool of processes has one thread each, and fills one LMDB. The LMDB holds no labels, checksums or moments.
+Each process of the pool has one thread, and the parent process fills one LMDB. The LMDB holds no labels, checksums or
+moments.
 
     python -m tools.bench.peers.vips_thumbnail FOLDER OUT JOBS
 

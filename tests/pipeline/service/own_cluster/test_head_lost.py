@@ -73,7 +73,7 @@ with (
 
 @pytest.fixture(scope="module")
 def ended(store: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Results of the consumer: output, exit code, standard error, and seconds from the loss of the head to the end."""
+    """Results of the consumer: output, exit code, standard error, and seconds from the loss of the head to its end."""
     folder = tmp_path_factory.mktemp("lost")
     address = f"{HOST}:{free_port()}"
     program = CONSUMER.replace("SEED", str(SEED)).replace("BATCH", str(BATCH)).replace("AFTER", str(AFTER))

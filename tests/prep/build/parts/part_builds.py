@@ -24,7 +24,7 @@ from prep.inputs.sources import list_source
 from prep.store.manifest import Store
 from tests.helpers.building import PPM, STRICT, InlineRunner
 
-IMAGES = 450  # eight shards
+IMAGES = 450  # these images fill eight shards
 WORDS = ("--side", "32", "--format", "ppm")
 
 

@@ -56,7 +56,7 @@ def test_a_clear_number_needs_no_option(
         ("1 2 3", FROM_1, {"name": [0, 1, 2], "sorted-from-0": [1, 2, 3]}),
         ("1 2 3", WORDS, {"sorted-from-0": [1, 2, 3], "sorted": [0, 1, 2]}),
         ("1 2 4", WORDS, {"sorted": [0, 1, 3]}),  # ILSVRC's numbers also begin with 1
-        # A store of an earlier version has this order.
+        # In a store of an earlier version, the order of the classes can differ from the order of their numbers.
         ("1 2", ("10", "2", "1"), {"name": [2, 1], "sorted-from-0": [1, 2]}),
         ("0 2 5", (), {"name": [0, 1, 2]}),
     ],

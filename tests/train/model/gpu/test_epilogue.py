@@ -18,7 +18,7 @@ ACTIVATIONS = {"none": lambda v: v, "relu": F.relu, "tanh": torch.tanh, "sigmoid
 # odd sizes, numbers of maps that are not powers of two, incomplete tiles, several tiles (35 columns or rows), and
 # another exponent than the paper's.
 CASES = [
-    (6, 7, 9, Epilogue("relu", NORM, 3)),  # paper, caffe
+    (6, 7, 9, Epilogue("relu", NORM, 3)),  # layers 1 and 2 of the recipes `paper` and `caffe`
     (6, 5, 35, Epilogue("none", NORM, 3, "relu")),  # layer 1 of the recipe `released`
     (20, 3, 3, Epilogue("relu", NORM)),  # layer 2 of the recipe `released`
     (5, 7, 5, Epilogue("tanh", Lrn(3, 0.2, 0.5, 1.0), 2)),
