@@ -13,8 +13,8 @@ killed as WHEN says. The last attempt finishes the run in RUN_DIR and is not kil
                writing, computing a digest, fsync, rename, link, removal of a file, and the end of a training step.
                Attempt k (0 to 9) is killed 0 to 7 operations after the run has made k of its nine steps. All ten
                attempts are killed, because a finished run that is started again also performs these operations.
-    time       The parent process kills the attempt after a random time, or the attempt ends before this time. Attempt 0
-               is killed so early that it cannot end before.
+    time       The parent process kills the attempt after a random time. An attempt that has finished before this time
+               is not killed. Attempt 0 is killed so early that it cannot finish.
 
 The program prints a JSON object: "kills" is the number of kills, and "at" maps each operation to the number of kills
 before this operation. The program needs OMP_NUM_THREADS=1, because threads do not survive a fork.

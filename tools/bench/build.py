@@ -4,34 +4,29 @@ The compared programs are called contestants. A turn is one timed run of a conte
 
 ours    `alexprep build-lmdb` in a separate process. Each photograph is decoded, rescaled by area average to 256 px,
         cropped to the central square and encoded as a JPEG of quality 90. The command writes Datums with a CRC-32 into
-        LMDB shards with SHA-256 digests, computes exact colour moments and the mean image, writes the manifest, and
-        syncs all files to the disk.
+        LMDB shards with digests, computes colour moments and mean image, writes the manifest, and syncs all files.
 FFCV    FFCV's DatasetWriter, JPEG of quality 90 (tools/bench/peers/ffcv_writer.py). FFCV cannot rescale the shorter
-        side to a given length. The data set class therefore rescales with Pillow's bicubic filter, like torchvision's
-        Resize.
+        side to a given length. The data set class therefore rescales with Pillow's bicubic filter.
 Pillow  a short script: a pool of processes rescales with Pillow's bicubic filter, and the parent process writes one
         LMDB in one commit (tools/bench/peers/pillow_script.py).
 libvips the same script with libvips' thumbnail (tools/bench/peers/vips_thumbnail.py).
-bound   an upper bound: libjpeg-turbo decodes each photograph and encodes a square, and does nothing else
-        (tools/bench/peers/jpeg_bound.py).
+bound   upper bound: libjpeg-turbo only decodes each photograph and encodes a square (tools/bench/peers/jpeg_bound.py).
 
 Every contestant has --jobs worker processes, may use --jobs cores, and reads the same files. Before each turn, the
 benchmark reads all files, so that they are in the page cache.
 
 The time of `ours` includes starting the command, importing libraries and listing the folder. All other contestants
 import libraries and list the folder before the timing starts. All other contestants except FFCV also start their
-workers before the timing starts. `ours` has a disadvantage, because its imports and the start of its workers are
-timed. Only `ours` and the scripts that write an LMDB (Pillow, libvips) sync their output to the disk. Deleting the
-output of the previous turn is not timed.
+workers before the timing starts. Only `ours` and the scripts that write an LMDB (Pillow, libvips) sync their output to
+the disk. Deleting the output of the previous turn is not timed.
 
 --pictures N is the number of images in a turn. If the source has fewer than N photographs, the photographs are repeated
 by hard links. If hard links fail, the photographs are copied. Choose N so large that each contestant works for at least
 ten seconds. The start of alexprep then takes only a small share of the time. The bound is fast, so it processes the N
 images twice. All copies of a photograph have the same size, which favours a contestant that caches data by image size.
 
-With --steps, the program compares no contestants. It times each step of our build and libjpeg-turbo alone, on one core
-of this process, with one BLAS thread. A round of this measurement is one pass through at most 320 photographs, without
-repetition.
+With --steps, the program compares no contestants. It times each step of our build and libjpeg-turbo alone, in this
+process, with one BLAS thread. A round is then one pass through at most 320 photographs, without repetition.
 """
 
 from __future__ import annotations

@@ -166,7 +166,7 @@ OTHER_FAULTS = {
 
 
 def run_program(program: str, store: Path, folder: Path) -> subprocess.CompletedProcess[str]:
-    """Run Python code in a new process in `folder`. Before, the process reads record 0 of the split val of `store`."""
+    """Run the Python code `program` in a new process in `folder`. `store` is the argument of the program."""
     (folder / "other").write_bytes(bytes(10_000))
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     return subprocess.run(
@@ -175,7 +175,7 @@ def run_program(program: str, store: Path, folder: Path) -> subprocess.Completed
     )  # fmt: skip
 
 
-READ = (
+READ = (  # a program that reads record 0 of the split val, and maps the file `other`
     "import mmap, os, signal, sys\nimport numpy as np\n"
     "from pipeline.records import Records\nfrom prep.store.manifest import Store\n"
     "records = Records(Store.open(sys.argv[1]), 'val')\nrecords[0]\n"

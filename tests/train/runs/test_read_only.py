@@ -1,7 +1,7 @@
 """Stores and run folders of another user, which are read-only.
 
-Commands that only read work as usual. Other commands fail, and the error names the file that cannot be written. Root
-may write into every folder, so the child process of a test gives up this right.
+Commands that write nothing work as usual. All other commands fail, and the error names the file that cannot be written.
+Root may write into every folder, so the child process of a test gives up this right.
 """
 
 from __future__ import annotations

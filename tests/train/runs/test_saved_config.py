@@ -34,7 +34,10 @@ def small_alexnet(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def own_run(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of one step, in a folder that also has a copy of the store. Both were given as relative paths."""
+    """A run of one step, in a folder that also has a copy of the store.
+
+    The run was started with relative paths of the run folder and the store.
+    """
     project = tmp_path_factory.mktemp("project")
     shutil.copytree(store, project / "store")
     with pytest.MonkeyPatch.context() as patch:

@@ -84,7 +84,7 @@ GUESSING = math.log(37)  # the loss of uniform guessing among 37 classes
 
 @pytest.fixture
 def watchdog(numbered_store: Path, tmp_path: Path) -> Watchdog:
-    """The watchdog of a run of 400 steps on 37 classes. It warns if the loss stays at ln 37 for 200 steps."""
+    """The watchdog of a run of 400 steps on 37 classes. The watchdog warns if the loss stays at ln 37 for 200 steps."""
     model = AlexNet(37, SHORT, ("cpu", "cpu"), SMALL_ALEXNET)
     return Watchdog(Run.open(RunConfig(numbered_store, SHORT, 8, epochs=100, run_dir=tmp_path)), model)
 
