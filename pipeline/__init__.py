@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from pipeline.evaluation_loader import EvalLoader, eval_loader
     from pipeline.loader import TrainLoader, train_loader
     from pipeline.loader_base import Batch, WaitTimes
+    from pipeline.selection.dataset import RecordDataset, StoredRecord
     from prep.console import UserError
     from prep.store.manifest import ChannelStats, StoreError
 
@@ -24,7 +25,9 @@ __all__ = [
     "Batch",
     "ChannelStats",
     "EvalLoader",
+    "RecordDataset",
     "StoreError",
+    "StoredRecord",
     "TrainLoader",
     "UserError",
     "WaitTimes",
@@ -37,7 +40,9 @@ _MODULES = {
     "Batch": "pipeline.loader_base",
     "ChannelStats": "prep.store.manifest",
     "EvalLoader": "pipeline.evaluation_loader",
+    "RecordDataset": "pipeline.selection.dataset",
     "StoreError": "prep.store.manifest",
+    "StoredRecord": "pipeline.selection.dataset",
     "TrainLoader": "pipeline.loader",
     "UserError": "prep.console",
     "WaitTimes": "pipeline.loader_base",

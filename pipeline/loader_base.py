@@ -8,6 +8,7 @@ import os
 import time
 import weakref
 from collections.abc import Iterator
+from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple, NoReturn, Self
 
 import torch
@@ -18,6 +19,7 @@ from pipeline.engines.engine import choose_engine
 from pipeline.placement import Placement
 from pipeline.prefetch import READ_AHEAD, Job, Prefetcher
 from pipeline.records import Records
+from pipeline.selection.dataset import RecordDataset
 from pipeline.windows import WindowRequest
 from prep.console import UserError, WrongArgument
 from prep.store.manifest import ChannelStats, Store
@@ -154,6 +156,15 @@ class Loader:
         """Names of the classes. A label is an index into this tuple."""
         return self.store.classes
 
+    @cached_property
+    def dataset(self) -> RecordDataset:
+        """Random access to the records of the split: `dataset[i]` decodes record i, without augmentation.
+
+        The data set reads the local store, also if the loader uses a service. The data set can be used after the loader
+        was closed.
+        """
+        return RecordDataset(self.store, self.split)
+
     def channel_stats(self, max_value: float = 255) -> ChannelStats:
         """Return `mean` and `std` of R, G and B over the training split, for pixels in 0..`max_value`.
 
@@ -205,7 +216,9 @@ class Loader:
 
         A torch DataLoader around a loader would ask for items by number.
         """
-        raise UserError(f"a loader has no items, only batches in their order. {_ADVICE}")
+        raise UserError(
+            f"a loader has no items, only batches in their order. loader.dataset[i] decodes record i. {_ADVICE}"
+        )
 
     def _check_process(self) -> None:
         """Raise UserError in a process that was forked from the process of this loader."""

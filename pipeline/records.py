@@ -130,6 +130,23 @@ class Records:
         payload = np.frombuffer(value, np.uint8, end - start - header_bytes, start + header_bytes)
         return Record(payload.reshape(height, width, 3) if self._is_raw else payload, height, width, label)
 
+    def pixels(self, number: int) -> npt.NDArray[np.uint8]:
+        """Return the decoded image of record `number`: a new array, uint8 RGB (height, width, 3).
+
+        Raises StoreError with the location of the record if the record is damaged.
+        """
+        pixels = self[number].payload
+        if self._is_raw:
+            pixels = pixels.copy()
+        else:
+            try:
+                pixels = decode_jpeg(pixels.tobytes())
+            except ValueError as error:
+                self.check_maps()
+                raise StoreError(f"{self.location(number)}: cannot be decoded: {error}. {self.advice}") from None
+        self.check_maps()
+        return pixels
+
     def label(self, number: int) -> int:
         """Return the label of record `number`. Raises StoreError if the record has no valid label.
 

@@ -20,10 +20,9 @@ from pipeline.records import Records
 from prep.console import UserError
 from prep.images.central_square import central_offset, central_square
 from prep.images.codec import BadImage
-from prep.images.jpeg import decode_jpeg
 from prep.images.limits import MAX_PIXELS
 from prep.images.photograph import Photograph, prepare_photograph, prepare_photographs
-from prep.store.manifest import Settings, Store, StoreError
+from prep.store.manifest import Settings, Store
 
 Pixels = npt.NDArray[np.uint8]  # (H, W, 3) RGB
 
@@ -117,17 +116,8 @@ class StoredImages:
 
         Raises StoreError for a damaged record.
         """
-        pixels = self.records[number].payload
-        if pixels.ndim == 1:
-            try:
-                pixels = decode_jpeg(pixels.tobytes())
-            except ValueError as error:
-                self.records.check_maps()
-                location = self.records.location(number)
-                raise StoreError(f"{location}: cannot be decoded: {error}. {self.records.advice}") from None
-        square = central_square(pixels, self._side_px).copy()
-        self.records.check_maps()
-        return square
+        square: Pixels = central_square(self.records.pixels(number), self._side_px)
+        return square.copy()
 
     def label(self, number: int) -> int:
         """Return the class index of a record."""
