@@ -15,8 +15,9 @@ if TYPE_CHECKING:
     from pipeline.augment import Augmentation
     from pipeline.evaluation_loader import EvalLoader, eval_loader
     from pipeline.loader import TrainLoader, train_loader
-    from pipeline.loader_base import Batch, WaitTimes
+    from pipeline.loader_base import WaitTimes
     from pipeline.selection.dataset import RecordDataset, StoredRecord
+    from pipeline.selection.fields import Batch, FieldBatch
     from prep.console import UserError
     from prep.store.manifest import ChannelStats, StoreError
 
@@ -25,6 +26,7 @@ __all__ = [
     "Batch",
     "ChannelStats",
     "EvalLoader",
+    "FieldBatch",
     "RecordDataset",
     "StoreError",
     "StoredRecord",
@@ -37,9 +39,10 @@ __all__ = [
 
 _MODULES = {
     "Augmentation": "pipeline.augment",
-    "Batch": "pipeline.loader_base",
+    "Batch": "pipeline.selection.fields",
     "ChannelStats": "prep.store.manifest",
     "EvalLoader": "pipeline.evaluation_loader",
+    "FieldBatch": "pipeline.selection.fields",
     "RecordDataset": "pipeline.selection.dataset",
     "StoreError": "prep.store.manifest",
     "StoredRecord": "pipeline.selection.dataset",

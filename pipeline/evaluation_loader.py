@@ -5,24 +5,28 @@ The docstring of pipeline.loader describes the batches.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any, Unpack, overload
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from pipeline.augment import CROP_PX, SQUARE, Augmentation, eval_offsets
-from pipeline.loader_base import Batch, Loader
+from pipeline.loader_base import Loader
 from pipeline.placement import Placement
 from pipeline.prefetch import BatchInput
+from pipeline.selection.fields import AnyBatch, Batch, FieldBatch, FieldName, LoaderOptions
 from pipeline.windows import WindowRequest
-from prep.console import WrongArgument, usable_cores
+from prep.console import WrongArgument
 from prep.store.manifest import ChannelStats, Store
 
+_FIELDS: tuple[FieldName, ...] = ("images", "labels", "keys", "index")
 
-class EvalLoader(Loader):
+
+class EvalLoader(Loader[AnyBatch]):
     """Serves every image of a split once in each iteration. Create an evaluation loader with eval_loader.
 
     If world_size is more than 1, each rank serves only its range of the split. The last batch can be smaller.
@@ -36,33 +40,11 @@ class EvalLoader(Loader):
         placement: Placement,
         views: int | str,
         *,
-        augmentation: Augmentation,
-        normalize: ChannelStats | None = None,
-        layout: str = "NCHW",
-        dtype: str | torch.dtype = "float32",
-        threads: int = 1,
-        shard: int = 0,
-        world_size: int = 1,
-        service: str | None = None,
-        service_fallback: str | None = None,
-        check: bool | None = None,
+        fields: Sequence[FieldName] | None = None,
+        **options: Unpack[LoaderOptions],
     ) -> None:
         """The docstring of eval_loader describes the arguments and the errors."""
-        super().__init__(
-            store,
-            split,
-            batch_size,
-            placement,
-            augmentation=augmentation,
-            normalize=normalize,
-            layout=layout,
-            dtype=dtype,
-            threads=threads,
-            shard=shard,
-            world_size=world_size,
-            from_windows=service is not None,
-            check=check,
-        )
+        super().__init__(store, split, batch_size, placement, fields=fields, allowed_fields=_FIELDS, **options)
         if views not in (1, 10, SQUARE):
             raise WrongArgument(
                 f"views {views}: expected 1 (centre crop), 10 (corners and centre, also mirrored) or {SQUARE} (the "
@@ -70,15 +52,14 @@ class EvalLoader(Loader):
             )
         self.views = views
         self._iteration = object()  # identity of the iterator that began last
-        first, end = (self.records * part // world_size for part in (shard, shard + 1))
+        first, end = (self.records * part // self.world_size for part in (self.shard, self.shard + 1))
         self._record_numbers = np.arange(first, end)
-        if service is not None:
-            window = "centre" if views == 1 else "square"
-            self._connect(service, service_fallback, None, window, 0)
+        self._connect(None, "centre" if views == 1 else "square", 0)
+        divisor = self.augmentation.divisor_in_evaluation
         if isinstance(views, str):
-            self._open(1, augmentation.divisor_in_evaluation, self._augmenter.side_px)
+            self._open(1, divisor, self._augmenter.side_px)
         else:
-            self._open(views, augmentation.divisor_in_evaluation)
+            self._open(views, divisor)
 
     @property
     def own_records(self) -> int:
@@ -89,7 +70,7 @@ class EvalLoader(Loader):
         """Return the number of batches in one iteration."""
         return -(-len(self._record_numbers) // self.batch_size)
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[AnyBatch]:
         """Serve this rank's range of the split once, from the beginning of the range, in the order of the store.
 
         Several iterators may be used alternately. After each change to another iterator, the loader reads records
@@ -111,11 +92,8 @@ class EvalLoader(Loader):
         return self._iteration
 
     def _read_step(self, step: int) -> BatchInput:
-        if self._windows is None:
-            make_crops = partial(self._augmenter.eval_crops, views=self.views)
-            return self._prefetcher.read_batch(self._step_records(step), make_crops)
-        records = self._windows.records(step)
-        return BatchInput(records, self._augmenter.eval_crops(records, self.views))
+        records = self._read(self._step_records(step), step)
+        return self._input(records, self._augmenter.eval_crops(records, self.views))
 
     def _window_request(self, position: int) -> WindowRequest | None:
         record_numbers = self._step_records(position)
@@ -125,13 +103,38 @@ class EvalLoader(Loader):
         if self.views == 1:
             offset += eval_offsets(1, self._augmenter.max_offset_px)[0]
             window_px = CROP_PX
-        return WindowRequest(self.split, record_numbers, offset, window_px)
+        return WindowRequest(self.split, record_numbers, offset, window_px, self._serves("keys"))
 
     def _step_records(self, step: int) -> npt.NDArray[np.int64]:
         """Return the record numbers of the batch of a step. Returns no numbers after the last step."""
         return self._record_numbers[step * self.batch_size : (step + 1) * self.batch_size]
 
 
+class EvalOptions(LoaderOptions, total=False):
+    """Arguments of eval_loader with names."""
+
+    views: int | str
+    split: str
+
+
+@overload
+def eval_loader(
+    store: str | Path,
+    batch_size: int = 128,
+    device: str | torch.device = "cpu",
+    *,
+    fields: None = None,
+    **options: Unpack[EvalOptions],
+) -> EvalLoader[Batch]: ...
+@overload
+def eval_loader(
+    store: str | Path,
+    batch_size: int = 128,
+    device: str | torch.device = "cpu",
+    *,
+    fields: Sequence[FieldName],
+    **options: Unpack[EvalOptions],
+) -> EvalLoader[FieldBatch]: ...
 def eval_loader(
     store: str | Path,
     batch_size: int = 128,
@@ -139,6 +142,7 @@ def eval_loader(
     *,
     views: int | str = 1,
     split: str = "val",
+    fields: Sequence[FieldName] | None = None,
     augmentation: Augmentation | None = None,
     normalize: ChannelStats | None = None,
     layout: str = "NCHW",
@@ -149,11 +153,12 @@ def eval_loader(
     service: str | None = None,
     service_fallback: str | None = None,
     check: bool | None = None,
-) -> EvalLoader:
+) -> EvalLoader[Any]:
     """Return a loader of evaluation batches: every image of `split` exactly once, without random augmentation.
 
     views         1: the centre crop. 10: the crops at the four corners and the centre, then the same five crops
                   mirrored (section 4.1 of the paper). "square": the complete central square, for dense evaluation
+    fields        names of the values to serve, as for train_loader, except "draws": evaluation draws no random numbers
     augmentation  only the settings `mean`, `divisor` and `eval_divisor` are used. Images are divided as in training,
                   unless `eval_divisor` is a number. The mean is computed from the training split
     shard         rank of this process. Each of `world_size` loaders serves one contiguous range of records, and the
@@ -174,11 +179,12 @@ def eval_loader(
         batch_size,
         Placement.parse(device),
         views,
-        augmentation=augmentation or Augmentation(),
+        fields=fields,
+        augmentation=augmentation,
         normalize=normalize,
         layout=layout,
         dtype=dtype,
-        threads=threads or usable_cores(),
+        threads=threads,
         shard=shard,
         world_size=world_size,
         service=service,

@@ -17,12 +17,12 @@ before the queued work is done.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from itertools import count
 from pathlib import Path
-from typing import Any, NamedTuple, SupportsIndex
+from typing import Any, NamedTuple, SupportsIndex, Unpack, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -30,12 +30,13 @@ import torch
 
 from pipeline.augment import CROP_PX, Augmentation
 from pipeline.evaluation_loader import EvalLoader, eval_loader
-from pipeline.loader_base import STREAM_VERSION, Batch, Loader, WaitTimes
+from pipeline.loader_base import STREAM_VERSION, Loader, WaitTimes
 from pipeline.placement import Placement
 from pipeline.prefetch import BatchInput
 from pipeline.sampling import Draws, EpochPermutations, draw_params
+from pipeline.selection.fields import AnyBatch, Batch, FieldBatch, FieldName, LoaderOptions
 from pipeline.windows import WindowRequest
-from prep.console import UserError, WrongArgument, usable_cores
+from prep.console import UserError, WrongArgument
 from prep.store.manifest import ChannelStats, Store
 
 __all__ = ["STREAM_VERSION", "Batch", "EvalLoader", "TrainLoader", "WaitTimes", "eval_loader", "train_loader"]
@@ -49,7 +50,7 @@ class _Position(NamedTuple):
     first_batch: int | None
 
 
-class TrainLoader(Loader):
+class TrainLoader(Loader[AnyBatch]):
     """Serves randomly augmented batches, epoch after epoch. train_loader creates this loader.
 
     One `for` loop serves the rest of the current epoch. After a `break`, the next loop continues with the batch after
@@ -68,47 +69,25 @@ class TrainLoader(Loader):
         placement: Placement,
         seed: int,
         *,
-        augmentation: Augmentation,
-        normalize: ChannelStats | None = None,
-        layout: str = "NCHW",
-        dtype: str | torch.dtype = "float32",
-        threads: int = 1,
-        shard: int = 0,
-        world_size: int = 1,
-        service: str | None = None,
-        service_fallback: str | None = None,
-        check: bool | None = None,
+        fields: Sequence[FieldName] | None = None,
+        **options: Unpack[LoaderOptions],
     ) -> None:
         """The docstring of train_loader describes the arguments and the errors."""
-        super().__init__(
-            store,
-            split,
-            batch_size,
-            placement,
-            augmentation=augmentation,
-            normalize=normalize,
-            layout=layout,
-            dtype=dtype,
-            threads=threads,
-            shard=shard,
-            world_size=world_size,
-            from_windows=service is not None,
-            check=check,
-        )
-        if self.records < batch_size * world_size:
-            step = "" if world_size == 1 else f", a step of {world_size:,} ranks takes {batch_size * world_size:,}"
+        super().__init__(store, split, batch_size, placement, fields=fields, **options)
+        ranks = self.world_size
+        if self.records < batch_size * ranks:
+            step = "" if ranks == 1 else f", a step of {ranks:,} ranks takes {batch_size * ranks:,}"
             raise UserError(
                 f"{store.root} has {self.records:,} records in {split}, a batch takes {batch_size:,}{step}. "
-                f"Choose a batch size of at most {self.records // world_size:,}."
+                f"Choose a batch size of at most {self.records // ranks:,}."
             )
         if not 0 <= seed < 2**64:
             raise WrongArgument(f"seed {seed}: expected 0 to 2^64 - 1.")
         self.seed = seed
         self._position = _Position(0, None)
         self._permutations = EpochPermutations(self.records, seed)
-        if service is not None:
-            self._connect(service, service_fallback, seed, "random", augmentation.shared_by)
-        self._open(1, augmentation.divisor)
+        self._connect(seed, "random", self.augmentation.shared_by)
+        self._open(1, self.augmentation.divisor)
 
     def __len__(self) -> int:
         """Return the number of batches in an epoch."""
@@ -122,7 +101,7 @@ class TrainLoader(Loader):
         """
         return self.records - len(self) * self.batch_size * self.world_size
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[AnyBatch]:
         """Serve the remaining batches of the current epoch. The next iterator begins with the next epoch.
 
         If the loop ends early, by `break` or an exception, the next iterator continues with the batch after the last
@@ -217,7 +196,7 @@ class TrainLoader(Loader):
             "dtype": self.dtype,
         }
 
-    def _next(self) -> tuple[Batch, _Position]:
+    def _next(self) -> tuple[AnyBatch, _Position]:
         """Return the batch at the current position, and the next position. A repeated call returns the same batch."""
         position = self._position
         if position.first_batch is None:
@@ -232,15 +211,12 @@ class TrainLoader(Loader):
     def _read_step(self, epoch: int, step: int) -> BatchInput:
         """Read this rank's records of a step."""
         record_numbers, draws = self._draw(epoch, step)
-        if self._windows is None:
-            make_crops = partial(self._augmenter.random_crops, draws=draws)
-            return self._prefetcher.read_batch(record_numbers, make_crops)
-        records = self._windows.records(epoch * len(self) + step)
-        return BatchInput(records, self._augmenter.random_crops(records, draws))
+        records = self._read(record_numbers, epoch * len(self) + step)
+        return self._input(records, self._augmenter.random_crops(records, draws), draws)
 
     def _window_request(self, position: int) -> WindowRequest:
         record_numbers, draws = self._draw(*divmod(position, len(self)))
-        return WindowRequest(self.split, record_numbers, draws.offset, CROP_PX)
+        return WindowRequest(self.split, record_numbers, draws.offset, CROP_PX, self._serves("keys"))
 
     def _draw(self, epoch: int, step: int) -> tuple[npt.NDArray[np.int64], Draws]:
         """Return the record numbers and random augmentation parameters of this rank's images of a step."""
@@ -251,6 +227,32 @@ class TrainLoader(Loader):
         return self._permutations[epoch][step * images : (step + 1) * images][part], draws
 
 
+class TrainOptions(LoaderOptions, total=False):
+    """Arguments of train_loader with names."""
+
+    split: str
+
+
+@overload
+def train_loader(
+    store: str | Path,
+    batch_size: int = 128,
+    device: str | torch.device = "cpu",
+    seed: int = 0,
+    *,
+    fields: None = None,
+    **options: Unpack[TrainOptions],
+) -> TrainLoader[Batch]: ...
+@overload
+def train_loader(
+    store: str | Path,
+    batch_size: int = 128,
+    device: str | torch.device = "cpu",
+    seed: int = 0,
+    *,
+    fields: Sequence[FieldName],
+    **options: Unpack[TrainOptions],
+) -> TrainLoader[FieldBatch]: ...
 def train_loader(
     store: str | Path,
     batch_size: int = 128,
@@ -258,6 +260,7 @@ def train_loader(
     seed: int = 0,
     *,
     split: str = "train",
+    fields: Sequence[FieldName] | None = None,
     augmentation: Augmentation | None = None,
     normalize: ChannelStats | None = None,
     layout: str = "NCHW",
@@ -268,7 +271,7 @@ def train_loader(
     service: str | None = None,
     service_fallback: str | None = None,
     check: bool | None = None,
-) -> TrainLoader:
+) -> TrainLoader[Any]:
     """Return a loader of training batches: random 224×224 crop, flip and colour noise (section 4.1), minus the mean.
 
     One `for` loop over the loader is one epoch. After a `break`, the next loop continues within the epoch, with the
@@ -280,6 +283,9 @@ def train_loader(
     seed          seed of the record order and of all random numbers, 0..2^64 − 1. The same seed gives the same bits
                   with any number of threads
     split         split of the store to read
+    fields        names of the values to serve: "images", "labels", "keys" (source paths), "index" (record numbers) and
+                  "draws" (random numbers of the images). Batches are then dicts (FieldBatch). None: Batch(images,
+                  labels)
     augmentation  settings of the mean and of the colour noise (pipeline.Augmentation); None: the mean of each channel,
                   and the colour noise of the authors' code
     normalize     ChannelStats(mean, std, max_value): each channel becomes (pixel − mean) / std, for pixels in
@@ -317,11 +323,12 @@ def train_loader(
         batch_size,
         Placement.parse(device),
         seed,
-        augmentation=augmentation or Augmentation(),
+        fields=fields,
+        augmentation=augmentation,
         normalize=normalize,
         layout=layout,
         dtype=dtype,
-        threads=threads or usable_cores(),
+        threads=threads,
         shard=shard,
         world_size=world_size,
         service=service,

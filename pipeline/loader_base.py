@@ -7,21 +7,25 @@ import math
 import os
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, NamedTuple, NoReturn, Self
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, NoReturn, Self, cast
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
-from pipeline.augment import CROP_PX, LAYOUTS, Augmentation, Augmenter, check_choice
+from pipeline.augment import CROP_PX, LAYOUTS, Augmentation, Augmenter, Crops, check_choice
 from pipeline.engines.dali_engine import OutputFormat
 from pipeline.engines.engine import choose_engine
 from pipeline.placement import Placement
-from pipeline.prefetch import READ_AHEAD, Job, Prefetcher
-from pipeline.records import Records
+from pipeline.prefetch import READ_AHEAD, BatchInput, Job, Prefetcher
+from pipeline.records import RecordBatch, Records
+from pipeline.sampling import Draws
 from pipeline.selection.dataset import RecordDataset
+from pipeline.selection.fields import FIELDS, AnyBatch, Batch, FieldName, check_fields, make_batch
 from pipeline.windows import WindowRequest
-from prep.console import UserError, WrongArgument
+from prep.console import UserError, WrongArgument, usable_cores
 from prep.store.manifest import ChannelStats, Store
 
 if TYPE_CHECKING:  # these modules are imported only for loaders with a service
@@ -39,7 +43,7 @@ _ADVICE = (
     "Make the loader in the process that iterates over it, for example in the method __iter__ of an IterableDataset. A "
     "torch DataLoader around a loader is not needed: the loader has its own threads, and serves batches of tensors."
 )
-_loaders: weakref.WeakSet[Loader] = weakref.WeakSet()
+_loaders: weakref.WeakSet[Loader[Any]] = weakref.WeakSet()
 
 
 def _keep_loaders_of_parent() -> None:
@@ -52,16 +56,6 @@ def _keep_loaders_of_parent() -> None:
 
 
 os.register_at_fork(after_in_child=_keep_loaders_of_parent)
-
-
-class Batch(NamedTuple):
-    """Images and labels of one batch, on the loader's device."""
-
-    images: torch.Tensor
-    """RGB in grey levels minus the mean: (N, 3, 224, 224), (N, 10, 3, 224, 224) for ten views, or (N, 3, side, side)
-    for views="square". With layout "NHWC", the channels are the last axis."""
-    labels: torch.Tensor
-    """int64 (N,), indices into the loader's `classes`."""
 
 
 def grey_levels(normalize: ChannelStats, augmentation: Augmentation) -> tuple[list[float], list[float]]:
@@ -97,7 +91,7 @@ class WaitTimes(NamedTuple):
     loader_wait_s: float
 
 
-class Loader:
+class Loader(Generic[AnyBatch]):
     """Base of TrainLoader and EvalLoader. `close` or a `with` statement releases the threads and files of a loader.
 
     A loader can be used only in the process that made the loader, because only this process has the loader's threads.
@@ -112,28 +106,32 @@ class Loader:
         batch_size: int,
         placement: Placement,
         *,
-        augmentation: Augmentation,
-        normalize: ChannelStats | None,
-        layout: str,
-        dtype: str | torch.dtype,
-        threads: int,
-        shard: int,
-        world_size: int,
-        from_windows: bool,
-        check: bool | None,
+        augmentation: Augmentation | None = None,
+        normalize: ChannelStats | None = None,
+        layout: str = "NCHW",
+        dtype: str | torch.dtype = "float32",
+        threads: int | None = None,
+        shard: int = 0,
+        world_size: int = 1,
+        service: str | None = None,
+        service_fallback: str | None = None,
+        check: bool | None = None,
+        fields: Sequence[FieldName] | None = None,
+        allowed_fields: Sequence[FieldName] = FIELDS,
     ) -> None:
         """Check the arguments and open the split. Raises UserError and StoreError.
 
-        A subclass calls `_open` afterwards. If `from_windows`, the records come from a service, and the subclass calls
-        `_connect` before `_open`.
+        A subclass calls `_connect`, then `_open`.
         """
         if batch_size < 1:
             raise UserError(f"batch size {batch_size}: expected at least 1.")
         if not 0 <= shard < world_size:
             raise UserError(f"shard {shard}: expected 0 to {world_size - 1} (world_size {world_size}).")
         self.store, self.split, self.batch_size, self.placement = store, split, batch_size, placement
-        self.augmentation, self.layout, self.dtype = augmentation, layout, str(dtype).removeprefix("torch.")
-        self.shard, self.world_size, self.threads = shard, world_size, threads
+        self.augmentation, self.layout = augmentation or Augmentation(), layout
+        self.dtype = str(dtype).removeprefix("torch.")
+        self.shard, self.world_size, self.threads = shard, world_size, threads or usable_cores()
+        self._fields = check_fields(fields, allowed_fields)
         self.records = store.split(split).records
         self._process = os.getpid()
         _loaders.add(self)
@@ -144,9 +142,10 @@ class Loader:
         check_choice("layout", layout, LAYOUTS)
         self.normalize, self._std, mean_rgb = normalize, None, None
         if normalize is not None:
-            mean_rgb, std_rgb = grey_levels(normalize, augmentation)
+            mean_rgb, std_rgb = grey_levels(normalize, self.augmentation)
             self._std = torch.tensor(std_rgb).view((3, 1, 1) if layout == "NCHW" else (3,))
-        self._augmenter = Augmenter(store, augmentation, from_windows, mean_rgb)
+        self._augmenter = Augmenter(store, self.augmentation, service is not None, mean_rgb)
+        self._service, self._service_fallback = service, service_fallback
         self._windows: WindowSource | None = None  # created by `_connect`
         self._waited_s = 0.0  # time for which the consumer has waited for batches since the start
         self._prefetcher: Prefetcher  # created by `_open`
@@ -248,15 +247,18 @@ class Loader:
                 self._windows.close()
             raise
 
-    def _connect(self, service: str, fallback: str | None, seed: int | None, window: str, shared_by: int) -> None:
-        """Connect to the service. The arguments after `fallback` are fields of StreamKey."""
+    def _connect(self, seed: int | None, window: str, shared_by: int) -> None:
+        """Connect to the service, if the loader uses a service. The arguments are fields of StreamKey."""
+        if self._service is None:
+            return
         from pipeline.service.protocol import StreamKey
         from pipeline.service.source import WindowSource
 
         fingerprint, ranks = self.store.split(self.split).fingerprint, (self.shard, self.world_size)
         key = StreamKey(STREAM_VERSION, self.split, fingerprint, seed, self.batch_size, *ranks, window, shared_by)
         waited_s = lambda: self._waited_s  # noqa: E731
-        self._windows = WindowSource(service, key, self.store, self.threads, waited_s, fallback, self._window_request)
+        source = (self._service, key, self.store, self.threads, waited_s, self._service_fallback)
+        self._windows = WindowSource(*source, self._window_request)
 
     def _window_request(self, position: int) -> WindowRequest | None:
         """Return the windows that the batch at a position needs; None after the last batch."""
@@ -275,7 +277,27 @@ class Loader:
         if self._windows is not None:
             self._windows.finish()
 
-    def _get(self, number: int) -> Batch | None:
+    def _serves(self, field: FieldName) -> bool:
+        """Return whether the batches have a field that only the argument `fields` can request."""
+        return self._fields is not None and field in self._fields
+
+    def _read(self, numbers: npt.NDArray[np.int64], position: int) -> RecordBatch:
+        """Return the records of a batch, from the store or from the service. `position` is Fetch.position."""
+        return self._records.batch(numbers) if self._windows is None else self._windows.records(position)
+
+    def _input(self, records: RecordBatch, crops: Crops, draws: Draws | None = None) -> BatchInput:
+        """Return the input of a batch, with the values of the fields that the argument `fields` names."""
+        keys: Sequence[str] = ()
+        arrays: dict[str, npt.NDArray[Any]] = {}
+        if self._serves("keys"):
+            keys = records.sources if self._windows else [self._records.source(n) for n in records.numbers.tolist()]
+        if self._serves("index"):
+            arrays["index"] = records.numbers.copy()
+        if self._serves("draws") and draws is not None:
+            arrays |= {name: values.copy() for name, values in draws._asdict().items()}
+        return BatchInput(records, crops, keys, arrays)
+
+    def _get(self, number: int) -> AnyBatch | None:
         """Return batch `number` since `_start`, counted from 0; None after the last batch.
 
         A further call with the same number returns the same batch. Raises StoreError for a damaged record.
@@ -291,4 +313,9 @@ class Loader:
         self._waits = WaitTimes(
             batches + (output is not None), consumer_wait_s + now - requested, loader_wait_s + since_served_s
         )
-        return None if output is None else Batch(output.images, output.labels)
+        if output is None:
+            return None
+        if self._fields is None:
+            return cast(AnyBatch, Batch(output.images, output.labels))
+        keys = output.batch_input.keys
+        return cast(AnyBatch, make_batch(self._fields, output.images, output.labels, keys, output.arrays))

@@ -17,7 +17,7 @@ GPU.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from itertools import islice
@@ -53,18 +53,21 @@ _READER_THREADS = 4  # number of threads that read records; these threads mostly
 
 
 class BatchInput(NamedTuple):
-    """Records of one batch, and the crops of these records."""
+    """Records of one batch, the crops of these records, and values that are served with the images."""
 
     records: RecordBatch
     crops: Crops
+    keys: Sequence[str] = ()  # source paths of the records
+    arrays: Mapping[str, npt.NDArray[Any]] = {}  # arrays that are copied to the device, by name
 
 
 class BatchOutput(NamedTuple):
-    """Images and labels of one batch on the device, and the input from which the engine made the images."""
+    """Images, labels and `arrays` of one batch on the device, and the input from which the engine made the images."""
 
     images: torch.Tensor
     labels: torch.Tensor
     batch_input: BatchInput
+    arrays: Mapping[str, torch.Tensor]
 
 
 class _Finished(NamedTuple):
@@ -171,7 +174,7 @@ class Prefetcher:
         if result.batch is None:
             return None
         output = result.batch.output
-        result.batch.event.order(output.images, output.labels)
+        result.batch.event.order(output.images, output.labels, *output.arrays.values())
         return output
 
     def _result(self, number: int) -> _Result | None:
@@ -256,7 +259,7 @@ class Prefetcher:
         return None
 
     def _record(self, images: torch.Tensor, batch_input: BatchInput) -> _Finished:
-        """Queue the division by `divisor` and the copy of the labels, and record the event of a batch.
+        """Queue the division by `divisor` and the copies of labels and `arrays`, and record the event of a batch.
 
         The finisher then waits until the previous batch is complete. The finisher is therefore at most one batch ahead
         of the GPU. If the stream is too slow, the consumer's thread waits in `get`, and the loader measures this time.
@@ -268,10 +271,11 @@ class Prefetcher:
             divisor = self._divisor
             stream.run(lambda: images.div_(divisor))
         labels = stream.upload(torch.from_numpy(batch_input.records.labels))
+        arrays = {name: stream.upload(torch.from_numpy(values)) for name, values in batch_input.arrays.items()}
         event = stream.record()
         self._last_event.wait()
         self._last_event = event
-        return _Finished(BatchOutput(images, labels, batch_input), event)
+        return _Finished(BatchOutput(images, labels, batch_input, arrays), event)
 
     def _schedule(self) -> None:
         """Start batches until the engine has enough batches and READ_AHEAD further batches are being read.

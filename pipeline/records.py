@@ -57,6 +57,7 @@ class RecordBatch(NamedTuple):
     payload_bytes: npt.NDArray[np.int64]  # (N,): sizes of the payloads
     is_raw: bool  # True for PPM stores
     memory: object = None  # arrays that hold the payloads that are not in mapped files
+    sources: tuple[str, ...] = ()  # (N,): source paths of the records, if a service has sent them
 
     def payloads(self) -> list[npt.NDArray[np.uint8]]:
         """Return the payloads without copies.

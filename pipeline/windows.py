@@ -39,6 +39,7 @@ class WindowRequest:
     numbers: npt.NDArray[np.int64]  # (N,): record numbers
     offset: npt.NDArray[np.int32]  # (N, 2): row and column of each window in the central square
     window_px: int  # side of the windows
+    with_sources: bool = False  # whether the source paths of the records are requested too
 
     @classmethod
     def joined(cls, requests: Sequence[WindowRequest]) -> WindowRequest:
@@ -46,7 +47,7 @@ class WindowRequest:
         first = requests[0]
         numbers = np.concatenate([request.numbers for request in requests])
         offset = np.concatenate([request.offset for request in requests])
-        return cls(first.split, numbers, offset, first.window_px)
+        return cls(first.split, numbers, offset, first.window_px, first.with_sources)
 
     @property
     def window_bytes(self) -> int:
@@ -55,14 +56,15 @@ class WindowRequest:
 
 
 class Windows(NamedTuple):
-    """The windows and labels of N records."""
+    """The windows, labels and source paths of N records."""
 
     pixels: npt.NDArray[np.uint8]  # (N, window_px, window_px, 3), RGB
     labels: npt.NDArray[np.int64]  # (N,)
+    sources: tuple[str, ...] = ()  # (N,); empty if the request does not ask for source paths
 
     def part(self, images: slice) -> Windows:
-        """Return the windows and labels of some of the records, without a copy of the pixels."""
-        return Windows(self.pixels[images], self.labels[images].copy())
+        """Return the values of some of the records, without a copy of the pixels."""
+        return Windows(self.pixels[images], self.labels[images].copy(), self.sources[images])
 
     def records(self, numbers: npt.NDArray[np.int64]) -> RecordBatch:
         """Return the windows in the form of raw records, which an engine can read. The pixels are not copied."""
@@ -77,6 +79,7 @@ class Windows(NamedTuple):
             np.full(count, window_bytes),
             is_raw=True,
             memory=self.pixels,
+            sources=self.sources,
         )
 
 
@@ -109,7 +112,8 @@ class WindowMaker:
             number = int(request.numbers[failed])
             damage = source.find_damage(number) or "cannot be decoded"
             raise StoreError(f"{source.location(number)}: {damage}. {source.advice}")
-        return Windows(out, records.labels)
+        sources = tuple(map(source.source, request.numbers.tolist())) if request.with_sources else ()
+        return Windows(out, records.labels, sources)
 
     def close(self) -> None:
         """Stop the threads and unmap the files."""

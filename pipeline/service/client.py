@@ -167,7 +167,7 @@ class ServiceClient:
             if pixels is None:
                 lost = answer.pixels[0].hex()
                 continue
-            windows = self._checked(pixels, answer.labels, request)
+            windows = self._checked(pixels, answer, request)
             with self._lock:
                 if generation == self._generation:
                     self._received.update(range(position, position + steps))
@@ -286,15 +286,18 @@ class ServiceClient:
                 return None
         return None
 
-    def _checked(self, pixels: Any, labels: Any, request: WindowRequest) -> Windows:
-        """Return the arrays of an answer.
+    def _checked(self, pixels: Any, answer: Answer, request: WindowRequest) -> Windows:
+        """Return the windows of an answer.
 
-        Raises ServiceError if the type or shape of an array differs from the request.
+        Raises ServiceError if the type or shape of an array, or the number of source paths, differs from the request.
         """
         count, side = len(request.numbers), request.window_px
         _expect(self.name, "pixels", pixels, np.dtype(np.uint8), (count, side, side, 3))
-        _expect(self.name, "labels", labels, np.dtype(np.int64), (count,))
-        return Windows(pixels, labels)
+        _expect(self.name, "labels", answer.labels, np.dtype(np.int64), (count,))
+        expected = count if request.with_sources else 0
+        if len(answer.sources) != expected:
+            raise ServiceError(f"service {self.name} sent {len(answer.sources)} source paths, expected {expected}.")
+        return Windows(pixels, answer.labels, answer.sources)
 
     def _check(self, version: tuple[int, str], config: ServiceConfig) -> None:
         ours = PROTOCOL_VERSION, package_version()

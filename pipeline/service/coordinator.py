@@ -56,6 +56,7 @@ class _Block:
     tries: int = 0  # number of workers that died while making this block
     pixels: Any = None  # reference to the windows in Ray's object store; None until the block is ready
     labels: Any = None
+    sources: tuple[str, ...] = ()
     damage: str = ""
     fault: str = ""
     done: asyncio.Event = field(default_factory=asyncio.Event)
@@ -128,7 +129,7 @@ class Coordinator:
             self._drop((call.stream, fetch.position, fetch.digest), block)
             return Answer(damage=block.damage, fault=block.fault)
         self._metrics.served(len(fetch.request.numbers), block.size_bytes)
-        return Answer((block.pixels,), block.labels)
+        return Answer((block.pixels,), block.labels, block.sources)
 
     async def alive(self, call: Call) -> Health:
         """Record that a consumer is still running. Each consumer calls this method every few seconds."""
@@ -234,6 +235,7 @@ class Coordinator:
             pixels, about = worker.actor.make.options(num_returns=2).remote(block.fetch.request)
             made: Made = await about
             block.pixels, block.labels, block.damage = pixels, made.labels, made.damage
+            block.sources = made.sources
             block.done.set()
             if not made.damage:
                 self._made += len(block.fetch.request.numbers)

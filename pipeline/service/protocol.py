@@ -14,7 +14,7 @@ from pipeline.windows import WindowRequest
 from prep.console import UserError
 
 # Version of the messages of a service. A loader refuses a service whose messages have another version.
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 MAX_AHEAD = 1024  # largest value of ServiceConfig.ahead, in steps
 # Largest number of images in a block of several batches. Large blocks save time: Ray needs 6 to 8 ms of CPU time for
 # each object that a loader gets from a worker, whatever its size. A core decodes 512 images in about 130 ms.
@@ -108,6 +108,7 @@ class Answer(NamedTuple):
     # A tuple with the reference to the pixels in Ray's object store; empty if the block is not ready.
     pixels: tuple[Any, ...] = ()
     labels: Any = None  # int64 (N,)
+    sources: tuple[str, ...] = ()  # Windows.sources
     damage: str = ""  # text of the StoreError for a damaged record
     fault: str = ""  # text of a ServiceError
 
@@ -126,7 +127,7 @@ def request_digest(request: WindowRequest) -> bytes:
     """
     digest = hashlib.blake2b(request.numbers.tobytes(), digest_size=16)
     digest.update(request.offset.tobytes())
-    digest.update(f"{request.split} {request.window_px}".encode())
+    digest.update(f"{request.split} {request.window_px} {request.with_sources}".encode())
     return digest.digest()
 
 

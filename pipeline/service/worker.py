@@ -35,6 +35,7 @@ class Made(NamedTuple):
 
     labels: Any  # int64 (N,); None if a record is damaged
     damage: str  # text of the StoreError for a damaged record; empty if no record is damaged
+    sources: tuple[str, ...] = ()  # Windows.sources
 
 
 class BlockMemory:
@@ -81,13 +82,13 @@ class Worker:
         return True
 
     def make(self, request: WindowRequest) -> tuple[Any, Made]:
-        """Decode and crop a block. Ray returns the pixels and the labels as two separate objects."""
+        """Decode and crop a block. Ray returns the pixels and the other values as two separate objects."""
         assert self._maker is not None
         try:
             windows = self._maker.make(request, self._memory.array)
         except StoreError as error:
             return None, Made(None, str(error))
-        return windows.pixels, Made(windows.labels, "")
+        return windows.pixels, Made(windows.labels, "", windows.sources)
 
     def _fault(self) -> str:
         if self._versions != (PROTOCOL_VERSION, package_version()):

@@ -16,8 +16,7 @@ from typing import Any
 import pytest
 
 from pipeline.evaluation_loader import EvalLoader
-from pipeline.loader import TrainLoader, eval_loader, train_loader
-from pipeline.loader_base import Batch
+from pipeline.loader import Batch, TrainLoader, eval_loader, train_loader
 from pipeline.service.protocol import StreamKey
 from pipeline.windows import WindowMaker, WindowRequest, Windows
 from prep.store.manifest import Store

@@ -71,7 +71,7 @@ def test_a_damaged_record_is_an_error_with_its_location(stores: dict[str, Path],
     (folder,) = Store.open(store).shard_paths("val")
     with lmdb.open(folder, map_size=1 << 28, lock=False) as env, env.begin(write=True) as txn:
         key, value = list(txn.cursor())[3]
-        txn.put(key, value[:9000] + bytes([value[9000] ^ 1]) + value[9001:])
+        txn.put(key, value[:2000] + bytes([value[2000] ^ 1]) + value[2001:])
     dataset = RecordDataset(store, "val")
     with pytest.raises(StoreError, match=rf"val/00000, key 00000003, source .*alexprep verify --store {store}"):
         dataset[3]

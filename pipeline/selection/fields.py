@@ -1,0 +1,98 @@
+"""Types of batches, and the fields of a batch that the argument `fields` of a loader names."""
+
+from __future__ import annotations
+
+import typing
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypedDict, cast, get_args
+
+import torch
+from torch import Tensor
+
+from pipeline.augment import Augmentation
+from prep.console import WrongArgument, did_you_mean
+from prep.store.manifest import ChannelStats
+
+FieldName = Literal["images", "labels", "keys", "index", "draws"]
+FIELDS: tuple[FieldName, ...] = get_args(FieldName)
+
+
+class Batch(NamedTuple):
+    """Images and labels of one batch, on the loader's device."""
+
+    images: Tensor
+    """RGB in grey levels minus the mean: (N, 3, 224, 224), (N, 10, 3, 224, 224) for ten views, or (N, 3, side, side)
+    for views="square". With layout "NHWC", the channels are the last axis."""
+    labels: Tensor
+    """int64 (N,), indices into the loader's `classes`."""
+
+
+class FieldBatch(TypedDict, total=False):
+    """The fields of one batch that the argument `fields` of the loader names. Tensors are on the loader's device.
+
+    torch's pin_memory and DistributedDataParallel, Lightning's move_data_to_device and accelerate's send_to_device move
+    the tensors of a dict to another device, and leave strings as they are.
+    """
+
+    images: Tensor
+    """As Batch.images."""
+    labels: Tensor
+    """As Batch.labels: int64 (N,), indices into the loader's `classes`."""
+    keys: list[str]
+    """N source paths: the input file of each record, relative to the input folder of the split. A path is empty if the
+    record has no path."""
+    index: Tensor
+    """int64 (N,), the numbers of the records in their split: `loader.dataset[index]` decodes the record."""
+    draws: dict[str, Tensor]
+    """The random numbers of the images, from pipeline.sampling.Draws: `offset` int32 (N, 2), row and column of the crop
+    in the central square; `flip` int32 (N,), 1 if the image is mirrored; `normal` float64 (N, 3), the standard normal
+    numbers of the colour noise. Only training loaders have random numbers."""
+
+
+if TYPE_CHECKING:
+    from typing_extensions import TypeVar
+
+    # The type of a loader's batches. `TrainLoader` without a type argument means `TrainLoader[Batch]`.
+    AnyBatch = TypeVar("AnyBatch", bound=Batch | FieldBatch, default=Batch)
+else:  # before Python 3.13, a TypeVar of `typing` has no default
+    AnyBatch = typing.TypeVar("AnyBatch")
+
+
+class LoaderOptions(TypedDict, total=False):
+    """Arguments of both train_loader and eval_loader. The docstring of train_loader describes the arguments."""
+
+    augmentation: Augmentation | None
+    normalize: ChannelStats | None
+    layout: str
+    dtype: str | torch.dtype
+    threads: int | None
+    shard: int
+    world_size: int
+    service: str | None
+    service_fallback: str | None
+    check: bool | None
+
+
+def check_fields(fields: Sequence[str] | None, allowed: Sequence[FieldName] = FIELDS) -> tuple[str, ...] | None:
+    """Return the names of the fields. Raises WrongArgument for a name that is not allowed, and if there is no name."""
+    if fields is None:
+        return None
+    names = (fields,) if isinstance(fields, str) else tuple(fields)
+    for name in names:
+        if name not in allowed:
+            why = ", because evaluation draws no random numbers" if name in FIELDS else ""
+            raise WrongArgument(
+                f"field {name!r}: expected one of {', '.join(allowed)}{why}.{did_you_mean(name, allowed)}"
+            )
+    if not names:
+        raise WrongArgument(f"fields {fields!r}: expected at least one of {', '.join(allowed)}.")
+    return names
+
+
+def make_batch(
+    fields: Sequence[str], images: Tensor, labels: Tensor, keys: Sequence[str], arrays: Mapping[str, Tensor]
+) -> FieldBatch:
+    """Return the batch of the given fields. `arrays` has the record numbers as "index", and the arrays of the draws."""
+    draws = {name: values for name, values in arrays.items() if name != "index"}
+    values = {"images": images, "labels": labels, "keys": list(keys), "index": arrays.get("index"), "draws": draws}
+    return cast(FieldBatch, {name: values[name] for name in fields})
