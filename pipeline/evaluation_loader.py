@@ -18,7 +18,8 @@ from pipeline.augment import CROP_PX, SQUARE, Augmentation, eval_offsets
 from pipeline.loader_base import Loader
 from pipeline.placement import Placement
 from pipeline.prefetch import BatchInput
-from pipeline.selection.fields import AnyBatch, Batch, FieldBatch, FieldName, LoaderOptions
+from pipeline.selection.fields import AnyBatch, Batch, EvalOptions, FieldBatch, FieldName, LoaderOptions
+from pipeline.selection.subset import Subset
 from pipeline.windows import WindowRequest
 from prep.console import WrongArgument
 from prep.store.manifest import ChannelStats, Store
@@ -53,7 +54,7 @@ class EvalLoader(Loader[AnyBatch]):
         self.views = views
         self._iteration = object()  # identity of the iterator that began last
         first, end = (self.records * part // self.world_size for part in (self.shard, self.shard + 1))
-        self._record_numbers = np.arange(first, end)
+        self._record_numbers = np.arange(first, end) if self._subset is None else self._subset[first:end]
         self._connect(None, "centre" if views == 1 else "square", 0)
         divisor = self.augmentation.divisor_in_evaluation
         if isinstance(views, str):
@@ -110,13 +111,6 @@ class EvalLoader(Loader[AnyBatch]):
         return self._record_numbers[step * self.batch_size : (step + 1) * self.batch_size]
 
 
-class EvalOptions(LoaderOptions, total=False):
-    """Arguments of eval_loader with names."""
-
-    views: int | str
-    split: str
-
-
 @overload
 def eval_loader(
     store: str | Path,
@@ -142,6 +136,7 @@ def eval_loader(
     *,
     views: int | str = 1,
     split: str = "val",
+    subset: Subset | None = None,
     fields: Sequence[FieldName] | None = None,
     augmentation: Augmentation | None = None,
     normalize: ChannelStats | None = None,
@@ -179,6 +174,7 @@ def eval_loader(
         batch_size,
         Placement.parse(device),
         views,
+        subset=subset,
         fields=fields,
         augmentation=augmentation,
         normalize=normalize,

@@ -33,8 +33,11 @@ from pipeline.evaluation_loader import EvalLoader, eval_loader
 from pipeline.loader_base import STREAM_VERSION, Loader, WaitTimes
 from pipeline.placement import Placement
 from pipeline.prefetch import BatchInput
-from pipeline.sampling import Draws, EpochPermutations, draw_params
-from pipeline.selection.fields import AnyBatch, Batch, FieldBatch, FieldName, LoaderOptions
+from pipeline.sampling import Draws, EpochOrders, draw_params, epoch_order
+from pipeline.selection.fields import AnyBatch, Batch, FieldBatch, FieldName, LoaderOptions, TrainOptions
+from pipeline.selection.mixture import Mixture, Stores, open_stores
+from pipeline.selection.state import check_state
+from pipeline.selection.subset import Subset, Weights, digest_of, record_weights
 from pipeline.windows import WindowRequest
 from prep.console import UserError, WrongArgument
 from prep.store.manifest import ChannelStats, Store
@@ -69,23 +72,31 @@ class TrainLoader(Loader[AnyBatch]):
         placement: Placement,
         seed: int,
         *,
+        weights: Weights | None = None,
+        mixture: Mixture | None = None,
         fields: Sequence[FieldName] | None = None,
         **options: Unpack[LoaderOptions],
     ) -> None:
         """The docstring of train_loader describes the arguments and the errors."""
         super().__init__(store, split, batch_size, placement, fields=fields, **options)
-        ranks = self.world_size
+        if mixture is not None:
+            self._records = mixture.records(split, options.get("check"))
+            self.records, self._selected["stores"] = len(self._records), mixture.identity(split)
+        ranks, place = self.world_size, split if self._subset is None else f"the subset of {split}"
         if self.records < batch_size * ranks:
             step = "" if ranks == 1 else f", a step of {ranks:,} ranks takes {batch_size * ranks:,}"
             raise UserError(
-                f"{store.root} has {self.records:,} records in {split}, a batch takes {batch_size:,}{step}. "
+                f"{store.root} has {self.records:,} records in {place}, a batch takes {batch_size:,}{step}. "
                 f"Choose a batch size of at most {self.records // ranks:,}."
             )
         if not 0 <= seed < 2**64:
             raise WrongArgument(f"seed {seed}: expected 0 to 2^64 - 1.")
-        self.seed = seed
-        self._position = _Position(0, None)
-        self._permutations = EpochPermutations(self.records, seed)
+        self.seed, self._position = seed, _Position(0, None)
+        scaled = record_weights(store, split, self._subset, weights)
+        if scaled is not None:
+            self._selected["weights"] = digest_of(scaled)
+        order = partial(epoch_order, self.records, seed, subset=self._subset, weights=scaled)
+        self._orders = EpochOrders(order if mixture is None else mixture.order(split, seed))
         self._connect(seed, "random", self.augmentation.shared_by)
         self._open(1, self.augmentation.divisor)
 
@@ -165,17 +176,7 @@ class TrainLoader(Loader[AnyBatch]):
         Within an epoch, batch size and world size can change if their product, the number of records in a step, stays
         the same.
         """
-        may_differ = {"batch_size", "world_size"}
-        step_records = state.get("batch_size", 0) * state.get("world_size", 0)
-        if state.get("step") and step_records != self.batch_size * self.world_size:
-            may_differ = set()
-        for name, value in ({"normalize": None} | self._identity()).items():
-            if name not in may_differ and state.get(name) != value:
-                within = " within an epoch" if name in ("batch_size", "world_size") else ""
-                raise UserError(
-                    f"stream state with another {name.replace('_', ' ')}{within}: {state.get(name)}, this loader has "
-                    f"{value}. Load the state into a loader with the store and arguments of the loader that saved it."
-                )
+        check_state(state, self._identity())
         self.seek(int(state["epoch"]), int(state["step"]))
 
     def _identity(self) -> dict[str, Any]:
@@ -186,14 +187,12 @@ class TrainLoader(Loader[AnyBatch]):
         return {
             "graph_version": STREAM_VERSION,
             "store_fingerprint": self.store.split(self.split).fingerprint,
-            "split": self.split,
-            "batch_size": self.batch_size,
-            "world_size": self.world_size,
-            "seed": self.seed,
+            **{name: getattr(self, name) for name in ("split", "batch_size", "world_size", "seed")},
             "augmentation": {k: v for k, v in asdict(self.augmentation).items() if k != "eval_divisor"},
             **({} if self.normalize is None else {"normalize": [*map(list, self.normalize[:2]), self.normalize[2]]}),
             "layout": self.layout,
             "dtype": self.dtype,
+            **self._selected,
         }
 
     def _next(self) -> tuple[AnyBatch, _Position]:
@@ -224,18 +223,12 @@ class TrainLoader(Loader[AnyBatch]):
         part = slice(self.shard * self.batch_size, (self.shard + 1) * self.batch_size)
         max_offset_px, shared_by = self._augmenter.max_offset_px, self.augmentation.shared_by
         draws = draw_params(self.seed, epoch, step, images, max_offset_px, shared_by).select(part)
-        return self._permutations[epoch][step * images : (step + 1) * images][part], draws
-
-
-class TrainOptions(LoaderOptions, total=False):
-    """Arguments of train_loader with names."""
-
-    split: str
+        return self._orders[epoch][step * images : (step + 1) * images][part], draws
 
 
 @overload
 def train_loader(
-    store: str | Path,
+    store: str | Path | None = None,
     batch_size: int = 128,
     device: str | torch.device = "cpu",
     seed: int = 0,
@@ -245,7 +238,7 @@ def train_loader(
 ) -> TrainLoader[Batch]: ...
 @overload
 def train_loader(
-    store: str | Path,
+    store: str | Path | None = None,
     batch_size: int = 128,
     device: str | torch.device = "cpu",
     seed: int = 0,
@@ -254,12 +247,15 @@ def train_loader(
     **options: Unpack[TrainOptions],
 ) -> TrainLoader[FieldBatch]: ...
 def train_loader(
-    store: str | Path,
+    store: str | Path | None = None,
     batch_size: int = 128,
     device: str | torch.device = "cpu",
     seed: int = 0,
     *,
     split: str = "train",
+    subset: Subset | None = None,
+    weights: Weights | None = None,
+    stores: Stores | None = None,
     fields: Sequence[FieldName] | None = None,
     augmentation: Augmentation | None = None,
     normalize: ChannelStats | None = None,
@@ -283,11 +279,20 @@ def train_loader(
     seed          seed of the record order and of all random numbers, 0..2^64 − 1. The same seed gives the same bits
                   with any number of threads
     split         split of the store to read
+    subset        records to serve: class names, record numbers, or a mask with a bool for each record of the split.
+                  Labels stay indices into the classes of the store. Class names need the labels of all records, which
+                  are read from the local store. None: all records
+    weights       one weight for each record of the split, or "balanced": the inverse number of records of its class.
+                  An epoch draws as many records as the subset has, with replacement (pipeline.sampling.weighted_draws).
+                  None: an epoch serves each record at most once
     fields        names of the values to serve: "images", "labels", "keys" (source paths), "index" (record numbers) and
                   "draws" (random numbers of the images). Batches are then dicts (FieldBatch). None: Batch(images,
                   labels)
     augmentation  settings of the mean and of the colour noise (pipeline.Augmentation); None: the mean of each channel,
                   and the colour noise of the authors' code
+    stores        pairs (path, share) instead of `store`: each epoch mixes records of several stores in proportion to
+                  their shares (pipeline.sampling.mixed_order). All stores have the same side, format and classes. The
+                  colour statistics are those of the first store. Excludes `subset`, `weights` and `service`
     normalize     ChannelStats(mean, std, max_value): each channel becomes (pixel − mean) / std, for pixels in
                   0..max_value. With max_value 1, the formula is that of transforms.Normalize. `loader.channel_stats()`
                   returns the mean and standard deviation of the store. The division needs an additional pass over the
@@ -317,12 +322,16 @@ def train_loader(
     cannot be used. Raises ServiceError (pipeline.service.errors) if the service does not exist, serves another store or
     is lost. ServiceError is a UserError.
     """
+    first, mixture = open_stores(store, stores, split, subset=subset, weights=weights, service=service)
     return TrainLoader(
-        Store.open(store),
+        first,
         split,
         batch_size,
         Placement.parse(device),
         seed,
+        subset=subset,
+        weights=weights,
+        mixture=mixture,
         fields=fields,
         augmentation=augmentation,
         normalize=normalize,

@@ -24,6 +24,8 @@ from pipeline.records import RecordBatch, Records
 from pipeline.sampling import Draws
 from pipeline.selection.dataset import RecordDataset
 from pipeline.selection.fields import FIELDS, AnyBatch, Batch, FieldName, check_fields, make_batch
+from pipeline.selection.mixture import MixedRecords
+from pipeline.selection.subset import Subset, digest_of, subset_numbers
 from pipeline.windows import WindowRequest
 from prep.console import UserError, WrongArgument, usable_cores
 from prep.store.manifest import ChannelStats, Store
@@ -113,6 +115,7 @@ class Loader(Generic[AnyBatch]):
         threads: int | None = None,
         shard: int = 0,
         world_size: int = 1,
+        subset: Subset | None = None,
         service: str | None = None,
         service_fallback: str | None = None,
         check: bool | None = None,
@@ -132,12 +135,14 @@ class Loader(Generic[AnyBatch]):
         self.dtype = str(dtype).removeprefix("torch.")
         self.shard, self.world_size, self.threads = shard, world_size, threads or usable_cores()
         self._fields = check_fields(fields, allowed_fields)
-        self.records = store.split(split).records
+        self._subset = subset_numbers(store, split, subset)  # None: all records of the split
+        self.records = store.split(split).records if self._subset is None else len(self._subset)
+        self._selected: dict[str, Any] = {} if self._subset is None else {"subset": digest_of(self._subset)}
         self._process = os.getpid()
         _loaders.add(self)
         self._waits = WaitTimes(0, 0.0, 0.0)
         self._served_at: float | None = None  # time at which the last batch was served
-        self._records = Records(store, split, check)
+        self._records: Records | MixedRecords = Records(store, split, check)
         check_choice("dtype", self.dtype, tuple(_DTYPES))
         check_choice("layout", layout, LAYOUTS)
         self.normalize, self._std, mean_rgb = normalize, None, None
@@ -160,8 +165,10 @@ class Loader(Generic[AnyBatch]):
         """Random access to the records of the split: `dataset[i]` decodes record i, without augmentation.
 
         The data set reads the local store, also if the loader uses a service. The data set can be used after the loader
-        was closed.
+        was closed. Raises UserError if the loader mixes several stores.
         """
+        if isinstance(self._records, MixedRecords):
+            raise UserError("a loader of several stores has no dataset. Open one store: pipeline.RecordDataset(path).")
         return RecordDataset(self.store, self.split)
 
     def channel_stats(self, max_value: float = 255) -> ChannelStats:
@@ -255,7 +262,9 @@ class Loader(Generic[AnyBatch]):
         from pipeline.service.source import WindowSource
 
         fingerprint, ranks = self.store.split(self.split).fingerprint, (self.shard, self.world_size)
-        key = StreamKey(STREAM_VERSION, self.split, fingerprint, seed, self.batch_size, *ranks, window, shared_by)
+        records = " ".join(self._selected.values())
+        stream = (self.split, fingerprint, seed, self.batch_size, *ranks, window, shared_by, records)
+        key = StreamKey(STREAM_VERSION, *stream)
         waited_s = lambda: self._waited_s  # noqa: E731
         source = (self._service, key, self.store, self.threads, waited_s, self._service_fallback)
         self._windows = WindowSource(*source, self._window_request)
@@ -292,7 +301,8 @@ class Loader(Generic[AnyBatch]):
         if self._serves("keys"):
             keys = records.sources if self._windows else [self._records.source(n) for n in records.numbers.tolist()]
         if self._serves("index"):
-            arrays["index"] = records.numbers.copy()
+            numbers, source = records.numbers, self._records
+            arrays["index"] = source.places(numbers) if isinstance(source, MixedRecords) else numbers.copy()
         if self._serves("draws") and draws is not None:
             arrays |= {name: values.copy() for name, values in draws._asdict().items()}
         return BatchInput(records, crops, keys, arrays)

@@ -36,6 +36,7 @@ from pipeline.engines.device_stream import Event
 from pipeline.engines.engine import Engine
 from pipeline.placement import Placement
 from pipeline.records import RecordBatch, Records
+from pipeline.selection.mixture import MixedRecords
 from prep.store.manifest import StoreError
 
 READ_AHEAD = 4  # number of batches whose records are read from disk while earlier batches are decoded
@@ -95,7 +96,7 @@ class Prefetcher:
         self,
         engine: Engine,
         placement: Placement,
-        records: Records,
+        records: Records | MixedRecords,
         batch_size: int,
         threads: int,
         read_ahead: int = READ_AHEAD,

@@ -8,6 +8,7 @@ world_size · B. Rank r serves records r·B to (r + 1)·B − 1 of each step.
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -16,6 +17,7 @@ import numpy.typing as npt
 # Number of consecutive records that are moved as one block: 1.5 MB of JPEG, which a disk reads in sequence.
 BLOCK_RECORDS = 64
 WINDOW_RECORDS = 16_384  # number of records in a shuffle window: 0.5 GB of JPEG, which should fit in the page cache
+_WEIGHTED_DRAWS, _MIXTURE = 12, 13
 _PERMUTATION, _DRAWS = 0, 1  # the purpose of a random generator, which is the first integer of the generator's seed
 
 Integers = npt.NDArray[np.int64]
@@ -33,15 +35,15 @@ class Draws(NamedTuple):
         return Draws(self.offset[images], self.flip[images], self.normal[images])
 
 
-def epoch_permutation(records: int, seed: int, epoch: int) -> Integers:
+def epoch_permutation(records: int, seed: int, epoch: int, store: int = 0) -> Integers:
     """Return the order in which an epoch serves the records, as record numbers: int64 (records,).
 
     The order is a block shuffle: blocks of BLOCK_RECORDS consecutive records are put in random order. In a second
     stage, the records within each window of WINDOW_RECORDS records are shuffled. The order of the store is itself a
     random permutation (alexprep build-lmdb). A block shuffle therefore mixes the classes as well as a full shuffle
-    does. The records of a block are next to each other on the disk.
+    does. The records of a block are next to each other on the disk. Each `store` of a mixture has orders of its own.
     """
-    rng = _generator(_PERMUTATION, seed, epoch)
+    rng = _generator(_PERMUTATION, seed, epoch, store)
     starts = rng.permutation(np.arange(0, records, BLOCK_RECORDS))
     order = (starts[:, None] + np.arange(BLOCK_RECORDS)).ravel()
     order = order[order < records]
@@ -50,26 +52,80 @@ def epoch_permutation(records: int, seed: int, epoch: int) -> Integers:
     return order
 
 
-class EpochPermutations:
-    """The permutations of a split for one seed.
+def epoch_order(
+    records: int,
+    seed: int,
+    epoch: int,
+    subset: Integers | None = None,
+    weights: npt.NDArray[np.float64] | None = None,
+) -> Integers:
+    """Return the order in which an epoch serves the records of a subset, as record numbers: int64 (records,).
 
-    Caches the permutations of two epochs. Several threads can use the same object.
+    `subset` has the numbers of the `records` records of the subset in ascending order; None: all records of the split.
+    Without `weights`, the order is epoch_permutation. With `weights`, the order is weighted_draws.
+    """
+    if weights is None:
+        order = epoch_permutation(records, seed, epoch)
+    else:
+        order = weighted_draws(weights, seed, epoch)
+    return order if subset is None else subset[order]
+
+
+def weighted_draws(weights: npt.NDArray[np.float64], seed: int, epoch: int) -> Integers:
+    """Return n draws with replacement from n weighted items: int64 (n,), indices into `weights` (n,).
+
+    Let c[i] = weights[0] + … + weights[i], summed in this order in float64, and u[k] a float64 uniform in [0, 1) from
+    the Philox generator of the epoch. Draw k is the smallest i with c[i] > u[k] · c[n − 1]: the inverse of the
+    cumulative distribution. Item i is therefore drawn with probability weights[i] / c[n − 1], and an item of weight 0
+    is never drawn. The draws are independent of each other. The largest weight must be 1.
+    """
+    sums = np.cumsum(weights)
+    uniform = _generator(_WEIGHTED_DRAWS, seed, epoch).random(len(weights))
+    draws: Integers = np.searchsorted(sums, uniform * sums[-1], side="right")
+    return draws
+
+
+def mixed_order(sizes: Sequence[int], counts: Sequence[int], seed: int, epoch: int) -> Integers:
+    """Return the order in which an epoch mixes the records of several stores: int64 (sum of `counts`,).
+
+    Store s has `sizes[s]` records, and the epoch takes `counts[s]` of them. The records of all stores are numbered in
+    the order of the stores. A random permutation decides which positions of the epoch belong to which store. Each store
+    has an endless sequence of records: its shuffled passes 0, 1, 2 and so on (epoch_permutation), one after another.
+    Epoch e takes records e·counts[s] to (e + 1)·counts[s] − 1 of the sequence of store s. Over all epochs, a store
+    therefore serves each of its records equally often.
+    """
+    stores = np.repeat(np.arange(len(sizes)), counts)
+    stores = _generator(_MIXTURE, seed, epoch).permutation(stores)
+    order = np.empty(len(stores), np.int64)
+    for store, (size, count) in enumerate(zip(sizes, counts, strict=True)):
+        passes = range(epoch * count // size, -(-(epoch + 1) * count // size))
+        sequence = np.concatenate([epoch_permutation(size, seed, number, store) for number in passes])
+        first = epoch * count % size
+        order[stores == store] = sum(sizes[:store]) + sequence[first : first + count]
+    return order
+
+
+class EpochOrders:
+    """The order of the records in each epoch.
+
+    Caches the orders of two epochs. Several threads can use the same object.
     """
 
-    def __init__(self, records: int, seed: int) -> None:
-        self._records, self._seed = records, seed
+    def __init__(self, compute: Callable[[int], Integers]) -> None:
+        """`compute(epoch)` returns the record numbers of an epoch in their order."""
+        self._compute = compute
         self._kept: dict[int, Integers] = {}
         self._lock = threading.Lock()
 
     def __getitem__(self, epoch: int) -> Integers:
-        """Return the permutation of an epoch, counted from 0.
+        """Return the order of an epoch, counted from 0.
 
-        If several threads ask for the permutation, the permutation is computed only once.
+        If several threads ask for the order, the order is computed only once.
         """
         with self._lock:
             if epoch not in self._kept:
-                permutation = epoch_permutation(self._records, self._seed, epoch)
-                self._kept = dict([*self._kept.items(), (epoch, permutation)][-2:])
+                order = self._compute(epoch)
+                self._kept = dict([*self._kept.items(), (epoch, order)][-2:])
             return self._kept[epoch]
 
 

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from pipeline.augment import Augmentation
+from pipeline.selection.mixture import Stores
+from pipeline.selection.subset import Subset, Weights
 from prep.console import WrongArgument, did_you_mean
 from prep.store.manifest import ChannelStats
 
@@ -42,7 +44,8 @@ class FieldBatch(TypedDict, total=False):
     """N source paths: the input file of each record, relative to the input folder of the split. A path is empty if the
     record has no path."""
     index: Tensor
-    """int64 (N,), the numbers of the records in their split: `loader.dataset[index]` decodes the record."""
+    """int64 (N,), the numbers of the records in their split: `loader.dataset[number]` decodes a record. If the loader
+    mixes several stores, (N, 2): the index of the store, and the number of the record in this store."""
     draws: dict[str, Tensor]
     """The random numbers of the images, from pipeline.sampling.Draws: `offset` int32 (N, 2), row and column of the crop
     in the central square; `flip` int32 (N,), 1 if the image is mirrored; `normal` float64 (N, 3), the standard normal
@@ -68,9 +71,25 @@ class LoaderOptions(TypedDict, total=False):
     threads: int | None
     shard: int
     world_size: int
+    subset: Subset | None
     service: str | None
     service_fallback: str | None
     check: bool | None
+
+
+class TrainOptions(LoaderOptions, total=False):
+    """Arguments of train_loader that are given by name."""
+
+    split: str
+    weights: Weights | None
+    stores: Stores | None
+
+
+class EvalOptions(LoaderOptions, total=False):
+    """Arguments of eval_loader that are given by name."""
+
+    views: int | str
+    split: str
 
 
 def check_fields(fields: Sequence[str] | None, allowed: Sequence[FieldName] = FIELDS) -> tuple[str, ...] | None:

@@ -68,6 +68,7 @@ class StreamKey(NamedTuple):
     world_size: int
     window: str  # "random", "centre" or "square": which part of an image is used
     shared_by: int  # Augmentation.shared_by; 0 for evaluation
+    records: str = ""  # digests of the subset and of the weights; empty if the stream has neither
 
 
 class Call(NamedTuple):

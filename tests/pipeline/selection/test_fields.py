@@ -12,10 +12,8 @@ import torch
 from torch.utils._pytree import tree_map_only
 
 from pipeline import eval_loader, train_loader
-from pipeline.evaluation_loader import EvalOptions
-from pipeline.loader import TrainOptions
 from pipeline.sampling import draw_params, epoch_permutation
-from pipeline.selection.fields import FIELDS, FieldBatch
+from pipeline.selection.fields import FIELDS, EvalOptions, FieldBatch, TrainOptions
 from prep.console import WrongArgument
 from tests.pipeline.streaming import batches_equal, take_batches
 
