@@ -114,6 +114,26 @@ def test_a_state_resumes_with_the_same_selection_only(numbered_store: Path, sele
                 first.load_state_dict(loader.state_dict())
 
 
+def test_only_loaders_with_the_same_selection_share_a_stream_of_a_service(
+    numbered_store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys: list[Any] = []
+
+    def source(service: str, key: Any, *_: object) -> None:
+        keys.append(key)
+        raise UserError("no service")
+
+    monkeypatch.setattr("pipeline.service.source.WindowSource", source)
+    for selection in ({}, *SELECTIONS, *SELECTIONS, {"subset": NUMBERS[1:]}):
+        with pytest.raises(UserError, match="no service"):
+            train_loader(numbered_store, 4, service="s", **selection)
+    for subset in (None, NUMBERS[1:9:2]):
+        with pytest.raises(UserError, match="no service"):
+            eval_loader(numbered_store, 4, service="s", subset=subset)
+    assert keys[1:4] == keys[4:7] and len(set(keys)) == 7
+    assert keys[0].records == keys[-2].records == "" and keys[7].records != keys[1].records != ""
+
+
 # ---- weights
 
 

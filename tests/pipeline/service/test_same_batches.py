@@ -12,9 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from pipeline.augment import Augmentation
 from pipeline.loader import eval_loader, train_loader
+from pipeline.selection.fields import FIELDS
+from tests.conftest import CLASSES
 from tests.pipeline.service.conftest import Serve, Service
 from tests.pipeline.streaming import batches_equal, concatenate_ranks, take_batches
 
@@ -92,6 +95,36 @@ def test_the_ranks_of_a_step(store: Path, service: Service) -> None:
             evaluated += [label for batch in remote_part for label in batch.labels.tolist()]
     with eval_loader(store, 12, threads=1) as local_part:
         assert evaluated == next(iter(local_part)).labels.tolist()
+
+
+def same_fields(first: Any, second: Any) -> bool:
+    """Return whether two batches have equal fields: tensors, strings, and dicts of tensors."""
+    if isinstance(first, dict):
+        return first.keys() == second.keys() and all(same_fields(first[name], second[name]) for name in first)
+    return first.equal(second) if isinstance(first, torch.Tensor) else bool(first == second)
+
+
+def test_fields_of_a_subset_with_weights(store: Path, service: Service) -> None:
+    """Other loaders use the service at the same time, with another subset and without source paths."""
+    selection: dict[str, Any] = {"subset": CLASSES[:2], "weights": "balanced", "threads": 1}
+    with (
+        train_loader(store, 4, service=service.at, fields=FIELDS, **selection) as remote,
+        train_loader(store, 4, service=service.at, **selection) as unnamed,
+        train_loader(store, 4, service=service.at, subset=CLASSES[1:], threads=1) as other,
+        train_loader(store, 4, fields=FIELDS, **selection) as local,
+        train_loader(store, 4, subset=CLASSES[1:], threads=1) as other_local,
+    ):
+        for ours, theirs, plain in zip(remote, local, unnamed, strict=True):
+            assert same_fields(ours, theirs)
+            assert plain.images.equal(theirs["images"])
+        assert batches_equal(list(other), list(other_local)) and remote.state_dict() == local.state_dict()
+    fields: Any = ("index", "keys", "labels")
+    with (
+        eval_loader(store, 5, subset=[1, 4, 9], service=service.at, fields=fields) as remote_part,
+        eval_loader(store, 5, subset=[1, 4, 9], fields=fields) as local_part,
+    ):
+        for ours, theirs in zip(remote_part, local_part, strict=True):
+            assert same_fields(ours, theirs)
 
 
 def test_a_state_continues_with_and_without_a_service(store: Path, service: Service) -> None:
