@@ -50,7 +50,7 @@ class Harness:
 
     def take(self) -> tuple[int, float]:
         """Return the number of the first record in the next batch, and the sum of the batch's pixels."""
-        images, labels, batch_input = self.prefetcher.next()
+        images, labels, batch_input, _ = self.prefetcher.next()
         assert labels.tolist() == batch_input.records.labels.tolist()
         return int(batch_input.records.numbers[0]), float(images.numpy().sum(dtype=np.float64))
 
@@ -86,7 +86,7 @@ def test_images_come_in_the_order_of_the_jobs(harness: Harness, sums: dict[int, 
 def test_labels_of_a_batch_are_those_of_its_records(harness: Harness, stores: dict[str, Path]) -> None:
     records = Records(Store.open(stores["ppm"]), "train")
     harness.prefetcher.start(iter([partial(harness.job, 6)]))
-    _, labels, _ = harness.prefetcher.next()
+    _, labels, *_ = harness.prefetcher.next()
     assert labels.dtype == torch.int64
     assert labels.tolist() == [records[number].label for number in (6, 7, 8)]
     records.close()

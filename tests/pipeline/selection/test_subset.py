@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from pipeline import eval_loader, train_loader
 from pipeline.sampling import epoch_permutation, weighted_draws
 from pipeline.selection.subset import record_labels, record_weights, subset_numbers
 from prep.console import UserError, WrongArgument
-from prep.store.manifest import Store
+from prep.store.manifest import Store, StoreError
 from tests.conftest import CLASSES, TRAIN_RECORDS
 from tests.pipeline.streaming import batches_equal, concatenate_ranks, stored_labels, take_batches
 
@@ -193,6 +194,16 @@ def test_weights_are_given_for_all_records_and_used_for_the_subset(numbered_stor
 
 
 # ---- refusals
+
+
+def test_class_names_and_balanced_weights_need_the_records(store: Path, tmp_path: Path) -> None:
+    """With a service, the folder of a store may lack the shards. Record numbers need no shard."""
+    shutil.copytree(store, tmp_path / "store", ignore=shutil.ignore_patterns("[0-9]*"))
+    for selection in ({"subset": CLASSES[:1]}, {"weights": "balanced"}):
+        with pytest.raises(StoreError, match="train/00000"):
+            train_loader(tmp_path / "store", 4, service="s", **selection)
+    opened = Store.open(tmp_path / "store")
+    assert subset_numbers(opened, "train", [3, 1]).tolist() == [1, 3]  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize(

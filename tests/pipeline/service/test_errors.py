@@ -18,7 +18,7 @@ from pipeline.service import client
 from pipeline.service.client import ServiceClient, parse_service
 from pipeline.service.control import make_config, start_service, stop_service
 from pipeline.service.errors import ServiceError
-from pipeline.service.protocol import PROTOCOL_VERSION, ServiceConfig
+from pipeline.service.protocol import PROTOCOL_VERSION, Answer, ServiceConfig
 from pipeline.windows import WindowRequest
 from prep.cluster import AUTO
 from prep.console import UserError
@@ -134,8 +134,17 @@ def test_arrays_of_another_type_or_shape(pixels: Any, labels: Any, message: str)
     checked = ServiceClient._checked
     this: Any = SimpleNamespace(name="s")
     with pytest.raises(ServiceError, match=re.escape(f"service s {message}")):
-        checked(this, pixels, labels, request)
-    assert checked(this, PIXELS, LABELS, request).pixels is PIXELS
+        checked(this, pixels, Answer(labels=labels), request)
+    assert checked(this, PIXELS, Answer(labels=LABELS), request).pixels is PIXELS
+
+
+@pytest.mark.parametrize(("asked", "sources"), [(True, ()), (True, ("a",)), (False, ("a", "b"))])
+def test_another_number_of_source_paths(asked: bool, sources: tuple[str, ...]) -> None:
+    request = WindowRequest("train", np.zeros(2, np.int64), np.zeros((2, 2), np.int32), 4, with_sources=asked)
+    this: Any = SimpleNamespace(name="s")
+    message = f"service s sent {len(sources)} source paths, expected {2 * asked}"
+    with pytest.raises(ServiceError, match=message):
+        ServiceClient._checked(this, PIXELS, Answer(labels=LABELS, sources=sources), request)
 
 
 def test_without_ray(store: Path) -> None:

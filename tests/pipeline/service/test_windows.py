@@ -53,7 +53,8 @@ def test_windows_are_the_pixels_that_pillow_decodes(
     datums = [datum for _, datum in records_of(any_store, "train")]
     wanted = request(window_px, 20, window_px)
     windows = maker.make(wanted)
-    for pixels, label, number, (row, column) in zip(*windows, wanted.numbers, wanted.offset, strict=True):
+    windows_by_record = zip(windows.pixels, windows.labels, wanted.numbers, wanted.offset, strict=True)
+    for pixels, label, number, (row, column) in windows_by_record:
         picture = Image.open(io.BytesIO(datums[number].data)).convert("RGB")
         top, left = (picture.height - 256) // 2 + row, (picture.width - 256) // 2 + column
         expected = np.asarray(picture)[top : top + window_px, left : left + window_px]
