@@ -27,7 +27,7 @@ from PIL import Image, UnidentifiedImageError
 
 from prep.images.formats import HEAD_BYTES, JPEG_SIGNATURE, pillow_formats, unknown_format, unreadable_reason
 from prep.images.formats import BadImage as BadImage
-from prep.images.jpeg import decode_jpeg, encode_jpeg, find_warning
+from prep.images.jpeg import check_jpeg, decode_jpeg, encode_jpeg, file_kind, find_warning
 from prep.images.library_output import caught_stderr
 from prep.images.limits import MAX_PIXELS, MAX_RESCALED_PIXELS
 from prep.images.rescale import rescaled_size
@@ -315,3 +315,16 @@ def ppm_header(height: int, width: int) -> bytes:
     if padding < 0:
         raise ValueError(f"width {width} px: a row of pixels is shorter than a PPM header")
     return head + b" " * padding + tail
+
+
+def payload_fault(payload: bytes, format: str, height: int, width: int) -> str:
+    """Return why `payload` is not a file that encode_image writes; empty if it is such a file.
+
+    Only the header and the number of bytes are compared, not the pixels. `format` is "jpeg" or "ppm".
+    """
+    if format == "jpeg":
+        return check_jpeg(payload, height, width)
+    if not payload.startswith(ppm_header(height, width)):
+        return f"{file_kind(payload)}, expected a PPM file whose header fills one row"
+    size_bytes = 3 * width * (height + 1)
+    return "" if len(payload) == size_bytes else f"a PPM file of {len(payload):,} bytes, expected {size_bytes:,}"

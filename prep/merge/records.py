@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from prep.build.shard_task import store_shard
 from prep.console import UserError
+from prep.images.codec import payload_fault
 from prep.images.color_stats import PixelSums
 from prep.inputs.formats.shards import pack_location
 from prep.inputs.listing import Listing
@@ -99,6 +100,11 @@ def copy_shard(task: CopyTask, task_progress: TaskProgress) -> None:
                 verify_checksum(value)
                 datum = Datum.decode(value)
                 label = shard.labels[datum.label]
+                side_px = task.settings.side_px
+                if min(datum.height, datum.width) != side_px:
+                    raise DatumError(f"{datum.width}×{datum.height} px, the shorter side of the images is {side_px} px")
+                if fault := payload_fault(datum.data, task.settings.format, datum.height, datum.width):
+                    raise DatumError(fault)
             except (DatumError, IndexError) as error:
                 raise UserError(f"{shard.folder}, record {record_index}: {error}. {ADVICE}") from None
             if label != datum.label:

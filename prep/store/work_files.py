@@ -5,13 +5,14 @@ Any release may change the files in .build, so their models ignore unknown field
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Annotated, NotRequired, TypedDict, TypeVar
 
 from msgspec import Meta, Struct
 
 from prep.console import UserError
-from prep.schema import Count, Digest, NonNegative, convert, decode, parse_json, read_regular
+from prep.schema import Count, Digest, NonNegative, convert, decode, parse_json, read_regular, shown
 from prep.store.agreement import impossible_moments
 from prep.store.models import MAX_CLASSES, MAX_RECORDS, MAX_SHARDS, ClassName, MomentsJson, Outcome, Settings, ShardPath
 
@@ -89,6 +90,9 @@ def read_plan(work_dir: Path, advice: str = RESTART) -> PlanFile:
     if isinstance(data, dict) and "settings" in data:
         data = {**data, "settings": Settings.with_older(data["settings"])}
     plan = convert(PlanFile, data, str(path), advice)
+    name = next((name for name, count in Counter(plan.classes).items() if count > 1), None)
+    if name is not None:
+        raise UserError(f"{path}: classes has the name {shown(name)} twice, expected different names. {advice}")
     if plan.edges != sorted(plan.edges):
         raise UserError(f"{path}: edges descends, expected ascending boundaries of shards. {advice}")
     return plan

@@ -194,6 +194,13 @@ RULES: Sequence[Rule] = (
         ("settings.service", "settings.store_absolute"),
         ("text", "null", "delete"),
     ),
+    Rule("No other field tells which value is right.", ("run/status.json",), (), (*_OTHER_NUMBERS, *_OTHER_TEXTS)),
+    Rule(
+        "The best error of a run without a validation is infinite.",
+        ("run/checkpoint-*",),
+        ("schedule.best_error",),
+        ("10^30", "1e308", "Infinity"),
+    ),
     Rule("Fields of newer versions are ignored.", ("ready/*",), (), ("unknown field",)),
     Rule(
         "Older versions did not write the field.",
@@ -203,7 +210,9 @@ RULES: Sequence[Rule] = (
     ),
     Rule("The array is a scalar, so the edit changes nothing.", ("run.npz", "run/SCORES"), ("about",), _SAME_SCALAR),
     Rule("Other arrays are not read.", ("*.npz", "run/SCORES"), (WHOLE_FILE,), ("unknown member", "member outside")),
-    Rule("Only the numbers of a tensor are read.", ("weights.pth", "exported.pth"), (), ("requires grad",)),
+    Rule(
+        "Only the numbers of a tensor are read.", ("weights.pth", "exported.pth"), (), ("requires grad", "a Parameter")
+    ),
     Rule(
         "An import reads only the normalization and the classes of the metadata.",
         ("exported.pth",),
@@ -222,7 +231,14 @@ RULES: Sequence[Rule] = (
         "Times and locations of the inputs matter only if the inputs are read again.",
         ("ready/*/inputs.npz",),
         ("stamp_ns", "at"),
-        ("first number NaN", "first number Infinity", "first number 1e30", "first number negative"),
+        (
+            "largest numbers",
+            "smallest numbers",
+            "first number NaN",
+            "first number Infinity",
+            "first number 1e30",
+            "first number negative",
+        ),
     ),
     Rule("Older versions did not write the field.", _RUN_FILES, _LATER_FIELDS, ("delete", "null")),
     Rule(

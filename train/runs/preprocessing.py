@@ -81,8 +81,8 @@ def _load_mean_image(run_dir: Path, side_px: int) -> npt.NDArray[np.float32]:
         mean_image: npt.NDArray[np.float32] = read_npy(path, ArrayShape(("<f4",), (side_px, side_px, 3)), advice)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error}). {advice}") from None
-    if not np.isfinite(mean_image).all():
-        raise UserError(f"{path} has NaN or infinite values, expected finite numbers. {advice}")
+    if not (mean_image.min() >= 0 and mean_image.max() <= 255):  # a comparison with NaN is False
+        raise UserError(f"{path} has values from {mean_image.min()} to {mean_image.max()}, expected 0 to 255. {advice}")
     return mean_image
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator
@@ -31,7 +32,7 @@ from tests.helpers.building import (
     make_pictures,
     run_interrupted_builds,
 )
-from tests.helpers.damaged_stores import cut_after_tree
+from tests.helpers.damaged_stores import changed_record, cut_after_tree, read_records, replace_records
 
 JPEG = replace(PPM, format="jpeg")
 
@@ -149,6 +150,27 @@ def test_a_shard_that_is_cut_during_a_merge_gives_its_own_error(
         else:
             task = CopyTask(0, 0, ((0, 0), (0, 1)), (shard,), tmp_path / "new", store.settings, "")
             copy_shard(task, CutsTheShard(folder))
+
+
+@pytest.mark.parametrize("settings", [PPM, JPEG], ids=["ppm", "jpeg"])
+def test_a_record_with_another_payload_than_promised_is_refused(
+    make_store: MakeStore, tmp_path: Path, settings: Settings
+) -> None:
+    store = Store.open(shutil.copytree(make_store("two", settings), tmp_path / "two"))
+    folder = Path(store.shard_paths("train")[0])
+    side, records = settings.side_px, read_records(folder)
+    png = io.BytesIO()
+    Image.new("RGB", (side, side)).save(png, "PNG")
+    shard = SourceShard(folder, len(records), tuple(range(len(store.classes))))
+    task = CopyTask(0, 0, ((0, 0), (0, 1)), (shard,), tmp_path / "new", store.settings, "")
+    for changes, expected in (
+        ({"data": png.getvalue()}, "a PNG file, expected a "),
+        ({"data": b""}, "expected a "),
+        ({"height": 1, "width": 1}, f"1×1 px, the shorter side of the images is {side} px"),
+    ):
+        replace_records(folder, [(records[0][0], changed_record(records[0][1], **changes)), *records[1:]])
+        with pytest.raises(UserError, match=f"train/00000, record 0: .*{expected}"):
+            copy_shard(task, TaskProgress())
 
 
 def raw_records(store: Path) -> Iterator[tuple[bytes, bytes]]:
