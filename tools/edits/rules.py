@@ -226,7 +226,18 @@ RULES: Sequence[Rule] = (
         _TEXTS,
         (*_OTHER_TEXTS, *_ODD_TEXTS),
     ),
-    Rule("An additional member of the archive is not read.", ("weights.pth", "exported.pth"), (), ("member outside",)),
+    Rule(
+        "An additional member of the archive is not read.",
+        ("weights.pth", "exported.pth", "run/best.pt"),
+        (),
+        ("member outside",),
+    ),
+    Rule(
+        "The field may hold any text. The text is escaped when it is printed.",
+        ("run/status.json",),
+        ("said", "host"),
+        _ODD_TEXTS,
+    ),
     Rule(
         "Times and locations of the inputs matter only if the inputs are read again.",
         ("ready/*/inputs.npz",),
@@ -256,7 +267,7 @@ RULES: Sequence[Rule] = (
         "No other field tells which value is right.",
         ("run/run.json", "run/checkpoint-*", "ensemble/*", "ablations/*", "run.npz", "exported.pth", "weights.pth"),
         (),
-        (*_OTHER_NUMBERS, *_OTHER_TEXTS, "items reversed", "first number 1e30", "first number negative"),
+        (*_OTHER_NUMBERS, *_OTHER_TEXTS, "items reversed", "first number 1e30", "first number negative", "1e38"),
     ),
 )
 

@@ -99,6 +99,10 @@ class TrainedRun:
                 return saved
         except UserError:
             pass  # the file is missing or damaged, so the predictions are computed below
+        older = list(self.run_dir.glob(f"scores-{split}-*.npz"))
+        folder = next((old for old in older if old.is_dir()), None)
+        if folder is not None:
+            raise UserError(f"{folder}: a folder, expected a file of saved predictions. Remove this folder.")
         read_evaluations(self.run_dir)  # a damaged file is reported before the evaluation
         result, predictions = predict_split(
             self.network, self.checkpoint, store, split, 1, self.precision, str(self.run_dir)
@@ -107,7 +111,7 @@ class TrainedRun:
         if not os.access(self.run_dir, os.W_OK):  # for example, the run of another user
             say(f"{path}: the predictions are not saved, because you have no permission to write here.")
             return predictions
-        for old in self.run_dir.glob(f"scores-{split}-*.npz"):
-            old.unlink()
+        for old in older:
+            old.unlink(missing_ok=True)
         predictions.save(path)
         return predictions
