@@ -14,11 +14,12 @@ from pathlib import Path
 
 from prep.console import Progress, UserError, WrongArgument, disk_error
 from prep.files import check_output_folder, write_atomic
+from prep.images.codec import checked_datum
 from prep.inputs.names import name_text
 from prep.schema import decode, open_regular, read_regular
 from prep.store import lmdb_shard
-from prep.store.datum import Datum, DatumError
-from prep.store.manifest import Store, StoreError
+from prep.store.datum import DatumError
+from prep.store.manifest import Settings, Store, StoreError
 from prep.workers import Runner, TaskProgress, WorkerDied
 
 _EXTENSIONS = {"jpeg": (".jpg", ".jpeg"), "ppm": (".ppm",)}
@@ -33,7 +34,7 @@ class _ExportTask:
     path: str
     out: Path
     classes: tuple[str, ...]
-    format: str
+    settings: Settings
 
 
 def export_split(store: Store, split: str, out: Path, runner: Runner, progress: Progress) -> None:
@@ -44,7 +45,7 @@ def export_split(store: Store, split: str, out: Path, runner: Runner, progress: 
     export already exists with other bytes. Raises StoreError if a record is damaged.
     """
     _begin_or_resume(out, {"split": split, "fingerprint": store.split(split).fingerprint})
-    tasks = [_ExportTask(path, out, store.classes, store.settings.format) for path in store.shard_paths(split)]
+    tasks = [_ExportTask(path, out, store.classes, store.settings) for path in store.shard_paths(split)]
     on_progress = lambda counts: progress.update(counts.done, size_bytes=counts.bytes)  # noqa: E731
     for task, result in runner.map(_export_shard, tasks, on_progress):
         if isinstance(result, WorkerDied):
@@ -76,18 +77,20 @@ def _begin_or_resume(out: Path, identity: dict[str, str]) -> None:
 def _export_shard(task: _ExportTask, task_progress: TaskProgress) -> None:
     for key, value in lmdb_shard.read(Path(task.path)):
         try:
-            datum = Datum.decode(value)
+            datum = checked_datum(value, task.settings, len(task.classes))
         except DatumError as error:
             raise StoreError(
                 f"{task.path}, key {name_text(key)}: {error}. Check the store with: alexprep verify"
             ) from None
-        name = task.classes[datum.label] if datum.label < len(task.classes) else ""
+        name = task.classes[datum.label]
         # The name of a nested class is a path, such as a/airfield.
         is_path = all(_is_file_name(part) for part in os.fsencode(name).split(b"/"))
         folder = task.out / (name if is_path else f"class_{datum.label:04d}")
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            _write_new_file(os.path.join(os.fsencode(folder), file_name(datum.source, key, task.format)), datum.data)
+            _write_new_file(
+                os.path.join(os.fsencode(folder), file_name(datum.source, key, task.settings.format)), datum.data
+            )
         except OSError as error:
             text = f"{folder}: {error.strerror or error}. Run the same command again to resume."
             raise disk_error(error, text) from None

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from prep.console import bytes_text, count_noun
+from prep.images.codec import checked_datum
 from prep.inputs.classes import first_labels_text
 from prep.inputs.names import name_text
 from prep.store import lmdb_file, lmdb_shard
 from prep.store.datum import Datum, DatumError
 from prep.store.input_log import IGNORED
-from prep.store.manifest import DROPPED, Split, Store, StoreError
+from prep.store.manifest import DROPPED, Settings, Split, Store, StoreError
 from prep.workers import Runner, TaskProgress, WorkerDied
 
 ADVICE = "Check the store with: alexprep verify"
@@ -103,8 +104,8 @@ def find_record(store: Store, split: str, key: str, runner: Runner) -> tuple[str
     if not (key.isascii() and key.isdigit()):
         raise StoreError(f"--key {key!r}: expected a number such as {name_text(lmdb_shard.record_key(17))} or 17.")
     padded_key = key.zfill(8).encode()
-    tasks = [(path, padded_key) for path in store.shard_paths(split)]
-    for (path, _), result in runner.map(_read_record, tasks, lambda counts: None):
+    tasks = [(path, padded_key, store.settings, len(store.classes)) for path in store.shard_paths(split)]
+    for (path, *_), result in runner.map(_read_record, tasks, lambda counts: None):
         if isinstance(result, WorkerDied):
             raise StoreError(
                 f"{path}: the process that read this shard {result.describe()}. Check the store with: alexprep verify"
@@ -116,11 +117,11 @@ def find_record(store: Store, split: str, key: str, runner: Runner) -> tuple[str
     )
 
 
-def _read_record(task: tuple[str, bytes], task_progress: TaskProgress) -> Datum | None:
-    path, key = task
+def _read_record(task: tuple[str, bytes, Settings, int], task_progress: TaskProgress) -> Datum | None:
+    path, key, settings, classes = task
     with lmdb_file.LmdbFile(Path(path), ADVICE) as file:
         value = file.pages.get(key)
     try:
-        return None if value is None else Datum.decode(bytes(value))
+        return None if value is None else checked_datum(bytes(value), settings, classes)
     except DatumError as error:
         raise StoreError(f"{path}, key {name_text(key)}: {error}. {ADVICE}") from None

@@ -32,7 +32,8 @@ from prep.images.library_output import caught_stderr
 from prep.images.limits import MAX_PIXELS, MAX_RESCALED_PIXELS
 from prep.images.rescale import rescaled_size
 from prep.images.rgb import file_facts, rgb_pixels
-from prep.store.manifest import DEFAULT_BACKGROUND
+from prep.store.datum import Datum, DatumError
+from prep.store.manifest import DEFAULT_BACKGROUND, Settings
 
 T = TypeVar("T")
 
@@ -317,14 +318,31 @@ def ppm_header(height: int, width: int) -> bytes:
     return head + b" " * padding + tail
 
 
-def payload_fault(payload: bytes, format: str, height: int, width: int) -> str:
-    """Return why `payload` is not a file that encode_image writes; empty if it is such a file.
+def checked_datum(value: bytes, settings: Settings, classes: int) -> Datum:
+    """Return the fields of a record of a store with `classes` classes.
 
-    Only the header and the number of bytes are compared, not the pixels. `format` is "jpeg" or "ppm".
+    The size, the label and the header of the image are checked. The pixels are not decoded. Raises DatumError if a
+    field is wrong, or if the image is not of the format and size that the settings and the record promise.
     """
+    datum = Datum.decode(value)
+    if min(datum.height, datum.width) != settings.side_px:
+        size = f"{datum.width:,}×{datum.height:,} px"
+        raise DatumError(f"{size}, the shorter side of this store's images is {settings.side_px} px")
+    if datum.channels != 3:
+        raise DatumError(f"{datum.channels:,} channels, expected 3")
+    if datum.label >= classes:
+        raise DatumError(f"label {datum.label:,}, expected 0 to {classes - 1:,}")
+    fault = _fault(datum, settings.format)
+    if fault:
+        raise DatumError(fault)
+    return datum
+
+
+def _fault(datum: Datum, format: str) -> str:
+    """Return why the image of a record is not a file that encode_image writes; empty if it is such a file."""
     if format == "jpeg":
-        return check_jpeg(payload, height, width)
-    if not payload.startswith(ppm_header(height, width)):
-        return f"{file_kind(payload)}, expected a PPM file whose header fills one row"
-    size_bytes = 3 * width * (height + 1)
-    return "" if len(payload) == size_bytes else f"a PPM file of {len(payload):,} bytes, expected {size_bytes:,}"
+        return check_jpeg(datum.data, datum.height, datum.width)
+    if not datum.data.startswith(ppm_header(datum.height, datum.width)):
+        return f"{file_kind(datum.data)}, expected a PPM file whose header fills one row"
+    size_bytes = 3 * datum.width * (datum.height + 1)
+    return "" if len(datum.data) == size_bytes else f"{len(datum.data):,} bytes of PPM, expected {size_bytes:,}"

@@ -13,13 +13,13 @@ import numpy.typing as npt
 
 from prep.build.shard_task import store_shard
 from prep.console import UserError
-from prep.images.codec import payload_fault
+from prep.images.codec import checked_datum
 from prep.images.color_stats import PixelSums
 from prep.inputs.formats.shards import pack_location
 from prep.inputs.listing import Listing
 from prep.inputs.names import name_text
 from prep.store import lmdb_shard
-from prep.store.datum import CRC32_BYTES, SOURCE, Datum, DatumError, locate_image, parse_fields, verify_checksum
+from prep.store.datum import CRC32_BYTES, SOURCE, DatumError, locate_image, parse_fields
 from prep.store.manifest import Settings, Shard
 from prep.workers import TaskProgress
 
@@ -97,15 +97,9 @@ def copy_shard(task: CopyTask, task_progress: TaskProgress) -> None:
             value = bytes(opened[shard_index][record_index])
             opened[shard_index].check_map()
             try:
-                verify_checksum(value)
-                datum = Datum.decode(value)
+                datum = checked_datum(value, task.settings, len(shard.labels))
                 label = shard.labels[datum.label]
-                side_px = task.settings.side_px
-                if min(datum.height, datum.width) != side_px:
-                    raise DatumError(f"{datum.width}×{datum.height} px, the shorter side of the images is {side_px} px")
-                if fault := payload_fault(datum.data, task.settings.format, datum.height, datum.width):
-                    raise DatumError(fault)
-            except (DatumError, IndexError) as error:
+            except DatumError as error:
                 raise UserError(f"{shard.folder}, record {record_index}: {error}. {ADVICE}") from None
             if label != datum.label:
                 value = replace(datum, label=label).encode()

@@ -277,7 +277,7 @@ def _assemble(
     merged = [store.split(split) for store in parts]
     moments, records = sum((Moments.from_json(part.moments) for part in merged), Moments()), len(plan.source.inputs)
     save_array(folder / "mean_image.npy", (_square_sum(plan, parts) / records).astype(np.float32))
-    logs = [store.root / split / "inputs.jsonl" for store in parts]
+    logs = [store.check_file(split, "inputs.jsonl") for store in parts]
     totals = write_outcomes(folder / "inputs.jsonl", chain.from_iterable(read_outcomes(log) for log in logs))
     account = {
         **_sum_counts([part.account for part in merged]),

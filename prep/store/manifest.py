@@ -27,7 +27,7 @@ import numpy.typing as npt
 
 from prep.console import UserError, did_you_mean, shell_quoted
 from prep.files import write_atomic
-from prep.schema import ArrayShape, convert, decode, parse_json, read_npy, read_regular, shown
+from prep.schema import ArrayShape, convert, decode, file_sha256, parse_json, read_npy, read_regular, shown
 from prep.store.agreement import (
     SPLIT_FILES,
     digest_json,
@@ -198,7 +198,7 @@ class Store:
     def mean_image(self, split: str = "train") -> npt.NDArray[np.float32]:
         """Return the mean of the central squares of all images of a split: float32 (side_px, side_px, 3), 0..255.
 
-        Raises StoreError if mean_image.npy is missing or damaged.
+        Raises StoreError if mean_image.npy is missing, damaged or changed.
         """
         side_px = self.settings.side_px
         path = self.root / split / "mean_image.npy"
@@ -209,7 +209,19 @@ class Store:
             raise StoreError(f"{path}: cannot be read ({error}). Build the store again.") from None
         if not (mean.min() >= 0 and mean.max() <= 255):  # a comparison with NaN is False
             raise StoreError(f"{path} has values from {mean.min()} to {mean.max()}, expected 0 to 255. {ADVICE}")
+        self.check_file(split, path.name)
         return mean
+
+    def check_file(self, split: str, name: str) -> Path:
+        """Compare the digest of a file of a split, one of SPLIT_FILES, with the manifest. Returns the path of the file.
+
+        Raises StoreError if the digests differ, and OSError if the file cannot be read.
+        """
+        path, expected = self.root / split / name, self.splits[split].account["files"][name]
+        digest = file_sha256(path, ADVICE)
+        if digest != expected:
+            raise StoreError(f"{path} was changed: SHA-256 {digest}, the manifest says {expected}. {ADVICE}")
+        return path
 
     @property
     def fingerprint(self) -> str:

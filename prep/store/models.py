@@ -16,6 +16,7 @@ from msgspec import Meta, Struct
 
 from prep.console import UserError
 from prep.schema import REFUSES_UNKNOWN, Count, Digest, Finite, NonNegative, convert, one_of
+from prep.schema.fields import MAX_INT
 
 MAX_MANIFEST_BYTES = 64 << 20  # a manifest of ImageNet has 0.5 MB
 MAX_COLOR_STATS_BYTES = 1 << 16
@@ -168,7 +169,7 @@ class ColorStats:
     refuses_unknown: ClassVar[bool] = True
 
     records: Records  # number of records
-    pixels: Annotated[int, Meta(ge=2)]  # number of pixels
+    pixels: Annotated[int, Meta(ge=2, le=MAX_INT)]  # number of pixels
     mean_rgb: Annotated[tuple[_Level, ...], _OF_3]
     covariance: Annotated[tuple[Annotated[tuple[Finite, ...], _OF_3], ...], _OF_3]  # grey levels squared
     eigenvalues: Annotated[tuple[_Variance, ...], _OF_3]  # in descending order

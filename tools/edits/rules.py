@@ -48,8 +48,12 @@ _CUT = (
     *("escape codes", "UTF-16"),
 )
 
+_SOURCES = ("source b'\\x1b[31m\\x9b31m'", "source b'\\xff\\x00\\n'", "source missing", "source of 1 MB")
 _LIMITS_OF_INTEGERS = ("largest numbers", "smallest numbers")
-_SAME_SCALAR = ("rows repeated", "half of the rows", "shape scalar", "Fortran order")
+_SAME_SCALAR = (
+    *("rows repeated", "half of the rows", "shape scalar", "Fortran order", "as text", "first number NaN"),
+    *("first number Infinity", "first number 1e30", "first number negative", *_LIMITS_OF_INTEGERS),
+)
 _LINES = ("run/metrics.jsonl", "run/evaluations.jsonl")
 _RUN_FILES = ("run/run.json", "run/checkpoint-*", "ensemble/*", "ablations/*")
 _TEXTS = (
@@ -201,6 +205,25 @@ RULES: Sequence[Rule] = (
         ("schedule.best_error",),
         ("10^30", "1e308", "Infinity"),
     ),
+    Rule("A merge writes no such field.", ("ready/*",), ("moments", "largest_px", "build"), ("delete",)),
+    Rule("A store of older versions names no tools.", _RUN_FILES, ("store.tools",), ("empty",)),
+    Rule("A store can lack the split.", _RUN_FILES, ("store.splits.*",), ("delete",)),
+    Rule("The order of the numbers is valid.", ("run/mean_image.npy", "*.npz"), (), ("Fortran order",)),
+    Rule(
+        "`alexstream inspect` reads only the labels.",
+        ("store/*/data.mdb",),
+        ("record 0", "records"),
+        (),
+        ("alexstream inspect",),
+    ),
+    Rule(
+        "The copy has the bytes of the source, and `alexprep verify` finds the edit.",
+        ("store/*/data.mdb",),
+        ("record 0", "records"),
+        (),
+        ("alexprep copy",),
+    ),
+    Rule("The name of an input can have any bytes.", ("store/*/data.mdb",), (), _SOURCES),
     Rule("Fields of newer versions are ignored.", ("ready/*",), (), ("unknown field",)),
     Rule(
         "Older versions did not write the field.",

@@ -102,6 +102,9 @@ def _check_arrays(path: Path, predictions: Predictions, classes: int, advice: st
     worst = float(sums[np.argmax(abs(sums - 1))])
     if abs(worst - 1) > _LARGEST_SUM_ERROR:
         raise UserError(f"{path}: the probabilities of an image have the sum {worst:g}, expected 1. {advice}")
+    if not np.char.isdigit(predictions.keys).all():
+        wrong = predictions.keys[~np.char.isdigit(predictions.keys)][0]
+        raise UserError(f"{path}: the key {wrong!r}, expected a key of digits. {advice}")
     if labels.min() < 0 or labels.max() >= classes:
         raise UserError(
             f"{path}: labels from {labels.min()} to {labels.max()}, expected 0 to {classes - 1:,}. {advice}"

@@ -125,8 +125,6 @@ def test_names_that_lead_out_of_the_folder_stay_inside(stores: dict[str, Path], 
         (key, replace(datum, source=source, label=label).encode())
         for label, ((key, datum), source) in enumerate(zip(plain, sources, strict=True))
     ]
-    datum = plain[0][1]
-    records.append((b"00000099", replace(datum, label=99).encode()))  # a label beyond the last class
     store = store_with_records(stores["jpeg"], tmp_path / "store", records, classes)
     out = tmp_path / "a" / "b" / "out"
     before = files_in(tmp_path)
@@ -135,11 +133,11 @@ def test_names_that_lead_out_of_the_folder_stay_inside(stores: dict[str, Path], 
     written = files_in(out)
     assert set(files_in(tmp_path)) == set(before) | {f"a/b/out/{name}" for name in written}
     assert {name.split("/")[0] for name in written} == {
-        *(f"class_{k:04d}" for k in (0, 1, 3, 4, 5, 6, 99)),
+        *(f"class_{k:04d}" for k in (0, 1, 3, 4, 5, 6)),
         *("a", "good"),
     }
     assert all(name.count("/") == (2 if name.startswith("a/b/") else 1) for name in written)
-    assert sorted(written.values()) == sorted([*(datum.data for _, datum in plain), datum.data])
+    assert sorted(written.values()) == sorted(datum.data for _, datum in plain)
 
 
 def test_two_records_with_the_same_name_are_an_error(stores: dict[str, Path], tmp_path: Path) -> None:
@@ -285,8 +283,16 @@ def test_a_full_disk_has_exit_code_3(
 
     monkeypatch.setattr(export, "os", OtherOs(replace=full, link=full))
     opened = Store.open(store)
-    task = export._ExportTask(str(store / "val" / "00000"), tmp_path / "out", opened.classes, "jpeg")
+    task = export._ExportTask(str(store / "val" / "00000"), tmp_path / "out", opened.classes, opened.settings)
     with pytest.raises(UserError, match=os.strerror(number)) as caught:
         export._export_shard(task, TaskProgress())
     assert caught.type is kind
     assert files_in(tmp_path / "out") == {}
+
+
+def test_a_label_beyond_the_last_class_is_refused(stores: dict[str, Path], tmp_path: Path) -> None:
+    (key, value), *_ = split_records(stores["jpeg"])
+    record = replace(Datum.decode(value), label=99).encode()
+    store = store_with_records(stores["jpeg"], tmp_path / "store", [(key, record)], ["a", "b"])
+    result = alexprep("export-files", tmp_path / "out", "--store", store, "--jobs", "1")
+    assert result.exit_code == 1 and f"key {key.decode()}: label 99, expected 0 to 1. Check the store" in result.output
