@@ -20,6 +20,7 @@ from prep.images import kernels
 from prep.images.central_square import central_square
 from prep.images.codec import BadImage, decode_image
 from prep.store import lmdb_shard
+from prep.store.agreement import mean_and_covariance
 from prep.store.datum import Datum, DatumError
 from prep.store.manifest import ColorStats, Store, StoreError
 from prep.store.models import MomentsJson
@@ -139,21 +140,16 @@ def compute_color_stats(records: int, moments: Moments) -> ColorStats:
     n = moments.pixels
     if n < 2:
         raise StoreError(f"colour statistics need at least two pixels, the store has {n}")
-    covariance = np.array(
-        [
-            [(n * moments.outer[i][j] - moments.total[i] * moments.total[j]) / (n * (n - 1)) for j in range(3)]
-            for i in range(3)
-        ]
-    )
-    values, vectors = np.linalg.eigh(covariance)
+    mean, covariance = mean_and_covariance(n, moments.total, moments.outer)
+    values, vectors = np.linalg.eigh(np.array(covariance))
     values, vectors = np.maximum(values[::-1], 0.0), vectors[:, ::-1].copy()
     for column in vectors.T:
         column *= np.sign(column[np.flatnonzero(np.abs(column) > 1e-12)[0]])
     return ColorStats(
         records=records,
         pixels=n,
-        mean_rgb=tuple(total / n for total in moments.total),
-        covariance=tuple(tuple(row) for row in covariance.tolist()),
+        mean_rgb=tuple(mean),
+        covariance=tuple(map(tuple, covariance)),
         eigenvalues=tuple(values.tolist()),
         stdevs=tuple(np.sqrt(values).tolist()),
         eigenvectors=tuple(tuple(row) for row in vectors.tolist()),

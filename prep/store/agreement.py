@@ -117,3 +117,30 @@ def inconsistent_statistics(stats: ColorStats) -> Iterator[str]:
         if abs(rebuilt - covariance[i][j]) > rounding:
             expected = f"{rebuilt:g}, as eigenvalues and eigenvectors give"
             yield f"covariance.{i}.{j} is {covariance[i][j]:g}, expected {expected}"
+
+
+def mean_and_covariance(
+    pixels: int, total: Sequence[int], outer: Sequence[Sequence[int]]
+) -> tuple[list[float], list[list[float]]]:
+    """Return the mean (3,) and the covariance (3, 3) of RGB pixels, with the divisor pixels − 1.
+
+    pixels  number of pixels, at least 2
+    total   sum of R, G and B
+    outer   sums of the products of two channels
+
+    Each value is an exact quotient of integers, rounded once to float64.
+    """
+    divisor = pixels * (pixels - 1)
+    covariance = [[(pixels * outer[i][j] - total[i] * total[j]) / divisor for j in range(3)] for i in range(3)]
+    return [value / pixels for value in total], covariance
+
+
+def differences_from_moments(stats: ColorStats, moments: MomentsJson) -> Iterator[str]:
+    """Yield a text for each mean and covariance of `stats` that is not that of the moments in the manifest."""
+    mean, covariance = mean_and_covariance(moments["pixels"], moments["total"], moments["outer"])
+    for i in range(3):
+        if stats.mean_rgb[i] != mean[i]:
+            yield f"mean_rgb.{i} is {stats.mean_rgb[i]}, expected {mean[i]}"
+        for j in range(3):
+            if stats.covariance[i][j] != covariance[i][j]:
+                yield f"covariance.{i}.{j} is {stats.covariance[i][j]}, expected {covariance[i][j]}"

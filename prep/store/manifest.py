@@ -30,6 +30,7 @@ from prep.files import write_atomic
 from prep.schema import ArrayShape, convert, decode, file_sha256, parse_json, read_npy, read_regular, shown
 from prep.store.agreement import (
     SPLIT_FILES,
+    differences_from_moments,
     digest_json,
     disagreements,
     inconsistent_statistics,
@@ -182,7 +183,10 @@ class Store:
         return paths
 
     def color_stats(self, split: str = "train") -> ColorStats:
-        """Return the mean and colour PCA of a split. Raises StoreError if colour.json is missing or damaged."""
+        """Return the mean and colour PCA of a split.
+
+        Raises StoreError if colour.json is missing or damaged, or differs from the moments in the manifest.
+        """
         entry, path = self.split(split), self.root / split / "colour.json"
         hint = f"Write the file with: alexprep pca-stats --store {shell_quoted(self.root)} --split {split}"
         try:
@@ -193,6 +197,9 @@ class Store:
             found, expected = getattr(stats, what), getattr(entry, what)
             if found != expected:
                 raise StoreError(f"{path}: {what} is {found:,}, expected {expected:,}, as in manifest.json. {hint}")
+        wrong = next(differences_from_moments(stats, entry.moments), "")
+        if wrong:
+            raise StoreError(f"{path}: {wrong}, as the moments in manifest.json give. {hint}")
         return stats
 
     def mean_image(self, split: str = "train") -> npt.NDArray[np.float32]:
