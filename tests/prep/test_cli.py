@@ -58,7 +58,7 @@ STATS_KEYS = [
 
 
 def test_build_lmdb_answers_in_json(photo_folder: Path, tmp_path: Path) -> None:
-    """The command runs as a process. Standard output has only JSON: one line with one object for each split."""
+    """The command runs as a process. Standard output has only JSON: a line for each split."""
     photos = Path(shutil.copytree(photo_folder, tmp_path / "photos"))
     (photos / "train" / "n00000011" / "broken.JPEG").write_bytes(b"no picture")
     store = tmp_path / "store"

@@ -34,9 +34,9 @@ from train.replicas.errors import OtherReplicaFailed
 from train.replicas.group import ALONE, ReplicaGroup
 from train.runs.run import Run
 from train.runs.run_dir import shown_errors
+from train.trainer.divergence import Diverged
 from train.trainer.loop import fit, validation_stream
 from train.trainer.state import load_on_all_ranks
-from train.trainer.watchdog import Diverged
 
 RESULT = "ablation.json"
 

@@ -21,9 +21,9 @@ from train.monitor.ensemble_view import EnsembleView
 from train.runs.ensemble_dir import Ensemble, check_ensemble_dir, make_ensemble_dir, member_dir
 from train.runs.run import Run
 from train.runs.run_dir import newest_checkpoint, read_description
+from train.trainer.divergence import Diverged
 from train.trainer.fork import fork, preview_fork
 from train.trainer.loop import fit, fit_together, raise_diverged
-from train.trainer.watchdog import Diverged
 
 
 def member_configs(config: RunConfig, members: int) -> list[RunConfig]:

@@ -58,7 +58,7 @@ class IntervalMetrics:
         for its stream. Each value of the memory is the largest value of all replicas.
 
         counts  the counts of the interval's steps, over all replicas (counts_of_all)
-        norms   the result of train.trainer.watchdog.parameter_norms
+        norms   the result of train.trainer.divergence.parameter_norms
         """
         loss, misses = counts.loss_sum / self.steps, counts.misses
         seconds, before, waits = time.perf_counter() - self.started, self._waits_before, self.waits.read()

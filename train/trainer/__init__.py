@@ -1,1 +1,1 @@
-"""The training loop, its state and signals, the watchdog, and forks."""
+"""The training loop, its state and signals, the check for divergence, and forks."""

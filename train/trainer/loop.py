@@ -21,11 +21,11 @@ from train.replicas.agreement import Agreement
 from train.replicas.group import ALONE, ReplicaGroup
 from train.runs.run import Run, make_run_dir
 from train.trainer.determinism import use_deterministic_algorithms
+from train.trainer.divergence import Diverged
 from train.trainer.out_of_memory import out_of_memory
 from train.trainer.state import Generators
 from train.trainer.stop_requests import StopRequests, stop_requests
 from train.trainer.training import Training
-from train.trainer.watchdog import Diverged
 
 
 def fit(run: Run, view: ConsoleView | None = None, group: ReplicaGroup = ALONE) -> Path:

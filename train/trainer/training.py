@@ -24,10 +24,10 @@ from train.replicas.gradients import GradientSum
 from train.replicas.group import ALONE, ReplicaGroup
 from train.runs import checkpoint
 from train.runs.run import Run, write_description
+from train.trainer.divergence import DivergenceCheck
 from train.trainer.state import Generators, capture_state, load_on_all_ranks, restore_state, seed_generators
 from train.trainer.step import TrainingStep
 from train.trainer.step_graph import CountedStep, graph_for
-from train.trainer.watchdog import Watchdog
 
 
 class Training:
@@ -72,7 +72,7 @@ class Training:
         longest_interval = min(config.log_every, config.checkpoint_every, max(run.steps_per_epoch, 1))
         self._counters = StepCounters(self.network.devices[0], longest_interval)
         self._counted_step = CountedStep(train_step, self._counters, graph_for(self.network.devices))
-        self._watchdog = Watchdog(run, self.network, view.warn)
+        self._divergence_check = DivergenceCheck(run, self.network, view.warn)
         self._log: MetricsLog | SilentLog | None = None
         self._lr = 0.0  # learning rate of the last step
 
@@ -141,7 +141,7 @@ class Training:
         NaN or infinite. All replicas call this method at the same step.
         """
         counts = counts_of_all(self._counters.read(), self.group)
-        norms = self._watchdog.check(self.step, self._interval.images, counts, augmentation)
+        norms = self._divergence_check.check(self.step, self._interval.images, counts, augmentation)
         metrics, epoch = self._interval.read(counts, norms), self.step / self.run.steps_per_epoch
         self._open_log.train({"kind": "train", "epoch": epoch, "step": self.step, **metrics, "lr": self._lr})
 

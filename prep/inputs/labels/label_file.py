@@ -42,7 +42,8 @@ class Row:
     name: str  # name of the image as the file spells it; empty if the file has only labels
     label: str  # text of the label; bytes that are not UTF-8 are escaped, as in the names of class folders
     is_repeated: bool = False  # a later line has the same image and label
-    # The label has several words without quotes, and blanks separate the columns. The words may be further columns.
+    # True if blanks separate the columns, and the label has several words without quotes. The words after the first may
+    # then be further columns.
     has_blanks: bool = False
 
 

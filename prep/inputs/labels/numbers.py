@@ -74,7 +74,10 @@ class LabelTexts:
         return self._guess()
 
     def _guess(self) -> tuple[dict[str, int], tuple[str, ...], str]:
-        """Read the texts in the only label order that is possible."""
+        """Return the labels of the texts in the label order that fits the texts.
+
+        Raises UserError if no order fits, if only `sorted` fits, or if several orders give different labels.
+        """
         orders = ["name", "sorted-from-0", "sorted"] if self.are_numbers else ["name"]
         read = {order: self._read(order) for order in orders}
         possible = {order: result for order, result in read.items() if not isinstance(result, str)}

@@ -23,9 +23,9 @@ from train.runs import checkpoint
 from train.runs.ensemble_dir import Ensemble
 from train.runs.ensemble_status import ensemble_status, ensemble_status_lines
 from train.runs.run import Run
+from train.trainer.divergence import Diverged
 from train.trainer.loop import fit
 from train.trainer.training import Training
-from train.trainer.watchdog import Diverged
 
 SEED = 3  # small_config has the same seed
 

@@ -17,7 +17,7 @@ from train.model.alexnet import AlexNet
 from train.monitor.interval_metrics import layer_norms, peak_memory
 from train.runs import checkpoint
 from train.runs.run_dir import read_metrics
-from train.trainer.watchdog import parameter_norms
+from train.trainer.divergence import parameter_norms
 
 
 def test_weight_norms_equal_those_of_numpy_on_the_checkpoint(observed_run: ObservedRun) -> None:

@@ -19,8 +19,8 @@ from tests.helpers.small_training import small_config
 from train.config.recipes import SHORT
 from train.runs import checkpoint
 from train.runs.run import Run
+from train.trainer.divergence import Diverged
 from train.trainer.loop import fit
-from train.trainer.watchdog import Diverged
 
 
 @pytest.mark.parametrize("log_every", [1, 3])

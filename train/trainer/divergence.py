@@ -24,9 +24,9 @@ from train.runs import checkpoint
 from train.runs.run import Run
 from train.trainer.offending_batch import write_offending_batch
 
-# The watchdog warns if the loss stays at ln(classes), the loss of a random guess, for STUCK_STEPS steps. On ImageNet,
+# The check warns if the loss stays at ln(classes), the loss of a random guess, for STUCK_STEPS steps. On ImageNet,
 # the loss of the paper's network can stay at ln(classes) for half of STUCK_STEPS before it falls. In a run of fewer
-# than 2 · STUCK_STEPS steps, the watchdog warns after half of the run's steps, but not before MIN_STUCK_STEPS steps.
+# than 2 · STUCK_STEPS steps, the check warns after half of the run's steps, but not before MIN_STUCK_STEPS steps.
 STUCK_STEPS = 5000
 MIN_STUCK_STEPS = 100
 STUCK_SHARE = 0.01  # relative tolerance within which a loss counts as ln(classes)
@@ -39,7 +39,7 @@ class Diverged(UserError):
     """A loss, a gradient or a parameter is NaN or infinite."""
 
 
-class Watchdog:
+class DivergenceCheck:
     """Collects loss and labels of every step, and checks them before each training line of metrics.jsonl."""
 
     def __init__(self, run: Run, network: AlexNet, warn: Callable[[str], None] = say) -> None:

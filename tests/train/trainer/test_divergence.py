@@ -1,4 +1,4 @@
-"""Tests of the watchdog: NaN and infinite values end a run; a stuck loss and labels of one class give a warning."""
+"""Tests of DivergenceCheck: NaN and infinite values end a run; a stuck loss and labels of one class give a warning."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from train.monitor.step_counters import StepCounters
 from train.optim.paper_sgd import make_optimizer
 from train.runs import checkpoint
 from train.runs.run import Run
+from train.trainer.divergence import Diverged, DivergenceCheck, parameter_norms
 from train.trainer.loop import fit
 from train.trainer.step import StepResult, TrainingStep
-from train.trainer.watchdog import Diverged, Watchdog, parameter_norms
 
 
 def test_parameter_norms_equal_those_of_numpy() -> None:
@@ -60,19 +60,19 @@ def test_an_infinite_parameter_or_gradient_stops_the_run_although_the_loss_is_fi
     with torch.no_grad():
         (weight if part == "parameter" else weight.grad)[0, 0, 0, 0] = math.inf
     (tmp_path / "run").mkdir()
-    watchdog = Watchdog(Run.open(small_config(numbered_store, tmp_path / "run")), model)
+    divergence = DivergenceCheck(Run.open(small_config(numbered_store, tmp_path / "run")), model)
     prefix = "the gradient of " if part == "gradient" else ""
     with pytest.raises(Diverged, match=rf"step 4: {prefix}conv3\.weight has norm inf: .*offending-step-4"):
-        check(watchdog, 4, [step_result(1.0)])
+        check(divergence, 4, [step_result(1.0)])
 
 
-def check(watchdog: Watchdog, step: int, results: list[StepResult]) -> None:
-    """Pass the results of the last steps before `step` to the watchdog, as the training loop does."""
+def check(divergence: DivergenceCheck, step: int, results: list[StepResult]) -> None:
+    """Pass the results of the last steps before `step` to the check, as the training loop does."""
     counters = StepCounters(torch.device("cpu"), len(results))
     for result in results:
         counters.add(*result)
     images = sum(len(result.labels) for result in results)
-    watchdog.check(step, images, counters.read(), SHORT.augmentation)
+    divergence.check(step, images, counters.read(), SHORT.augmentation)
 
 
 def step_result(loss: float, labels: range | list[int] = range(8)) -> StepResult:
@@ -83,24 +83,24 @@ GUESSING = math.log(37)  # the loss of uniform guessing among 37 classes
 
 
 @pytest.fixture
-def watchdog(numbered_store: Path, tmp_path: Path) -> Watchdog:
-    """The watchdog of a run of 400 steps on 37 classes. The watchdog warns if the loss stays at ln 37 for 200 steps."""
+def divergence(numbered_store: Path, tmp_path: Path) -> DivergenceCheck:
+    """The check of a run of 400 steps on 37 classes. The check warns if the loss stays at ln 37 for 200 steps."""
     model = AlexNet(37, SHORT, ("cpu", "cpu"), SMALL_ALEXNET)
-    return Watchdog(Run.open(RunConfig(numbered_store, SHORT, 8, epochs=100, run_dir=tmp_path)), model)
+    return DivergenceCheck(Run.open(RunConfig(numbered_store, SHORT, 8, epochs=100, run_dir=tmp_path)), model)
 
 
-def check_losses(watchdog: Watchdog, losses: list[float], steps_before: int = 0) -> None:
-    """Pass one interval of ten steps to the watchdog for each of `losses`."""
+def check_losses(divergence: DivergenceCheck, losses: list[float], steps_before: int = 0) -> None:
+    """Pass one interval of ten steps to the check for each of `losses`."""
     for interval, loss in enumerate(losses, start=1):
-        check(watchdog, steps_before + 10 * interval, [step_result(loss)] * 10)
+        check(divergence, steps_before + 10 * interval, [step_result(loss)] * 10)
 
 
 def test_a_loss_that_stays_at_the_loss_of_guessing_causes_one_warning(
-    watchdog: Watchdog, capsys: pytest.CaptureFixture[str]
+    divergence: DivergenceCheck, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    check_losses(watchdog, [GUESSING * 1.009, GUESSING * 0.991] * 9 + [GUESSING])
+    check_losses(divergence, [GUESSING * 1.009, GUESSING * 0.991] * 9 + [GUESSING])
     assert "Warning" not in capsys.readouterr().err
-    check_losses(watchdog, [GUESSING] * 30, steps_before=190)
+    check_losses(divergence, [GUESSING] * 30, steps_before=190)
     messages = capsys.readouterr().err
     assert messages.count("Warning") == 1
     assert "step 200: the loss has been within 1% of ln 37 = 3.611" in messages
@@ -108,29 +108,29 @@ def test_a_loss_that_stays_at_the_loss_of_guessing_causes_one_warning(
 
 
 def test_a_loss_that_was_lower_for_an_interval_is_not_stuck(
-    watchdog: Watchdog, capsys: pytest.CaptureFixture[str]
+    divergence: DivergenceCheck, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    check_losses(watchdog, ([GUESSING] * 19 + [GUESSING * 0.98]) * 3)
+    check_losses(divergence, ([GUESSING] * 19 + [GUESSING * 0.98]) * 3)
     assert "Warning" not in capsys.readouterr().err
 
 
 def test_a_loss_of_zero_and_labels_of_one_class_cause_one_warning_each(
-    watchdog: Watchdog, capsys: pytest.CaptureFixture[str]
+    divergence: DivergenceCheck, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    check_losses(watchdog, [0.0] * 3)
+    check_losses(divergence, [0.0] * 3)
     messages = capsys.readouterr().err
     assert messages.count("Warning") == 1
     assert "step 10: the loss is 0. Usual causes: a store with one class" in messages
     for _ in range(2):
-        check(watchdog, 34, [step_result(1.0, [5] * 8)] * 4)
+        check(divergence, 34, [step_result(1.0, [5] * 8)] * 4)
     messages = capsys.readouterr().err
     assert messages.count("Warning") == 1 and "all 32 labels since step 30 are 5." in messages
 
 
 def test_fewer_than_32_labels_of_one_class_or_one_label_of_another_cause_no_warning(
-    watchdog: Watchdog, capsys: pytest.CaptureFixture[str]
+    divergence: DivergenceCheck, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for with_another in ([4] + [5] * 7, [5] * 7 + [6]):
-        check(watchdog, 4, [step_result(1.0, labels) for labels in ([5] * 8, [5] * 8, with_another, [5] * 8)])
-    check(watchdog, 3, [step_result(1.0, [5] * 8)] * 3)
+        check(divergence, 4, [step_result(1.0, labels) for labels in ([5] * 8, [5] * 8, with_another, [5] * 8)])
+    check(divergence, 3, [step_result(1.0, [5] * 8)] * 3)
     assert "Warning" not in capsys.readouterr().err
