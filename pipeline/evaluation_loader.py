@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from pipeline.augment import CROP_PX, SQUARE, Augmentation, eval_offsets
+from pipeline.augment import SQUARE, Augmentation, eval_offsets
 from pipeline.loader_base import Loader
 from pipeline.placement import Placement
 from pipeline.prefetch import BatchInput
@@ -60,7 +60,7 @@ class EvalLoader(Loader[AnyBatch]):
         if isinstance(views, str):
             self._open(1, divisor, self._augmenter.side_px)
         else:
-            self._open(views, divisor)
+            self._open(views, divisor, self.augmentation.size_px)
 
     @property
     def own_records(self) -> int:
@@ -103,7 +103,7 @@ class EvalLoader(Loader[AnyBatch]):
         offset, window_px = np.zeros((len(record_numbers), 2), np.int32), self._augmenter.side_px
         if self.views == 1:
             offset += eval_offsets(1, self._augmenter.max_offset_px)[0]
-            window_px = CROP_PX
+            window_px = self._augmenter.size_px
         return WindowRequest(self.split, record_numbers, offset, window_px, self._serves("keys"))
 
     def _step_records(self, step: int) -> npt.NDArray[np.int64]:
@@ -154,8 +154,9 @@ def eval_loader(
     views         1: the centre crop. 10: the crops at the four corners and the centre, then the same five crops
                   mirrored (section 4.1 of the paper). "square": the complete central square, for dense evaluation
     fields        names of the values to serve, as for train_loader, except "draws": evaluation draws no random numbers
-    augmentation  only the settings `mean`, `divisor` and `eval_divisor` are used. Images are divided as in training,
-                  unless `eval_divisor` is a number. The mean is computed from the training split
+    augmentation  only the settings `size_px`, `mean`, `std`, `divisor` and `eval_divisor` are used. Images are divided
+                  as in training, unless `eval_divisor` is a number. The mean is computed from the training split. If
+                  `window` is "resized", evaluation also uses crops of `size_px`
     shard         rank of this process. Each of `world_size` loaders serves one contiguous range of records, and the
                   loaders together serve every record
 
@@ -164,9 +165,10 @@ def eval_loader(
     Every `for` loop over the loader begins with the first image, also after a `break`.
 
     The loader yields Batch(images, labels). Images are RGB in grey levels (0 to 255) minus the mean. The shape of the
-    images is (N, 3, 224, 224) for one view and (N, 10, 3, 224, 224) for ten views. For views="square" the shape is (N,
-    3, side, side), where `side` is the side of the store's images in px. The ten views of an image take 6 MB in
-    float32, so choose a small batch_size for ten views. Labels are int64 (N,). The last batch can be smaller.
+    images is (N, 3, size_px, size_px) for one view and (N, 10, 3, size_px, size_px) for ten views; size_px is 224 by
+    default. For views="square" the shape is (N, 3, side, side), where `side` is the side of the store's images in px.
+    Ten views of 224 px take 6 MB in float32, so choose a small batch_size for ten views. Labels are int64 (N,). The
+    last batch can be smaller.
     """
     return EvalLoader(
         Store.open(store),

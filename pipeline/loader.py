@@ -18,7 +18,6 @@ before the queued work is done.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -28,12 +27,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from pipeline.augment import CROP_PX, Augmentation
+from pipeline.augment import Augmentation
 from pipeline.evaluation_loader import EvalLoader, eval_loader
 from pipeline.loader_base import STREAM_VERSION, Loader, WaitTimes
 from pipeline.placement import Placement
 from pipeline.prefetch import BatchInput
-from pipeline.sampling import Draws, EpochOrders, draw_params, epoch_order
+from pipeline.sampling import EpochOrders, StepDraws, draw_step, epoch_order
 from pipeline.selection.fields import AnyBatch, Batch, FieldBatch, FieldName, LoaderOptions, TrainOptions
 from pipeline.selection.mixture import Mixture, Stores, open_stores
 from pipeline.selection.state import check_state
@@ -75,10 +74,11 @@ class TrainLoader(Loader[AnyBatch]):
         weights: Weights | None = None,
         mixture: Mixture | None = None,
         fields: Sequence[FieldName] | None = None,
+        views: int = 1,
         **options: Unpack[LoaderOptions],
     ) -> None:
         """The docstring of train_loader describes the arguments and the errors."""
-        super().__init__(store, split, batch_size, placement, fields=fields, **options)
+        super().__init__(store, split, batch_size, placement, fields=fields, draws=views, **options)
         if mixture is not None:
             self._records = mixture.records(split, options.get("check"))
             self.records, self._selected["stores"] = len(self._records), mixture.identity(split)
@@ -91,14 +91,15 @@ class TrainLoader(Loader[AnyBatch]):
             )
         if not 0 <= seed < 2**64:
             raise WrongArgument(f"seed {seed}: expected 0 to 2^64 - 1.")
-        self.seed, self._position = seed, _Position(0, None)
+        self.seed, self.views, self._position = seed, views, _Position(0, None)
         scaled = record_weights(store, split, self._subset, weights)
         if scaled is not None:
             self._selected["weights"] = digest_of(scaled)
         order = partial(epoch_order, self.records, seed, subset=self._subset, weights=scaled)
         self._orders = EpochOrders(order if mixture is None else mixture.order(split, seed))
-        self._connect(seed, "random", self.augmentation.shared_by)
-        self._open(1, self.augmentation.divisor)
+        settings = self.augmentation
+        self._connect(seed, settings.window_text(views), settings.shared_by)
+        self._open(1, settings.divisor, settings.size_px, settings.window == "resized" and self._windows is None)
 
     def __len__(self) -> int:
         """Return the number of batches in an epoch."""
@@ -106,10 +107,7 @@ class TrainLoader(Loader[AnyBatch]):
 
     @property
     def left_out(self) -> int:
-        """Number of records that are not served in an epoch.
-
-        The number of records that are left out is always less than batch_size · world_size.
-        """
+        """Number of records that are not served in an epoch, which is always less than batch_size · world_size."""
         return self.records - len(self) * self.batch_size * self.world_size
 
     def __iter__(self) -> Iterator[AnyBatch]:
@@ -188,7 +186,8 @@ class TrainLoader(Loader[AnyBatch]):
             "graph_version": STREAM_VERSION,
             "store_fingerprint": self.store.split(self.split).fingerprint,
             **{name: getattr(self, name) for name in ("split", "batch_size", "world_size", "seed")},
-            "augmentation": {k: v for k, v in asdict(self.augmentation).items() if k != "eval_divisor"},
+            "augmentation": self.augmentation.for_state(),
+            **({} if self.views == 1 else {"views": self.views}),
             **({} if self.normalize is None else {"normalize": [*map(list, self.normalize[:2]), self.normalize[2]]}),
             "layout": self.layout,
             "dtype": self.dtype,
@@ -209,21 +208,22 @@ class TrainLoader(Loader[AnyBatch]):
 
     def _read_step(self, epoch: int, step: int) -> BatchInput:
         """Read this rank's records of a step."""
-        record_numbers, draws = self._draw(epoch, step)
-        records = self._read(record_numbers, epoch * len(self) + step)
-        return self._input(records, self._augmenter.random_crops(records, draws), draws)
+        numbers, draws = self._draw(epoch, step)
+        records = self._read(numbers, epoch * len(self) + step)
+        return self._input(records, self._augmenter.random_crops(records, *draws), draws)
 
     def _window_request(self, position: int) -> WindowRequest:
-        record_numbers, draws = self._draw(*divmod(position, len(self)))
-        return WindowRequest(self.split, record_numbers, draws.offset, CROP_PX, self._serves("keys"))
+        numbers, (draws, regions) = self._draw(*divmod(position, len(self)))
+        request = (self.split, numbers, draws.offset, self.augmentation.size_px, self._serves("keys"))
+        return WindowRequest(*request) if regions is None else WindowRequest(*request, regions, self.augmentation.ratio)
 
-    def _draw(self, epoch: int, step: int) -> tuple[npt.NDArray[np.int64], Draws]:
-        """Return the record numbers and random augmentation parameters of this rank's images of a step."""
-        images = self.batch_size * self.world_size
-        part = slice(self.shard * self.batch_size, (self.shard + 1) * self.batch_size)
-        max_offset_px, shared_by = self._augmenter.max_offset_px, self.augmentation.shared_by
-        draws = draw_params(self.seed, epoch, step, images, max_offset_px, shared_by).select(part)
-        return self._orders[epoch][step * images : (step + 1) * images][part], draws
+    def _draw(self, epoch: int, step: int) -> tuple[npt.NDArray[np.int64], StepDraws]:
+        """Return the record numbers and random numbers of this rank's images of a step."""
+        views, records = self.views, self.batch_size * self.world_size
+        part = slice(self.shard * self.batch_size * views, (self.shard + 1) * self.batch_size * views)
+        numbers = np.repeat(self._orders[epoch][step * records : (step + 1) * records], views)
+        draws = draw_step(self.augmentation, self.seed, epoch, step, records * views, self._augmenter.max_offset_px)
+        return numbers[part], draws.select(part)
 
 
 @overload
@@ -261,6 +261,7 @@ def train_loader(
     normalize: ChannelStats | None = None,
     layout: str = "NCHW",
     dtype: str | torch.dtype = "float32",
+    views: int = 1,
     threads: int | None = None,
     shard: int = 0,
     world_size: int = 1,
@@ -268,7 +269,7 @@ def train_loader(
     service_fallback: str | None = None,
     check: bool | None = None,
 ) -> TrainLoader[Any]:
-    """Return a loader of training batches: random 224×224 crop, flip and colour noise (section 4.1), minus the mean.
+    """Return a loader of training batches: random crop or resized region, flip and colour noise, minus the mean.
 
     One `for` loop over the loader is one epoch. After a `break`, the next loop continues within the epoch, with the
     batch after the last batch that was served. `loader.set_epoch(n)` begins epoch n instead.
@@ -288,8 +289,8 @@ def train_loader(
     fields        names of the values to serve: "images", "labels", "keys" (source paths), "index" (record numbers) and
                   "draws" (random numbers of the images). Batches are then dicts (FieldBatch). None: Batch(images,
                   labels)
-    augmentation  settings of the mean and of the colour noise (pipeline.Augmentation); None: the mean of each channel,
-                  and the colour noise of the authors' code
+    augmentation  settings of the images (pipeline.Augmentation); None: Augmentation.preset("alexnet"), which is random
+                  crops of 224 px, the mean of each channel, and the colour noise of the authors' code
     stores        pairs (path, share) instead of `store`: each epoch mixes records of several stores in proportion to
                   their shares (pipeline.sampling.mixed_order). All stores have the same side, format and classes. The
                   colour statistics are those of the first store. Excludes `subset`, `weights` and `service`
@@ -299,6 +300,7 @@ def train_loader(
                   images. None: the mean of `augmentation` is subtracted, and nothing is divided
     layout        "NCHW" or "NHWC" (channels last)
     dtype         type of the images: "float32", "float16" or "bfloat16", or the torch.dtype of this name
+    views         number of independent random images of each record. The images of several views are (N, views, …)
     threads       number of CPU threads that decode and augment; None: one for each core that this process can use
     shard         rank of this process, 0..world_size − 1. In each step, each rank serves its own batch_size records
     world_size    number of ranks that share an epoch. Each rank has a loader. Together these loaders serve the same
@@ -313,8 +315,8 @@ def train_loader(
                   and False for raw records, for which the checksum takes a fifth of the time. The workers of a service
                   ignore `check`, and verify the checksums of JPEG records only
 
-    Batches are Batch(images, labels). Images are RGB in grey levels minus the mean, (N, 3, 224, 224); labels are int64
-    (N,).
+    Batches are Batch(images, labels). Images are RGB in grey levels minus the mean, (N, 3, size_px, size_px). Labels
+    are int64 (N,).
 
     Raises StoreError for a store that is missing, damaged or of another version. Raises UserError for a batch larger
     than the split, for a GPU that this machine lacks, and for a value that is not allowed. Also raises UserError if the
@@ -337,6 +339,7 @@ def train_loader(
         normalize=normalize,
         layout=layout,
         dtype=dtype,
+        views=views,
         threads=threads,
         shard=shard,
         world_size=world_size,

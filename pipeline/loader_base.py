@@ -15,13 +15,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from pipeline.augment import CROP_PX, LAYOUTS, Augmentation, Augmenter, Crops, check_choice
+from pipeline.augment import LAYOUTS, Augmentation, Augmenter, Crops, check_choice
 from pipeline.engines.dali_engine import OutputFormat
 from pipeline.engines.engine import choose_engine
 from pipeline.placement import Placement
 from pipeline.prefetch import READ_AHEAD, BatchInput, Job, Prefetcher
 from pipeline.records import RecordBatch, Records
-from pipeline.sampling import Draws
+from pipeline.sampling import StepDraws
 from pipeline.selection.dataset import RecordDataset
 from pipeline.selection.fields import FIELDS, AnyBatch, Batch, FieldName, check_fields, make_batch
 from pipeline.selection.mixture import MixedRecords
@@ -75,10 +75,14 @@ def grey_levels(normalize: ChannelStats, augmentation: Augmentation) -> tuple[li
             f"normalize {normalize!r}: expected ChannelStats(mean, std, max_value) with three means, three std of more "
             "than 0 and a max_value of more than 0. loader.channel_stats() returns the numbers of the store."
         )
-    if augmentation.mean != "channel" or augmentation.divisor != 1 or augmentation.divisor_in_evaluation != 1:
+    if (augmentation.mean, augmentation.divisor, augmentation.divisor_in_evaluation) != ("channel", 1, 1):
         raise WrongArgument(
             f"normalize with augmentation.mean {augmentation.mean} and divisor {augmentation.divisor:g}: normalize "
             'replaces both. Leave both settings at "channel" and 1.'
+        )
+    if augmentation.std is not None:
+        raise WrongArgument(
+            f"normalize with augmentation.std {augmentation.std}: normalize replaces std. Pass only one of them."
         )
     return [255 / max_value * level for level in mean], [255 / max_value * level for level in std]
 
@@ -121,10 +125,12 @@ class Loader(Generic[AnyBatch]):
         check: bool | None = None,
         fields: Sequence[FieldName] | None = None,
         allowed_fields: Sequence[FieldName] = FIELDS,
+        draws: int = 1,
     ) -> None:
         """Check the arguments and open the split. Raises UserError and StoreError.
 
-        A subclass calls `_connect`, then `_open`.
+        A subclass calls `_connect`, then `_open`. `draws` is the number of random images of each record. The engine
+        makes these images as if each came from a record of its own.
         """
         if batch_size < 1:
             raise UserError(f"batch size {batch_size}: expected at least 1.")
@@ -134,6 +140,12 @@ class Loader(Generic[AnyBatch]):
         self.augmentation, self.layout = augmentation or Augmentation(), layout
         self.dtype = str(dtype).removeprefix("torch.")
         self.shard, self.world_size, self.threads = shard, world_size, threads or usable_cores()
+        if draws < 1 or (draws > 1 and self.augmentation.shared_by > 1):
+            raise WrongArgument(
+                f"views {draws} with augmentation.shared_by {self.augmentation.shared_by}: expected at least 1 view, "
+                "and shared_by 1 for several views."
+            )
+        self._draws_per_record = draws
         self._fields = check_fields(fields, allowed_fields)
         self._subset = subset_numbers(store, split, subset)  # None: all records of the split
         self.records = store.split(split).records if self._subset is None else len(self._subset)
@@ -240,14 +252,15 @@ class Loader(Generic[AnyBatch]):
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _open(self, views: int, divisor: float, crop_px: int = CROP_PX) -> None:
-        """Make the engine and the prefetcher for `views` crops of `crop_px` × `crop_px` from each record."""
-        output = OutputFormat(views, self.layout, divisor, _DTYPES[self.dtype], crop_px)
+    def _open(self, views: int, divisor: float, crop_px: int, is_resized: bool = False) -> None:
+        """Make the engine and the prefetcher for `views` crops of `crop_px` px, or resized regions, of each record."""
+        output = OutputFormat(views, self.layout, divisor, _DTYPES[self.dtype], crop_px, is_resized)
         try:
             engine = choose_engine(self._augmenter, self.placement, output, self.threads)
             read_ahead = READ_AHEAD if self._windows is None else self._windows.read_ahead
+            images = self.batch_size * self._draws_per_record
             self._prefetcher = Prefetcher(
-                engine, self.placement, self._records, self.batch_size, self.threads, read_ahead, self._std
+                engine, self.placement, self._records, images, self.threads, read_ahead, self._std
             )
         except BaseException:
             if self._windows is not None:
@@ -262,8 +275,8 @@ class Loader(Generic[AnyBatch]):
         from pipeline.service.source import WindowSource
 
         fingerprint, ranks = self.store.split(self.split).fingerprint, (self.shard, self.world_size)
-        records = " ".join(self._selected.values())
-        stream = (self.split, fingerprint, seed, self.batch_size, *ranks, window, shared_by, records)
+        records, images = " ".join(self._selected.values()), self.batch_size * self._draws_per_record
+        stream = (self.split, fingerprint, seed, images, *ranks, window, shared_by, records)
         key = StreamKey(STREAM_VERSION, *stream)
         waited_s = lambda: self._waited_s  # noqa: E731
         source = (self._service, key, self.store, self.threads, waited_s, self._service_fallback)
@@ -294,17 +307,19 @@ class Loader(Generic[AnyBatch]):
         """Return the records of a batch, from the store or from the service. `position` is Fetch.position."""
         return self._records.batch(numbers) if self._windows is None else self._windows.records(position)
 
-    def _input(self, records: RecordBatch, crops: Crops, draws: Draws | None = None) -> BatchInput:
+    def _input(self, records: RecordBatch, crops: Crops, draws: StepDraws | None = None) -> BatchInput:
         """Return the input of a batch, with the values of the fields that the argument `fields` names."""
         keys: Sequence[str] = ()
+        views = self._draws_per_record
+        numbers = records.numbers[::views]
         arrays: dict[str, npt.NDArray[Any]] = {}
         if self._serves("keys"):
-            keys = records.sources if self._windows else [self._records.source(n) for n in records.numbers.tolist()]
+            keys = records.sources[::views] if self._windows else list(map(self._records.source, numbers.tolist()))
         if self._serves("index"):
-            numbers, source = records.numbers, self._records
+            source = self._records
             arrays["index"] = source.places(numbers) if isinstance(source, MixedRecords) else numbers.copy()
         if self._serves("draws") and draws is not None:
-            arrays |= {name: values.copy() for name, values in draws._asdict().items()}
+            arrays |= {name: values.copy() for name, values in draws.by_name(views).items()}
         return BatchInput(records, crops, keys, arrays)
 
     def _get(self, number: int) -> AnyBatch | None:
@@ -325,7 +340,10 @@ class Loader(Generic[AnyBatch]):
         )
         if output is None:
             return None
+        images, labels, views = output.images, output.labels, self._draws_per_record
+        if views > 1:
+            images, labels = images.unflatten(0, (-1, views)), labels[::views].contiguous()
         if self._fields is None:
-            return cast(AnyBatch, Batch(output.images, output.labels))
+            return cast(AnyBatch, Batch(images, labels))
         keys = output.batch_input.keys
-        return cast(AnyBatch, make_batch(self._fields, output.images, output.labels, keys, output.arrays))
+        return cast(AnyBatch, make_batch(self._fields, images, labels, keys, output.arrays))

@@ -9,16 +9,20 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from pipeline.settings.augmentation import Augmentation
+
 # Number of consecutive records that are moved as one block: 1.5 MB of JPEG, which a disk reads in sequence.
 BLOCK_RECORDS = 64
 WINDOW_RECORDS = 16_384  # number of records in a shuffle window: 0.5 GB of JPEG, which should fit in the page cache
+# The purpose of a random generator, which is the first integer of the generator's seed.
+_PERMUTATION, _DRAWS, _REGIONS, _FLIPS = 0, 1, 2, 3
 _WEIGHTED_DRAWS, _MIXTURE = 12, 13
-_PERMUTATION, _DRAWS = 0, 1  # the purpose of a random generator, which is the first integer of the generator's seed
+_TRIES = 10  # number of regions that are tried, as in torchvision
 
 Integers = npt.NDArray[np.int64]
 
@@ -143,6 +147,96 @@ def draw_params(seed: int, epoch: int, step: int, images: int, max_offset_px: in
     normal = rng.standard_normal((images, 3))
     group = np.arange(images) // shared_by
     return Draws(offset[group], flip[group], normal)
+
+
+class StepDraws(NamedTuple):
+    """All random numbers of the N images of a step."""
+
+    draws: Draws
+    regions: npt.NDArray[np.float64] | None  # (N, 11, 2), from draw_regions; None if no regions are resized
+
+    def by_name(self, views: int) -> dict[str, npt.NDArray[Any]]:
+        """Return the arrays by their names, with the shape (N / views, views, …) for several views of each record."""
+        arrays = self.draws._asdict() | ({} if self.regions is None else {"regions": self.regions})
+        return {name: a if views == 1 else a.reshape(-1, views, *a.shape[1:]) for name, a in arrays.items()}
+
+    def select(self, images: slice) -> StepDraws:
+        """Return the random numbers of the images in a slice."""
+        return StepDraws(self.draws.select(images), None if self.regions is None else self.regions[images])
+
+
+def draw_step(settings: Augmentation, seed: int, epoch: int, step: int, images: int, max_offset_px: int) -> StepDraws:
+    """Return the random numbers of one step, in which all ranks together serve `images` images."""
+    position, shared_by = (seed, epoch, step, images), settings.shared_by
+    draws = draw_params(*position, max_offset_px, shared_by)
+    if settings.window == "centre":
+        draws = draws._replace(offset=np.full_like(draws.offset, max_offset_px // 2))
+    if settings.flip != 0.5:
+        draws = draws._replace(flip=draw_flips(*position, settings.flip, shared_by))
+    if settings.window != "resized":
+        return StepDraws(draws, None)
+    return StepDraws(draws, draw_regions(*position, settings.scale, settings.ratio, shared_by))
+
+
+def draw_flips(seed: int, epoch: int, step: int, images: int, share: float, shared_by: int) -> npt.NDArray[np.int32]:
+    """Return the flips of a step's images, (images,): 1 with probability `share`, otherwise 0.
+
+    `shared_by` consecutive images have the same flip.
+    """
+    groups = _generator(_FLIPS, seed, epoch, step).random(-(-images // shared_by)) < share
+    return groups.astype(np.int32)[np.arange(images) // shared_by]
+
+
+def draw_regions(
+    seed: int,
+    epoch: int,
+    step: int,
+    images: int,
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+    shared_by: int = 1,
+) -> npt.NDArray[np.float64]:
+    """Return the random numbers of a step's resized regions: float64 (images, 11, 2), for choose_regions.
+
+    Rows 0 to 9 are ten tries. Each try is a share of the record's area, drawn uniformly from `scale`, and a ratio of
+    width to height, whose logarithm is drawn uniformly between the logarithms of `ratio`. Row 10 is the position of the
+    region: two numbers that are drawn uniformly from 0..1. `shared_by` consecutive images have the same numbers.
+    """
+    numbers = _generator(_REGIONS, seed, epoch, step).random((-(-images // shared_by), _TRIES + 1, 2))
+    area, aspect = numbers[:, :_TRIES, 0], numbers[:, :_TRIES, 1]
+    low, high = np.log(ratio)
+    area[:], aspect[:] = scale[0] + (scale[1] - scale[0]) * area, np.exp(low + (high - low) * aspect)
+    return numbers[np.arange(images) // shared_by]
+
+
+def choose_regions(
+    numbers: npt.NDArray[np.float64], sizes: npt.NDArray[np.int32], ratio: tuple[float, float]
+) -> npt.NDArray[np.int32]:
+    """Return the region of each record: int32 (N, 4), top, left, height and width.
+
+    numbers  (N, 11, 2), from draw_regions
+    sizes    (N, 2): heights and widths of the records
+    ratio    smallest and largest width / height
+
+    The formula is that of torchvision's RandomResizedCrop.get_params. A try has the width √(area · ratio) and the
+    height √(area / ratio), rounded to integers, with halves rounded to even numbers. The first try that fits into the
+    record is the region, and its position is uniform. If no try fits, the region is the largest rectangle at the centre
+    of the record whose width / height is within `ratio`.
+    """
+    height, width = sizes[:, 0].astype(np.int64), sizes[:, 1].astype(np.int64)
+    area, aspect = (height * width)[:, None] * numbers[:, :_TRIES, 0], numbers[:, :_TRIES, 1]
+    widths, heights = np.rint(np.sqrt(area * aspect)), np.rint(np.sqrt(area / aspect))
+    fits = (widths > 0) & (widths <= width[:, None]) & (heights > 0) & (heights <= height[:, None])
+    first = np.arange(len(sizes)), fits.argmax(axis=1)
+    extent = np.stack([heights[first], widths[first]], axis=1)
+    offset = np.floor(numbers[:, _TRIES] * (sizes - extent + 1))
+
+    whole = sizes.astype(np.float64)
+    whole[:, 0] = np.where(width / height < ratio[0], np.rint(width / ratio[0]), height)
+    whole[:, 1] = np.where(width / height > ratio[1], np.rint(height * ratio[1]), width)
+    any_fits = fits.any(axis=1, keepdims=True)
+    extent, offset = np.where(any_fits, extent, whole), np.where(any_fits, offset, (sizes - whole) // 2)
+    return np.concatenate([offset, extent], axis=1).astype(np.int32)
 
 
 def _generator(purpose: int, seed: int, epoch: int, step: int = 0) -> np.random.Generator:

@@ -1,10 +1,10 @@
 """Windows: squares of uint8 pixels that are decoded and cropped from the records of a store.
 
-A service sends windows to its loaders. The window of a training image is its random crop of 224 × 224 pixels. In
-evaluation, the window is the centre crop for views=1, and the complete central square for ten views and for
-views="square". The engine of the loader makes the image from the window: the engine flips the window, adds the colour
-noise, subtracts the mean and converts to float32. A training image is therefore sent as 150,528 bytes of uint8 instead
-of 602,112 bytes of float32.
+A service sends windows to its loaders. The window of a training image is its random crop of 224 × 224 pixels, or its
+random region, resized to a square. In evaluation, the window is the centre crop for views=1, and the complete central
+square for ten views and for views="square". The engine of the loader makes the image from the window: the engine flips
+the window, adds the colour noise, subtracts the mean and converts to float32. A training image is therefore sent as
+150,528 bytes of uint8 instead of 602,112 bytes of float32.
 
 The workers of the service use WindowMaker. A loader that has lost its service also uses WindowMaker, but with the local
 store.
@@ -21,10 +21,10 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.engines import kernels
-from pipeline.engines.kernels import BatchJob
+from pipeline.engines.kernels import BatchJob, cut_window
 from pipeline.records import RecordBatch, Records
+from pipeline.sampling import choose_regions
 from prep.images.central_square import central_offset
-from prep.images.jpeg import decode_jpeg
 from prep.store.manifest import Store, StoreError
 
 NewArray = Callable[[tuple[int, ...]], npt.NDArray[np.uint8]]
@@ -40,6 +40,11 @@ class WindowRequest:
     offset: npt.NDArray[np.int32]  # (N, 2): row and column of each window in the central square
     window_px: int  # side of the windows
     with_sources: bool = False  # whether the source paths of the records are requested too
+    # Random numbers of regions that are resized to windows, (N, 11, 2) (pipeline.sampling.draw_regions), and the
+    # argument `ratio` of choose_regions. None: the windows are crops. The worker chooses the regions, because it knows
+    # the sizes of the records. `offset` is then not used.
+    regions: npt.NDArray[np.float64] | None = None
+    ratio: tuple[float, float] | None = None
 
     @classmethod
     def joined(cls, requests: Sequence[WindowRequest]) -> WindowRequest:
@@ -47,7 +52,9 @@ class WindowRequest:
         first = requests[0]
         numbers = np.concatenate([request.numbers for request in requests])
         offset = np.concatenate([request.offset for request in requests])
-        return cls(first.split, numbers, offset, first.window_px, first.with_sources)
+        parts = [request.regions for request in requests if request.regions is not None]
+        regions = np.concatenate(parts) if parts else None
+        return cls(first.split, numbers, offset, first.window_px, first.with_sources, regions, first.ratio)
 
     @property
     def window_bytes(self) -> int:
@@ -103,10 +110,15 @@ class WindowMaker:
         if source is None:
             source = self._records.setdefault(request.split, Records(self._store, request.split))
         records = source.batch(request.numbers)
-        corner = central_offset(records.sizes, self._store.settings.side_px) + request.offset
+        extent = None
+        if request.regions is None or request.ratio is None:
+            corner = central_offset(records.sizes, self._store.settings.side_px) + request.offset
+        else:
+            boxes = choose_regions(request.regions, records.sizes, request.ratio)
+            corner, extent = boxes[:, :2], boxes[:, 2:]
         shape = (len(request.numbers), request.window_px, request.window_px, 3)
         out = np.empty(shape, np.uint8) if new_array is None else new_array(shape)
-        failed = self._cut(records, corner, out)
+        failed = self._cut(records, corner, extent, out)
         source.check_maps()
         if failed < len(request.numbers):
             number = int(request.numbers[failed])
@@ -121,14 +133,20 @@ class WindowMaker:
         for records in self._records.values():
             records.close()
 
-    def _cut(self, records: RecordBatch, corner: npt.NDArray[np.int32], out: npt.NDArray[np.uint8]) -> int:
-        """Write the N windows to `out`.
+    def _cut(
+        self,
+        records: RecordBatch,
+        corner: npt.NDArray[np.int32],
+        extent: npt.NDArray[np.int32] | None,
+        out: npt.NDArray[np.uint8],
+    ) -> int:
+        """Write the N windows to `out`: squares that begin at `corner`, or resized regions of the size `extent`.
 
         Returns the index of the first record that cannot be decoded; N if all records can be decoded.
         """
         kernel = kernels.native
         if kernel is None or not (records.is_raw or kernel.jpeg):
-            return self._cut_without_kernel(records, corner, out)
+            return self._cut_without_kernel(records, corner, extent, out)
         job = BatchJob.of_squares(
             None if records.is_raw else kernel.jpeg,
             records.addresses,
@@ -136,6 +154,7 @@ class WindowMaker:
             records.sizes,
             corner[:, None],
             out[:, None],
+            None if extent is None else extent[:, None],
         )
         threads = min(self._threads, len(out))
         for done in [self._pool.submit(kernel.copy_squares, job) for _ in range(threads)]:
@@ -143,20 +162,17 @@ class WindowMaker:
         return int(job.failed)
 
     def _cut_without_kernel(
-        self, records: RecordBatch, corner: npt.NDArray[np.int32], out: npt.NDArray[np.uint8]
+        self,
+        records: RecordBatch,
+        corner: npt.NDArray[np.int32],
+        extent: npt.NDArray[np.int32] | None,
+        out: npt.NDArray[np.uint8],
     ) -> int:
         """Do the same as `_cut` without the C kernel. simplejpeg decodes complete images, which takes longer."""
-        payloads, corners, side = records.payloads(), corner.tolist(), out.shape[1]
+        payloads = records.payloads()
 
         def cut(index: int) -> bool:
-            payload, (y, x) = payloads[index], corners[index]
-            try:
-                pixels = payload if records.is_raw else decode_jpeg(payload.tobytes())
-            except ValueError:
-                return False
-            if min(y, x) < 0 or y + side > pixels.shape[0] or x + side > pixels.shape[1]:
-                return False
-            out[index] = pixels[y : y + side, x : x + side]
-            return True
+            box = None if extent is None else extent[index]
+            return cut_window(payloads[index], records.is_raw, corner[index], box, out[index])
 
         return next((k for k, is_cut in enumerate(self._pool.map(cut, range(len(out)))) if not is_cut), len(out))

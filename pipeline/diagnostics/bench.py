@@ -183,7 +183,7 @@ class _DaliDecodeEngine:
         return decode_crop(self._placement, CROP_PX)
 
     def graph_inputs(self, records: RecordBatch, crops: Crops) -> dict[str, Any]:
-        return decode_inputs(records, crops.origin + crops.offset[:, 0])
+        return decode_inputs(records, crops)
 
     def start(self, records: RecordBatch, crops: Crops) -> Any:
         """This method is never called, because the prefetcher runs the DALI graph."""

@@ -1,9 +1,9 @@
 """Decoding and augmentation on a CPU: threads that each run the C kernel, without DALI.
 
-The kernel decodes the part of a JPEG file that the crops need, then crops, flips and normalizes while the pixels are in
-the CPU's cache. Raw records are cropped directly from the mapped store. All threads work on the same batch. A thread
-that finds no further record in this batch begins the next batch. No thread therefore waits for others at the end of a
-batch. Each thread runs Python code once for each batch, not for each image (docs/measurements.md).
+The kernel decodes the part of a JPEG file that the crops need, then crops or resizes, flips and normalizes while the
+pixels are in the CPU's cache. Raw records are cropped directly from the mapped store. All threads work on the same
+batch. A thread that finds no further record in this batch begins the next batch. No thread therefore waits for others
+at the end of a batch. Each thread runs Python code once for each batch, not for each image (docs/measurements.md).
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class CpuEngine:
         """
         self._kernel, self._threads, self._decode_only = kernel, threads, decode_only
         self._views, self._layout, self._dtype = output.views, output.layout, output.dtype
-        self._scale = 1 / output.divisor
+        self._scale = 1 / (output.divisor * augmenter.std_rgb)  # (3,)
         self._side_px, self._jpeg = augmenter.side_px, None if augmenter.is_raw else kernel.jpeg
         self._is_aligned = augmenter.augmentation.mean == "aligned"
         self._crop_px, self._max_offset_px = output.crop_px, augmenter.side_px - output.crop_px
@@ -100,6 +100,7 @@ class CpuEngine:
             self._layout,
             self._scale,
             images,
+            crops.extent,
         )
         threads = min(self._threads, len(records.numbers))
         futures = [self._pool.submit(self._kernel.make_images, job) for _ in range(threads)]

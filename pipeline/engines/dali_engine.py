@@ -36,34 +36,36 @@ class OutputFormat(NamedTuple):
     divisor: float = 1.0  # the finished image is divided by this number
     dtype: torch.dtype = torch.float32
     crop_px: int = CROP_PX  # side of the crops; for views="square", side of the central square
+    is_resized: bool = False  # whether the crops are regions that are resized to crop_px (Crops.extent)
 
 
-def decode_crop(placement: Placement, size_px: int) -> Node:
+def decode_crop(placement: Placement, size_px: int, is_resized: bool = False) -> Node:
     """Decode a square of `size_px` from each JPEG file to uint8 HWC.
 
+    If `is_resized`, a region of each file is decoded, and resized to the square by DALI's antialiased bilinear filter.
     The function decode_inputs returns the inputs of the decoder.
     """
     fn, types = dali().fn, dali().types
     on_gpu = {} if placement.device_id is None else {"hw_decoder_load": _HW_DECODER_LOAD}
-    return fn.decoders.image_slice(  # the decoder stops after the last row of the square
+    image = fn.decoders.image_slice(  # the decoder stops after the last row of the square
         external_source("jpeg", types.UINT8, 1),
         device=placement.decoder_device,
         start=external_source("start", types.INT32, 1),
-        shape=[size_px] * 2,
+        shape=external_source("extent", types.INT32, 1) if is_resized else [size_px] * 2,
         axes=[0, 1],
         output_type=types.RGB,
         jpeg_fancy_upsampling=True,  # a GPU then interpolates the colour channels as libjpeg-turbo does
         adjust_orientation=False,
         **on_gpu,
     )
+    return fn.resize(image, size=[size_px] * 2, interp_type=types.INTERP_LINEAR) if is_resized else image
 
 
-def decode_inputs(records: RecordBatch, start: npt.NDArray[np.int32]) -> dict[str, Any]:
-    """Return the inputs of decode_crop.
-
-    `start` is (N, 2): the row and the column at which each decoded square begins.
-    """
-    return {"jpeg": tensor_list(records.payloads()), "start": start}
+def decode_inputs(records: RecordBatch, crops: Crops, views: int = 1) -> dict[str, Any]:
+    """Return the inputs of decode_crop. For ten views, the central square is decoded, and otherwise the crop."""
+    start = crops.origin if views > 1 else crops.origin + crops.offset[:, 0]
+    extent = {} if crops.extent is None else {"extent": np.ascontiguousarray(crops.extent[:, 0])}
+    return {"jpeg": tensor_list(records.payloads()), "start": np.ascontiguousarray(start), **extent}
 
 
 def tensor_list(arrays: Sequence[npt.NDArray[np.uint8]], layout: str = "") -> Any:
@@ -91,7 +93,8 @@ class DaliEngine:
     def __init__(self, augmenter: Augmenter, placement: Placement, output: OutputFormat, stream: DeviceStream) -> None:
         self.stream = stream
         self._augmenter, self._placement, self._views = augmenter, placement, output.views
-        self._layout, self._divisor, self._dtype = output.layout[1:], output.divisor, output.dtype
+        self._layout, self._dtype, self._is_resized = output.layout[1:], output.dtype, output.is_resized
+        self._divisor = output.divisor * augmenter.std_rgb  # (3,)
         self._crop_px, self._max_offset_px = output.crop_px, augmenter.side_px - output.crop_px
         self._fn, self._types = dali().fn, dali().types
 
@@ -108,7 +111,7 @@ class DaliEngine:
             y, x = _relative(start, records.sizes - self._crop_px)
             inputs = {"pixels": tensor_list(records.payloads(), "HWC"), "y": y, "x": x}
         else:
-            inputs = decode_inputs(records, start)
+            inputs = decode_inputs(records, crops, self._views)
         if self._views == 1:
             inputs |= {"flip": np.ascontiguousarray(crops.flip[:, 0]), "mean": np.ascontiguousarray(-crops.shift)}
             if self._augmenter.augmentation.mean == "aligned":
@@ -150,7 +153,7 @@ class DaliEngine:
         """Return uint8 HWC pixels: a decoded square of `size_px` (JPEG records), or the input `pixels` (raw)."""
         if self._augmenter.is_raw:
             return self._placement.to_device(external_source("pixels", self._types.UINT8, 3, "HWC"))
-        return decode_crop(self._placement, size_px)
+        return decode_crop(self._placement, size_px, self._is_resized)
 
     def _single_crop(self) -> Node:
         types = self._types
@@ -176,7 +179,7 @@ class DaliEngine:
             image = self._normalize(square, flip, self._augmenter.mean_rgb.tolist(), position)
             if self._augmenter.augmentation.mean == "aligned":
                 assert self._augmenter.mean_image is not None
-                mean = self._augmenter.mean_image[y : y + CROP_PX, x : x + CROP_PX] / self._divisor
+                mean = self._augmenter.mean_image[y : y + self._crop_px, x : x + self._crop_px] / self._divisor
                 views.append(image - self._constant(mean[:, ::-1] if flip else mean))
             else:
                 views.append(self._subtract_centre(image))
@@ -194,7 +197,7 @@ class DaliEngine:
             image,
             mirror=flip,
             mean=mean,
-            std=[self._divisor] * 3,
+            std=self._divisor.tolist(),
             dtype=self._types.FLOAT,
             output_layout=self._layout,
             **crop,

@@ -53,11 +53,14 @@ def choose_engine(augmenter: Augmenter, placement: Placement, output: OutputForm
     """Return the engine for a device.
 
     On a GPU, the engine is a RawGpuEngine for raw records and a DaliEngine for JPEG records. On a CPU, the engine is a
-    CpuEngine if the C kernel can read the records (pipeline.engines.kernels), otherwise a DaliEngine.
+    CpuEngine if the C kernel can read the records (pipeline.engines.kernels). Otherwise, the engine is a RawGpuEngine
+    if regions are resized, and a DaliEngine if not.
     """
     kernel, stream = kernels.native, open_stream(placement)
     if placement.device_id is not None and augmenter.is_raw:
         return RawGpuEngine(augmenter, stream, output, threads)
     if placement.device_id is None and kernel is not None and (augmenter.is_raw or kernel.jpeg is not None):
         return CpuEngine(augmenter, kernel, output, threads)
+    if placement.device_id is None and output.is_resized:
+        return RawGpuEngine(augmenter, stream, output, threads)
     return DaliEngine(augmenter, placement, output, stream)

@@ -21,19 +21,20 @@ _ELEMENTS = 1024  # number of elements that a program of the Triton kernel write
 
 
 class CropFinisher:
-    """Computes (pixel + shift − mean) / divisor, the formula of pipeline.augment, for V crops of each square."""
+    """Computes the formula of pipeline.augment for V crops of each square."""
 
     def __init__(self, augmenter: Augmenter, output: OutputFormat, square_px: int, stream: DeviceStream) -> None:
         """Compile the Triton kernel and compare it with the operators. `square_px` is the side of the squares."""
         self._square_px, self._side_px, self._views = square_px, output.crop_px, output.views
         self._layout, self._dtype = output.layout, output.dtype
-        self._scale = float(np.float32(1 / output.divisor))  # kernels.c multiplies by the same number
+        # (3,): kernels.c multiplies R, G and B by the same numbers
+        self._scale = stream.upload(torch.from_numpy((1 / (output.divisor * augmenter.std_rgb)).astype(np.float32)))
         self._max_offset_px = augmenter.side_px - output.crop_px
         self._is_aligned = augmenter.augmentation.mean == "aligned"
         self._mean = torch.empty(0, device=stream.device)  # the mean image (side, side, 3), or an empty tensor
         if augmenter.mean_image is not None:
             self._mean = stream.upload(torch.from_numpy(augmenter.mean_image.astype(np.float32)))
-            stream.record().wait()
+        stream.record().wait()
         self._use_triton = self._triton_works(stream)
 
     def shape(self, records: int) -> tuple[int, ...]:

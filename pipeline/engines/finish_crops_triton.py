@@ -34,4 +34,5 @@ def finish_elements(
         y = tl.load(window + 3) + row
         x = tl.load(window + 4) + tl.where(tl.load(window + 5) != 0, mirrored, column)
         value -= tl.load(mean + (y * MEAN_SIDE + x) * 3 + channel, mask=inside, other=0.0)
-    tl.store(out + crop * (3 * SIDE * SIDE) + i, (value * scale).to(out.dtype.element_ty), mask=inside)
+    value *= tl.load(scale + channel, mask=inside, other=0.0)
+    tl.store(out + crop * (3 * SIDE * SIDE) + i, value.to(out.dtype.element_ty), mask=inside)

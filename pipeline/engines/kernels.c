@@ -1,5 +1,6 @@
-/* Decode, crop, flip and normalize images on the CPU, by the formula of pipeline/augment.py. Other functions of this
- * file copy squares of records unchanged, for a GPU or for the service. kernels.py calls all functions. */
+/* Decode, crop or resize, flip and normalize images on the CPU, by the formula of pipeline/augment.py. Other functions
+ * of this file copy or resize crops without flip and normalization, for a GPU or for the service. kernels.py calls all
+ * functions. */
 
 #include <setjmp.h>
 #include <stdint.h>
@@ -12,6 +13,8 @@
 #define EACH_CPU
 #endif
 #define INLINE static inline __attribute__((always_inline))
+
+#include "resample.h"
 
 typedef struct {
     const uint8_t *pixels; /* address of the crop's upper left pixel, RGB */
@@ -30,9 +33,9 @@ INLINE void split(const uint8_t *restrict pixels, int64_t side, uint8_t *restric
 /* The product is the last operation, so no compiler fuses it with an addition: every compiler gives the same bits. */
 INLINE float augment(uint8_t pixel, float shift, float mean, float scale) { return (pixel + shift - mean) * scale; }
 
-/* Write `count` crops of side * side pixels to `out` (count, 3, side, side). In the mean image, rows are mean_side
- * floats apart and channels mean_side * mean_side. */
-EACH_CPU void crop_nchw(const crop *crops, int64_t count, int64_t side, int64_t mean_side, float scale,
+/* Write `count` crops of side * side pixels to `out` (count, 3, side, side). R, G and B are multiplied by scales[0],
+ * scales[1] and scales[2]. In the mean image, rows are mean_side floats apart and channels mean_side * mean_side. */
+EACH_CPU void crop_nchw(const crop *crops, int64_t count, int64_t side, int64_t mean_side, const float *scales,
                         float *restrict out) {
     uint8_t rows[3 * side];
     for (const crop *cur = crops; cur < crops + count; cur++, out += 3 * side * side)
@@ -40,7 +43,7 @@ EACH_CPU void crop_nchw(const crop *crops, int64_t count, int64_t side, int64_t 
             split(cur->pixels + i * cur->stride, side, rows);
             for (int64_t c = 0; c < 3; c++) {
                 const uint8_t *restrict row = rows + c * side;
-                const float shift = cur->shift[c], *restrict mean = cur->mean + (c * mean_side + i) * mean_side;
+                const float shift = cur->shift[c], scale = scales[c], *restrict mean = cur->mean + (c * mean_side + i) * mean_side;
                 float *restrict line = out + (c * side + i) * side;
                 if (cur->mean && cur->flip)
                     for (int64_t j = 0; j < side; j++)
@@ -59,10 +62,12 @@ EACH_CPU void crop_nchw(const crop *crops, int64_t count, int64_t side, int64_t 
 }
 
 /* Write `count` crops to `out` (count, side, side, 3). In the mean image, rows are 3 * mean_side floats apart. */
-EACH_CPU void crop_nhwc(const crop *crops, int64_t count, int64_t side, int64_t mean_side, float scale,
+EACH_CPU void crop_nhwc(const crop *crops, int64_t count, int64_t side, int64_t mean_side, const float *scales,
                         float *restrict out) {
     uint8_t rows[3 * side], mirrored[3 * side];
-    float shifts[3 * side];
+    float shifts[3 * side], scale[3 * side];
+    for (int64_t j = 0; j < 3 * side; j++)
+        scale[j] = scales[j % 3];
     for (const crop *cur = crops; cur < crops + count; cur++) {
         for (int64_t j = 0; j < 3 * side; j++)
             shifts[j] = cur->shift[j % 3];
@@ -78,10 +83,10 @@ EACH_CPU void crop_nhwc(const crop *crops, int64_t count, int64_t side, int64_t 
             }
             if (cur->mean)
                 for (int64_t j = 0; j < 3 * side; j++)
-                    out[j] = augment(row[j], shifts[j], mean[j], scale);
+                    out[j] = augment(row[j], shifts[j], mean[j], scale[j]);
             else
                 for (int64_t j = 0; j < 3 * side; j++)
-                    out[j] = augment(row[j], shifts[j], 0, scale);
+                    out[j] = augment(row[j], shifts[j], 0, scale[j]);
         }
     }
 }
@@ -126,13 +131,29 @@ typedef struct {
     void (*destroy)(jpeg_decoder *);
 } jpeg_library;
 
-/* Decoder of one thread, and its memory for pixels. */
+/* Memory that grows when it is too small. */
+typedef struct {
+    uint8_t *at;
+    int64_t bytes;
+} memory;
+
+/* Make room for `bytes` bytes. The contents are lost. Returns 0 if there is no memory. */
+static int reserve(memory *self, int64_t bytes) {
+    if (self->bytes >= bytes)
+        return 1;
+    free(self->at);
+    self->at = malloc(bytes);
+    self->bytes = self->at ? bytes : 0;
+    return self->at != 0;
+}
+
+/* Decoder of one thread, and its memory: for decoded pixels, for the window of one image, and for resizing. */
 typedef struct {
     const jpeg_library *jpeg;
     jpeg_errors errors;
     jpeg_decoder decoder;
-    uint8_t *pixels;
-    int64_t bytes, is_created;
+    memory pixels, window, resizing;
+    int64_t is_created;
 } worker;
 
 static void fail(void *decoder) { longjmp(((jpeg_errors *)((jpeg_decoder *)decoder)->errors)->on_error, 1); }
@@ -174,21 +195,16 @@ static const uint8_t *decode(worker *self, const uint8_t *file, int64_t bytes, i
     if (top > 0)
         jpeg->skip(decoder, top);
     const int64_t rows = bottom - top, row_bytes = 3 * (int64_t)width;
-    if (self->bytes < rows * row_bytes) {
-        free(self->pixels);
-        self->bytes = 0;
-        if (!(self->pixels = malloc(rows * row_bytes)))
-            fail(decoder);
-        self->bytes = rows * row_bytes;
-    }
+    if (!reserve(&self->pixels, rows * row_bytes))
+        fail(decoder);
     uint8_t *row[rows];
     for (int64_t i = 0; i < rows; i++)
-        row[i] = self->pixels + i * row_bytes;
+        row[i] = self->pixels.at + i * row_bytes;
     for (int64_t i = 0; i < rows;)
         i += jpeg->read(decoder, row + i, rows - i);
     jpeg->abort(decoder);
     *stride = row_bytes;
-    return self->pixels + 3 * (left - first);
+    return self->pixels.at + 3 * (left - first);
 }
 
 /* A batch: N records and V crops of each record. Several threads work on one batch at the same time. */
@@ -201,13 +217,17 @@ typedef struct {
     const int64_t *payload_bytes;  /* (N) */
     const int32_t *size;           /* (N, 2): height and width */
     const int32_t *position;       /* (N, V, 2): row and column of each crop in its image */
+    const int32_t *extent;         /* (N, V, 2): height and width of each crop, which is resized; null: side * side */
     const int32_t *flip;           /* (N, V) */
     const float *shift;            /* (N, 3) */
     const float *const *mean;      /* (N, V): mean to subtract, as in `crop`; null: no mean */
     float *out;                    /* (N, V, ...): the images; null: only decode */
     int32_t channels_last;
-    float scale;
+    float scale[3]; /* R, G, B */
 } batch;
+
+INLINE int64_t height_of(const batch *b, int64_t n) { return b->extent ? b->extent[2 * n] : b->side; }
+INLINE int64_t width_of(const batch *b, int64_t n) { return b->extent ? b->extent[2 * n + 1] : b->side; }
 
 /* Decode the part of record k that its crops need. Returns the address of the pixel at row *top and column *left of the
  * image, and sets *stride. Raw records are not copied. Returns null if the record cannot be decoded. */
@@ -217,12 +237,21 @@ static const uint8_t *find_pixels(worker *self, const batch *b, int64_t k, int64
     if (!b->jpeg)
         return b->payload[k];
     int64_t bottom = *top = position[0], right = *left = position[1];
-    for (int64_t v = 0; v < b->views; v++) {
+    for (int64_t v = 0, n = k * b->views; v < b->views; v++, n++) {
         const int64_t y = position[2 * v], x = position[2 * v + 1];
-        *top = y < *top ? y : *top, bottom = y > bottom ? y : bottom;
-        *left = x < *left ? x : *left, right = x > right ? x : right;
+        *top = y < *top ? y : *top, bottom = y + height_of(b, n) > bottom ? y + height_of(b, n) : bottom;
+        *left = x < *left ? x : *left, right = x + width_of(b, n) > right ? x + width_of(b, n) : right;
     }
-    return decode(self, b->payload[k], b->payload_bytes[k], *top, bottom + b->side, *left, right + b->side, stride);
+    return decode(self, b->payload[k], b->payload_bytes[k], *top, bottom, *left, right, stride);
+}
+
+/* Resize crop n, whose upper left pixel is at `pixels`, to `out` (side, side, 3). Returns 0 if there is no memory. */
+static int resize_crop(worker *self, const batch *b, int64_t n, const uint8_t *pixels, int64_t stride, uint8_t *out) {
+    const int64_t height = height_of(b, n), width = width_of(b, n);
+    if (!reserve(&self->resizing, resize_bytes(height, width, b->side)))
+        return 0;
+    resize(pixels, stride, height, width, b->side, self->resizing.at, out);
+    return 1;
 }
 
 /* Make the images of record k. Returns 0 if the record cannot be decoded. */
@@ -234,9 +263,16 @@ static int make_record(worker *self, const batch *b, int64_t k) {
         return 0;
     for (int64_t v = 0, n = k * b->views; b->out && v < b->views; v++, n++) {
         const float *shift = b->shift + 3 * k;
+        const uint8_t *start = pixels + (position[2 * v] - top) * stride + 3 * (position[2 * v + 1] - left);
+        if (b->extent) {
+            if (!reserve(&self->window, 3 * b->side * b->side) ||
+                !resize_crop(self, b, n, start, stride, self->window.at))
+                return 0;
+            start = self->window.at;
+        }
         const crop one = {
-            .pixels = pixels + (position[2 * v] - top) * stride + 3 * (position[2 * v + 1] - left),
-            .stride = stride,
+            .pixels = start,
+            .stride = b->extent ? 3 * b->side : stride,
             .mean = b->mean ? b->mean[n] : 0,
             .shift = {shift[0], shift[1], shift[2]},
             .flip = b->flip[n],
@@ -247,8 +283,7 @@ static int make_record(worker *self, const batch *b, int64_t k) {
     return 1;
 }
 
-/* Copy the crops of record k unchanged to `out`, as bytes (V, side, side, 3). Returns 0 if the record cannot be
- * decoded. */
+/* Copy or resize the crops of record k to `out`, as bytes (V, side, side, 3). Returns 0 if the record cannot be decoded. */
 static int copy_record(worker *self, const batch *b, int64_t k) {
     const int64_t row_bytes = 3 * b->side;
     int64_t stride, top, left;
@@ -258,6 +293,11 @@ static int copy_record(worker *self, const batch *b, int64_t k) {
     for (int64_t n = k * b->views; n < (k + 1) * b->views; n++) {
         const uint8_t *pixels = image + (b->position[2 * n] - top) * stride + 3 * (b->position[2 * n + 1] - left);
         uint8_t *square = (uint8_t *)b->out + n * b->side * row_bytes;
+        if (b->extent) {
+            if (!resize_crop(self, b, n, pixels, stride, square))
+                return 0;
+            continue;
+        }
         for (int64_t i = 0; i < b->side; i++)
             memcpy(square + i * row_bytes, pixels + i * stride, row_bytes);
     }
@@ -279,12 +319,12 @@ static void work(batch *b, int (*make)(worker *, const batch *, int64_t)) {
         }
     if (self.is_created)
         b->jpeg->destroy(&self.decoder);
-    free(self.pixels);
+    free(self.pixels.at), free(self.window.at), free(self.resizing.at);
 }
 
 /* Make the images of a batch. The threads of a batch each call this function once. */
 void make_images(batch *b) { work(b, make_record); }
 
-/* Copy the crops of a batch unchanged to `out`, as bytes (N, V, side, side, 3). The threads of a batch each call this
+/* Copy or resize the crops of a batch to `out`, as bytes (N, V, side, side, 3). The threads of a batch each call this
  * function once. */
 void copy_squares(batch *b) { work(b, copy_record); }

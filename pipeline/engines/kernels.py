@@ -1,4 +1,4 @@
-"""Python interface of kernels.c, the C kernel that decodes, crops, flips and normalizes images on a CPU.
+"""Python interface of kernels.c, the C kernel that decodes, crops or resizes, flips and normalizes images on a CPU.
 
 `native` is None if the library is not compiled, fails its self-test or is switched off (prep/compiled.py). Streams on a
 CPU then use DALI, whose operator crop_mirror_normalize takes two to three times as long as the C kernel.
@@ -53,10 +53,10 @@ class BatchJob(ctypes.Structure):
         ("next", ctypes.c_int64),
         ("failed", ctypes.c_int64),
         *((name, ctypes.c_int64) for name in ("records", "views", "side", "mean_side")),
-        *((name, ctypes.c_void_p) for name in ("jpeg", "payload", "payload_bytes", "size", "position")),
+        *((name, ctypes.c_void_p) for name in ("jpeg", "payload", "payload_bytes", "size", "position", "extent")),
         *((name, ctypes.c_void_p) for name in ("flip", "shift", "mean", "out")),
         ("channels_last", ctypes.c_int32),
-        ("scale", ctypes.c_float),
+        ("scale", ctypes.c_float * 3),
     )
 
     def __init__(
@@ -72,8 +72,9 @@ class BatchJob(ctypes.Structure):
         mean_side_px: int,
         side_px: int,
         layout: str,
-        scale: float,
+        scale: npt.ArrayLike,
         out: npt.NDArray[np.float32] | npt.NDArray[np.uint8] | None,
+        extent: npt.NDArray[np.int32] | None = None,
     ) -> None:
         """Describe a batch. The addresses are not checked: each address must point to memory that is large enough.
 
@@ -88,17 +89,18 @@ class BatchJob(ctypes.Structure):
         mean_side_px   side of the square mean image
         side_px        side of the crops
         layout         layout of `out` and of the mean image: "NCHW" or "NHWC"
-        scale          number by which the finished image is multiplied
+        scale          number by which the finished image is multiplied, or three numbers: for R, G and B
         out            (N · V, 3, side, side) or (N · V, side, side, 3); None: the records are only decoded
+        extent         (N, V, 2): height and width of each crop, which is resized to `side_px`; None: nothing is resized
         """
-        arrays = [payload, payload_bytes, size, position, flip, shift, mean, out]
+        arrays = [payload, payload_bytes, size, position, extent, flip, shift, mean, out]
         # This attribute keeps the arrays alive.
         self.arrays = [None if array is None else np.ascontiguousarray(array) for array in arrays]
         pointers = [None if array is None else address(array) for array in self.arrays]
         count, views = flip.shape
         decoder = None if jpeg is None else ctypes.addressof(jpeg)
         is_nhwc = int(layout == "NHWC")
-        super().__init__(0, count, count, views, side_px, mean_side_px, decoder, *pointers, is_nhwc, scale)
+        super().__init__(*(0, count, count, views, side_px, mean_side_px, decoder, *pointers, is_nhwc), _three(scale))
 
     @classmethod
     def of_squares(
@@ -109,6 +111,7 @@ class BatchJob(ctypes.Structure):
         size: npt.NDArray[np.int32],
         position: npt.NDArray[np.int32],
         out: npt.NDArray[np.uint8],
+        extent: npt.NDArray[np.int32] | None = None,
     ) -> BatchJob:
         """Return a batch for NativeKernels.copy_squares; `out` is uint8 (N, V, side, side, 3).
 
@@ -116,12 +119,18 @@ class BatchJob(ctypes.Structure):
         """
         count, views, side = out.shape[:3]
         nothing, no_shift = np.zeros((count, views), np.int32), np.zeros((count, 3), np.float32)
-        return cls(jpeg, payload, payload_bytes, size, position, nothing, no_shift, None, 0, side, "NHWC", 1.0, out)
+        images = (payload, payload_bytes, size, position, nothing, no_shift)
+        return cls(jpeg, *images, None, 0, side, "NHWC", 1.0, out, extent)
 
 
 def address(array: npt.NDArray[Any]) -> int:
     """Return the address of the first item of an array."""
     return int(array.__array_interface__["data"][0])
+
+
+def _three(numbers: npt.ArrayLike) -> ctypes.Array[ctypes.c_float]:
+    """Return one number three times, or three numbers, as float32."""
+    return (ctypes.c_float * 3)(*np.broadcast_to(numbers, 3).tolist())
 
 
 class NativeKernels:
@@ -133,7 +142,7 @@ class NativeKernels:
         self._crop = {"NCHW": library.crop_nchw, "NHWC": library.crop_nhwc}
         pointer, number = ctypes.c_void_p, ctypes.c_int64
         for function in self._crop.values():
-            function.argtypes = [pointer, number, number, number, ctypes.c_float, pointer]
+            function.argtypes = [pointer, number, number, number, pointer, pointer]
             function.restype = None
         self._make_images = library.make_images
         self._make_images.argtypes = [ctypes.POINTER(BatchJob)]
@@ -154,7 +163,7 @@ class NativeKernels:
         self._make_images(job)
 
     def copy_squares(self, job: BatchJob) -> None:
-        """Copy the crops of the records unchanged to the uint8 array `out` of the job, without flip, shift and mean.
+        """Copy or resize the crops of the records to the uint8 array `out` of the job, without flip, shift and mean.
 
         Each thread of the batch calls this method once. job.failed is set as by make_images.
         """
@@ -165,7 +174,7 @@ class NativeKernels:
         crops: npt.NDArray[np.void],
         layout: str,
         mean_side_px: int,
-        scale: float,
+        scale: npt.ArrayLike,
         out: npt.NDArray[np.float32],
     ) -> None:
         """Write (pixel + shift − mean) · scale for the pixels of each crop to `out`.
@@ -177,7 +186,8 @@ class NativeKernels:
         out           (N, 3, side, side) or (N, side, side, 3)
         """
         side = out.shape[2]
-        self._crop[layout](crops.ctypes.data, len(crops), side, mean_side_px, scale, out.ctypes.data)
+        scales = _three(scale)
+        self._crop[layout](crops.ctypes.data, len(crops), side, mean_side_px, ctypes.addressof(scales), out.ctypes.data)
 
 
 def is_correct(kernel: NativeKernels) -> bool:
@@ -185,6 +195,7 @@ def is_correct(kernel: NativeKernels) -> bool:
     rng = np.random.default_rng(0)
     image = rng.integers(0, 256, (47, 53, 3), dtype=np.uint8)
     side, mean = 37, (255 * rng.random((41, 41, 3))).astype(np.float32)
+    scale = np.array([0.5, 0.25, 2.0], np.float32)
     for layout, (flip, with_mean) in product(("NCHW", "NHWC"), product((0, 1), (0, 1))):
         mean_in_layout = np.ascontiguousarray(mean.transpose(2, 0, 1) if layout == "NCHW" else mean)
         crops = np.zeros(2, CROP_DTYPE)
@@ -193,26 +204,68 @@ def is_correct(kernel: NativeKernels) -> bool:
         crops["stride"], crops["shift"], crops["flip"] = 53 * 3, shifts, flip
         crops["mean"] = with_mean * (mean_in_layout.ctypes.data + (4 * 41 + 2) * (4 if layout == "NCHW" else 12))
         out = np.full((2, 3, side, side) if layout == "NCHW" else (2, side, side, 3), np.nan, np.float32)
-        kernel.crop(crops, layout, 41, 0.5, out)
+        kernel.crop(crops, layout, 41, scale, out)
         for (y, x), shift, result in zip(positions, shifts, out, strict=True):
             pixels = image[y : y + side, x : x + side][:, :: -1 if flip else 1]
-            expected = (pixels + shift - with_mean * mean[4 : 4 + side, 2 : 2 + side]) * np.float32(0.5)
+            expected = (pixels + shift - with_mean * mean[4 : 4 + side, 2 : 2 + side]) * scale
             if not np.array_equal(result.transpose(1, 2, 0) if layout == "NCHW" else result, expected):
                 return False
     return _copies_correctly(kernel, image)
 
 
 def _copies_correctly(kernel: NativeKernels, image: npt.NDArray[np.uint8]) -> bool:
-    """Return True if the library copies a few squares of an image correctly."""
-    side, position = 31, np.array([[(0, 0), (16, 22)], [(3, 5), (15, 1)]], np.int32)
-    out = np.zeros((2, 2, side, side, 3), np.uint8)
-    sizes = np.full((2, 2), image.shape[:2], np.int32)
-    job = BatchJob.of_squares(
-        None, np.full(2, address(image), np.uint64), np.full(2, image.nbytes), sizes, position, out
-    )
-    kernel.copy_squares(job)
-    squares = [image[y : y + side, x : x + side] for y, x in position.reshape(-1, 2).tolist()]
-    return bool(np.array_equal(out.reshape(4, side, side, 3), squares))
+    """Return True if the library copies and resizes a few rectangles of an image correctly."""
+    position = np.array([[(0, 0), (16, 22)], [(3, 5), (15, 1)]], np.int32)
+    extents = np.array([[(47, 53), (20, 31)], [(44, 9), (1, 52)]], np.int32)
+    sizes, addresses = np.full((2, 2), image.shape[:2], np.int32), np.full(2, address(image), np.uint64)
+    for side, extent in product((31, 9), (None, extents)):
+        out = np.zeros((2, 2, side, side, 3), np.uint8)
+        job = BatchJob.of_squares(None, addresses, np.full(2, image.nbytes), sizes, position, out, extent)
+        kernel.copy_squares(job)
+        lengths = np.full_like(extents, side) if extent is None else extents
+        parts = zip(position.reshape(-1, 2).tolist(), lengths.reshape(-1, 2).tolist(), strict=True)
+        expected = [resized(image[y : y + height, x : x + width], side) for (y, x), (height, width) in parts]
+        if not np.array_equal(out.reshape(4, side, side, 3), expected):
+            return False
+    return True
+
+
+def resized(pixels: npt.NDArray[np.uint8], side_px: int) -> npt.NDArray[np.uint8]:
+    """Return `pixels` (H, W, 3) resized to (side_px, side_px, 3) by Pillow's antialiased bilinear filter.
+
+    The C kernel gives the same bits. Rows are resized before columns, in two calls, because the order of the two passes
+    within one call depends on the version of Pillow.
+    """
+    from PIL import Image  # loaded only when a loader is opened
+
+    rows = Image.fromarray(pixels).resize((side_px, len(pixels)), Image.Resampling.BILINEAR)
+    return np.asarray(rows.resize((side_px, side_px), Image.Resampling.BILINEAR))
+
+
+def cut_window(
+    payload: npt.NDArray[np.uint8],
+    is_raw: bool,
+    corner: npt.NDArray[np.int32],
+    extent: npt.NDArray[np.int32] | None,
+    out: npt.NDArray[np.uint8],
+) -> bool:
+    """Write a window of one record to `out` (side, side, 3), without the C kernel. Returns False for a bad JPEG file.
+
+    payload  RGB pixels (H, W, 3) if `is_raw`, otherwise the bytes of a JPEG file
+    corner   row and column at which the window begins
+    extent   height and width of a region that is resized to the window; None: the window is a crop
+    """
+    try:
+        pixels = payload if is_raw else decode_jpeg(payload.tobytes())
+    except ValueError:
+        return False
+    side = len(out)
+    (y, x), (height, width) = corner.tolist(), (side, side) if extent is None else extent.tolist()
+    if min(y, x) < 0 or y + height > pixels.shape[0] or x + width > pixels.shape[1]:
+        return False
+    part = pixels[y : y + height, x : x + width]
+    out[:] = part if extent is None else resized(part, side)
+    return True
 
 
 def find_libjpeg() -> JpegLibrary | None:

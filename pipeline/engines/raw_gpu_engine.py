@@ -1,7 +1,7 @@
 """Raw records on a GPU: threads copy pixels into pinned memory, and the GPU computes the images from these pixels.
 
-For one crop of each record, the threads copy only this crop. For ten views, the threads copy the complete central
-square. A side stream (device_stream.py) copies the pixels to the GPU and computes the images from them
+For one crop of each record, the threads copy or resize only this crop. For ten views, the threads copy the complete
+central square. A side stream (device_stream.py) copies the pixels to the GPU and computes the images from them
 (finish_crops.py), while the consumer's kernels run. Blocks of pinned memory are reused, because allocating pinned
 memory takes longer than a batch.
 """
@@ -19,10 +19,11 @@ from torch import Tensor
 
 from pipeline.augment import Augmenter, Crops
 from pipeline.engines import kernels
+from pipeline.engines.cpu_engine import DecodeError
 from pipeline.engines.dali_engine import OutputFormat
 from pipeline.engines.device_stream import DeviceStream, Event
 from pipeline.engines.finish_crops import CropFinisher
-from pipeline.engines.kernels import BatchJob
+from pipeline.engines.kernels import BatchJob, cut_window
 from pipeline.records import RecordBatch
 
 # On the CPU of an H200 machine, one thread copies 24,000 images/s. Four threads copy 77,000 images/s, which is more
@@ -36,11 +37,15 @@ class _Started(NamedTuple):
 
     block: Tensor  # uint8, at least as large as `pixels`
     pixels: Tensor  # uint8 (N, square, square, 3), in the memory of `block`
-    futures: list[Future[None]]
+    futures: list[Future[int | None]]
 
 
 class RawGpuEngine:
-    """Computes the formula of pipeline.augment for raw records with a DeviceStream."""
+    """Computes the formula of pipeline.augment with a DeviceStream.
+
+    On a CPU without the C kernel, this engine also serves streams with resized regions. The threads then decode JPEG
+    records with simplejpeg, and resize with Pillow.
+    """
 
     uses_dali = False
 
@@ -70,16 +75,19 @@ class RawGpuEngine:
         block = self._blocks.take(int(np.prod(shape)))
         pixels = block[: int(np.prod(shape))].view(shape)
         threads = min(self._threads, len(records.numbers))
-        return _Started(block, pixels, _copy_squares(self._pool, threads, records, corner, pixels.numpy()))
+        extent = None if crops.extent is None else crops.extent[:, 0]
+        return _Started(block, pixels, _copy_squares(self._pool, threads, records, corner, extent, pixels.numpy()))
 
     def finish(self, started: _Started, records: RecordBatch, crops: Crops) -> Tensor:
         """Wait for the threads, and queue the computation of the images on the stream.
 
         The images are (N, 3, side, side), or (N, 10, 3, side, side) for ten views. With layout "NHWC", the channels are
-        the last axis. Torch does not reuse the memory of the images while a tensor refers to it.
+        the last axis. Torch does not reuse the memory of the images while a tensor refers to it. Raises DecodeError for
+        a JPEG file that is damaged.
         """
-        for future in started.futures:
-            future.result()
+        damaged = [index for future in started.futures if (index := future.result()) is not None]
+        if damaged:
+            raise DecodeError(min(damaged))
         squares = self.stream.empty(started.pixels.shape, torch.uint8)
         self.stream.run(lambda: squares.copy_(started.pixels, non_blocking=True))
         self._blocks.give_back(started.block, self.stream.record())
@@ -125,22 +133,28 @@ def _copy_squares(
     threads: int,
     records: RecordBatch,
     corner: npt.NDArray[np.int32],
+    extent: npt.NDArray[np.int32] | None,
     out: npt.NDArray[np.uint8],
-) -> list[Future[None]]:
-    """Let `threads` threads copy a square of each raw record to `out`, uint8 (N, side, side, 3), without the GIL.
+) -> list[Future[int | None]]:
+    """Let `threads` threads copy a square of each record to `out`, uint8 (N, side, side, 3), without the GIL.
 
-    `corner` is (N, 2): row and column of the square in its record.
+    `corner` is (N, 2): row and column of the square in its record. If `extent` (N, 2) is given, it is the height and
+    width of a region, which is resized to the square. A future returns the index of a record that cannot be decoded, or
+    None if all records can be decoded. With the C kernel, all records are raw.
     """
-    side = out.shape[1]
-    if kernels.native is not None:
+    if kernels.native is not None and records.is_raw:
         job = BatchJob.of_squares(
-            None, records.addresses, records.payload_bytes, records.sizes, corner[:, None], out[:, None]
+            *(None, records.addresses, records.payload_bytes, records.sizes, corner[:, None], out[:, None]),
+            None if extent is None else extent[:, None],
         )
         return [pool.submit(kernels.native.copy_squares, job) for _ in range(threads)]
-    payloads, corners = records.payloads(), corner.tolist()
+    payloads = records.payloads()
 
-    def copy(part: slice) -> None:
-        for square, payload, (y, x) in zip(out[part], payloads[part], corners[part], strict=True):
-            square[:] = payload[y : y + side, x : x + side]
+    def copy(first: int) -> int | None:
+        for index in range(first, len(out), threads):
+            box = None if extent is None else extent[index]
+            if not cut_window(payloads[index], records.is_raw, corner[index], box, out[index]):
+                return index
+        return None
 
-    return [pool.submit(copy, slice(first, None, threads)) for first in range(threads)]
+    return [pool.submit(copy, first) for first in range(threads)]

@@ -23,8 +23,9 @@ class Batch(NamedTuple):
     """Images and labels of one batch, on the loader's device."""
 
     images: Tensor
-    """RGB in grey levels minus the mean: (N, 3, 224, 224), (N, 10, 3, 224, 224) for ten views, or (N, 3, side, side)
-    for views="square". With layout "NHWC", the channels are the last axis."""
+    """RGB in grey levels minus the mean, divided by the divisor and by Augmentation.std: (N, 3, size_px, size_px),
+    (N, views, 3, size_px, size_px) for several views, or (N, 3, side, side) for views="square". With layout "NHWC", the
+    channels are the last axis."""
     labels: Tensor
     """int64 (N,), indices into the loader's `classes`."""
 
@@ -49,7 +50,8 @@ class FieldBatch(TypedDict, total=False):
     draws: dict[str, Tensor]
     """The random numbers of the images, from pipeline.sampling.Draws: `offset` int32 (N, 2), row and column of the crop
     in the central square; `flip` int32 (N,), 1 if the image is mirrored; `normal` float64 (N, 3), the standard normal
-    numbers of the colour noise. Only training loaders have random numbers."""
+    numbers of the colour noise; `regions` float64 (N, 11, 2), for resized regions alone, from draw_regions. For several
+    views, the shapes begin with (N, views). Only training loaders have random numbers."""
 
 
 if TYPE_CHECKING:
@@ -81,6 +83,7 @@ class TrainOptions(LoaderOptions, total=False):
     """Arguments of train_loader that are given by name."""
 
     split: str
+    views: int
     weights: Weights | None
     stores: Stores | None
 

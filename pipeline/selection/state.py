@@ -8,7 +8,7 @@ from typing import Any
 from prep.console import UserError
 
 # Settings that a state has only if they differ from their defaults.
-_OPTIONAL = ("normalize", "subset", "weights", "stores")
+_OPTIONAL = ("normalize", "views", "subset", "weights", "stores")
 
 
 def check_state(state: Mapping[str, Any], identity: Mapping[str, Any]) -> None:

@@ -63,10 +63,12 @@ class StreamKey(NamedTuple):
     split: str
     fingerprint: str  # fingerprint of the split
     seed: int | None  # seed of the stream; None for evaluation, which has a fixed order
-    batch_size: int
+    batch_size: int  # number of windows of a batch
     shard: int
     world_size: int
-    window: str  # "random", "centre" or "square": which part of an image is used
+    # Part of an image that is used: "random", "centre" or "square". For other settings of the windows of a training
+    # stream, all these settings (pipeline.loader).
+    window: str
     shared_by: int  # Augmentation.shared_by; 0 for evaluation
     records: str = ""  # digests of the subset and of the weights; empty if the stream has neither
 
@@ -128,7 +130,9 @@ def request_digest(request: WindowRequest) -> bytes:
     """
     digest = hashlib.blake2b(request.numbers.tobytes(), digest_size=16)
     digest.update(request.offset.tobytes())
-    digest.update(f"{request.split} {request.window_px} {request.with_sources}".encode())
+    if request.regions is not None:
+        digest.update(request.regions.tobytes())
+    digest.update(f"{request.split} {request.window_px} {request.with_sources} {request.ratio}".encode())
     return digest.digest()
 
 

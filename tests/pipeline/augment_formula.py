@@ -21,6 +21,13 @@ from prep.store.datum import Datum
 from prep.store.manifest import Store
 
 
+def stored_images(store: Store, split: str) -> list[tuple[int, Image.Image]]:
+    """Return a pair (label, complete image) for each record, in the order of the keys."""
+    values = [value for path in store.shard_paths(split) for _, value in lmdb_shard.read(Path(path))]
+    datums = [Datum.decode(value) for value in values]
+    return [(datum.label, Image.open(io.BytesIO(datum.data)).convert("RGB")) for datum in datums]
+
+
 def stored_squares(store: Store, split: str) -> list[tuple[int, np.ndarray]]:
     """Return a pair (label, central square) for each record, in the order of the keys."""
     return list(_stored_squares(store.root, split))
@@ -50,16 +57,17 @@ def formula(
     mean: str,
     store: Store,
     divisor: float = 1.0,
+    size: int = 224,
 ) -> np.ndarray:
-    """Return the augmented image, float64 (3, 224, 224).
+    """Return the augmented image, float64 (3, size, size).
 
-    Pixel (i, j) is (square[y + i, x + j′] + shift − mean) / divisor. `offset` is (y, x). j′ is j, or 223 − j if `flip`
-    is 1.
+    Pixel (i, j) is (square[y + i, x + j′] + shift − mean) / divisor. `offset` is (y, x). j′ is j, or size − 1 − j if
+    `flip` is 1.
     """
-    (y, x), m = offset, (store.settings.side_px - 224) // 2
-    crop, mirror = np.s_[y : y + 224, x : x + 224], np.s_[:, :: -1 if flip else 1]
+    (y, x), m = offset, (store.settings.side_px - size) // 2
+    crop, mirror = np.s_[y : y + size, x : x + size], np.s_[:, :: -1 if flip else 1]
     if mean == "image":
-        subtracted = mean_image(store.root)[m : m + 224, m : m + 224]
+        subtracted = mean_image(store.root)[m : m + size, m : m + size]
     elif mean == "aligned":
         subtracted = mean_image(store.root)[crop][mirror]
     else:
@@ -83,7 +91,8 @@ def expected_training_images(
     store: Store, augmentation: Augmentation, seed: int, batch_size: int, epochs: int = 1
 ) -> Iterator[tuple[int, np.ndarray]]:
     """Yield the (label, image) pairs of the training stream, starting with its first batch."""
-    squares, max_offset_px = stored_squares(store, "train"), store.settings.side_px - 224
+    squares, size = stored_squares(store, "train"), augmentation.size_px
+    max_offset_px = store.settings.side_px - size
     for epoch in range(epochs):
         order = epoch_permutation(len(squares), seed, epoch)
         for step in range(len(squares) // batch_size):
@@ -92,10 +101,8 @@ def expected_training_images(
                 label, square = squares[number]
                 shift = formula_shift(store, augmentation, draws.normal[k])
                 offset = tuple(draws.offset[k].tolist())
-                yield (
-                    label,
-                    formula(square, offset, int(draws.flip[k]), shift, augmentation.mean, store, augmentation.divisor),
-                )
+                settings = (augmentation.mean, store, augmentation.divisor, size)
+                yield label, formula(square, offset, int(draws.flip[k]), shift, *settings)
 
 
 def served(loader, epochs: int = 1) -> Iterator[tuple[int, np.ndarray]]:
@@ -106,7 +113,7 @@ def served(loader, epochs: int = 1) -> Iterator[tuple[int, np.ndarray]]:
                     yield int(label), image.numpy()
 
 
-def ten_views(store: Store) -> list[tuple[tuple[int, int], int]]:
-    far = store.settings.side_px - 224
+def ten_views(store: Store, size: int = 224) -> list[tuple[tuple[int, int], int]]:
+    far = store.settings.side_px - size
     corners = [(0, 0), (0, far), (far // 2, far // 2), (far, 0), (far, far)]
     return [(corner, flip) for flip in (0, 1) for corner in corners]

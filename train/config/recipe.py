@@ -6,7 +6,7 @@ train/config/recipes.py defines the recipes.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from pipeline.augment import Augmentation, check_choice
@@ -31,6 +31,31 @@ class Lrn:
         """Raise UserError if `size` is even or not positive, or if `k` is not positive."""
         if not 1 <= self.size <= MAX_COUNT or self.size % 2 == 0 or self.k <= 0:
             raise UserError(f"size {self.size}, k {self.k}: expected an odd size, and a k of more than 0.")
+
+
+@dataclass(frozen=True)
+class AlexNetAugmentation:
+    """The settings of pipeline.augment.Augmentation that a recipe can have. The other settings have their default."""
+
+    mean: str = "channel"
+    colour: str = "stdev"
+    strength: float = 0.1
+    divisor: float = 1.0
+    shared_by: int = 1
+    eval_divisor: float | None = None
+
+    def for_stream(self) -> Augmentation:
+        """Return the settings of the stream."""
+        return Augmentation(**asdict(self))
+
+    @property
+    def divisor_in_evaluation(self) -> float:
+        """The number by which evaluation images are divided."""
+        return self.for_stream().divisor_in_evaluation
+
+    def __post_init__(self) -> None:
+        """Raise WrongArgument, which is a UserError, for a value that is not allowed."""
+        self.for_stream()
 
 
 @dataclass(frozen=True)
@@ -127,7 +152,7 @@ class Recipe:
     batch_size: int
     epochs: int
     input_divisor: float  # pixel values minus the mean are divided by this number
-    augmentation: Augmentation
+    augmentation: AlexNetAugmentation
 
     activation: str  # one of ACTIVATIONS
     lrn: Lrn | None  # normalization across maps, in layers 1 and 2; None: no normalization
@@ -205,7 +230,7 @@ def recipe_from_json(data: Mapping[str, Any]) -> Recipe:
     converted = {
         **{name: data.get(name) for name in ADDED_FIELDS},
         "sources": {**dict.fromkeys(ADDED_FIELDS, "not in the version that began the run"), **data["sources"]},
-        "augmentation": Augmentation(**with_eval_divisor(data["augmentation"])),
+        "augmentation": AlexNetAugmentation(**with_eval_divisor(data["augmentation"])),
         "lrn": None if data["lrn"] is None else Lrn(**data["lrn"]),
         "within_map": None if data["within_map"] is None else Lrn(**data["within_map"]),
         "schedule": _schedule_from_json(data["schedule"]),
@@ -214,7 +239,7 @@ def recipe_from_json(data: Mapping[str, Any]) -> Recipe:
 
 
 def with_eval_divisor(augmentation: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields of an Augmentation, with `eval_divisor`.
+    """Return the fields of an AlexNetAugmentation, with `eval_divisor`.
 
     Version 0.1.0 wrote no `eval_divisor`, and did not divide evaluation images.
     """

@@ -15,10 +15,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from pipeline.augment import Augmentation
 from prep.console import WrongArgument, did_you_mean
 from train.config.architecture import LAYERS
-from train.config.recipe import Cosine, Lrn, Plateau, Polynomial, Recipe, ScheduleChange
+from train.config.recipe import AlexNetAugmentation, Cosine, Lrn, Plateau, Polynomial, Recipe, ScheduleChange
 
 _BIASED = ("conv2", "conv4", "conv5", "fc6", "fc7")  # layers whose biases do not start at 0
 
@@ -45,7 +44,7 @@ PAPER = _recipe(
     epochs=(90, "section 5: 'roughly 90 cycles'"),
     input_divisor=(1.0, "section 2: raw RGB values, only the mean subtracted"),
     augmentation=(
-        Augmentation(mean="image", colour="eigenvalue", strength=0.1),
+        AlexNetAugmentation(mean="image", colour="eigenvalue", strength=0.1),
         "section 2: mean activity of each pixel, of the centre crop as in the authors' code; section 4.1: random "
         "crop and flip for each image, and colour noise: eigenvalues times N(0, 0.1). The eigenvalues are those of "
         "pixels in [0, 1], because with pixels in 0..255 the shift would exceed a thousand grey levels",
@@ -86,7 +85,7 @@ RELEASED = _variant(
     epochs=(91, "P145:169-182: stopped at epoch 91"),
     input_divisor=(1.0, "convdata_jpeg.py: only the mean subtracted"),
     augmentation=(
-        Augmentation(mean="image", colour="stdev", strength=0.1, divisor=1.1, shared_by=32, eval_divisor=1.0),
+        AlexNetAugmentation(mean="image", colour="stdev", strength=0.1, divisor=1.1, shared_by=32, eval_divisor=1.0),
         "convdata_jpeg.py: centre of the mean image (line 95), noise by standard deviation and division by 1.1 in "
         "training only (155-179), one crop for 32 images (77)",
     ),
@@ -136,7 +135,7 @@ CAFFE = _variant(
     epochs=(90, "solver.prototxt: 450,000 batches of 256 are 89.9 epochs"),
     input_divisor=(1.0, "train_val.prototxt: only the mean subtracted"),
     augmentation=(
-        Augmentation(mean="aligned", colour="off", strength=0.0),
+        AlexNetAugmentation(mean="aligned", colour="off", strength=0.0),
         "data_transformer.cpp:113: the part of the mean image under the crop; random crop and flip, no colour noise. "
         "Caffe's crops are of 227 px, which gives conv1 the same 55 × 55 positions",
     ),
@@ -181,7 +180,7 @@ MODERN = _variant(
     epochs=(90, "ours: the paper's"),
     input_divisor=(64.0, "ours: pixels of about unit variance, which initialization 'he' assumes"),
     augmentation=(
-        Augmentation(mean="channel", colour="stdev", strength=0.1),
+        AlexNetAugmentation(mean="channel", colour="stdev", strength=0.1),
         "ours: a mean for each channel; noise as in the released code, without the division by 1.1",
     ),
     dropout_scales_training=(True, "ours: no scaling in evaluation"),
@@ -213,7 +212,7 @@ SHORT = _variant(
     epochs=(3, "ours: about four minutes on two cores for 1,500 images"),
     input_divisor=(64.0, "ours: pixels of about unit variance, which initialization 'he' assumes"),
     augmentation=(
-        Augmentation(mean="channel", colour="stdev", strength=0.1),
+        AlexNetAugmentation(mean="channel", colour="stdev", strength=0.1),
         "ours: a mean for each channel; noise as in the released code, without the division by 1.1",
     ),
     init=("he", "He et al. 2015 (arXiv 1502.01852), eq. 10"),

@@ -88,7 +88,7 @@ def create_run(run: Run, network: AlexNet) -> None:
             config.batch_size,
             "cpu",
             config.seed_of_stream,
-            augmentation=config.recipe.augmentation,
+            augmentation=config.recipe.augmentation.for_stream(),
             threads=1,
         ) as loader:
             optimizer = make_optimizer(network, config.recipe)

@@ -105,7 +105,9 @@ def iter_split_activations(
     records = store.split(split).records
     left = wanted = min(records, max_records or records)
     batch_size = eval_batch_size(records, 1, device)
-    loader = eval_loader(store.root, batch_size, device, split=split, augmentation=network.recipe.augmentation)
+    loader = eval_loader(
+        store.root, batch_size, device, split=split, augmentation=network.recipe.augmentation.for_stream()
+    )
     with loader, progress(f"{layer} of {split}", wanted, "images") as counter:
         for images, _ in loader:
             batch = compute_activations(network, images[:left], [layer], precision)[layer].numpy()

@@ -145,7 +145,7 @@ def predict_split(
         device,
         views=SQUARE if views == DENSE else views,
         split=split,
-        augmentation=network.recipe.augmentation,
+        augmentation=network.recipe.augmentation.for_stream(),
         threads=threads,
         shard=group.rank,
         world_size=group.size,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +57,7 @@ def write_offending_batch(
             "largest": float(pixels[finite].max(initial=-np.inf)),
             "no_numbers": int((~finite).sum()),
         },
-        "augmentation": asdict(augmentation),
+        "augmentation": {**augmentation.for_state(), "eval_divisor": augmentation.eval_divisor},
         "records": [
             {
                 "number": index,

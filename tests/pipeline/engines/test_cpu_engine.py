@@ -36,7 +36,7 @@ needs_kernel = pytest.mark.skipif(kernels.native is None, reason="no C compiler 
         ("cur->shift[j % 3]", "cur->shift[0]"),
         ("3 * i * mean_side", "3 * i * side"),
         ("rows[c * side + side - 1 - j]", "rows[c * side + j]"),
-        ("augment(row[j], shifts[j], 0, scale)", "augment(row[j], 0, 0, scale)"),
+        ("augment(row[j], shifts[j], 0, scale[j])", "augment(row[j], 0, 0, scale[j])"),
         ("(uint8_t *)b->out + n * b->side", "(uint8_t *)b->out + k * b->side"),
         ("pixels + i * stride, row_bytes", "pixels + i * row_bytes, row_bytes"),
     ],

@@ -172,7 +172,7 @@ print(failures)
         ("? right + 1 : right)", "? right : right)"),
         ("if (level < 0)", "if (level < -1)"),
         ("jpeg->skip(decoder, top);", "jpeg->skip(decoder, top - 1);"),
-        ("self->pixels + 3 * (left - first)", "self->pixels"),
+        ("self->pixels.at + 3 * (left - first)", "self->pixels.at"),
     ],
 )
 def test_a_decoder_that_decodes_wrongly_is_not_used(tmp_path: Path, right: str, wrong: str) -> None:

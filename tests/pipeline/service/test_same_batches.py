@@ -61,6 +61,8 @@ def test_training_batches_of_any_store_by_any_number_of_workers(
         {"augmentation": Augmentation(mean="aligned", colour="off")},
         {"augmentation": Augmentation(shared_by=4)},
         {"split": "val", "augmentation": Augmentation(divisor=255.0)},
+        {"augmentation": Augmentation(size_px=64, window="resized", std=(9.0, 8.0, 7.0)), "views": 2},
+        {"augmentation": Augmentation(size_px=100, window="centre", flip=0.2)},
     ],
     ids=str,
 )

@@ -7,11 +7,10 @@ from dataclasses import asdict, fields, replace
 
 import pytest
 
-from pipeline.augment import Augmentation
 from prep.console import UserError
 from train.config.architecture import LAYERS
 from train.config.overrides import COSINE, OVERRIDE_SOURCE, PLATEAU, POLYNOMIAL, apply_overrides, recipe_with_overrides
-from train.config.recipe import Cosine, Lrn, Plateau, Recipe, ScheduleChange, recipe_from_json
+from train.config.recipe import AlexNetAugmentation, Cosine, Lrn, Plateau, Recipe, ScheduleChange, recipe_from_json
 from train.config.recipes import PAPER, RECIPES, RELEASED, SHORT
 
 
@@ -28,8 +27,8 @@ from train.config.recipes import PAPER, RECIPES, RELEASED, SHORT
         ("lrn=3,1e-3,0.5,1", "lrn", Lrn(3, 1e-3, 0.5, 1.0)),
         ("lrn.alpha=2e-5", "lrn", Lrn(5, 2e-5, 0.75, 2.0)),
         ("within_map=5,4e-5,0.75,1", "within_map", Lrn(5, 4e-5, 0.75, 1.0)),
-        ("augmentation.strength=0.05", "augmentation", Augmentation("image", "eigenvalue", 0.05)),
-        ("augmentation.colour=off", "augmentation", Augmentation("image", "off", 0.1)),
+        ("augmentation.strength=0.05", "augmentation", AlexNetAugmentation("image", "eigenvalue", 0.05)),
+        ("augmentation.colour=off", "augmentation", AlexNetAugmentation("image", "off", 0.1)),
         ("init_std=0.02", "init_std", dict.fromkeys(LAYERS, 0.02)),
         ("init_std.conv3=0.03", "init_std", {**dict.fromkeys(LAYERS, 0.01), "conv3": 0.03}),
         ("init_bias=none", "init_bias", {}),

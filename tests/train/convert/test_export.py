@@ -151,7 +151,7 @@ def test_the_metadata_of_an_onnx_file_are_enough_to_compute_its_input(
         batch.append(crop.transpose(2, 0, 1))
     images = np.stack(batch).astype(np.float32)
     (logits,) = session.run(["logits"], {"images": images})
-    with eval_loader(store, 12, augmentation=recipe.augmentation) as loader:
+    with eval_loader(store, 12, augmentation=recipe.augmentation.for_stream()) as loader:
         expected = next(iter(loader)).images
     assert np.abs(images - expected.numpy()).mean() < 2 / recipe.augmentation.divisor
     with torch.no_grad():

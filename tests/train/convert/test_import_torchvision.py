@@ -100,7 +100,7 @@ def test_an_imported_run_can_be_trained_further(weights: Path, store: Path, tmp_
     network, _ = load_trained(tmp_path / "run", ("cpu", "cpu"))
     run_args = [*args, "--set", "lr=0.001", "--model", "torchvision", "--recipe", "modern"]
     (result,) = json_lines("run", *run_args, "--gpus", "cpu", "--steps", 1, "--log-every", 1)
-    with train_loader(store, 8, seed=3, augmentation=MODERN.augmentation) as loader, torch.no_grad():
+    with train_loader(store, 8, seed=3, augmentation=MODERN.augmentation.for_stream()) as loader, torch.no_grad():
         images, labels = next(iter(loader))
         loss = F.cross_entropy(network(images), labels, label_smoothing=0.1)
     assert result["train"]["loss"] == pytest.approx(float(loss), rel=1e-5)

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.augment import Augmentation
 from pipeline.records import Records
 from prep.console import UserError
 from prep.store.manifest import Store
@@ -95,7 +94,7 @@ def test_bad_photographs_do_not_end_predict(small_run: Path, photo_folder: Path,
 
 
 def test_the_mean_image_is_kept_in_the_run_folder(store: Path, tmp_path: Path, photo_folder: Path) -> None:
-    recipe = replace(SHORT, augmentation=Augmentation(mean="image"))
+    recipe = replace(SHORT, augmentation=replace(SHORT.augmentation, mean="image"))
     small = replace(ALEXNET, widths=Widths(2, 2, 2, 2, 2, 2, 2))
     moved = tmp_path / "store"
     shutil.copytree(store, moved)
