@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import click
 
+from pipeline.settings.augmentation import PRESETS
 from prep.console import (
     FiniteRange,
     WrongArgument,
@@ -24,6 +25,15 @@ from prep.files import output_file
 from prep.store.manifest import SPLITS, Store
 
 Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+_preset_option = click.option(
+    "--preset",
+    type=click.Choice(PRESETS),
+    default="alexnet",
+    show_default=True,
+    help="Settings of the images: random crops (alexnet), or resized regions of random size (resnet).",
+)
 
 
 def _seed_option(max_seed: int) -> Callable[[Command], Command]:
@@ -48,22 +58,24 @@ def _seed_option(max_seed: int) -> Callable[[Command], Command]:
 @click.option(
     "--rows", type=click.IntRange(1, 64), default=6, show_default=True, help="Number of images, one in each row."
 )
+@_preset_option
 @_seed_option(2**31 - 1)
-def preview(out: Path, store: Path, rows: int, seed: int) -> None:
+def preview(out: Path, store: Path, rows: int, preset: str, seed: int) -> None:
     """Draw a contact sheet of random augmentations.
 
-    Each row shows a stored image, eight random augmentations, and the eighth augmentation again with ten times the
-    colour noise. The names of the classes are at the left. Without OUT.png, the file is preview.png.
+    Each row shows a stored image and eight random augmentations. If the preset has colour noise, the row also shows the
+    eighth augmentation again with ten times the colour noise. The names of the classes are at the left. Without
+    OUT.png, the file is preview.png.
 
     \b
     Example:
       alexstream preview
-      alexstream preview preview.png --store store --rows 4
+      alexstream preview preview.png --store store --rows 4 --preset resnet
     """
     opened = Store.open(store)
     from pipeline.diagnostics.preview import save_preview
 
-    save_preview(opened, out, rows, seed)
+    save_preview(opened, out, rows, seed, preset=preset)
     say(f"Wrote {out}")
 
 
@@ -165,8 +177,11 @@ def inspect(
     show_default=True,
     help="Duration of the measurement of each stage, in seconds.",
 )
+@_preset_option
 @json_option
-def bench(store: Path, batch: int, threads: int | None, device: str, seconds: float, as_json: bool) -> None:
+def bench(
+    store: Path, batch: int, threads: int | None, device: str, seconds: float, preset: str, as_json: bool
+) -> None:
     """Measure the speed of the stream, stage by stage.
 
     The command also measures an upper bound. In a JPEG store, the upper bound is the speed at which libjpeg-turbo
@@ -181,7 +196,7 @@ def bench(store: Path, batch: int, threads: int | None, device: str, seconds: fl
     from pipeline.diagnostics.bench import ROUNDS, bench_stream, result_json
 
     with progress("measuring", ROUNDS, "rounds") as counter:
-        result = bench_stream(opened, batch, threads or usable_cores(), device, seconds, counter)
+        result = bench_stream(opened, batch, threads or usable_cores(), device, seconds, counter, preset=preset)
     if as_json:
         print_json(result_json(result))
         return

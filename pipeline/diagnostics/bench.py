@@ -20,7 +20,7 @@ import numpy as np
 import simplejpeg
 import torch
 
-from pipeline.augment import CROP_PX, Augmentation, Augmenter, Crops
+from pipeline.augment import Augmentation, Augmenter, Crops
 from pipeline.engines import kernels
 from pipeline.engines.cpu_engine import CpuEngine
 from pipeline.engines.dali_engine import OutputFormat, decode_crop, decode_inputs
@@ -30,7 +30,7 @@ from pipeline.loader import TrainLoader
 from pipeline.placement import Placement
 from pipeline.prefetch import BatchInput, Prefetcher
 from pipeline.records import RecordBatch, Records
-from pipeline.sampling import draw_params
+from pipeline.sampling import draw_step
 from prep.console import Progress
 from prep.images.jpeg import decode_jpeg
 from prep.store.manifest import Store
@@ -65,22 +65,30 @@ class BenchResult:
 
 
 def bench_stream(
-    store: Store, batch: int, threads: int, device: str, seconds: float, progress: Progress, split: str = "train"
+    store: Store,
+    batch: int,
+    threads: int,
+    device: str,
+    seconds: float,
+    progress: Progress,
+    split: str = "train",
+    preset: str = "alexnet",
 ) -> BenchResult:
     """Measure each stage of the stream, and the upper bound, for `seconds` each. Raises the errors of train_loader."""
     placement = Placement.parse(device)
     batch = min(batch, store.split(split).records)
-    is_jpeg = store.settings.format == "jpeg"
+    is_jpeg, settings = store.settings.format == "jpeg", Augmentation.preset(preset)
+    output = OutputFormat(crop_px=settings.size_px, is_resized=settings.window == "resized")
     with ExitStack() as resources:
         loader = resources.enter_context(
-            TrainLoader(store, split, batch, placement, 0, augmentation=Augmentation(), threads=threads)
+            TrainLoader(store, split, batch, placement, 0, augmentation=settings, threads=threads)
         )
         records = resources.enter_context(closing(Records(store, split)))
-        augmenter = Augmenter(store, Augmentation())
+        augmenter = Augmenter(store, settings)
         work: dict[str, Work] = {"read": _read_work(records, batch)}
-        engines: dict[str, Engine] = {"augment": choose_engine(augmenter, placement, OutputFormat(), threads)}
+        engines: dict[str, Engine] = {"augment": choose_engine(augmenter, placement, output, threads)}
         if is_jpeg:
-            engines = {"decode": _decode_engine(engines["augment"], augmenter, placement, threads), **engines}
+            engines = {"decode": _decode_engine(engines["augment"], augmenter, placement, output, threads), **engines}
         for name, engine in engines.items():
             prefetcher = Prefetcher(engine, placement, Records(store, split), batch, threads)
             resources.enter_context(closing(prefetcher))
@@ -164,11 +172,13 @@ def _stream_work(loader: TrainLoader) -> Work:
     return run
 
 
-def _decode_engine(augmenting: Engine, augmenter: Augmenter, placement: Placement, threads: int) -> Engine:
+def _decode_engine(
+    augmenting: Engine, augmenter: Augmenter, placement: Placement, output: OutputFormat, threads: int
+) -> Engine:
     """Return an engine that decodes crops with the decoder of the engine `augmenting`, and does nothing else."""
     if augmenting.uses_dali or kernels.native is None:
-        return _DaliDecodeEngine(placement, augmenting.stream)
-    return CpuEngine(augmenter, kernels.native, OutputFormat(), threads, decode_only=True)
+        return _DaliDecodeEngine(placement, output, augmenting.stream)
+    return CpuEngine(augmenter, kernels.native, output, threads, decode_only=True)
 
 
 class _DaliDecodeEngine:
@@ -176,11 +186,11 @@ class _DaliDecodeEngine:
 
     uses_dali = True
 
-    def __init__(self, placement: Placement, stream: DeviceStream) -> None:
-        self._placement, self.stream = placement, stream
+    def __init__(self, placement: Placement, output: OutputFormat, stream: DeviceStream) -> None:
+        self._placement, self._output, self.stream = placement, output, stream
 
     def define_graph(self) -> Any:
-        return decode_crop(self._placement, CROP_PX)
+        return decode_crop(self._placement, self._output.crop_px, self._output.is_resized)
 
     def graph_inputs(self, records: RecordBatch, crops: Crops) -> dict[str, Any]:
         return decode_inputs(records, crops)
@@ -198,11 +208,11 @@ class _DaliDecodeEngine:
 
 def _jobs(prefetcher: Prefetcher, augmenter: Augmenter, records: int, batch: int) -> Iterator[Callable[[], BatchInput]]:
     """Yield an endless sequence of jobs, which read batches in the store's order."""
-    draws = draw_params(0, 0, 0, batch, augmenter.max_offset_px)
+    draws = draw_step(augmenter.augmentation, 0, 0, 0, batch, augmenter.max_offset_px)
 
     def read(first: int) -> BatchInput:
         record_numbers = np.arange(first, first + batch)
-        return prefetcher.read_batch(record_numbers, lambda records: augmenter.random_crops(records, draws))
+        return prefetcher.read_batch(record_numbers, lambda records: augmenter.random_crops(records, *draws))
 
     return (partial(read, first) for first in itertools.cycle(range(0, records - batch + 1, batch)))
 

@@ -12,9 +12,9 @@ from pipeline.cli import main
 from pipeline.diagnostics.bench import limit_stages
 
 
-@pytest.mark.parametrize("format", ["jpeg", "ppm"])
-def test_bench_reports_the_speed_and_its_share_of_the_bound(stores: dict[str, Path], format: str) -> None:
-    args = ["--store", str(stores[format]), "--seconds", "0.2", "--batch", "8", "--threads", "1"]
+@pytest.mark.parametrize(("format", "preset"), [("jpeg", "alexnet"), ("ppm", "alexnet"), ("jpeg", "resnet")])
+def test_bench_reports_the_speed_and_its_share_of_the_bound(stores: dict[str, Path], format: str, preset: str) -> None:
+    args = ["--store", str(stores[format]), "--seconds", "0.2", "--batch", "8", "--threads", "1", "--preset", preset]
     result = CliRunner().invoke(main, ["bench", "--json", *args])
     assert result.exit_code == 0, result.output
     answer = json.loads(result.stdout)
