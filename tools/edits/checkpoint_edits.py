@@ -153,7 +153,7 @@ def _tensor_changes() -> Iterator[tuple[str, Callable[[Tensor], Any]]]:
 
 def _with_number(tensor: Tensor, number: float) -> Tensor:
     changed = tensor.clone() if tensor.is_floating_point() else tensor.float()
-    changed.flatten()[0:1] = number
+    changed[(0,) * changed.ndim] = number  # flatten() would copy a tensor that is not contiguous
     return changed
 
 

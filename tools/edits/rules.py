@@ -48,6 +48,18 @@ _CUT = (
     *("escape codes", "UTF-16"),
 )
 
+_ENCODED = (
+    *(
+        "encoded missing",
+        "encoded plus 1",
+        "encoded 0",
+        "encoded 2^31",
+        "encoded 2^32",
+        "encoded 2^63",
+        "unknown field",
+    ),
+    "encoded 2^64 - 1",
+)
 _SOURCES = ("source b'\\x1b[31m\\x9b31m'", "source b'\\xff\\x00\\n'", "source missing", "source of 1 MB")
 _LIMITS_OF_INTEGERS = ("largest numbers", "smallest numbers")
 _SAME_SCALAR = (
@@ -207,6 +219,17 @@ RULES: Sequence[Rule] = (
     ),
     Rule("A merge writes no such field.", ("ready/*",), ("moments", "largest_px", "build"), ("delete",)),
     Rule("A store of older versions names no tools.", _RUN_FILES, ("store.tools",), ("empty",)),
+    Rule("Only a run that continues reads the position of the stream.", ("run/checkpoint-*",), ("stream",), ("1e308",)),
+    Rule(
+        "The stream does not read the field, and `alexprep verify` finds the edit.", ("store/*/data.mdb",), (), _ENCODED
+    ),
+    Rule(
+        "A run or an ablation that was ended early lacks the file.",
+        ("run/status.json", "ablations/*"),
+        (WHOLE_FILE,),
+        ("missing",),
+    ),
+    Rule("A checkpoint of an older version names no devices.", ("run/checkpoint-*",), ("devices",), ("item removed",)),
     Rule("A store can lack the split.", _RUN_FILES, ("store.splits.*",), ("delete",)),
     Rule("The order of the numbers is valid.", ("run/mean_image.npy", "*.npz"), (), ("Fortran order",)),
     Rule(

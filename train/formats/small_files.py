@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
 
-from prep.schema import NonNegative, Text
+from prep.schema import Text
 from train.formats.fields import IdentityFields, Names, Precision, Seed, Share, Step
 
 MAX_BYTES = 64 << 20  # largest size of each of these files
@@ -24,7 +24,7 @@ class StatusFile(Struct, frozen=True):
     step: Step
     process: Annotated[int, Meta(ge=0, le=2**31)]
     host: Text
-    unix_time_s: NonNegative
+    unix_time_s: Annotated[float, Meta(ge=0, le=1e12)]
 
 
 class EnsembleFile(Struct, frozen=True, forbid_unknown_fields=True):
