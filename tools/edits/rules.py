@@ -45,7 +45,7 @@ WHOLE_FILE = "."  # the pattern of edits that do not belong to one field
 _CUT = (
     *("empty", "missing", "truncated to 1 byte", "truncated to 1/4", "truncated to 2/4", "truncated to 3/4"),
     *("without last byte", "random bytes", "zero bytes", "text after the end", "nested lists", "nested objects"),
-    *("escape codes", "UTF-16"),
+    *("escape codes", "UTF-16", "many digits"),
 )
 
 _ENCODED = (
@@ -230,6 +230,7 @@ RULES: Sequence[Rule] = (
         ("missing",),
     ),
     Rule("A checkpoint of an older version names no devices.", ("run/checkpoint-*",), ("devices",), ("item removed",)),
+    Rule("The order of the counts has no meaning.", ("ready/*",), ("labels",), ("items reversed",)),
     Rule("A store can lack the split.", _RUN_FILES, ("store.splits.*",), ("delete",)),
     Rule("The order of the numbers is valid.", ("run/mean_image.npy", "*.npz"), (), ("Fortran order",)),
     Rule(
