@@ -342,7 +342,7 @@ class Loader(Generic[AnyBatch]):
             return None
         images, labels, views = output.images, output.labels, self._draws_per_record
         if views > 1:
-            images, labels = images.unflatten(0, (-1, views)), labels[::views].contiguous()
+            images, labels = images.view(-1, views, *images.shape[1:]), labels[::views].contiguous()
         if self._fields is None:
             return cast(AnyBatch, Batch(images, labels))
         keys = output.batch_input.keys

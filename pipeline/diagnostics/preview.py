@@ -100,8 +100,8 @@ def _columns(
     """
     placement = Placement.parse("cpu")
     augmenter = Augmenter(store, settings)
-    output = OutputFormat(layout="NHWC", crop_px=settings.size_px, is_resized=settings.window == "resized")
-    engine = choose_engine(augmenter, placement, output, threads=1)
+    format = OutputFormat(layout="NHWC", crop_px=settings.size_px, is_resized=settings.window == "resized")
+    engine = choose_engine(augmenter, placement, format, threads=1)
 
     def read_column(column: int) -> BatchInput:
         step = min(column, AUGMENTED - 1)
