@@ -14,7 +14,17 @@ from msgspec import Meta, Struct
 from prep.console import UserError
 from prep.schema import Count, Digest, NonNegative, convert, decode, parse_json, read_regular, shown
 from prep.store.agreement import impossible_moments
-from prep.store.models import MAX_CLASSES, MAX_RECORDS, MAX_SHARDS, ClassName, MomentsJson, Outcome, Settings, ShardPath
+from prep.store.models import (
+    MAX_CLASSES,
+    MAX_RECORDS,
+    MAX_SHARDS,
+    ClassName,
+    MomentsJson,
+    Outcome,
+    Settings,
+    ShardPath,
+    outcome_fault,
+)
 
 RESTART = "The unfinished build cannot be read: pass --restart to discard it."
 _MAX_PLAN_BYTES = 64 << 20
@@ -112,6 +122,10 @@ def read_summary(path: Path, split: str, classes: int) -> Summary:
     if sum(labels.values()) != shard["records"] or any(label >= classes for label in labels):
         text = f"labels count {sum(labels.values())} records up to label {max(labels, default=0)}"
         raise UserError(f"{path}: {text}, expected {shard['records']} records of {classes} classes. {advice}")
+    for number, outcome in enumerate(summary["fates"]):
+        fault = outcome_fault(outcome)
+        if fault:
+            raise UserError(f"{path}: fates.{number} {fault}. {advice}")
     wrong = next(impossible_moments(summary["moments"]), "") if "moments" in summary else ""
     if wrong:
         raise UserError(f"{path}: moments: {wrong}. {advice}")

@@ -189,7 +189,12 @@ RULES: Sequence[Rule] = (
         ),
         ("delete", "empty", "item removed", "item repeated"),
     ),
-    Rule("The edit leaves floating-point numbers unchanged.", ("run.npz",), ("probabilities",), _LIMITS_OF_INTEGERS),
+    Rule(
+        "The edit leaves floating-point numbers unchanged.",
+        ("run.npz",),
+        ("probabilities", "keys"),
+        _LIMITS_OF_INTEGERS,
+    ),
     Rule("An array with one axis has no order.", ("*.npz",), (), ("Fortran order",)),
     Rule(
         "The command reads only a part of the records.",
@@ -219,7 +224,12 @@ RULES: Sequence[Rule] = (
     ),
     Rule("A merge writes no such field.", ("ready/*",), ("moments", "largest_px", "build"), ("delete",)),
     Rule("A store of older versions names no tools.", _RUN_FILES, ("store.tools",), ("empty",)),
-    Rule("Only a run that continues reads the position of the stream.", ("run/checkpoint-*",), ("stream",), ("1e308",)),
+    Rule(
+        "Only a run that continues reads the position of the stream.",
+        ("run/checkpoint-*",),
+        ("stream",),
+        ("1e308", "10^30"),
+    ),
     Rule(
         "The stream does not read the field, and `alexprep verify` finds the edit.", ("store/*/data.mdb",), (), _ENCODED
     ),
@@ -231,6 +241,8 @@ RULES: Sequence[Rule] = (
     ),
     Rule("A checkpoint of an older version names no devices.", ("run/checkpoint-*",), ("devices",), ("item removed",)),
     Rule("The order of the counts has no meaning.", ("ready/*",), ("labels",), ("items reversed",)),
+    Rule("A missing number of the identity stands for null.", _RUN_FILES, ("identity.model_numbers",), ("delete",)),
+    Rule("A run without a validation has no best checkpoint.", ("run/checkpoint-*",), ("best",), ("null",)),
     Rule("A store can lack the split.", _RUN_FILES, ("store.splits.*",), ("delete",)),
     Rule("The order of the numbers is valid.", ("run/mean_image.npy", "*.npz"), (), ("Fortran order",)),
     Rule(

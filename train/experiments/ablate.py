@@ -18,7 +18,7 @@ from typing import Any
 
 from prep.console import UserError, say
 from prep.files import write_atomic
-from prep.schema import decode, read_regular
+from prep.schema import decode, read_regular, shown
 from train.config.ablations import ABLATIONS, BASELINE, Ablation
 from train.config.architecture import ARCHITECTURES, Architecture
 from train.config.devices import Devices
@@ -152,6 +152,11 @@ def known_errors(run: Run) -> tuple[float | None, float | None] | None:
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error}). {advice}") from None
     result = decode(AblationFile, content, str(path), advice)
+    if (result.top1_error is None) != (result.top5_error is None):
+        raise UserError(
+            f"{path}: top1_error is {shown(result.top1_error)} and top5_error is {shown(result.top5_error)}, expected "
+            f"two numbers or two nulls. {advice}"
+        )
     check_identity(json.loads(content)["identity"], run.identity, run.run_dir)
     return (result.top1_error, result.top5_error) if result.steps == run.last_step else None
 

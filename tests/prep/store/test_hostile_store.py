@@ -13,11 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from prep.console import UserError
 from prep.schema import decode
 from prep.store.agreement import inconsistent_statistics
 from prep.store.input_log import read_outcomes
 from prep.store.manifest import Store, StoreError
 from prep.store.models import ColorStats, Manifest
+from prep.store.work_files import read_summary
 from tests.helpers.damaged_stores import canonical_digest, change_manifest, sign_again
 
 Change = Callable[[dict[str, Any]], object]
@@ -224,3 +226,11 @@ def test_a_manifest_of_imagenet_opens_within_a_fifth_of_a_second(copied: Path) -
     assert min(times_s) < 0.2
     content = (copied / "manifest.json").read_bytes()
     assert decode(Manifest, content, "manifest.json", "").splits["train"].records == count
+
+
+def test_an_outcome_without_its_reason_in_a_summary_is_named(tmp_path: Path) -> None:
+    shard = {"path": "train/00000", "records": 1, "bytes": 9, "digest": "0" * 64}
+    summary = {"shard": shard, "labels": [[0, 1]], "fates": [{"source": "a.jpg", "fate": "bad"}]}
+    (tmp_path / "00000.json").write_text(json.dumps(summary))
+    with pytest.raises(UserError, match=r"00000\.json: fates\.0 has no field why, expected one for the fate bad"):
+        read_summary(tmp_path / "00000.json", "train", 1)
