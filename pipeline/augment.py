@@ -1,18 +1,20 @@
 """Augmentation: the formula of a training image and of an evaluation image, and the crops of each batch.
 
-The computation of an image has four steps, in this order:
+The computation of an image has six steps, in this order:
 
 1. Window: a part of a record becomes size_px × size_px pixels, uint8 RGB.
-2. Flip: a training image is mirrored left to right with probability `flip`.
-3. Colour: one RGB offset, the colour noise, is added to all pixels of a training image.
-4. Mean and scale: the mean is subtracted, and the image is divided by the divisor and by `std`.
+2. Effects: jitter, grey and blur change the pixels of training images (pipeline/effects/). The result is uint8.
+3. Flip: a training image is mirrored left to right with probability `flip`.
+4. Colour: one RGB offset, the colour noise, is added to all pixels of a training image.
+5. Mean and scale: the mean is subtracted, and the image is divided by the divisor and by `std`.
+6. Erase: a box of some training images becomes 0.
 
 For a record whose central square is S (side_px × side_px × 3, RGB, 0..255), a training image is
 
     image[c, i, j] = (W[i, j', c] + shift[c] − mean[c, i, j]) / (divisor · std[c])
     j' = j, or size_px − 1 − j if flipped
 
-The window W depends on the setting `window`:
+before the box is erased. The window W, before its effects, depends on the setting `window`:
 
     random      S[y + i, x + j]. y and x are drawn uniformly from 0..side_px − size_px inclusive. For side_px = 256 and
                 size_px = 224 there are 33 × 33 positions. Section 4.1 of the paper counts 32 × 32 positions and 2
@@ -62,6 +64,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from pipeline.effects.parameters import Effects, effect_parameters
 from pipeline.records import RecordBatch
 from pipeline.sampling import Draws, choose_regions
 from pipeline.settings.augmentation import COLOURS, CROP_PX, MEANS, Augmentation, check_choice
@@ -113,6 +116,7 @@ class Crops(NamedTuple):
     flip: npt.NDArray[np.int32]  # (N, V): 0 or 1
     shift: npt.NDArray[np.float32]  # (N, 3): colour noise, minus the channel means if the mean is one value per channel
     extent: npt.NDArray[np.int32] | None = None  # (N, V, 2): height and width of the resized regions; None: none
+    effects: Effects | None = None  # of the N · V images; None: no effects
 
 
 def eval_offsets(views: int | str, max_offset_px: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
@@ -160,17 +164,27 @@ class Augmenter:
         self.noise = noise_matrix(stats, augmentation.colour, augmentation.strength)
         self.mean_image = store.mean_image() if augmentation.mean in ("image", "aligned") else None
 
-    def random_crops(self, records: RecordBatch, draws: Draws, regions: npt.NDArray[np.float64] | None = None) -> Crops:
+    def random_crops(
+        self,
+        records: RecordBatch,
+        draws: Draws,
+        regions: npt.NDArray[np.float64] | None = None,
+        effect_numbers: npt.NDArray[np.float64] | None = None,
+    ) -> Crops:
         """Return crops of a training batch: one random crop of each record.
 
         `regions` are the random numbers of pipeline.sampling.draw_regions if regions of the records are resized.
+        `effect_numbers` are those of draw_effects if the images can have effects.
         """
         shift = (draws.normal @ self.noise.T - self.mean_rgb).astype(np.float32)
         flip, offset = draws.flip[:, None], draws.offset[:, None]
+        effects = None
+        if effect_numbers is not None:
+            effects = effect_parameters(effect_numbers, self.augmentation, self.augmentation.size_px)
         if regions is None or self.from_windows:
-            return Crops(self._origin(records, offset), offset, flip, shift)
+            return Crops(self._origin(records, offset), offset, flip, shift, effects=effects)
         boxes = choose_regions(regions, records.sizes, self.augmentation.ratio)[:, None]
-        return Crops(np.zeros_like(records.sizes), boxes[:, :, :2], flip, shift, boxes[:, :, 2:])
+        return Crops(np.zeros_like(records.sizes), boxes[:, :, :2], flip, shift, boxes[:, :, 2:], effects)
 
     def eval_crops(self, records: RecordBatch, views: int | str) -> Crops:
         """Return the centre crop of each record (views=1), its ten views (10) or its central square (SQUARE)."""

@@ -99,7 +99,8 @@ class TrainLoader(Loader[AnyBatch]):
         self._orders = EpochOrders(order if mixture is None else mixture.order(split, seed))
         settings = self.augmentation
         self._connect(seed, settings.window_text(views), settings.shared_by)
-        self._open(1, settings.divisor, settings.size_px, settings.window == "resized" and self._windows is None)
+        is_resized = settings.window == "resized" and self._windows is None
+        self._open(1, settings.divisor, settings.size_px, is_resized, settings.has_effects)
 
     def __len__(self) -> int:
         """Return the number of batches in an epoch."""
@@ -213,7 +214,7 @@ class TrainLoader(Loader[AnyBatch]):
         return self._input(records, self._augmenter.random_crops(records, *draws), draws)
 
     def _window_request(self, position: int) -> WindowRequest:
-        numbers, (draws, regions) = self._draw(*divmod(position, len(self)))
+        numbers, (draws, regions, _) = self._draw(*divmod(position, len(self)))
         request = (self.split, numbers, draws.offset, self.augmentation.size_px, self._serves("keys"))
         return WindowRequest(*request) if regions is None else WindowRequest(*request, regions, self.augmentation.ratio)
 

@@ -252,9 +252,9 @@ class Loader(Generic[AnyBatch]):
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _open(self, views: int, divisor: float, crop_px: int, is_resized: bool = False) -> None:
+    def _open(self, views: int, divisor: float, crop_px: int, resized: bool = False, effects: bool = False) -> None:
         """Make the engine and the prefetcher for `views` crops of `crop_px` px, or resized regions, of each record."""
-        output = OutputFormat(views, self.layout, divisor, _DTYPES[self.dtype], crop_px, is_resized)
+        output = OutputFormat(views, self.layout, divisor, _DTYPES[self.dtype], crop_px, resized, effects)
         try:
             engine = choose_engine(self._augmenter, self.placement, output, self.threads)
             read_ahead = READ_AHEAD if self._windows is None else self._windows.read_ahead

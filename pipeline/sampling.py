@@ -18,9 +18,10 @@ from pipeline.settings.augmentation import Augmentation
 
 # Number of consecutive records that are moved as one block: 1.5 MB of JPEG, which a disk reads in sequence.
 BLOCK_RECORDS = 64
+EFFECT_NUMBERS = 32  # number of random numbers for the effects of one image
 WINDOW_RECORDS = 16_384  # number of records in a shuffle window: 0.5 GB of JPEG, which should fit in the page cache
 # The purpose of a random generator, which is the first integer of the generator's seed.
-_PERMUTATION, _DRAWS, _REGIONS, _FLIPS = 0, 1, 2, 3
+_PERMUTATION, _DRAWS, _REGIONS, _FLIPS, _EFFECTS = 0, 1, 2, 3, 5
 _WEIGHTED_DRAWS, _MIXTURE = 12, 13
 _TRIES = 10  # number of regions that are tried, as in torchvision
 
@@ -149,20 +150,32 @@ def draw_params(seed: int, epoch: int, step: int, images: int, max_offset_px: in
     return Draws(offset[group], flip[group], normal)
 
 
+def draw_effects(seed: int, epoch: int, step: int, images: int) -> npt.NDArray[np.float64]:
+    """Return the random numbers of the effects of one step's images, uniform in [0, 1): (images, EFFECT_NUMBERS).
+
+    pipeline.effects.parameters turns these numbers into parameters. The numbers do not depend on the settings, so a
+    change of one effect leaves the random parameters of the other effects unchanged.
+    """
+    return _generator(_EFFECTS, seed, epoch, step).random((images, EFFECT_NUMBERS))
+
+
 class StepDraws(NamedTuple):
     """All random numbers of the N images of a step."""
 
     draws: Draws
     regions: npt.NDArray[np.float64] | None  # (N, 11, 2), from draw_regions; None if no regions are resized
+    effects: npt.NDArray[np.float64] | None  # (N, EFFECT_NUMBERS), from draw_effects; None if no image has effects
 
     def by_name(self, views: int) -> dict[str, npt.NDArray[Any]]:
         """Return the arrays by their names, with the shape (N / views, views, …) for several views of each record."""
-        arrays = self.draws._asdict() | ({} if self.regions is None else {"regions": self.regions})
-        return {name: a if views == 1 else a.reshape(-1, views, *a.shape[1:]) for name, a in arrays.items()}
+        arrays = self.draws._asdict() | {"regions": self.regions, "effects": self.effects}
+        drawn = {name: array for name, array in arrays.items() if array is not None}
+        return {name: a if views == 1 else a.reshape(-1, views, *a.shape[1:]) for name, a in drawn.items()}
 
     def select(self, images: slice) -> StepDraws:
         """Return the random numbers of the images in a slice."""
-        return StepDraws(self.draws.select(images), None if self.regions is None else self.regions[images])
+        regions, effects = (None if array is None else array[images] for array in self[1:])
+        return StepDraws(self.draws.select(images), regions, effects)
 
 
 def draw_step(settings: Augmentation, seed: int, epoch: int, step: int, images: int, max_offset_px: int) -> StepDraws:
@@ -173,9 +186,10 @@ def draw_step(settings: Augmentation, seed: int, epoch: int, step: int, images: 
         draws = draws._replace(offset=np.full_like(draws.offset, max_offset_px // 2))
     if settings.flip != 0.5:
         draws = draws._replace(flip=draw_flips(*position, settings.flip, shared_by))
+    effects = draw_effects(*position) if settings.has_effects else None
     if settings.window != "resized":
-        return StepDraws(draws, None)
-    return StepDraws(draws, draw_regions(*position, settings.scale, settings.ratio, shared_by))
+        return StepDraws(draws, None, effects)
+    return StepDraws(draws, draw_regions(*position, settings.scale, settings.ratio, shared_by), effects)
 
 
 def draw_flips(seed: int, epoch: int, step: int, images: int, share: float, shared_by: int) -> npt.NDArray[np.int32]:

@@ -130,6 +130,28 @@ def test_python_of_the_guide_to_the_stream_runs(store: Path, capsys: pytest.Capt
     assert names["images"].shape == (10, 3, 224, 224)
 
 
+def test_mixup_and_cutmix_of_the_page_of_the_stream_mix_images_and_labels(store: Path) -> None:
+    names = _executed(ROOT / "docs" / "stream.md", store, 10)
+    assert names["images"].shape == (10, 3, 224, 224)
+    assert names["targets"].sum(1).allclose(torch.ones(10))
+    images, labels, count = torch.rand(4, 3, 20, 20), torch.tensor([2, 0, 1, 2]), 0
+    target_of, before = torch.eye(3)[labels], [3, 0, 1, 2]
+    for step in range(20):
+        mixed, targets = names["mixup"](images, labels, 3, (0, 1, step))
+        share = 1 - float(targets[1, 0])
+        assert torch.allclose(mixed, (1 - share) * images + share * images[before], atol=1e-6)
+        assert torch.allclose(targets, (1 - share) * target_of + share * target_of[before], atol=1e-6)
+        cut, targets = names["cutmix"](images.clone(), labels, 3, (0, 1, step))
+        changed = cut != images
+        assert torch.equal(cut[changed], images[before][changed])
+        assert torch.allclose(targets[1, 2], changed[1, 0].float().mean())
+        rows, columns = changed[1, 0].any(1), changed[1, 0].any(0)
+        assert torch.equal(changed[1, 0], rows[:, None] & columns)
+        count += int(changed.any())
+        assert torch.equal(names["cutmix"](images.clone(), labels, 3, (0, 1, step))[0], cut)
+    assert count > 10
+
+
 def _executed(page: Path, store: Path, batch: int) -> dict[str, Any]:
     """Run the Python blocks of a page in order, on `store` with a small batch.
 

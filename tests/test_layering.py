@@ -53,8 +53,8 @@ ROOMS = {
         ),
     ),
     "pipeline": (
-        *("pipeline.settings", "pipeline.sampling", "pipeline.placement", "pipeline.records", "pipeline.augment"),
-        *("pipeline.still_image", "pipeline.selection"),
+        *("pipeline.settings", "pipeline.sampling", "pipeline.placement", "pipeline.records", "pipeline.effects"),
+        *("pipeline.augment", "pipeline.still_image", "pipeline.selection"),
         *("pipeline.engines", "pipeline.windows", "pipeline.service", "pipeline.prefetch", "pipeline.loader_base"),
         *("pipeline.evaluation_loader", "pipeline.loader"),
         *("pipeline.diagnostics", "pipeline.cli", "pipeline.__main__", "pipeline.__init__"),

@@ -32,7 +32,8 @@ _preset_option = click.option(
     type=click.Choice(PRESETS),
     default="alexnet",
     show_default=True,
-    help="Settings of the images: random crops (alexnet), or resized regions of random size (resnet).",
+    help="Settings of the images: random crops (alexnet), resized regions of random size (resnet), or resized regions "
+    "with jitter, grey and blur (simclr).",
 )
 
 

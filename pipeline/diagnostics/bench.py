@@ -78,7 +78,9 @@ def bench_stream(
     placement = Placement.parse(device)
     batch = min(batch, store.split(split).records)
     is_jpeg, settings = store.settings.format == "jpeg", Augmentation.preset(preset)
-    output = OutputFormat(crop_px=settings.size_px, is_resized=settings.window == "resized")
+    output = OutputFormat(
+        crop_px=settings.size_px, is_resized=settings.window == "resized", has_effects=settings.has_effects
+    )
     with ExitStack() as resources:
         loader = resources.enter_context(
             TrainLoader(store, split, batch, placement, 0, augmentation=settings, threads=threads)

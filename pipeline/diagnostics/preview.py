@@ -100,15 +100,20 @@ def _columns(
     """
     placement = Placement.parse("cpu")
     augmenter = Augmenter(store, settings)
-    format = OutputFormat(layout="NHWC", crop_px=settings.size_px, is_resized=settings.window == "resized")
-    engine = choose_engine(augmenter, placement, format, threads=1)
+    images = OutputFormat(
+        layout="NHWC",
+        crop_px=settings.size_px,
+        is_resized=settings.window == "resized",
+        has_effects=settings.has_effects,
+    )
+    engine = choose_engine(augmenter, placement, images, threads=1)
 
     def read_column(column: int) -> BatchInput:
         step = min(column, AUGMENTED - 1)
-        draws, regions = draw_step(settings, seed, 0, step, rows, augmenter.max_offset_px)
+        draws, *others = draw_step(settings, seed, 0, step, rows, augmenter.max_offset_px)
         if column == AUGMENTED:
             draws = draws._replace(normal=draws.normal * NOISE_FACTOR)
-        return prefetcher.read_batch(np.arange(rows), lambda records: augmenter.random_crops(records, draws, regions))
+        return prefetcher.read_batch(np.arange(rows), lambda records: augmenter.random_crops(records, draws, *others))
 
     with StoredImages(store, split) as stored:
         columns = [[stored[number] for number in range(rows)]]

@@ -101,6 +101,7 @@ class CpuEngine:
             self._scale,
             images,
             crops.extent,
+            crops.effects,
         )
         threads = min(self._threads, len(records.numbers))
         futures = [self._pool.submit(self._kernel.make_images, job) for _ in range(threads)]

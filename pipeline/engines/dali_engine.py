@@ -37,6 +37,7 @@ class OutputFormat(NamedTuple):
     dtype: torch.dtype = torch.float32
     crop_px: int = CROP_PX  # side of the crops; for views="square", side of the central square
     is_resized: bool = False  # whether the crops are regions that are resized to crop_px (Crops.extent)
+    has_effects: bool = False  # whether the images can have effects (Crops.effects)
 
 
 def decode_crop(placement: Placement, size_px: int, is_resized: bool = False) -> Node:

@@ -14,6 +14,7 @@ from pipeline.augment import Augmenter, Crops
 from pipeline.engines import kernels
 from pipeline.engines.cpu_engine import CpuEngine
 from pipeline.engines.dali_engine import DaliEngine, OutputFormat
+from pipeline.engines.dali_window_engine import DaliWindowEngine
 from pipeline.engines.device_stream import DeviceStream, open_stream
 from pipeline.engines.raw_gpu_engine import RawGpuEngine
 from pipeline.placement import Placement
@@ -52,15 +53,18 @@ class Engine(Protocol):
 def choose_engine(augmenter: Augmenter, placement: Placement, output: OutputFormat, threads: int) -> Engine:
     """Return the engine for a device.
 
-    On a GPU, the engine is a RawGpuEngine for raw records and a DaliEngine for JPEG records. On a CPU, the engine is a
-    CpuEngine if the C kernel can read the records (pipeline.engines.kernels). Otherwise, the engine is a RawGpuEngine
-    if regions are resized, and a DaliEngine if not.
+    On a GPU, the engine is a RawGpuEngine for raw records. For JPEG records, the engine is a DaliWindowEngine if the
+    images have effects, and otherwise a DaliEngine. On a CPU, the engine is a CpuEngine if the C kernel can read the
+    records (pipeline.engines.kernels). Otherwise, the engine is a RawGpuEngine if regions are resized or if the images
+    have effects, and otherwise a DaliEngine.
     """
     kernel, stream = kernels.native, open_stream(placement)
     if placement.device_id is not None and augmenter.is_raw:
         return RawGpuEngine(augmenter, stream, output, threads)
     if placement.device_id is None and kernel is not None and (augmenter.is_raw or kernel.jpeg is not None):
         return CpuEngine(augmenter, kernel, output, threads)
-    if placement.device_id is None and output.is_resized:
+    if placement.device_id is None and (output.is_resized or output.has_effects):
         return RawGpuEngine(augmenter, stream, output, threads)
+    if output.has_effects:
+        return DaliWindowEngine(augmenter, placement, output, stream)
     return DaliEngine(augmenter, placement, output, stream)

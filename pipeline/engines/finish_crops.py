@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pipeline.augment import Augmenter, Crops
+from pipeline.effects.batch import apply_effects, effect_steps, erase_boxes
 from pipeline.engines.dali_engine import OutputFormat
 from pipeline.engines.device_stream import DeviceStream
 from prep.console import say
@@ -56,6 +57,22 @@ class CropFinisher:
         windows[:, :, 3:5] = crops.offset if self._is_aligned else self._max_offset_px // 2
         windows[:, :, 5] = crops.flip if self._is_aligned else 0
         return torch.from_numpy(windows.reshape(-1, 6)), torch.from_numpy(np.ascontiguousarray(crops.shift))
+
+    def make_images(self, squares: Tensor, crops: Crops, stream: DeviceStream) -> Tensor:
+        """Queue the computation of the images from `squares`, which the effects change, and return the images.
+
+        The order of the work is jitter, grey, blur (pipeline.effects.batch), `finish`, erase.
+        """
+        if crops.effects is not None:
+            steps = effect_steps(crops.effects, stream.upload)
+            stream.run(lambda: apply_effects(squares, steps))
+        windows, shift = (stream.upload(values) for values in self.parameters(crops))
+        images = stream.empty(self.shape(len(squares)), self._dtype)
+        stream.run(lambda: self.finish(squares, windows, shift, images))
+        if crops.effects is not None and crops.effects.box.any():
+            box = stream.upload(torch.from_numpy(crops.effects.box))
+            stream.run(lambda: erase_boxes(images, box, self._layout))
+        return images
 
     def finish(self, squares: Tensor, windows: Tensor, shift: Tensor, out: Tensor) -> None:
         """Write the images of a batch. All tensors are contiguous.

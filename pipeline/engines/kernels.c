@@ -91,6 +91,8 @@ EACH_CPU void crop_nhwc(const crop *crops, int64_t count, int64_t side, int64_t 
     }
 }
 
+#include "effects.h"
+
 /* The part of libjpeg's programming interface that this file uses (API version 6.2, which libjpeg-turbo has). Pillow's
  * wheels contain the library but not its header. jpeg_CreateDecompress compares version and size of the struct with the
  * library's own, and fails if they differ. */
@@ -152,7 +154,7 @@ typedef struct {
     const jpeg_library *jpeg;
     jpeg_errors errors;
     jpeg_decoder decoder;
-    memory pixels, window, resizing;
+    memory pixels, window, resizing, effects;
     int64_t is_created;
 } worker;
 
@@ -223,7 +225,11 @@ typedef struct {
     const float *const *mean;      /* (N, V): mean to subtract, as in `crop`; null: no mean */
     float *out;                    /* (N, V, ...): the images; null: only decode */
     int32_t channels_last;
-    float scale[3]; /* R, G, B */
+    float scale[3];               /* R, G, B */
+    const effects *effects;       /* (N, V); null: no jitter, grey and blur */
+    const uint16_t *blur_weights; /* (N, V, weights) */
+    int64_t weights;              /* number of blur weights of each window */
+    const int32_t *box;           /* (N, V, 4): row, column, height and width of the erased box; null: no box */
 } batch;
 
 INLINE int64_t height_of(const batch *b, int64_t n) { return b->extent ? b->extent[2 * n] : b->side; }
@@ -254,6 +260,16 @@ static int resize_crop(worker *self, const batch *b, int64_t n, const uint8_t *p
     return 1;
 }
 
+/* Replace the pixels of window n by the pixels with effects. Returns 0 if there is no memory. */
+static int add_effects(worker *self, const batch *b, int64_t n, crop *window) {
+    if (!reserve(&self->effects, effect_bytes(b->side)))
+        return 0;
+    window->pixels = apply_effects(window->pixels, window->stride, b->side, b->effects + n,
+                                   b->blur_weights + b->weights * n, self->effects.at);
+    window->stride = 3 * b->side;
+    return 1;
+}
+
 /* Make the images of record k. Returns 0 if the record cannot be decoded. */
 static int make_record(worker *self, const batch *b, int64_t k) {
     const int32_t *position = b->position + 2 * b->views * k;
@@ -264,21 +280,25 @@ static int make_record(worker *self, const batch *b, int64_t k) {
     for (int64_t v = 0, n = k * b->views; b->out && v < b->views; v++, n++) {
         const float *shift = b->shift + 3 * k;
         const uint8_t *start = pixels + (position[2 * v] - top) * stride + 3 * (position[2 * v + 1] - left);
+        float *image = b->out + 3 * b->side * b->side * n;
         if (b->extent) {
             if (!reserve(&self->window, 3 * b->side * b->side) ||
                 !resize_crop(self, b, n, start, stride, self->window.at))
                 return 0;
             start = self->window.at;
         }
-        const crop one = {
+        crop one = {
             .pixels = start,
             .stride = b->extent ? 3 * b->side : stride,
             .mean = b->mean ? b->mean[n] : 0,
             .shift = {shift[0], shift[1], shift[2]},
             .flip = b->flip[n],
         };
-        (b->channels_last ? crop_nhwc : crop_nchw)(&one, 1, b->side, b->mean_side, b->scale,
-                                                   b->out + 3 * b->side * b->side * n);
+        if (b->effects && !add_effects(self, b, n, &one))
+            return 0;
+        (b->channels_last ? crop_nhwc : crop_nchw)(&one, 1, b->side, b->mean_side, b->scale, image);
+        if (b->box)
+            erase_box(image, b->side, b->channels_last, b->box + 4 * n);
     }
     return 1;
 }
@@ -319,7 +339,7 @@ static void work(batch *b, int (*make)(worker *, const batch *, int64_t)) {
         }
     if (self.is_created)
         b->jpeg->destroy(&self.decoder);
-    free(self.pixels.at), free(self.window.at), free(self.resizing.at);
+    free(self.pixels.at), free(self.window.at), free(self.resizing.at), free(self.effects.at);
 }
 
 /* Make the images of a batch. The threads of a batch each call this function once. */

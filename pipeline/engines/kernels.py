@@ -20,6 +20,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from pipeline.effects.parameters import Effects
+from pipeline.effects.sample import SIDE_PX, is_expected, sample_effects, sample_windows
 from prep import compiled
 from prep.images.jpeg import decode_jpeg, encode_jpeg
 
@@ -57,6 +59,9 @@ class BatchJob(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("flip", "shift", "mean", "out")),
         ("channels_last", ctypes.c_int32),
         ("scale", ctypes.c_float * 3),
+        *((name, ctypes.c_void_p) for name in ("effects", "blur_weights")),
+        ("weights", ctypes.c_int64),
+        ("box", ctypes.c_void_p),
     )
 
     def __init__(
@@ -75,6 +80,7 @@ class BatchJob(ctypes.Structure):
         scale: npt.ArrayLike,
         out: npt.NDArray[np.float32] | npt.NDArray[np.uint8] | None,
         extent: npt.NDArray[np.int32] | None = None,
+        effects: Effects | None = None,
     ) -> None:
         """Describe a batch. The addresses are not checked: each address must point to memory that is large enough.
 
@@ -92,15 +98,30 @@ class BatchJob(ctypes.Structure):
         scale          number by which the finished image is multiplied, or three numbers: for R, G and B
         out            (N · V, 3, side, side) or (N · V, side, side, 3); None: the records are only decoded
         extent         (N, V, 2): height and width of each crop, which is resized to `side_px`; None: nothing is resized
+        effects        effects of the N · V images; None: no effects
         """
-        arrays = [payload, payload_bytes, size, position, extent, flip, shift, mean, out]
+        arrays = [
+            payload,
+            payload_bytes,
+            size,
+            position,
+            extent,
+            flip,
+            shift,
+            mean,
+            out,
+            *([None] * 3 if effects is None else effects.for_kernel()),
+        ]
         # This attribute keeps the arrays alive.
         self.arrays = [None if array is None else np.ascontiguousarray(array) for array in arrays]
         pointers = [None if array is None else address(array) for array in self.arrays]
         count, views = flip.shape
         decoder = None if jpeg is None else ctypes.addressof(jpeg)
         is_nhwc = int(layout == "NHWC")
-        super().__init__(*(0, count, count, views, side_px, mean_side_px, decoder, *pointers, is_nhwc), _three(scale))
+        *others, steps, weights, box = pointers
+        super().__init__(*(0, count, count, views, side_px, mean_side_px, decoder, *others, is_nhwc), _three(scale))
+        self.effects, self.blur_weights, self.box = steps, weights, box
+        self.weights = 0 if effects is None else effects.weights.shape[1]
 
     @classmethod
     def of_squares(
@@ -210,7 +231,7 @@ def is_correct(kernel: NativeKernels) -> bool:
             expected = (pixels + shift - with_mean * mean[4 : 4 + side, 2 : 2 + side]) * scale
             if not np.array_equal(result.transpose(1, 2, 0) if layout == "NCHW" else result, expected):
                 return False
-    return _copies_correctly(kernel, image)
+    return _copies_correctly(kernel, image) and _adds_effects_correctly(kernel)
 
 
 def _copies_correctly(kernel: NativeKernels, image: npt.NDArray[np.uint8]) -> bool:
@@ -228,6 +249,16 @@ def _copies_correctly(kernel: NativeKernels, image: npt.NDArray[np.uint8]) -> bo
         if not np.array_equal(out.reshape(4, side, side, 3), expected):
             return False
     return True
+
+
+def _adds_effects_correctly(kernel: NativeKernels) -> bool:
+    """Return True if the library adds the effects of pipeline.effects.sample correctly."""
+    windows, nothing = sample_windows(), np.zeros((4, 1, 3), np.int32)
+    out, addresses = np.empty(windows.shape, np.float32), address(windows) + windows[0].nbytes * np.arange(4)
+    images = (addresses.astype(np.uint64), np.full(4, windows[0].nbytes), np.full((4, 2), SIDE_PX, np.int32))
+    places = (nothing[:, :, :2], nothing[:, :, 0], nothing[:, 0].astype(np.float32))
+    kernel.make_images(BatchJob(None, *images, *places, None, 0, SIDE_PX, "NHWC", 1.0, out, effects=sample_effects()))
+    return is_expected(out)
 
 
 def resized(pixels: npt.NDArray[np.uint8], side_px: int) -> npt.NDArray[np.uint8]:

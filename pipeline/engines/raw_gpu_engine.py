@@ -51,7 +51,7 @@ class RawGpuEngine:
 
     def __init__(self, augmenter: Augmenter, stream: DeviceStream, output: OutputFormat, threads: int) -> None:
         """Start `threads` threads, at most 8, that copy pixels."""
-        self.stream, self._views, self._dtype = stream, output.views, output.dtype
+        self.stream, self._views = stream, output.views
         self._square_px = output.crop_px if output.views == 1 else augmenter.side_px
         self._finisher = CropFinisher(augmenter, output, self._square_px, stream)
         self._blocks = BlockPool(stream)
@@ -91,9 +91,7 @@ class RawGpuEngine:
         squares = self.stream.empty(started.pixels.shape, torch.uint8)
         self.stream.run(lambda: squares.copy_(started.pixels, non_blocking=True))
         self._blocks.give_back(started.block, self.stream.record())
-        windows, shift = (self.stream.upload(values) for values in self._finisher.parameters(crops))
-        images = self.stream.empty(self._finisher.shape(len(records.numbers)), self._dtype)
-        self.stream.run(lambda: self._finisher.finish(squares, windows, shift, images))
+        images = self._finisher.make_images(squares, crops, self.stream)
         return images.view(len(records.numbers), self._views, *images.shape[1:]) if self._views > 1 else images
 
     def close(self) -> None:

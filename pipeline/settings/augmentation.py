@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Self
 
+from pipeline.settings.effects import EffectSettings
 from prep.console import WrongArgument, did_you_mean
 from prep.store.manifest import ChannelStats
 
@@ -15,7 +16,7 @@ MIN_SIZE_PX = 32
 MEANS = ("channel", "image", "aligned", "none")
 COLOURS = ("stdev", "eigenvalue", "off")
 WINDOWS = ("random", "resized", "centre")
-PRESETS = ("alexnet", "resnet")
+PRESETS = ("alexnet", "resnet", "simclr")
 Levels = tuple[float, float, float]  # grey levels of R, G and B, 0..255
 # Mean and standard deviation of ImageNet's pixels in [0, 1]: IMAGENET_DEFAULT_MEAN and IMAGENET_DEFAULT_STD of timm
 # (timm/data/constants.py), and the values in torchvision's references/classification/presets.py.
@@ -26,7 +27,7 @@ _ALWAYS_IN_STATES = ("mean", "colour", "strength", "divisor", "shared_by")
 
 
 @dataclass(frozen=True)
-class Augmentation:
+class Augmentation(EffectSettings):
     """Settings of the images of a stream. `Augmentation.preset(name)` returns the settings of a well-known recipe."""
 
     # Mean to subtract: one of MEANS, which the docstring of pipeline.augment describes, or three grey levels.
@@ -58,10 +59,24 @@ class Augmentation:
         resnet   RandomResizedCrop(224) with scale 0.08..1 and ratio 3/4..4/3, flip with probability one half, and
                  ImageNet's mean and standard deviation: references/classification/presets.py of torchvision and
                  timm's transforms_imagenet_train, both without colour jitter
+        simclr   the same windows and flip, jitter of strength 1 for 80 % of the images, 20 % grey images, 50 % blurred
+                 images, and pixels in [0, 1]: SimCLR, appendix A, and google-research/simclr, tf2/data_util.py, which
+                 resizes by a bicubic filter
         """
         check_choice("preset", name, PRESETS)
         if name == "alexnet":
             return cls()
+        if name == "simclr":
+            return cls(
+                "none",
+                colour="off",
+                window="resized",
+                divisor=255.0,
+                jitter=(0.8, 0.8, 0.8, 0.2),
+                jitter_share=0.8,
+                grey=0.2,
+                blur=0.5,
+            )
         return cls(_grey_levels(IMAGENET.mean), colour="off", window="resized", std=_grey_levels(IMAGENET.std))
 
     @property
@@ -96,6 +111,7 @@ class Augmentation:
             _check_levels("mean", self.mean, f"a tuple of three grey levels, or one of {', '.join(MEANS)}")
         check_choice("colour", self.colour, COLOURS)
         check_choice("window", self.window, WINDOWS)
+        self.check_effects()
         if self.strength < 0 or min(self.divisor, self.divisor_in_evaluation) <= 0 or self.shared_by < 1:
             raise WrongArgument(
                 f"strength {self.strength}, divisor {self.divisor}, shared_by {self.shared_by}, eval_divisor "

@@ -52,7 +52,7 @@ def test_the_preview_of_a_preset_without_noise_shows_resized_regions(stores: dic
     sheet, cell = np.asarray(Image.open(out)), 224 + 6
     assert sheet.shape == (34 + 2 * cell, 170 + 6 + (AUGMENTED + 1) * cell, 3)
     settings = Augmentation.preset("resnet")
-    draws, numbers = draw_step(settings, 0, 0, 2, 2, 32)
+    draws, numbers, _ = draw_step(settings, 0, 0, 2, 2, 32)
     images = stored_images(Store.open(stores["ppm-whole"]), "train")
     for row, (_, image) in enumerate(images[:2]):
         sizes = np.array([[image.height, image.width]], np.int32)

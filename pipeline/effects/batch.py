@@ -1,0 +1,147 @@
+"""Effects of a batch with PyTorch, on any device, with the bits of pipeline/engines/effects.h.
+
+The arithmetic uses 32-bit integers. Of the images that need a step, all are computed together.
+
+**Hue.** For a pixel with maximum M, minimum m and chroma C = M − m, the hue h in sextants is (g − b) / C if red is the
+maximum, otherwise 2 + (b − r) / C if green is, otherwise 4 + (r − g) / C. After a rotation by d sextants, a channel is
+M − C · max(0, min(k, 4 − k, 1)) with k = (h + d + n) mod 6 and n = 5, 3, 1 for R, G, B. This formula equals
+torchvision's adjust_hue (_rgb2hsv and _hsv2rgb in _functional_tensor.py). C · k is a multiple of 1/4096, so no division
+is needed. torchvision then multiplies by 255.999 / 255 and rounds down. Here the factor is 1 + 257 / 65536, and both
+products are rounded down to multiples of 1/4096.
+
+**Blur.** A row pass and a column pass with the weights of pipeline.effects.parameters. Products and sums are multiples
+of 1/128. The last step rounds to nearest, as torchvision's gaussian_blur does. Pixels outside the image are reflected
+at its edge pixels, as in gaussian_blur.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import product
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from pipeline.effects.parameters import FACTOR_ONE, Effects
+
+_FACTOR_BITS = FACTOR_ONE.bit_length() - 1
+_ROW_BITS = 7  # binary places of the blur's sums
+Function = Callable[[Tensor, Tensor], Tensor]  # of pixels, int32 (M, side, side, 3), and a parameter of each image
+Step = tuple[Function, Tensor, Tensor]  # a function, the numbers of the images that it changes, and their parameters
+
+
+def effect_steps(effects: Effects, upload: Callable[[Tensor], Tensor]) -> list[Step]:
+    """Return the steps of jitter, grey and blur for `apply_effects`. `upload` copies a tensor to the device."""
+    steps: list[Step] = []
+    order, factor, radius = effects.steps["order"], effects.steps["factor"], effects.steps["radius"]
+    values: list[tuple[Function, npt.NDArray[np.bool_], npt.NDArray[np.int32]]] = [
+        *((_JITTER[k], order[:, place] == k, factor[:, k]) for place, k in product(range(4), range(4))),
+        (_grey, effects.steps["grey"] == 1, effects.steps["grey"]),
+        (_blur, radius > 0, effects.weights[:, : radius.max(initial=0) + 1]),
+    ]
+    for function, is_used, parameter in values:
+        numbers = np.flatnonzero(is_used)
+        if len(numbers):
+            chosen = torch.from_numpy(np.ascontiguousarray(parameter[numbers]))
+            steps.append((function, upload(torch.from_numpy(numbers)), upload(chosen)))
+    return steps
+
+
+def apply_effects(windows: Tensor, steps: list[Step]) -> None:
+    """Change windows, uint8 (N, side, side, 3), in place."""
+    for function, numbers, parameter in steps:
+        pixels = windows.index_select(0, numbers).to(torch.int32)
+        windows.index_copy_(0, numbers, function(pixels, parameter).to(torch.uint8))
+
+
+def erase_boxes(images: Tensor, box: Tensor, layout: str) -> None:
+    """Set a box of each image to 0, in place.
+
+    `images` is (N, 3, side, side), or (N, side, side, 3) with layout "NHWC". `box` is Effects.box on the device.
+    """
+    steps = torch.arange(images.shape[2], device=images.device)
+    corner, size = box[:, :2, None], box[:, 2:, None]
+    inside = (steps >= corner) & (steps < corner + size)  # (N, 2, side): rows and columns
+    mask = inside[:, 0, :, None] & inside[:, 1, None]
+    images.masked_fill_(mask[:, None] if layout == "NCHW" else mask[..., None], 0)
+
+
+def _grey_level(pixels: Tensor) -> Tensor:
+    """Return floor(0.2989 r + 0.587 g + 0.114 b), int32 (M, side, side, 1).
+
+    The weights are times 2^22. Adding 272 corrects the rounding of the weights.
+    """
+    red, green, blue = pixels.unbind(3)
+    return (1253677 * red + 2462056 * green + 478151 * blue + 272 >> 22).unsqueeze(3)
+
+
+def _blend(pixels: Tensor, factor: Tensor, offset: Tensor | int) -> Tensor:
+    return ((factor * pixels + offset) >> _FACTOR_BITS).clamp(0, 255)
+
+
+def _brightness(pixels: Tensor, factor: Tensor) -> Tensor:
+    return _blend(pixels, factor.view(-1, 1, 1, 1), 0)
+
+
+def _contrast(pixels: Tensor, factor: Tensor) -> Tensor:
+    total = _grey_level(pixels).sum(dim=(1, 2, 3))  # int64
+    count = pixels.shape[1] * pixels.shape[2]
+    offset = ((FACTOR_ONE - factor) * total).div(count, rounding_mode="floor").to(torch.int32)
+    return _blend(pixels, factor.view(-1, 1, 1, 1), offset.view(-1, 1, 1, 1))
+
+
+def _saturation(pixels: Tensor, factor: Tensor) -> Tensor:
+    factor = factor.view(-1, 1, 1, 1)
+    return _blend(pixels, factor, (FACTOR_ONE - factor) * _grey_level(pixels))
+
+
+def _hue(pixels: Tensor, sextants: Tensor) -> Tensor:
+    red, green, blue = pixels.unbind(3)
+    largest = pixels.amax(3)
+    chroma = largest - pixels.amin(3)
+    unit = FACTOR_ONE * chroma
+    from_green_or_blue = torch.where(largest == green, 2 * chroma + blue - red, 4 * chroma + red - green)
+    hue = torch.where(largest == red, green - blue, from_green_or_blue)
+    angle = FACTOR_ONE * hue + chroma * sextants.view(-1, 1, 1)
+
+    def channel(shift: int) -> Tensor:
+        turned = angle + shift * unit
+        turned = torch.where(turned < 0, turned + 6 * unit, turned)
+        for _ in range(2):
+            turned = torch.where(turned >= 6 * unit, turned - 6 * unit, turned)
+        level = FACTOR_ONE * largest - torch.minimum(torch.minimum(turned, 4 * unit - turned), unit).clamp(min=0)
+        return (level + (level * 257 >> 16)) >> _FACTOR_BITS
+
+    return torch.stack([channel(5), channel(3), channel(1)], dim=3)
+
+
+def _grey(pixels: Tensor, _: Tensor) -> Tensor:
+    return _grey_level(pixels).expand_as(pixels)
+
+
+def _blur(pixels: Tensor, weights: Tensor) -> Tensor:
+    weights = weights.view(len(weights), -1, 1, 1, 1)
+    rows = _blur_along(pixels << _ROW_BITS, weights, 2)
+    return (_blur_along(rows, weights, 1) + (1 << (_ROW_BITS - 1))) >> _ROW_BITS
+
+
+def _blur_along(values: Tensor, weights: Tensor, axis: int) -> Tensor:
+    """Return the weighted sum along an axis. Each product is divided by 65536 and rounded down.
+
+    The added half of the number of weights corrects the mean of this rounding. Products need 32 bits without a sign. A
+    product that int32 makes negative has the right bits, and the mask takes the upper 16 of them.
+    """
+    side, radius = values.shape[axis], weights.shape[1] - 1
+    positions = torch.arange(-radius, side + radius, device=values.device).abs()
+    padded = values.index_select(axis, side - 1 - (side - 1 - positions).abs())
+    used = (weights[:, 1:] > 0).sum(dim=1, dtype=torch.int32)
+    total = (weights[:, 0] * values >> 16 & 0xFFFF) + (used + 1) // 2
+    for k in range(1, radius + 1):
+        both = padded.narrow(axis, radius - k, side) + padded.narrow(axis, radius + k, side)
+        total += weights[:, k] * both >> 16 & 0xFFFF
+    return total
+
+
+_JITTER = (_brightness, _contrast, _saturation, _hue)
