@@ -231,7 +231,8 @@ def test_a_worker_of_a_service_chooses_and_resizes_the_regions(stores: dict[str,
     numbers = draw_regions(1, 0, 0, 8, (0.08, 1.0), (0.5, 2.0))
     records, nothing = np.arange(8) * 3, np.zeros((8, 2), np.int32)
     requests = [
-        WindowRequest("train", records[k : k + 4], nothing[:4], 50, numbers[k : k + 4], (0.5, 2.0)) for k in (0, 4)
+        WindowRequest("train", records[k : k + 4], nothing[:4], 50, False, numbers[k : k + 4], (0.5, 2.0))
+        for k in (0, 4)
     ]
     pixels = maker.make(WindowRequest.joined(requests)).pixels
     for k, window in enumerate(pixels):
