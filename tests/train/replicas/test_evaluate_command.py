@@ -24,7 +24,7 @@ from train.replicas.errors import OtherReplicaFailed
 from train.replicas.group import ReplicaGroup
 
 
-@pytest.mark.parametrize("views", ["10", "dense"])
+@pytest.mark.parametrize("views", [pytest.param("10", marks=pytest.mark.soak), "dense"])
 def test_three_processes_give_the_result_and_the_scores_of_one(
     torchrun: TorchrunServer, trained_run: Path, store: Path, tmp_path: Path, views: str
 ) -> None:

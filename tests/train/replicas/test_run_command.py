@@ -89,6 +89,7 @@ def test_a_nan_of_one_rank_stops_all_and_the_batch_of_the_whole_step_is_set_asid
     assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "failed"
 
 
+@pytest.mark.soak
 def test_a_run_goes_on_with_another_number_of_replicas(start: Start, tmp_path: Path) -> None:
     for replicas, steps in ((2, 2), (4, 4), (1, 6)):
         job = start(replicas, tmp_path / "run", "--epochs", 5, "--steps", steps)

@@ -57,7 +57,7 @@ def test_runs_with_equal_stream_seeds_train_on_the_batches_of_that_seed_and_begi
         config = small_config(stores["ppm"], tmp_path / name, steps=4, recipe=no_learning(), **changes)
         first_weights[name] = checkpoint.load(fit(Run.open(config))).parameters["conv2.weight"]
     monkeypatch.undo()
-    augmentation = no_learning().augmentation
+    augmentation = no_learning().augmentation.for_stream()
     with train_loader(stores["ppm"], 8, seed=STREAM_SEED, augmentation=augmentation, threads=1) as loader:
         expected = [batch.images.clone() for _ in range(2) for batch in loader][:4]
     for name, images in served.items():

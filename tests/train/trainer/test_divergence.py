@@ -72,7 +72,7 @@ def check(divergence: DivergenceCheck, step: int, results: list[StepResult]) -> 
     for result in results:
         counters.add(*result)
     images = sum(len(result.labels) for result in results)
-    divergence.check(step, images, counters.read(), SHORT.augmentation)
+    divergence.check(step, images, counters.read(), SHORT.augmentation.for_stream())
 
 
 def step_result(loss: float, labels: range | list[int] = range(8)) -> StepResult:

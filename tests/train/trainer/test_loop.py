@@ -144,7 +144,7 @@ def test_label_smoothing_and_a_cosine_with_warm_up_follow_their_formulas(
     assert rates == pytest.approx([0.1, 0.4, 0.7, 1.0, 0.7525, 0.2575])
     torch.manual_seed(config.seed)
     network = AlexNet(3, recipe, ("cpu", "cpu"), SMALL_ALEXNET)
-    with train_loader(stores["jpeg"], 8, "cpu", config.seed, augmentation=recipe.augmentation) as loader:
+    with train_loader(stores["jpeg"], 8, "cpu", config.seed, augmentation=recipe.augmentation.for_stream()) as loader:
         images, labels = next(iter(loader))
     log_p = torch.log_softmax(network(images).double(), 1).detach()
     expected = -0.7 * log_p[torch.arange(8), labels].mean() - 0.3 * log_p.mean()

@@ -110,7 +110,7 @@ def test_joined_and_split_columns_give_equal_bits(
     assert all(torch.equal(actual[name], split[name]) for name in split)
 
 
-@pytest.mark.parametrize("images", [1, 3])
+@pytest.mark.parametrize("images", [1, pytest.param(3, marks=pytest.mark.soak)])
 def test_channels_first_output_of_one_column(images: int) -> None:
     actual, expected = run(CASES[5], 1, torch.float32, (False, True), images=images, channels_first=True)
     for name, value in expected.items():

@@ -36,9 +36,9 @@ def small_network(model: str, recipe: str, **changes: object) -> AlexNet:
     [
         ("alexnet", "paper", {}),
         ("alexnet", "released", {}),
-        ("alexnet", "caffe", {"activation": "tanh"}),
+        pytest.param("alexnet", "caffe", {"activation": "tanh"}, marks=pytest.mark.soak),
         ("alexnet", "paper", {"pool_px": 2, "activation": "sigmoid"}),
-        ("alexnet", "paper", {"crossing": False}),
+        pytest.param("alexnet", "paper", {"crossing": False}, marks=pytest.mark.soak),
         ("alexnet", "modern", {}),
         ("joined", "released", {}),
         ("half", "paper", {}),
