@@ -243,6 +243,7 @@ RULES: Sequence[Rule] = (
     Rule("The order of the counts has no meaning.", ("ready/*",), ("labels",), ("items reversed",)),
     Rule("A missing number of the identity stands for null.", _RUN_FILES, ("identity.model_numbers",), ("delete",)),
     Rule("A run without a validation has no best checkpoint.", ("run/checkpoint-*",), ("best",), ("null",)),
+    Rule("Fields of newer versions are ignored.", ("run/checkpoint-*",), ("random",), ("unknown tensor",)),
     Rule("A store can lack the split.", _RUN_FILES, ("store.splits.*",), ("delete",)),
     Rule("The order of the numbers is valid.", ("run/mean_image.npy", "*.npz"), (), ("Fortran order",)),
     Rule(

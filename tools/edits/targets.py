@@ -235,7 +235,8 @@ def edits_of(target: Target, samples: Path) -> Iterator[Edit]:
     elif target.format == "checkpoint":
         for field, kind, apply in checkpoint_edits(path):
             yield make(field, kind, apply)
-        yield make("", "old format", signed(lambda path: path.write_bytes(path.read_bytes()[:-71])))
+        # The digest is the archive comment of 71 bytes. The two bytes before the comment are its length.
+        yield make("", "without digest", lambda path: path.write_bytes(path.read_bytes()[:-73] + bytes(2)))
     elif target.format == "archive":
         for kind, apply in archive_edits():
             yield make("", kind, signed(apply))

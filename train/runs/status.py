@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 
-from prep.console import duration_text
+from prep.console import UserError, duration_text
 from prep.files import lock_is_held
 from prep.schema import decode, read_regular
 from train.formats.small_files import MAX_BYTES, StatusFile
@@ -103,12 +103,17 @@ def status_of(run_dir: Path) -> dict[str, Any]:
 
 
 def _read_status(run_dir: Path) -> dict[str, Any]:
-    """Return the content of status.json; {} if there is no such file. Raises UserError if the file is damaged."""
+    """Return the content of status.json; {} if there is no such file.
+
+    Raises UserError if the file is damaged or cannot be read.
+    """
     path, advice = run_dir / STATUS, "Remove this file; the next training in the folder writes it again."
     try:
         content = read_regular(path, MAX_BYTES, advice)
-    except OSError:
+    except FileNotFoundError:
         return {}
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error}). {advice}") from None
     return msgspec.structs.asdict(decode(StatusFile, content, str(path), advice))
 
 
