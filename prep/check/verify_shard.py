@@ -141,6 +141,8 @@ def _check_record(task: ShardCheck, value: bytes) -> tuple[Datum, npt.NDArray[np
         raise DatumError(
             f"{shape[1]}×{shape[0]} px, the store's shorter side is {side}; only --keep-aspect allows a longer side"
         )
+    if datum.channels != 3:
+        raise DatumError(f"{datum.channels:,} channels, expected 3")
     if not 0 <= datum.label < task.classes:
         raise DatumError(f"label {datum.label}, the store has {task.classes} classes")
     if task.settings.format == "jpeg":

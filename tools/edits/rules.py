@@ -271,7 +271,19 @@ RULES: Sequence[Rule] = (
     Rule("The array is a scalar, so the edit changes nothing.", ("run.npz", "run/SCORES"), ("about",), _SAME_SCALAR),
     Rule("Other arrays are not read.", ("*.npz", "run/SCORES"), (WHOLE_FILE,), ("unknown member", "member outside")),
     Rule(
-        "Only the numbers of a tensor are read.", ("weights.pth", "exported.pth"), (), ("requires grad", "a Parameter")
+        "Only the numbers of a tensor are read.",
+        ("weights.pth", "exported.pth", "run/checkpoint-*"),
+        (),
+        ("requires grad", "a Parameter"),
+    ),
+    Rule(
+        "The edit leaves an array of texts unchanged.",
+        ("run.npz", "run/SCORES"),
+        ("keys",),
+        ("first number NaN", "first number Infinity", "first number 1e30", "first number negative"),
+    ),
+    Rule(
+        "`alexprep join` needs only plan.json and the summaries.", ("ready/*/parts.json",), (WHOLE_FILE,), ("missing",)
     ),
     Rule(
         "An import reads only the normalization and the classes of the metadata.",

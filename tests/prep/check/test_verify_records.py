@@ -99,6 +99,7 @@ CONTRADICTIONS: dict[str, tuple[tuple[Callable[[bytes], bytes], str], ...]] = {
         (lambda v: changed_record(v, data=Datum.decode(v).data + b"\0"), "PPM"),
         (lambda v: changed_record(v, data=jpeg_of(32, 32)), "PPM"),
         (lambda v: changed_record(v, height=33), "32×33 px"),
+        (lambda v: changed_record(v, channels=0), "0 channels, expected 3"),
         (lambda v: changed_record(v, label=2**40), f"label {2**40}"),
     ),
 }
