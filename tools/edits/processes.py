@@ -47,9 +47,11 @@ _OUT_OF_MEMORY = re.compile(
 )
 _BIDI = set("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\u2028\u2029")
 _RESULT = re.compile(r"(^|/)manifest\.json$|(^|/)(out|record|features)[^/]*$|\.(png|svg|html|npz|safetensors|onnx)$")
-# Files that a command may write before it ends with an error: locks, hidden files, the files of an unfinished copy, and
-# run.json, status.json and tensorboard/ of a run.
-_MAY_CHANGE = re.compile(r"^copy/|(^|/)\.|(^|/)part-\d+-of-\d+\.lock$|(^|/)(run|status)\.json$|(^|/)tensorboard(/|$)")
+# Files that a command may write before it ends with an error: locks, hidden files, the files of an unfinished copy,
+# merge or build, and run.json, status.json and tensorboard/ of a run.
+_MAY_CHANGE = re.compile(
+    r"^(copy|merge|parts)/|(^|/)\.|(^|/)part-\d+-of-\d+\.lock$|(^|/)(run|status)\.json$|(^|/)tensorboard(/|$)"
+)
 
 # Verdicts on a command: it refused the file with one line of error, or it accepted the file. Neither is a fault.
 ONE_LINE, ACCEPTED = "one line", "accepted"
