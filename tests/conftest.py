@@ -55,11 +55,22 @@ _CLUSTER_TESTS = (
 )
 
 
+# Parts of the names of files whose few tests take long. These files come first, so that both processes end together.
+_LONG_FILES = ("kill", "/faults/", "test_wheel", "test_fused_network", "test_epilogue", "interrupted", "test_workers")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Give the long tests a limit of one hour instead of five minutes."""
+    """Give the tests of the soak a limit of one hour instead of five minutes, and begin with the tests that take long."""
     for item in items:
         if item.get_closest_marker("soak"):
             item.add_marker(pytest.mark.timeout(3600))
+
+    def turn(item: pytest.Item) -> int:
+        if item.nodeid.startswith(_CLUSTER_TESTS):
+            return 0
+        return 1 if any(part in item.nodeid.partition("::")[0] for part in _LONG_FILES) else 2
+
+    items.sort(key=turn)
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
@@ -70,6 +81,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
         def _split_scope(self, nodeid: str) -> str:
             return "cluster" if nodeid.startswith(_CLUSTER_TESTS) else nodeid.partition("::")[0]
 
+    config.option.loadscopereorder = False  # otherwise files with many tests come first
     return ByFile(config, log)
 
 

@@ -66,11 +66,13 @@ def samples(store: Path, tmp_path: Path) -> Path:
     return tmp_path / "samples"
 
 
-def outcome_with(command: Callable[[Any], object], samples: Path, patch: pytest.MonkeyPatch) -> Outcome:
+def outcome_with(
+    command: Callable[[Any], object], samples: Path, patch: pytest.MonkeyPatch, limit_s: float = 60
+) -> Outcome:
     """Return the outcome of `alexprep inspect` after `command` has replaced Store.open."""
     patch.setattr(prep.cli.check.Store, "open", staticmethod(command))
     target = Target("store/manifest.json", "json", ("store",), (INSPECT,))
-    return check_edit(target, Edit(target.file, "", "x", lambda path: None), target.commands, samples, 2.0)[0]
+    return check_edit(target, Edit(target.file, "", "x", lambda path: None), target.commands, samples, limit_s)[0]
 
 
 def fail_with_one_line(path: Path) -> None:
@@ -100,14 +102,14 @@ def print_two_lines(path: Path) -> None:
         (print_escape_code, "control characters"),
         (print_two_lines, "several lines"),
         (lambda path: {}["key"], "traceback"),
-        (lambda path: time.sleep(60), "hang"),
+        (lambda path: time.sleep(120), "hang"),
         (lambda path: bytearray(1_200_000_000), "memory"),
     ],
 )
 def test_faults_of_a_command_are_found(
     command: Callable[[Any], object], verdict: str, samples: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    outcome = outcome_with(command, samples, monkeypatch)
+    outcome = outcome_with(command, samples, monkeypatch, 2 if verdict == "hang" else 60)
     assert outcome.verdict == verdict, outcome
     assert verdict != "hang" or outcome.seconds < 20
 

@@ -243,10 +243,10 @@ def _judge(ended: _Ended, log: Path) -> tuple[str, str]:
     text = (output + errors).decode("utf-8", "surrogateescape")
     lines = errors.decode("utf-8", "backslashreplace").strip().splitlines()
     last = lines[-1][:400] if lines else ""
-    if ended.is_hanging:
-        return "hang", last
     if ended.memory_bytes > MEMORY_BYTES or _OUT_OF_MEMORY.search(text):
         return "memory", last
+    if ended.is_hanging:
+        return "hang", last
     if "Traceback (most recent call last)" in text:
         return "traceback", last
     if any(c in _BIDI or (unicodedata.category(c) in ("Cc", "Cs") and c not in "\n\t") for c in text):
