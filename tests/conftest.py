@@ -60,7 +60,7 @@ _LONG_FILES = ("kill", "/faults/", "test_wheel", "test_fused_network", "test_epi
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Give the tests of the soak a limit of one hour instead of five minutes, and begin with the tests that take long."""
+    """Give the tests of the soak a limit of one hour instead of five minutes. Begin with the tests that take long."""
     for item in items:
         if item.get_closest_marker("soak"):
             item.add_marker(pytest.mark.timeout(3600))
