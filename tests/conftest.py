@@ -55,22 +55,16 @@ _CLUSTER_TESTS = (
 )
 
 
-# Parts of the names of files whose few tests take long. These files come first, so that both processes end together.
-_LONG_FILES = ("kill", "/faults/", "test_wheel", "test_fused_network", "test_epilogue", "interrupted", "test_workers")
+# Files with few tests that take long. xdist begins with the largest group, so these files join that group. Otherwise
+# one process would run them at the end, while the other process waits.
+_LONG_TESTS = ("tests/train/trainer/test_kill_and_resume.py", "tests/test_wheel.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Give the tests of the soak a limit of one hour instead of five minutes. Begin with the tests that take long."""
+    """Give the tests of the soak a limit of one hour instead of five minutes."""
     for item in items:
         if item.get_closest_marker("soak"):
             item.add_marker(pytest.mark.timeout(3600))
-
-    def turn(item: pytest.Item) -> int:
-        if item.nodeid.startswith(_CLUSTER_TESTS):
-            return 0
-        return 1 if any(part in item.nodeid.partition("::")[0] for part in _LONG_FILES) else 2
-
-    items.sort(key=turn)
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
@@ -79,9 +73,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
     class ByFile(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            return "cluster" if nodeid.startswith(_CLUSTER_TESTS) else nodeid.partition("::")[0]
+            return "cluster" if nodeid.startswith((*_CLUSTER_TESTS, *_LONG_TESTS)) else nodeid.partition("::")[0]
 
-    config.option.loadscopereorder = False  # otherwise files with many tests come first
     return ByFile(config, log)
 
 

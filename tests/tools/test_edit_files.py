@@ -103,7 +103,7 @@ def print_two_lines(path: Path) -> None:
         (print_two_lines, "several lines"),
         (lambda path: {}["key"], "traceback"),
         (lambda path: time.sleep(120), "hang"),
-        (lambda path: bytearray(1_200_000_000), "memory"),
+        (lambda path: bytearray(2_500_000_000), "memory"),
     ],
 )
 def test_faults_of_a_command_are_found(
