@@ -22,9 +22,9 @@ def parse_devices(gpus: str | None, columns: int = 2) -> Devices:
     None   0,1 if the machine has at least two GPUs and the network has two columns; else 0 if the machine has a GPU;
            else cpu
 
-    `0,1` and `0` are examples; other GPU numbers are also valid. Raises UserError for a value other than `cpu` or one
-    or two GPU numbers, and for a GPU that the machine does not have. Also raises UserError for two GPUs if the network
-    has one column.
+    `0,1` and `0` are examples; other GPU numbers are also valid. Raises UserError if the value is neither `cpu` nor one
+    or two GPU numbers, and if the machine does not have the GPU. Also raises UserError for two GPUs if the network has
+    one column.
     """
     import torch
 

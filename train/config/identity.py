@@ -33,10 +33,9 @@ class Difference(NamedTuple):
 def identity_of(config: RunConfig, store: Store) -> dict[str, Any]:
     """Return the identity of a run, as JSON values.
 
-    The identity contains the names of the recipe and the architecture only for messages. `differences` compares the
-    settings of the recipe and the architecture, and ignores the names of both. The identity contains the seed of the
-    stream only if it differs from the seed of the run. Without --stream-seed, the identity is therefore the same as in
-    versions that did not have this option.
+    The names of the recipe and the architecture are only for messages, and `differences` ignores these names. The
+    identity contains the seed of the stream only if this seed differs from the seed of the run. Without --stream-seed,
+    the identity is therefore the same as in versions that did not have this option.
     """
     own_stream_seed = {} if config.seed_of_stream == config.seed else {"stream_seed": config.seed_of_stream}
     return {
@@ -62,9 +61,9 @@ def stream_seed_of(identity: Mapping[str, Any]) -> Any:
 def recipe_values(recipe: Recipe) -> dict[str, Any]:
     """Return all fields of a recipe except `name` and `sources`, as JSON values.
 
-    The value of `augmentation.eval_divisor` is the divisor of evaluation images. The divisor is left out if evaluation
-    does not divide. The fields that version 0.1.0 did not have are left out if they are None. A run of that version
-    therefore keeps its identity.
+    The value of `augmentation.eval_divisor` is the divisor of evaluation images. If this divisor is 1, the key is left
+    out. The fields that version 0.1.0 did not have are left out if they are None. A run of that version therefore keeps
+    its identity.
     """
     values: dict[str, Any] = as_json({k: v for k, v in asdict(recipe).items() if k not in ("name", "sources")})
     divisor = recipe.augmentation.divisor_in_evaluation
@@ -82,8 +81,8 @@ def as_json(data: Any) -> Any:
 def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[Difference]:
     """Return the settings that differ between two identities, in the order of `ours`.
 
-    The names of the recipe and the architecture are not compared. In an identity without a stream seed, the stream seed
-    is the seed of the run. The stream seeds are compared only if one of the identities contains a stream seed.
+    The names of the recipe and the architecture are not compared. Stream seeds are compared only if one of the
+    identities contains a stream seed. In place of a missing stream seed, the seed of that run is compared.
     """
     differing = []
     if "stream_seed" in theirs or "stream_seed" in ours:
@@ -120,7 +119,7 @@ def check_identity(theirs: Mapping[str, Any], ours: Mapping[str, Any], run_dir: 
 
 
 def differing_leaves(name: str, theirs: Any, ours: Any) -> Iterator[Difference]:
-    """Yield the values that differ in two objects of JSON. `name` is the dotted name of the objects."""
+    """Yield a Difference for each part in which two JSON values differ. `name` is the dotted name of both values."""
     if isinstance(theirs, dict) and isinstance(ours, dict):
         for key in {**ours, **theirs}:
             yield from differing_leaves(f"{name}.{key}", theirs.get(key), ours.get(key))

@@ -50,8 +50,8 @@ class _InvalidValue(Exception):
 def recipe_with_overrides(name: str, settings: Sequence[str], epochs: int | None = None) -> Recipe:
     """Return the recipe `name` with the overrides `settings`, each FIELD=VALUE, for a run of `epochs` epochs.
 
-    epochs  number of epochs of the run; None: the recipe's `epochs`. `epochs` changes the recipe only if the schedule
-            is a cosine, a polynomial or `schedule=steps`, because only these schedules depend on the number of epochs
+    epochs  number of epochs of the run; None: the recipe's `epochs`. This argument changes the recipe only if the
+            schedule is a cosine, a polynomial or `schedule=steps`. Only these schedules depend on the number of epochs
 
     Raises UserError for an unknown recipe and for an invalid override.
     """

@@ -62,7 +62,7 @@ class AlexNetAugmentation:
 class ScheduleChange:
     """A change of learning rates or colour noise after `after_epochs` epochs. A field that is None changes nothing."""
 
-    after_epochs: float  # may be a fraction of an epoch; but colour noise changes only at the end of an epoch
+    after_epochs: float  # need not be a whole number, but colour noise changes only at the end of an epoch
     # Learning rate of the weights. If this change or an earlier change sets lr_conv1, `lr` does not apply to conv1.
     lr: float | None = None
     lr_conv1: float | None = None  # learning rate of conv1's weights; 0 freezes conv1's weights and biases

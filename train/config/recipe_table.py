@@ -63,7 +63,7 @@ def advice_lines(recipe: Recipe, epochs: int) -> list[str]:
     if insensitive_at_init(recipe):
         lines.append(
             f"recipe {recipe.name}: with weights of standard deviation 0.01 and biases of 1, the output hardly depends "
-            "on the image at first, so learning starts late. --recipe released, as in the authors' code, learns sooner."
+            "on the image at first, so learning starts late. --recipe released, from the authors' code, learns sooner."
         )
     if isinstance(recipe.schedule, Cosine | Polynomial) and recipe.schedule.warmup_epochs >= epochs:
         lines.append(

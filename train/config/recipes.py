@@ -45,7 +45,7 @@ PAPER = _recipe(
     input_divisor=(1.0, "section 2: raw RGB values, only the mean subtracted"),
     augmentation=(
         AlexNetAugmentation(mean="image", colour="eigenvalue", strength=0.1),
-        "section 2: mean activity of each pixel, of the centre crop as in the authors' code; section 4.1: random "
+        "section 2: the mean of each pixel, here of the centre crop, as in the authors' code; section 4.1: random "
         "crop and flip for each image, and colour noise: eigenvalues times N(0, 0.1). The eigenvalues are those of "
         "pixels in [0, 1], because with pixels in 0..255 the shift would exceed a thousand grey levels",
     ),
@@ -67,7 +67,7 @@ PAPER = _recipe(
     lr=(0.01, "section 5"),
     lr_batch=(None, "ours: none, lr does not depend on --batch"),
     lr_bias=(None, "section 5: 'an equal learning rate for all layers'"),
-    lr_bias_factor=(1.0, "section 5: the same"),
+    lr_bias_factor=(1.0, "section 5: 'an equal learning rate for all layers'"),
     momentum=(0.9, "section 5"),
     weight_decay=(0.0005, "section 5"),
     decay_biases=(True, "section 5 makes no exception for biases"),
@@ -86,8 +86,8 @@ RELEASED = _variant(
     input_divisor=(1.0, "convdata_jpeg.py: only the mean subtracted"),
     augmentation=(
         AlexNetAugmentation(mean="image", colour="stdev", strength=0.1, divisor=1.1, shared_by=32, eval_divisor=1.0),
-        "convdata_jpeg.py: centre of the mean image (line 95), noise by standard deviation and division by 1.1 in "
-        "training only (155-179), one crop for 32 images (77)",
+        "convdata_jpeg.py: centre of the mean image (line 95); in training only, noise by standard deviation and "
+        "division by 1.1 (155-179); one crop for 32 images (77)",
     ),
     activation=("relu", "L145:54, 77, 227 and the others: ReLU"),
     lrn=(
@@ -137,13 +137,13 @@ CAFFE = _variant(
     augmentation=(
         AlexNetAugmentation(mean="aligned", colour="off", strength=0.0),
         "data_transformer.cpp:113: the part of the mean image under the crop; random crop and flip, no colour noise. "
-        "Caffe's crops are of 227 px, which gives conv1 the same 55 × 55 positions",
+        "Caffe's crops are of 227 px; conv1 has 55 × 55 positions, as with our crops of 224 px",
     ),
     activation=("relu", "train_val.prototxt"),
     lrn=(
         Lrn(5, 1e-4 / 5, 0.75, 1.0),
         "train_val.prototxt, alpha divided by size in lrn_layer.cpp:120, k = 1 in caffe.proto:888. Caffe normalizes "
-        "across all 96 and 256 maps, ours within a column",
+        "across all 96 or 256 maps of a layer, our network across the maps of a column",
     ),
     norm_before_relu=(False, "train_val.prototxt: relu1, norm1, pool1"),
     within_map=(None, "not in train_val.prototxt"),
@@ -177,7 +177,7 @@ MODERN = _variant(
     PAPER,
     "modern",
     batch_size=(512, "ours: fits easily into the memory of a present-day GPU"),
-    epochs=(90, "ours: the paper's"),
+    epochs=(90, "ours: as in the paper"),
     input_divisor=(64.0, "ours: pixels of about unit variance, which initialization 'he' assumes"),
     augmentation=(
         AlexNetAugmentation(mean="channel", colour="stdev", strength=0.1),
@@ -232,14 +232,14 @@ LARGE = _variant(
     "large",
     batch_size=(
         8192,
-        "borisgin/nvcaffe, models/bvlc_alexnet/solver_8K.prototxt; ours: 1,024 to 8,192. This project has not trained "
-        "ImageNet with this recipe",
+        "borisgin/nvcaffe, models/bvlc_alexnet/solver_8K.prototxt; ours: --batch may be 1,024 to 8,192. This project "
+        "has not tried this recipe on ImageNet",
     ),
     epochs=(100, "bvlc_alexnet/solver_8K.prototxt: 15,600 batches of 8,192 are 99.7 epochs"),
     lr=(10.0, "arXiv 1708.03888; bvlc_alexnet/solver_8K.prototxt"),
     lr_batch=(
         8192,
-        "Goyal et al. 2017 (arXiv 1706.02677), section 2.1: all learning rates are proportional to --batch, here from "
+        "Goyal et al. 2017 (arXiv 1706.02677), section 2.1: all learning rates are proportional to --batch; here lr is "
         "10 at 8,192. alexnet_bn/solver_16k.prototxt: 2 at 1,024, 10 at 8K, 24 at 16K",
     ),
     lr_bias_factor=(1.0, "bvlc_alexnet/train_val.prototxt: no lr_mult"),
@@ -249,8 +249,8 @@ LARGE = _variant(
     lars_trust=(0.001, "arXiv 1708.03888, η; bvlc_alexnet/solver.prototxt: local_gw_ratio"),
     schedule=(
         Polynomial(warmup_epochs=5, start=0.1, power=2, end=1e-6),
-        "arXiv 1708.03888, algorithm 1: power 2; 5 epochs of warm-up, as in alexnet_bn/solver_16k.prototxt, from 1 to "
-        "10 (rampup_lr 1; bvlc_alexnet/solver.prototxt has 4 epochs); ours: end, so that lr is never 0",
+        "arXiv 1708.03888, algorithm 1: power 2; alexnet_bn/solver_16k.prototxt: 5 epochs of warm-up "
+        "(bvlc_alexnet/solver.prototxt has 4), here from lr 1 (rampup_lr 1) to 10; ours: end, so that lr is never 0",
     ),
 )
 

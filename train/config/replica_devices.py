@@ -59,7 +59,7 @@ def _refuse(gpus: str, local_size: int) -> None:
 
 
 def with_gpus(arguments: list[str], gpus: str) -> list[str]:
-    """Return the arguments of a command with another value of --gpus."""
+    """Return the arguments of a command, with `gpus` as the value of --gpus."""
     replaced, is_value = [], False
     for argument in arguments:
         if is_value:

@@ -17,8 +17,7 @@ class RunConfig:
     """Settings of a run.
 
     The fields `store` to `accumulate` must be unchanged when the run continues from a checkpoint
-    (train/config/identity.py). The fields from `run_dir` on can change. Among the fields that can change are the
-    folder, the devices, the length of the run, and the intervals between log lines and between checkpoints.
+    (train/config/identity.py). The fields from `run_dir` on can change.
     """
 
     store: Path
@@ -41,7 +40,7 @@ class RunConfig:
     threads: int | None = None  # CPU threads that decode and augment; None: one for each usable core
     replicas: int = 1  # number of replicas that compute a step together (train/replicas)
     service: str | None = None  # service that decodes the images: NAME or NAME@HOST:PORT; None: this process decodes
-    # "local": this process decodes if the service is lost; None: the run then fails.
+    # What happens if the service is lost. "local": this process decodes; None: the run fails.
     service_fallback: str | None = None
 
     @property

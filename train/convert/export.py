@@ -67,11 +67,12 @@ class Preprocessing:
 
     shorter_side_px: int
     mean: str
-    mean_rgb: tuple[float, ...]  # mean of each channel that is subtracted; with a mean image, the average of this image
+    mean_rgb: tuple[float, ...]  # value subtracted from each channel; for a mean image, its average in each channel
     mean_image: Mapping[str, Any] | None  # object with the keys "shape" (side, side, 3), "dtype" and "base64"
-    # Number by which the pixels minus the mean are divided before they enter the network in the file. An onnx graph and
-    # torchvision weights already contain the division of the recipe, so their input_divisor is 1. A safetensors file
-    # contains only parameters, and its conv1 expects divided pixels.
+    # Number by which the pixels minus the mean are divided before they enter the network in the file. torchvision's
+    # weights contain the complete division, so the number is 1. An onnx graph divides by Recipe.input_divisor, so the
+    # number is augmentation.divisor_in_evaluation, which is 1 by default. A safetensors file contains only parameters,
+    # so the number is the product of both divisors (Recipe.eval_input_divisor).
     input_divisor: float
     # "area": the mean of the source pixels that an output pixel covers, as Pillow's BOX and OpenCV's INTER_AREA. For
     # images that must be enlarged, "area" means bicubic. Filters other than the area filter have Pillow's names.
@@ -85,8 +86,8 @@ class Preprocessing:
     layout: str = "NCHW"
     channel_order: str = "RGB"
     range: tuple[int, int] = (0, 255)
-    # Only for torchvision, instead of the mean and input_divisor. The keys are "mean" and "std" of Normalize, which
-    # takes pixels in [0, 1], and "exact". "exact" is False if the network subtracts a mean image, because "mean" is
+    # Only for torchvision, instead of the mean and input_divisor. The keys "mean" and "std" are the arguments of
+    # Normalize, for pixels in [0, 1]. The key "exact" is False if the network subtracts a mean image, because "mean" is
     # then only the average of this image.
     normalise: Mapping[str, Any] | None = None
 

@@ -51,9 +51,9 @@ def import_torchvision(file: Path, config: RunConfig, new_fc8: bool = False) -> 
              then have the classes of the store
 
     train/convert/torchvision_weights.py explains which conversions are exact. Raises UserError if `file` is not a
-    state_dict of torchvision's AlexNet. Also raises UserError if `new_fc8` is False and the classes of `file` and store
-    differ, or if the recipe or the architecture does not fit. Also raises UserError if a batch is larger than the
-    training split, or if the run folder already holds a run.
+    state_dict of torchvision's AlexNet, or if the recipe or the architecture does not fit. Also raises UserError if a
+    batch is larger than the training split, or if the run folder already holds a run. Without `new_fc8`, also raises
+    UserError if the classes of `file` differ from the classes of the store.
     """
     run = Run.open(config)
     store, recipe = run.store, config.recipe

@@ -15,7 +15,7 @@ is the channel:
              one value for each channel, the average of the mean image. The input from Normalize is therefore
              approximate.
     import   m comes from the store. mean_c comes from the imported file if `alextrain export` wrote the file; otherwise
-             it is torchvision's mean for ImageNet. Then t = (u · input_divisor + m_c − 255 mean_c) / (255 std_c).
+             mean_c is torchvision's mean for ImageNet. Then t = (u · input_divisor + m_c − 255 mean_c) / (255 std_c).
              conv1's weights are multiplied by input_divisor / (255 std_c). The constant (m_c − 255 mean_c) / (255
              std_c) is multiplied by the original weights, summed, and added to conv1's bias. The result is exact for
              conv1's windows inside the image. The first and the last row and column of conv1's 55 × 55 outputs also
@@ -69,7 +69,7 @@ def check_fits(architecture: Architecture, recipe: Recipe) -> None:
 
 
 def to_torchvision_weights(parameters: Mapping[str, Tensor], recipe: Recipe, std: Sequence[float]) -> dict[str, Tensor]:
-    """Return the joined `parameters` as torchvision's state_dict, which expects the input (p − m) / (255 std)."""
+    """Return parameters (AlexNet.joined_tensors) as torchvision's state_dict, for the input (p − m) / (255 std)."""
     state = {}
     for torchvision_layer, layer in TORCHVISION_LAYERS.items():
         weight = parameters[f"{layer}.weight"].double()
@@ -83,11 +83,12 @@ def to_torchvision_weights(parameters: Mapping[str, Tensor], recipe: Recipe, std
 def from_torchvision_weights(
     state: Mapping[str, Tensor], recipe: Recipe, normalization: Normalization, mean_rgb: Sequence[float]
 ) -> dict[str, Tensor]:
-    """Return the weights of torchvision's state_dict as joined parameters, for images minus `mean_rgb` (grey levels).
+    """Return the weights of torchvision's state_dict as parameters for AlexNet.load_joined_tensors.
 
-    `normalization` is the normalization with which the weights were trained. Raises KeyError or ValueError if `state`
-    has a name that torchvision's AlexNet does not have, or has no conv1 with 3 input channels. The caller checks all
-    other names and shapes with AlexNet.load_joined_tensors.
+    `mean_rgb`, in grey levels, is the mean that is subtracted from the images of the new network. `normalization` is
+    the normalization with which the weights were trained. Raises KeyError or ValueError if `state` has a name that
+    torchvision's AlexNet does not have, or has no conv1 with 3 input channels. The caller checks all other names and
+    shapes with AlexNet.load_joined_tensors.
     """
     tensors = {name: tensor.double() for name, tensor in from_torchvision(state).items()}
     weight = tensors["conv1.weight"]

@@ -99,8 +99,8 @@ def evaluate(
 ) -> EvalResult:
     """Evaluate `network` on all images of `loader`.
 
-    The softmax is averaged over the views of an image (layer.cu:1809, section 4.1). If `probabilities` is an array,
-    float32 (images that `loader` serves, classes), the class probabilities are written into this array. After the
+    The softmax is averaged over the views of an image (layer.cu:1809, section 4.1). If `probabilities` is not None, the
+    class probabilities are written into this array, float32 (images that `loader` serves, classes). After the
     evaluation, the network is in the same mode (training or evaluation) as before.
 
     If `group` has several replicas, all ranks call this function with the same parameters. The loader of a rank serves

@@ -2,8 +2,7 @@
 
 An index holds keys, labels and fc7 activations (of the centre crops) of the training images. The index for the
 checkpoint of step 232 is saved as `index-fc7-00000232.npz` in the run folder. A saved index is reused if it has the
-requested checkpoint, training split, number of records and precision. If the checkpoint, the split, the number of
-records or the precision differs, a new index replaces the saved index.
+requested checkpoint, training split, number of records and precision. Otherwise, a new index replaces the saved index.
 """
 
 from __future__ import annotations
@@ -87,8 +86,8 @@ def load_or_build_index(
 def _read_index(path: Path, about: str, shape: tuple[int, int], classes: int) -> NeighborIndex | None:
     """Return the saved index of `shape` (records, units).
 
-    Returns None if the file is missing or damaged, if the `about` text in the file differs, or if an array has another
-    shape or values that are not valid.
+    Returns None if the file is missing or damaged, if the text `about` in the file is not the parameter `about`, or if
+    an array has a wrong shape or invalid values.
     """
     records, units = shape
     formats = {

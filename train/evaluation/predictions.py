@@ -39,7 +39,7 @@ from train.runs.checkpoint import Checkpoint
 
 DENSE = "dense"  # value of `views` for a crop at every 32 px of the central square
 _EVALUATIONS = "evaluations.jsonl"
-_LARGEST_SUM_ERROR = 0.01  # by which the probabilities of an image may differ from 1 in sum
+_LARGEST_SUM_ERROR = 0.01  # largest allowed difference between 1 and the sum of an image's probabilities
 _ARRAYS = {
     "probabilities": ArrayShape(("<f4",), (None, None)),
     "labels": ArrayShape(("<i8",), (None,)),
@@ -175,7 +175,7 @@ def predict_split(
 
 @contextmanager
 def replica_progress(group: ReplicaGroup, label: str, images: int) -> Iterator[Progress]:
-    """Show the progress of this rank's part of an evaluation on rank 0; count without output on the other ranks."""
+    """On rank 0, show the progress of this rank's part of an evaluation. On other ranks, count without output."""
     if not group.is_first:
         yield Progress(images, "images")
         return

@@ -214,8 +214,9 @@ def outcome_rows(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
     """Return a row for each outcome: errors in %, and differences from the baseline in percentage points.
 
     A positive difference means that the ablation has the higher error. "paper_top1" is the difference in the paper.
-    "top1_difference" is the measured difference between runs with the same seed. Each measured value has a "mean" and a
-    "spread" over the seeds: the standard deviation, or None if there is only one seed.
+    "top1_difference" is the measured difference: each run is compared with the baseline's run of the same seed. Each
+    measured value has a "mean" and a "spread" over the seeds: the standard deviation, or None if there is only one
+    seed.
     """
     base = outcomes[0]
     return [

@@ -80,7 +80,9 @@ def train_members(
 
 
 def check_members(folder: Path, ensemble: Ensemble, runs: Sequence[Run]) -> None:
-    """Raise UserError if the folder holds other files or another ensemble, or if a member was trained as another run.
+    """Raise UserError if the folder holds other files or another ensemble.
+
+    Also raises UserError if the folder of a member holds a run with another identity (train/config/identity.py).
 
     The check precedes the first write, so that a command with wrong options does not change the folder.
     """
@@ -88,7 +90,7 @@ def check_members(folder: Path, ensemble: Ensemble, runs: Sequence[Run]) -> None
     for run in runs:
         try:
             identity = read_description(run.run_dir)["identity"]
-        except UserError:  # the member has not begun, or its run.json will be rewritten
+        except UserError:  # there is no run.json yet, or it is damaged and will be rewritten
             continue
         if newest_checkpoint(run.run_dir) is not None:
             check_identity(identity, run.identity, run.run_dir)

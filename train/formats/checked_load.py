@@ -19,7 +19,8 @@ def load_tensors(file: BinaryIO, content: Any, name: str, advice: str) -> Any:
     file     an open file of torch.save
     content  the content of this file (train.formats.torch_file.read_content), or a part of it
 
-    Raises UserError, with `name` and `advice` in its message, if torch cannot load the file, or loads other tensors.
+    Raises UserError, with `name` and `advice` in its message, if torch cannot load the file, or if the loaded tensors
+    are not the tensors that `content` describes.
     """
     needed_bytes = sum(tensor.storage.bytes for tensor in tensors_in(content))
     file.seek(0)

@@ -1,4 +1,4 @@
-"""The content of a checkpoint file: types and ranges of its values, and its tensors compared with its architecture.
+"""Checks the content of a checkpoint file: the types and ranges of its values, and the shapes of its tensors.
 
 The digest of a checkpoint shows that the file was not altered after it was written, but not who wrote the file. The
 content is therefore checked before torch allocates a tensor.

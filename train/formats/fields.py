@@ -1,4 +1,4 @@
-"""Types of fields that several files of a run folder have, and the architecture and recipe of a run."""
+"""Types and checks of fields that several files of a run folder have, such as architecture and recipe."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ class CosineFields(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class PolynomialFields(Struct, frozen=True, forbid_unknown_fields=True):
-    """A schedule of a polynomial with a warm-up."""
+    """A polynomial schedule with a warm-up."""
 
     warmup_epochs: NonNegative
     start: Share
@@ -204,7 +204,7 @@ Ancestry = Annotated[list[AncestorFields], Meta(max_length=1000)]
 
 
 def parameter_shapes(architecture: Architecture, crossing: bool, classes: int) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of the joined parameters by name, without building the network.
+    """Return the shapes of AlexNet.joined_tensors by name, without building the network.
 
     crossing  whether conv3, fc6 and fc7 see both columns (Recipe.crossing)
 

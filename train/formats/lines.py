@@ -43,9 +43,9 @@ class TrainLine(Struct, frozen=True):
 
 
 class _LineOfKnownLayers(TrainLine, frozen=True):
-    """A TrainLine whose layers are in LAYERS. The pattern of layer names is not checked.
+    """A TrainLine whose layers are in LAYERS. The pattern of their names is therefore not checked.
 
-    To check the pattern would take a third of the time to read a line.
+    Checking the pattern takes a third of the time in which a line is read.
     """
 
     gradient_norm: dict[str, Finite] = {}
@@ -135,7 +135,7 @@ def _parse(text: bytes, models: Models, name: str, advice: str) -> dict[str, Any
 
 
 def _has_known_layers(line: dict[str, Any]) -> bool:
-    """Return whether all layers in the norms of a line have the names of LAYERS."""
+    """Return whether all layers in the norms of a line are in LAYERS."""
     return all(line.get(part, {}).keys() <= set(LAYERS) for part in ("gradient_norm", "weight_norm"))
 
 

@@ -135,7 +135,7 @@ def _refuse(what: str) -> NoReturn:
 
 
 def _check_size(value: Any) -> None:
-    """Raise UnsafeFile for a value that is nested too deeply, too large, or contains itself."""
+    """Raise UnsafeFile for a value that is nested too deeply, is too large, or contains itself."""
     level, count = [value], 0
     for _ in range(MAX_DEPTH + 1):
         next_level: list[Any] = []

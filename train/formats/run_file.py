@@ -1,7 +1,7 @@
-"""run.json: the settings, recipe, architecture, store and length of a run, and their check.
+"""Reads and checks run.json: the settings, recipe, architecture, store and length of a run.
 
 Unknown fields are kept, because other versions write other settings, which `alextrain compare` and `report` show.
-Unknown fields of the architecture, the recipe, and the settings and colours of the store are refused, because such
+Unknown fields are refused in the architecture, the recipe, the store's settings and the store's colours, because such
 fields could change the network or its inputs.
 """
 
@@ -111,7 +111,7 @@ def read_run_file(path: Path) -> dict[str, Any]:
     """Return the content of run.json, with the types of RunFile, and with the unknown fields of other versions.
 
     Raises FileNotFoundError if there is no run.json. Raises UserError if the file cannot be read, if a field is
-    missing or has another type or range, and if fields contradict each other.
+    missing, has a wrong type or is out of range, and if fields contradict each other.
     """
     content = read_regular(path, MAX_BYTES, ADVICE)
     data = parse_json(content, str(path), ADVICE)

@@ -96,8 +96,8 @@ def _check_directory(file: BinaryIO, size_bytes: int) -> None:
 def _entries(archive: zipfile.ZipFile, size_bytes: int) -> dict[str, int]:
     """Return the names and sizes in bytes of the entries.
 
-    The entries must not be compressed or overlap, and must begin at the start of the file. Every reader therefore finds
-    the same entries, and the archive cannot become larger when it is unpacked.
+    The entries must not be compressed and must not overlap, and the first entry must begin at the start of the file.
+    Every reader therefore finds the same entries, and the archive cannot become larger when it is unpacked.
     """
     entries: dict[str, int] = {}
     end = 0

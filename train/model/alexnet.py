@@ -1,8 +1,8 @@
 """The AlexNet module in PyTorch: two columns on one or two devices, for every architecture of train/config.
 
 Paper: sections 3.2 and 3.5, figure 2. Each of the two columns has half of the maps or units of every layer except fc8.
-Each column is on one device; both columns can be on the same device. Before conv3, fc6, fc7 and fc8 (the crossing
-arrows of figure 2), `cross` joins the activations of both columns. In all other layers, and in every normalization, a
+Each column is on one device; both columns can be on the same device. The arrows in figure 2 cross before conv3, fc6,
+fc7 and fc8. There, `cross` joins the activations of both columns. In all other layers, and in every normalization, a
 column sees only its own maps. A network of one column has no crossings. Feature maps are in channels-last layout, in
 which convolution, pooling and normalization across maps are faster than in channels-first layout. On a CPU, a training
 step takes a third less time in channels-last layout.
@@ -308,9 +308,9 @@ def initialize(network: AlexNet) -> None:
 def from_torchvision(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return torchvision's state_dict with the names that load_joined_tensors expects.
 
-    The network must have the architecture `torchvision`. The weights expect (RGB / 255 − mean) / std as input, with
-    torchvision's mean and std of each channel. The data pipeline of this project gives RGB − mean instead. Raises
-    KeyError for a name that is not in torchvision's AlexNet.
+    Only a network with the architecture `torchvision` can load the result. The weights expect (RGB / 255 − mean) / std
+    as input, with torchvision's mean and std of each channel. The data pipeline of this project gives RGB − mean
+    instead. Raises KeyError for a name that is not in torchvision's AlexNet.
     """
     tensors = {}
     for name, tensor in state.items():

@@ -1,11 +1,10 @@
 """C kernels (kernels.c) for training on a CPU.
 
-The kernels compute ReLU, normalization and pooling in one pass, the parameter update, and sums of squares.
+There are kernels for ReLU, normalization and pooling in one pass, for the parameter update, and for sums of squares.
 
 `native` is a NativeKernels object, or None if the kernels could not be compiled or are switched off (prep/compiled.py).
-If `native` is None, and for types other than float32, lrn.py, pooling.py and train/optim use equivalent PyTorch
-operators. The work is divided among as many threads as PyTorch uses. The results have the same bits for any number of
-threads.
+lrn.py, pooling.py and train/optim use equivalent PyTorch operators if `native` is None or a tensor is not float32. The
+work is divided among as many threads as PyTorch uses. The results have the same bits for any number of threads.
 """
 
 from __future__ import annotations

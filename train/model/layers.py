@@ -59,10 +59,10 @@ class Column(nn.Module):
 def drop(x: Tensor, recipe: Recipe, training: bool, replicas: ReplicaGroup = ALONE) -> Tensor:
     """Apply dropout (section 4.2).
 
-    Training sets values to zero with probability p, and evaluation multiplies values by 1 − p. If
-    recipe.dropout_scales_training is True, training divides kept values by 1 − p and evaluation changes nothing.
+    Training sets values to zero with probability p = recipe.dropout. If recipe.dropout_scales_training is True,
+    training also divides the other values by 1 − p. If it is False, evaluation multiplies all values by 1 − p.
 
-    replicas  the replicas that compute a step together. All replicas have the same random generator. Each replica draws
+    replicas  the replicas that compute a step together. Their random generators have the same state. Each replica draws
     random numbers for the rows of all replicas, in the order of the ranks, and uses the numbers of its own rows. One
     process with all rows would draw the same numbers
     """

@@ -14,7 +14,7 @@ from prep.console import Progress, count_noun, progress, say
 from train.runs.run_dir import shown_errors
 
 Line = Mapping[str, Any]  # an object of metrics.jsonl
-# Keys that only the lines of an ensemble have: the values of the members by their names.
+# Keys that only the lines of an ensemble have. Each value is a dict from a member's name to its loss or error.
 MEMBER_LOSSES, MEMBER_TOP1_ERRORS = "member_losses", "member_top1_errors"
 
 
@@ -28,7 +28,7 @@ class RunLength(NamedTuple):
 
 
 class ConsoleView:
-    """Prints a line for each interval and each validation. Base class of the other views."""
+    """Prints each log line: of an interval of --log-every steps, or of a validation. Base class of the other views."""
 
     def __init__(self) -> None:
         self._service_status: Callable[[], ServiceStatus | None] = lambda: None
@@ -47,10 +47,10 @@ class ConsoleView:
         self._length = length
 
     def follow(self, steps_since_line: Callable[[], int]) -> None:
-        """Set the function that returns the number of steps since the last log line at any time."""
+        """Set the function that returns the number of steps since the last log line."""
 
     def follow_service(self, status: Callable[[], ServiceStatus | None]) -> None:
-        """Set the function that returns the state of the stream's service at any time; None without a service."""
+        """Set the function that returns the current state of the stream's service, or None without a service."""
         self._service_status = status
 
     def train(self, line: Line) -> None:
@@ -104,7 +104,7 @@ def service_text(status: ServiceStatus) -> str:
 
 
 def validation_text(line: Line, classes: int) -> str:
-    """Return the console line of a validation of a network with `classes` classes, as text."""
+    """Return the console line of a validation. `classes` is the network's number of classes."""
     return (
         f"epoch {line['epoch']:6.2f}  validation  loss {line['loss']:.3f}  {_columns(line, classes)}"
         f"{member_values(line)}  of {line['images']:,} images, centre view"

@@ -114,7 +114,7 @@ class _MemberView(ConsoleView):
 
 
 def _mean_line(lines: Mapping[str, Line]) -> dict[str, Any]:
-    """Return the last member's log line of a step, with the mean losses and errors and each member's values."""
+    """Return the last member's log line of a step, with mean loss and errors, and the loss or error of each member."""
     *_, last = lines.values()
     means = {key: sum(line[key] for line in lines.values()) / len(lines) for key in _AVERAGED}
     kind = {"train": (MEMBER_LOSSES, "loss"), "val": (MEMBER_TOP1_ERRORS, "top1_error")}

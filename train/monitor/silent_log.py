@@ -22,7 +22,7 @@ class SilentLog:
         pass
 
     def interval(self, waits: StreamWaits, network: AlexNet) -> IntervalMetrics:
-        """Begin an interval. Rank 0 needs the waiting times and the memory of all ranks."""
+        """Begin an interval. It is measured on every rank, because rank 0 logs the maxima over all ranks."""
         return IntervalMetrics(waits, network)
 
     def train(self, line: dict[str, Any]) -> None:

@@ -70,7 +70,7 @@ class StepCounters:
 
 
 def counts_of_all(counts: Counts, group: ReplicaGroup) -> Counts:
-    """Return the counts of the whole steps, from the counts of this replica's parts. All ranks get the same result."""
+    """Return the counts of all replicas together, from the counts of this replica. All ranks get the same result."""
     if group.size == 1:
         return counts
     numbers = [counts.loss_sum, *counts.misses, counts.smallest_label, counts.largest_label, *counts.losses]

@@ -1,4 +1,4 @@
-"""SGD by the paper's update rule (section 5), computed by the C kernel or by PyTorch, and its parameter groups.
+"""SGD by the paper's update rule (section 5), computed by the C kernel or by PyTorch.
 
     v ← momentum · v − decay · ε · w − ε · ∂L/∂w
     w ← w + v
@@ -95,7 +95,7 @@ class PaperSGD(torch.optim.Optimizer):
         self._rate_tensor_update.write_rates([group["lr"] for group in self.param_groups])
 
     def write_addresses(self) -> None:
-        """Write the addresses of the gradients that the recording of a step has allocated."""
+        """Write the addresses of the gradients into the kernel's table, after a step was recorded as a CUDA graph."""
         assert self._rate_tensor_update is not None
         self._rate_tensor_update.write_addresses()
 

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from train.config.recipe import Lrn
 
-_POSITIONS = 16  # number of positions in a tile; each is a row of a matrix, and Triton's product needs 16 rows or more
+_POSITIONS = 16  # positions (rows) of a tile, see epilogue_triton.py; Triton's matrix product needs 16 rows or more
 _FORWARD_ROWS = 16  # largest number of rows of pooled values that a program computes
 _BACKWARD_ROWS = 28  # largest number of rows of the convolution's output that a program computes
 _BACKWARD_TILES = 8  # number of tiles that a program of the backward pass without pooling computes
@@ -178,7 +178,7 @@ def stages_for(maps: int, float32: bool, slope_after: bool, shared_bytes: int) -
 
     The result is 3, or 1 if shared memory is too small.
 
-    slope_after   True if the nonlinearity after pooling is "tanh" or "sigmoid", whose gradient needs `out`
+    slope_after   True if the nonlinearity after pooling is "tanh" or "sigmoid", whose gradient needs its output
     shared_bytes  shared memory in bytes that a program can have: 227 KiB on an H100 or H200, 163 KiB on an A100
     """
     # Upper bound of the shared memory, in bytes per map of a tile, that Triton 3.6 and 3.9 allocate for 3 stages and

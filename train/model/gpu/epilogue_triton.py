@@ -183,7 +183,7 @@ def pooled_backward(
     POOL: tl.constexpr, BEFORE: tl.constexpr, AFTER: tl.constexpr, NORM: tl.constexpr, REACH: tl.constexpr,
     THREE_QUARTERS: tl.constexpr, TERMS: tl.constexpr, POSITIONS: tl.constexpr, MAPS: tl.constexpr,
 ):  # fmt: skip
-    """Write the gradient of x, which is the convolution's output, and the sums of this gradient for the bias.
+    """Write the gradient of x, the convolution's output. Also write the sums of this gradient for the bias.
 
     Row `program` of `bias_sums` (programs, maps) is the sum of the gradient over the positions of this program.
 

@@ -69,7 +69,8 @@ def _agrees(pool_px: int, device: torch.device) -> bool:
     bias = torch.arange(-3.0, 3.0, device=device).div(10).requires_grad_()
     (actual,) = epilogue.apply_epilogue([x], [bias], epilogue.Epilogue("relu", _NORM, pool_px))
     expected = F.relu(x + bias[:, None, None])
-    # F.local_response_norm calls avg_pool3d, whose gradient PyTorch refuses on a GPU under --deterministic.
+    # F.local_response_norm calls avg_pool3d, whose gradient PyTorch refuses on a GPU under --deterministic. Other
+    # operators therefore compute the normalization here.
     reach, maps = _NORM.size // 2, expected.shape[1]
     squares = F.pad(expected.square(), (0, 0, 0, 0, reach, reach))
     window_sum = torch.stack([squares[:, shift : shift + maps] for shift in range(_NORM.size)]).sum(0)

@@ -30,7 +30,7 @@ from train.replicas.group import ALONE
 
 
 class FusedNetwork:
-    """The forward pass of an AlexNet, computed with the modules of the AlexNet."""
+    """The forward pass of an AlexNet on a GPU, with the parameters of the AlexNet's modules."""
 
     def __init__(
         self,
