@@ -1,8 +1,8 @@
 """Evaluation preprocessing of single images in NumPy: load a photograph or a record, crop it, subtract the mean.
 
 The results equal the images of an EvalLoader on a CPU, bit for bit. Photographs are rescaled like the images of a
-store. If the store has JPEG records, photographs are also encoded and decoded. The formula of pipeline.augment then
-gives the result. EvalTransform needs only the settings and the mean of a store.
+store. If the store has JPEG records, photographs are also encoded as JPEG and decoded. Cropping and normalization are
+those of pipeline.augment. EvalTransform needs only the settings and the mean of a store.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Pixels = npt.NDArray[np.uint8]  # (H, W, 3) RGB
 def read_photograph(path: Path, settings: Settings) -> Photograph:
     """Prepare an image file in the same way as `alexprep build-lmdb` with `settings`.
 
-    Raises UserError with the path of the file if it cannot be read, is too large, or is not an image.
+    Raises UserError, with the path in the message, if the file cannot be read, is too large, or is not an image.
     """
     try:
         return prepare_photograph(path, settings)
@@ -76,7 +76,10 @@ class EvalTransform:
         return np.stack([self._crop(square, y, x, flip) for (y, x), flip in positions])
 
     def _crop(self, square: Pixels, y: int, x: int, flip: int) -> npt.NDArray[np.float32]:
-        """Return the crop at row y and column x, float32 (3, 224, 224): mirrored if `flip`, minus mean, divided."""
+        """Return the crop at row y and column x, float32 (3, 224, 224).
+
+        The crop is mirrored if `flip`. The mean is subtracted, and the result is divided by `divisor`.
+        """
         crop = _crop_at(square, y, x).astype(np.float32)
         if self.mean == "aligned":
             crop -= _crop_at(self._mean_image, y, x)

@@ -40,15 +40,14 @@ class WindowRequest:
     offset: npt.NDArray[np.int32]  # (N, 2): row and column of each window in the central square
     window_px: int  # side of the windows
     with_sources: bool = False  # whether the source paths of the records are requested too
-    # Random numbers of regions that are resized to windows, (N, 11, 2) (pipeline.sampling.draw_regions), and the
-    # argument `ratio` of choose_regions. None: the windows are crops. The worker chooses the regions, because it knows
-    # the sizes of the records. `offset` is then not used.
+    # Only for windows that are resized regions: random numbers of pipeline.sampling.draw_regions, (N, 11, 2). The
+    # worker chooses the regions with them, because it knows the sizes of the records, and ignores `offset`.
     regions: npt.NDArray[np.float64] | None = None
-    ratio: tuple[float, float] | None = None
+    ratio: tuple[float, float] | None = None  # argument `ratio` of choose_regions
 
     @classmethod
     def joined(cls, requests: Sequence[WindowRequest]) -> WindowRequest:
-        """Combine several requests for windows of the same split into one request, in their order."""
+        """Combine several requests for windows of the same split into one request, in the order of `requests`."""
         first = requests[0]
         numbers = np.concatenate([request.numbers for request in requests])
         offset = np.concatenate([request.offset for request in requests])
@@ -140,7 +139,10 @@ class WindowMaker:
         extent: npt.NDArray[np.int32] | None,
         out: npt.NDArray[np.uint8],
     ) -> int:
-        """Write the N windows to `out`: squares that begin at `corner`, or resized regions of the size `extent`.
+        """Write the N windows to `out`.
+
+        A window is the square that begins at `corner`. If `extent` is given, the window is instead the region of this
+        size that begins at `corner`, resized to a square.
 
         Returns the index of the first record that cannot be decoded; N if all records can be decoded.
         """

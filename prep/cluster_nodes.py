@@ -22,9 +22,9 @@ def check_nodes(ray: ModuleType, folder: Path | None, source: Path, versions: Ca
     """Implement Runner.check_machines (prep/workers.py) for the nodes of a cluster.
 
     To check `folder`, this function writes a temporary file with random content into this folder. Every node must read
-    the same content. Raises UserError with the name of the first node that differs, and with both values. A node that
-    dies during the check is ignored, because Ray gives it no tasks. If the cluster has only this node, the function
-    compares nothing.
+    the same content. Raises UserError for the first node that differs from this machine, with the name of the node and
+    both values. A node that dies during the check is ignored, because Ray gives it no tasks. If the cluster has only
+    this node, the function compares nothing.
     """
     if {node["NodeID"] for node in worker_nodes(ray)} == {ray.get_runtime_context().get_node_id()}:
         return

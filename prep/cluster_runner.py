@@ -94,7 +94,7 @@ class ClusterRunner:
     def check_machines(self, folder: Path | None, source: Path, versions: Callable[[], dict[str, str]]) -> None:
         """Check that all nodes see the same files and have the same software versions. See Runner.check_machines.
 
-        The error names the first node that differs, and both values.
+        The error names the first node that differs from this machine, and both values.
         """
         check_nodes(self._ray, folder, source, versions)
 
@@ -250,7 +250,7 @@ class _Counters:
         return attempt in self._stopped
 
     def read(self) -> dict[str, Counts]:
-        """Return the counts of each running task by the name of its attempt."""
+        """Return {attempt: counts} of the running tasks."""
         return self._counts
 
     def stop(self, attempts: list[str]) -> None:

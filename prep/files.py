@@ -187,8 +187,8 @@ no_lock_option = click.option(
     is_flag=True,
     expose_value=False,
     callback=_work_without_locks,
-    help="Do not lock the folder that is written to, for file systems without locks. With this option, make sure that"
-    " no second command writes to the folder at the same time.",
+    help="Do not lock the folder into which the command writes. This option is for file systems without locks. Make "
+    "sure that no second command writes into the folder at the same time.",
 )
 
 

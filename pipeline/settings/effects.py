@@ -1,4 +1,4 @@
-"""Settings of the effects. pipeline.settings.augmentation.Augmentation has these fields."""
+"""Settings of colour jitter, grey, blur and random erasing. Augmentation (augmentation.py) inherits them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from prep.console import WrongArgument
 
-MAX_JITTER = 10.0  # largest value of brightness, contrast and saturation; larger values would need more than 32 bits
+MAX_JITTER = 10.0  # largest value of brightness, contrast and saturation; kernels.c then needs no more than 32 bits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,7 +14,7 @@ class EffectSettings:
     """Settings of the effects of training images. Evaluation images have no effects.
 
     The steps have a fixed order: jitter, grey, blur, then flip, colour noise, mean and division, then erase. Jitter,
-    grey and blur change the uint8 pixels. Each step rounds to uint8.
+    grey and blur take uint8 pixels and round their result to uint8.
     """
 
     # Brightness, contrast, saturation and hue of torchvision's ColorJitter. The factors of the first three are drawn

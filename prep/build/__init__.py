@@ -9,7 +9,7 @@ __all__ = ["build_from"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import build_from only when it is first used, because the command's --help must not load LMDB and Pillow."""
+    """Import build_from only when it is first used, because `alexprep --help` must not load LMDB and Pillow."""
     if name == "build_from":
         from prep.build.from_python import build_from
 

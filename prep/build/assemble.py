@@ -1,4 +1,4 @@
-"""Assembles a split from its finished shards: totals, colour statistics, mean image, outcomes of inputs, manifest."""
+"""Assembles a split from its finished shards: totals, colour statistics, mean image, inputs.jsonl and manifest."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def assemble_split(plan: BuildPlan, root: Path, existing: Store | None, policy: 
     """When all shards of a split are built, write the files of the split, then the manifest.
 
     `root` is the folder of the store. The manifest also lists the splits that the `existing` store already has. Raises
-    UserError if a shard's summary is missing or has a wrong number of inputs, if more bad inputs were left out than
-    `policy` allows, or if no input is an image.
+    UserError if a work file of a shard is missing, damaged or of other inputs. Also raises UserError if more inputs are
+    bad than `policy` allows, if all inputs of a class are bad and `policy` forbids this, or if no input is an image.
     """
     source, settings, folder = plan.source, plan.settings, plan.folder
     moments, shards, bad = Moments(), [], len(source.refused)
@@ -127,7 +127,7 @@ def _refuse_lost_classes(plan: BuildPlan, records_of_label: Counter[int]) -> Non
 
 
 def _outcomes(plan: BuildPlan) -> Iterator[Mapping[str, Any]]:
-    """Yield the outcomes for inputs.jsonl: first ignored and refused inputs, then the other inputs in record order."""
+    """Yield the lines of inputs.jsonl: first ignored and refused inputs, then other inputs in record order."""
     yield from ({"source": name, "fate": IGNORED, "why": reason} for name, reason in plan.source.ignored)
     yield from ({"source": name, "fate": "bad", "why": reason} for name, reason in plan.source.refused)
     for number in range(plan.shard_count):

@@ -52,11 +52,12 @@ from prep.workers import WorkerPool
 Pixels = npt.NDArray[np.uint8]  # (H, W, 3), RGB
 Item = tuple["bytes | Image.Image | Pixels", "str | int", "str | bytes"]
 
-# The first byte of an item in the file gives the type of the item. After this byte, the item has the bytes of an image
-# file, or the height, the width and the pixels, or the reason why the item is bad.
-_FILE, _PIXELS, _BAD = b"F", b"P", b"B"
+# The first byte of an item in the file is one of these types. The content follows.
+_FILE = b"F"  # content: the bytes of an image file
+_PIXELS = b"P"  # content: height and width, 4 bytes each, and the pixels
+_BAD = b"B"  # content: the reason why the item is bad
 _PNG_MODES = ("RGB", "1", "L", "LA", "P", "RGBA", "I;16")
-_CONVERTED = {"La": "LA", "PA": "RGBA", "RGBa": "RGBA", "HSV": "RGB"}  # modes that no image format can store
+_CONVERTED = {"La": "LA", "PA": "RGBA", "RGBa": "RGBA", "HSV": "RGB"}  # Pillow's mode -> stored mode
 _JPEG_SIGNATURE = b"\xff\xd8\xff"
 
 
@@ -114,12 +115,12 @@ def build_from(
 
     An image is the bytes of an image file, a PIL image, or pixels as uint8 (H, W, 3). The build sees the warnings of
     the decoder only if the image is given as bytes. A PIL image that Pillow cannot load is a bad input. A label is the
-    name of a class or the position of a class from 0. `classes` are the names of the classes in the order of the
-    labels. Without `classes`, the labels give the classes. Labels that are names are sorted. Labels that are positions
-    get the class names of the store, or the names 0, 1, 2 and so on in a new store. The name of an item is unique and
-    becomes the source path of its record. Items named CLASS/FILE therefore give the same fingerprint as files in class
-    folders. The other arguments are the options of `alexprep build-lmdb`. `jobs` is the number of worker processes, by
-    default the number of usable cores.
+    name of a class, or the position of a class counted from 0. `classes` lists the class names in the order of their
+    positions. Without `classes`, labels that are names give the classes, in sorted order. Labels that are positions get
+    the class names of the store, or the names 0, 1, 2 and so on in a new store. The name of an item must be unique. It
+    becomes the source path of the record. Items named CLASS/FILE therefore give the same fingerprint as files in class
+    folders. `jobs` is the number of worker processes, by default the number of usable cores. The other arguments are
+    the options of `alexprep build-lmdb`.
 
     If a build was interrupted, the same call with the same items resumes the build. Raises UserError for a wrong
     argument or item, and in all cases in which `alexprep build-lmdb` ends with an error. Raises DiskFull if the disk is
@@ -179,7 +180,7 @@ def _check_arguments(settings: Settings, split: str, on_bad: str, on_warning: st
 
 
 def _write_items(items: Iterable[Item], path: Path, settings: Settings, split: str) -> LabelledRows:
-    """Write all images into the file `path`. The `mtime_ns` of an input is the CRC-32 of its content."""
+    """Write all images into the file `path`. In place of a modification time, `mtime_ns` is the content's CRC-32."""
     rows = LabelledRows(f"the {split} items")
     total = len(items) if isinstance(items, Sized) else 0
     with open(path, "wb") as file, progress(f"{split}: reading items", total, "items") as item_progress:
@@ -200,7 +201,7 @@ def _write_items(items: Iterable[Item], path: Path, settings: Settings, split: s
             rows.add(path_bytes, text, len(content), zlib.crc32(content), location)
             file.write(content)
             item_progress.advance()
-    rows.sort()  # a resumed build may yield the items in another order
+    rows.sort()  # when the user resumes a build, the items may come in another order
     return rows
 
 
@@ -227,7 +228,7 @@ def _position(label: object, number: int) -> int:
 
 
 def _encode(image: object, settings: Settings, number: int) -> bytes:
-    """Return the bytes of an item for the file."""
+    """Return the bytes that are written for an item: the type and the content."""
     if isinstance(image, bytes | bytearray | memoryview):
         return _FILE + bytes(image)
     if isinstance(image, Image.Image):

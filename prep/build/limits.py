@@ -1,8 +1,8 @@
 """Limits that decide which inputs a build keeps: number of pixels, warnings of the decoder, decoding time.
 
 These limits may change between two runs of a build. A finished shard is built again only if the new limits keep an
-input that was left out, or leave out an input that was kept. For example, if --max-pixels is raised, a finished shard
-is built again only if it lacks an input that had too many pixels and is now within the limit.
+input that was left out, or leave out an input that was kept. For example, a higher --max-pixels affects only shards
+that lack an input because of its number of pixels.
 """
 
 from __future__ import annotations
@@ -40,10 +40,12 @@ class InputLimits:
         return BadImage(reason, limit="time_limit", seconds=self.time_limit_s)
 
     def find_changed(self, outcomes: Iterable[Mapping[str, Any]], largest_px: int) -> str:
-        """Return the name of an input that these limits would treat differently; empty if there is no such input.
+        """Return the name of an input that an earlier run kept and these limits leave out, or the other way round.
 
-        outcomes    the outcomes of inputs of an earlier run (lines of inputs.jsonl)
-        largest_px  number of pixels of the largest input that was kept
+        Returns an empty text if there is no such input.
+
+        outcomes    the lines of inputs.jsonl of the earlier run
+        largest_px  number of pixels of the largest input that the earlier run kept
         """
         if largest_px > self.max_pixels:
             return f"a picture of {largest_px:,} pixels"

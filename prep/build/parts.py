@@ -7,11 +7,11 @@ example as the tasks of a SLURM array). Two files serve as locks:
                                            exclusive lock
     store/train/.build/part-3-of-8.lock    part 3 of 8 holds an exclusive lock, so that it does not run twice
 
-The first part that runs begins the build: it creates the folder .build by one rename. Every other part compares its own
-listing and settings with the files in .build. When a part finds that all shards are finished, the part takes an
-exclusive lock of the store and writes the manifest. If two parts finish at the same time, the lock allows only one of
-them to write the manifest. `alexprep join` only writes the manifest; it builds no part. The file .build/parts.json
-holds the number of parts, and the command line of the part that was started last.
+The first part that runs begins the build: it writes its listing and settings into the new folder .build. Every other
+part compares its own listing and settings with these files. When a part finds that all shards are finished, the part
+takes an exclusive lock of the store and writes the manifest. If two parts finish at the same time, the lock allows only
+one of them to write the manifest. `alexprep join` only writes the manifest; it builds no part. The file
+.build/parts.json holds the number of parts, and the command line of the part that was started last.
 """
 
 from __future__ import annotations
@@ -71,10 +71,10 @@ class Part:
 
 @dataclass(frozen=True)
 class Parts:
-    """Division of a split into parts: the number of parts, and a part's command line without --part for messages."""
+    """Division of a split into parts."""
 
-    count: int
-    command: str
+    count: int  # number of parts
+    command: str  # command line of a part without --part, for messages
 
 
 @dataclass(frozen=True)
@@ -98,8 +98,8 @@ def build_part(
 ) -> PartResult:
     """Build the shards of one part. If all parts are then finished, also write the manifest.
 
-    `command` is the command line without --part, which `join` shows in messages. Raises the same errors as build_split,
-    and UserError if an input has changed since the first part began.
+    `command` is the command line without --part; `join` shows this command line in messages. Raises the same errors as
+    build_split, and UserError if an input has changed since the first part began.
     """
     plan = BuildPlan(source, store / source.split, settings, policy.skip_bad, policy.limits)
     refuse_store_in_source(source, store)
@@ -123,7 +123,7 @@ def build_part(
 def _clean_up_if_alone(store: Path, plan: BuildPlan) -> None:
     """Remove temporary files of killed processes, unless another part is running."""
     with suppress(LockHeld), hold_lock(store, "build", wait_s=0) as is_alone:
-        if not is_alone:  # without locks, other parts may be running
+        if not is_alone:  # the file system has no locks, so other parts may be running
             return
         remove_temporary_files(store)
         if not (plan.work_dir / "plan.json").exists():
@@ -131,7 +131,7 @@ def _clean_up_if_alone(store: Path, plan: BuildPlan) -> None:
 
 
 def _begin_or_check(plan: BuildPlan, store: Path) -> None:
-    """Begin the build, or, if another part has begun the build, compare this part's inputs with the build's inputs."""
+    """Begin the build. If another part has begun it, compare the inputs of the two parts instead."""
     if not (plan.work_dir / "plan.json").exists() and begin_build(plan):
         return
     changed = find_changed_inputs(plan, store)
@@ -155,7 +155,8 @@ def _finish(plan: BuildPlan, store: Path, part: Part, policy: BuildPolicy) -> Pa
         return PartResult(shards, None, missing)
     try:
         with hold_lock(store, "build", wait_s=_JOIN_WAIT_S) as is_alone:
-            # Without locks, two parts could complete the store at the same time, so only `alexprep join` completes it.
+            # If the file system has no locks, two parts could write the manifest at the same time. Only `alexprep join`
+            # writes it there.
             return PartResult(shards, _assemble(plan, store, policy) if is_alone else None, {})
     except LockHeld:
         return PartResult(shards, None, {})
@@ -168,8 +169,8 @@ def _assemble(plan: BuildPlan, store: Path, policy: BuildPolicy) -> Store:
         return existing
     if existing is not None and existing.classes != plan.source.classes:
         raise UserError(
-            f"{store}: {plan.source.split} has {len(plan.source.classes)} classes, the store has "
-            f"{len(existing.classes)}, or their names differ. All splits of a store must have the same classes."
+            f"{store}: the {len(plan.source.classes)} classes of {plan.source.split} are not the "
+            f"{len(existing.classes)} classes of the store. All splits of a store must have the same classes."
         )
     remove_temporary_files(store)
     built = assemble_split(plan, store, existing, policy)
@@ -231,12 +232,12 @@ def _open_plan(store: Path, split: str) -> BuildPlan:
             f"{begun.digest}, as in plan.json. {_RESTART}"
         )
     if begun.edges != plan.boundaries:
-        raise UserError(f"{work_dir}/plan.json: edges has other boundaries of shards than the inputs. {_RESTART}")
+        raise UserError(f"{work_dir}/plan.json: the shard boundaries in `edges` do not fit the inputs. {_RESTART}")
     for tool, present in tool_versions().items():
         if tools.get(tool) != present:
             raise UserError(
                 f"{store} holds an unfinished build by {tool} {tools.get(tool)}, but {present} is installed. "
-                "Run alexprep join with that version."
+                f"Run alexprep join with {tool} {tools.get(tool)}."
             )
     return plan
 

@@ -150,7 +150,7 @@ class BuildPlan:
     def _read_counts(self, name: str, type_: type[T]) -> T:
         try:
             return read_work_file(type_, self.work_dir / name, max_bytes=64 << 20)
-        except (FileNotFoundError, UserError):  # the inputs are counted again
+        except (FileNotFoundError, UserError):  # counting begins again
             return type_()
 
     def sample(self, shard_numbers: Sequence[int], count: int = 16) -> list[ShardTask]:
@@ -225,12 +225,12 @@ def shard_boundaries(count: int) -> list[int]:
 
 
 def bad_outcomes(outcomes: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Return the outcomes of the inputs that were left out."""
+    """Return the outcomes (lines of inputs.jsonl) of the bad inputs, which were left out."""
     return [outcome for outcome in outcomes if outcome["fate"] == "bad"]
 
 
 def no_image_error(source: Source, first_reason: str) -> UserError:
-    """Return the error for a split of which all inputs are bad; `first_reason` is the first reason."""
+    """Return the error for a split of which all inputs are bad; `first_reason` tells why the first input is bad."""
     inputs = len(source.inputs) + len(source.refused)
     return UserError(f"{source.reader.root}: not one of {inputs:,} inputs is an image (first: {first_reason}).")
 
@@ -241,10 +241,7 @@ def not_images(count: int) -> str:
 
 
 def tool_versions() -> dict[str, str]:
-    """Return the versions of the software that determines the bytes of a record.
-
-    The manifest holds the versions of the software.
-    """
+    """Return the versions of the software that determines the bytes of a record. The manifest holds these versions."""
     return {
         "alexnet": package_version(),
         "pillow": version("pillow"),

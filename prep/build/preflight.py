@@ -176,7 +176,7 @@ def needed_space_text(plan: BuildPlan, unfinished: Sequence[int]) -> str:
 
 @dataclass(frozen=True)
 class BuiltInMemory:
-    """Records that were built in memory, without writing them."""
+    """Result of building records in memory, without writing them to the disk."""
 
     records: int = 0
     bytes: int = 0  # size of the records in an LMDB
@@ -215,10 +215,11 @@ def build_sample(tasks: Sequence[ShardTask], runner: Runner) -> BuiltInMemory:
 
 
 def build_in_memory(plan: BuildPlan, shard_numbers: Sequence[int], runner: Runner, progress: Progress) -> BuiltInMemory:
-    """Build the records of all inputs of some shards in memory, with the steps and the workers of a build.
+    """Build the records of all inputs of some shards in memory. Nothing is written.
 
-    Inputs are taken in the order of the listing, which every format reads fast. An input is bad if it crashes a worker
-    twice or takes too long. Nothing is written. Raises the errors of a build that skips bad inputs.
+    Worker processes build the records, as in a build. Inputs are taken in the order of the listing, which every format
+    reads fast. An input is bad if it crashes a worker twice or takes too long. Raises the errors of a build that skips
+    bad inputs.
     """
     indices, first = plan.sorted_input_indices(shard_numbers), plan.task(shard_numbers[0])
     count = max(1, min(_PROBE_CHUNK, len(indices) // (4 * runner.jobs)))
@@ -247,7 +248,7 @@ def _build_tasks(
     finished: dict[int, BuiltInMemory],
     crashes: Counter[str],
 ) -> Iterator[ShardTask]:
-    """Add the results of `tasks` to `finished`. Yield the tasks to try again, because a worker process ended."""
+    """Add the results of `tasks` to `finished`. Yield the tasks whose worker process ended; they are tried again."""
     done_before, bad_before = progress.done, progress.bad
 
     def on_progress(counts: Counts) -> None:

@@ -50,7 +50,7 @@ def start_or_resume(plan: BuildPlan, store: Path) -> None:
     begun = read_plan(plan.work_dir)
     if changed:
         for number in range(plan.shard_count):
-            if has_changed_input(plan, number, changed):  # if the shard was finished, this input was bad
+            if has_changed_input(plan, number, changed):  # in a finished shard, only bad inputs can be in `changed`
                 summary_path(plan.folder, number).unlink(missing_ok=True)
         say(
             f"{plan.source.split}: {count_noun(len(changed), 'input')} changed since this build began; "
@@ -64,8 +64,8 @@ def start_or_resume(plan: BuildPlan, store: Path) -> None:
 def begin_build(plan: BuildPlan) -> bool:
     """Create the work folder with plan.json and inputs.npz.
 
-    Returns False if another process has just created the folder. The folder appears by one rename, so several processes
-    can try to begin the same build at the same time.
+    Returns False if another process has just created the folder. Several processes can begin the same build at the same
+    time: each prepares a folder and renames it to the work folder, and only one of these renames succeeds.
     """
     refuse_foreign_folder(plan)
     plan.folder.mkdir(parents=True, exist_ok=True)
@@ -131,14 +131,14 @@ def find_changed_inputs(plan: BuildPlan, store: Path) -> dict[bytes, tuple[Input
         if begun.tools.get(tool) != present:
             raise UserError(
                 f"{store} holds an unfinished build by {tool} {begun.tools.get(tool)}, but {present} is installed. "
-                "Finish the build with that version, or pass --restart to discard the build."
+                f"Finish the build with {tool} {begun.tools.get(tool)}, or pass --restart to discard the build."
             )
     after = plan.source.inputs
     advice = "Undo this change to resume the build, pass --restart to discard the build, or choose another --store."
     if begun.classes != plan.source.classes:
         raise UserError(
-            f"{store} holds an unfinished build of {len(begun.classes)} classes, this command has "
-            f"{len(plan.source.classes)}. {advice}"
+            f"{store} holds an unfinished build of other classes ({len(begun.classes)} classes then, "
+            f"{len(plan.source.classes)} now). {advice}"
         )
     if after.same_as(before):
         return {}
@@ -199,7 +199,10 @@ def background_of(store: Path, restart: bool) -> str | None:
 
 
 def check_same_settings(requested: Settings, begun: Mapping[str, Any], store: Path) -> None:
-    """Raise UserError for the first of the `requested` settings that differs from the store's settings, `begun`."""
+    """Raise UserError for the first of the `requested` settings that differs from `begun`.
+
+    `begun` has the settings of the store or of its unfinished build.
+    """
     for field in fields(Settings):
         new, old = getattr(requested, field.name), begun[field.name]
         if new != old and field.name == "background" and old == DROPPED:

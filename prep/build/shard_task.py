@@ -4,8 +4,8 @@ The content of a shard depends only on its inputs and the settings. The shard is
 synced to disk, and then its data.mdb is renamed to the final path. If there is an older data.mdb, the rename replaces
 it. Two processes, even on two machines, can therefore build the same shard at the same time, and data.mdb is always
 complete. After data.mdb, the two summary files of the shard are written atomically into store/SPLIT/.build. NNNNN.npy
-holds the sum of the central squares of the images. NNNNN.json holds counts, digest, colour moments and outcomes of
-inputs. A shard without a summary is built again.
+holds the sum of the central squares of the images. NNNNN.json holds counts, digest, colour moments and the lines for
+inputs.jsonl. A shard without a summary is built again.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ def store_shard(
 
 
 class ShardBuilder:
-    """Builds the records of one shard in order. Also sums pixels, counts labels and collects the outcomes of inputs."""
+    """Builds the records of one shard in order. Also sums pixels, counts labels and collects lines for inputs.jsonl."""
 
     def __init__(self, task: ShardTask, task_progress: TaskProgress) -> None:
         self.task, self.task_progress = task, task_progress

@@ -67,7 +67,7 @@ class BuildEstimate:
     classes: int
     # (name, reason) of inputs that the listing refused, that `probe` found, or that could not be decoded in the sample
     bad: tuple[tuple[str, str], ...]
-    outcomes: tuple[Mapping[str, Any], ...]  # outcomes of the decoded inputs and of the inputs in finished shards
+    outcomes: tuple[Mapping[str, Any], ...]  # lines of inputs.jsonl: decoded inputs and inputs in finished shards
     done: int  # inputs in finished shards
     decoded: int  # inputs that were decoded for the estimate
     is_built: bool  # whether the store already has the split, built from the same inputs and settings
@@ -256,7 +256,7 @@ def open_existing(store: Path, plan: BuildPlan) -> Store | None:
 
 
 def _check_same_limits(store: Store, split: str, limits: InputLimits) -> None:
-    """Raise UserError if new limits would keep or leave out other inputs than the build of a complete split did."""
+    """Raise UserError if the new `limits` would keep other inputs than the complete split has."""
     changed = ""
     with suppress(OSError, ValueError, KeyError):  # alexprep verify reports a damaged inputs.jsonl
         outcomes = read_outcomes(store.root / split / "inputs.jsonl")

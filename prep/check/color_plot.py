@@ -79,9 +79,10 @@ def take_sample(store: Store, split: str, stats: ColorStats, seed: int = 0) -> t
 
 
 def _sample_images(store: Store, split: str) -> Iterator[Pixels]:
-    """Yield at most MAX_RECORDS images, uint8 (H, W, 3): the first records of shards spread evenly over the split.
+    """Yield at most MAX_RECORDS images, uint8 (H, W, 3).
 
-    Records are sorted by a hash of their paths, so the first records of a shard are a random sample of the split.
+    They are the first records of some shards. Records are sorted by a hash of their paths, so the first records of a
+    shard are a random sample of the split.
     """
     both = zip(store.shard_paths(split), store.split(split).shards, strict=True)
     shards = [(path, shard) for path, shard in both if shard.records]

@@ -1,7 +1,7 @@
 """Exports the records of a split as image files in class folders. An export can be resumed and overwrites no file.
 
 The file `.alexprep-export.json` in the folder of the export holds the fingerprint of the split. This marker file is
-written first, so the same command can resume the export. A folder with any other files is refused.
+written first, so the same command can resume the export. A folder that has files but no such marker file is refused.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def export_split(store: Store, split: str, out: Path, runner: Runner, progress: 
 
 
 def _begin_or_resume(out: Path, identity: dict[str, str]) -> None:
-    """Make the folder `out` with its marker file. Raises WrongArgument if the folder holds something else."""
+    """Make the folder `out` with its marker file. Raises WrongArgument if it has other files or another export."""
     check_output_folder(out)
     marker = out / MARKER
     try:

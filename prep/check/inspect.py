@@ -62,7 +62,7 @@ def summary_lines(store: Store) -> Iterator[str]:
     shape = "whole images" if settings.keep_aspect else "central squares"
     yield f"{store.root}: {format}, {shape}, shorter side {settings.side_px} px, filter {settings.filter}"
     if settings.background == DROPPED:
-        yield "  alpha channels dropped, as by the version that built the store"
+        yield "  alpha channels dropped by the version that built the store"
     else:
         yield f"  transparent pixels over {settings.background}"
     yield f"  fingerprint {store.fingerprint}, order seed {settings.seed}"

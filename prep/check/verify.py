@@ -194,11 +194,17 @@ def _check_pixel_statistics(
     actual, expected = compute_color_stats(split.records, moments), compute_color_stats(split.records, stated)
     mean_error = float(np.abs(np.subtract(actual.mean_rgb, expected.mean_rgb)).max())
     if mean_error > MAX_MEAN_ERROR:
-        what = f"mean RGB differs by {mean_error:.2f} grey levels, JPEG can cause at most {MAX_MEAN_ERROR}"
+        what = (
+            f"mean RGB differs by {mean_error:.2f} grey levels from the stored images, JPEG can cause at most "
+            f"{MAX_MEAN_ERROR}"
+        )
         yield Fault(where, "", "", f"split {name}: {what}")
     covariance = np.array(expected.covariance)
     largest = max(np.abs(covariance).max(), 1.0)
     covariance_error = float(np.abs(np.array(actual.covariance) - covariance).max() / largest)
     if covariance_error > MAX_COVARIANCE_ERROR:
-        what = f"covariance differs by {covariance_error:.1%}, JPEG can cause at most {MAX_COVARIANCE_ERROR:.0%}"
+        what = (
+            f"covariance differs by {covariance_error:.1%} from the stored images, JPEG can cause at most "
+            f"{MAX_COVARIANCE_ERROR:.0%}"
+        )
         yield Fault(where, "", "", f"split {name}: {what}")

@@ -66,7 +66,7 @@ class ShardFindings:
 def check_shard(task: ShardCheck, task_progress: TaskProgress) -> ShardFindings:
     """Check each record of one shard. If no record is damaged, compare the counts and the digest with the manifest.
 
-    The records of a split are sorted by a hash of their sources, whose key is the seed of the store
+    The records of a split are sorted by a hash of their source paths, keyed with the seed of the store
     (Listing.permutation). The first record that breaks the order is a fault. Raises ShardBroken if the file is
     truncated while it is read.
     """

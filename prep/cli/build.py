@@ -17,8 +17,7 @@ from prep.inputs.formats import LAYOUTS
 from prep.inputs.labels import LABEL_ORDERS
 from prep.store.manifest import DEFAULT_BACKGROUND, SPLITS, Settings, Store
 
-# With --dry-run, all photographs of a SOURCE of up to this size are decoded, unless --decode says otherwise.
-MAX_DECODED = 5000
+MAX_DECODED = 5000  # --dry-run without --decode decodes all photographs if there are at most this many
 
 if TYPE_CHECKING:  # run-time imports would load LMDB and Pillow, even for --help
     from prep.build.parts import Part
@@ -43,7 +42,7 @@ if TYPE_CHECKING:  # run-time imports would load LMDB and Pillow, even for --hel
     type=click.Choice(LABEL_ORDERS),
     help="Meaning of number k in a label file: the k-th class in sorted order, counted from 1 (sorted) or from 0 "
     "(sorted-from-0), the class with the name k (name), or the class with ILSVRC2012_ID k in the devkit (devkit).  "
-    "[default: devkit if the file has numbers alone; other numbers must have a single meaning]",
+    "[default: devkit for a file of numbers without names; in other files, a number must have a single meaning]",
 )
 @click.option(
     "--devkit",

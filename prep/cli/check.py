@@ -105,7 +105,7 @@ def verify(store: Path, split: str | None, quick: bool, jobs: int | None, cluste
 )
 @json_option
 def inspect(store: Path, split: str, key: str | None, out: Path | None, as_json: bool) -> None:
-    """Describe a store (splits, classes, settings, outcomes of inputs) or, with --key, one record.
+    """Describe a store (splits, classes, settings, numbers of inputs) or, with --key, one record.
 
     \b
     Example:

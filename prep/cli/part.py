@@ -1,4 +1,4 @@
-"""The option --part of `alexprep build-lmdb`, and the command line that other parts repeat."""
+"""The option --part of `alexprep build-lmdb`, and the command line of other parts, which messages show."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ def is_memory_error(text: str) -> bool:
 def memory_error(error: Exception, place: str = "", advice: str = "") -> UserError | None:
     """Return a UserError if `error` says that memory ran out, otherwise None.
 
-    `place` and `advice` are parts of its message.
+    `place` and `advice` are parts of the UserError's message.
     """
     text = str(error).strip().partition("\n")[0]
     is_full = isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM

@@ -93,7 +93,7 @@ class _ProgressLines(Progress):
 
 
 class _ProgressBar(Progress):
-    """Progress as a rich bar on a terminal."""
+    """Progress as a bar on a terminal, drawn by the package rich."""
 
     def __init__(self, label: str, total: int, unit: str, bar: Any) -> None:
         super().__init__(total, unit)

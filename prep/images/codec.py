@@ -75,8 +75,8 @@ class DecodedImage:
     """RGB pixels of a decoded file, with its conversions, EXIF orientation and warnings."""
 
     pixels: npt.NDArray[np.uint8]  # (H, W, 3)
-    # names of the conversions: the format unless the file is a JPEG ("png"…), "16-bit"…, "grey", "cmyk", "palette",
-    # "alpha", "reduced"
+    # Names of the conversions: a format other than JPEG (such as "png"), a depth over 8 bits (such as "16-bit"),
+    # "grey", "cmyk", "palette", "alpha", and "reduced" (see DecodeOptions.reduce_above).
     converted: tuple[str, ...]
     orientation: int  # EXIF orientation, 1..8, which is not applied to `pixels`; 1 if the file has no orientation
     warnings: tuple[str, ...] = ()  # warnings of the decoding library about damage that the library ignored

@@ -34,7 +34,7 @@ class BadImage(ValueError):
     """A file that cannot be used as an image. The message gives the reason, without the name of the file.
 
     If the image exceeds a limit that an option sets, `limit` holds the name of the option and the size of the image,
-    such as {"limit": "max_pixels", "pixels": 240000000}. The keys of `limit` become keys of the input's outcome in
+    such as {"limit": "max_pixels", "pixels": 240000000}. The keys of `limit` become keys of the input's line in
     inputs.jsonl.
     """
 

@@ -37,9 +37,9 @@ def caught_stderr() -> Iterator[list[str]]:
     """Redirect file descriptor 2 during a `with` block.
 
     After the block, the list holds the lines that were written to the descriptor. Empty lines and known harmless lines
-    are left out. At most three lines are kept, each of at most 160 characters. A fourth entry gives the number of
-    further lines. Only one thread at a time can be in a block of caught_stderr: any other thread waits before its
-    block.
+    are left out. At most three lines are kept, each of at most 160 characters. If there were more lines, a fourth item
+    of the list gives their number. Only one thread at a time can be in a block of caught_stderr: any other thread waits
+    before its block.
     """
     lines: list[str] = []
     with _lock:
