@@ -1,6 +1,6 @@
 """Check that this working tree computes the same bits as another revision of the repository.
 
-    python -m tools.compare_bits            # compares with 595f19d, before the packages were divided into subpackages
+    python -m tools.compare_bits            # compares with 595f19d, the last revision without subpackages
     python -m tools.compare_bits HEAD~1
 
 The tool copies both trees into a temporary folder and compiles their C kernels there. You can therefore edit the

@@ -1,7 +1,8 @@
 """Build hook for pip (hatchling): compiles each kernels.c of the packages, if a C compiler is available.
 
-The compiler is $CC or cc. A compiled library runs on any machine with the architecture of the build machine. If an x86
-compiler supports target_clones, it compiles each function twice: with AVX2, for CPUs that have AVX2, and without.
+The compiler is $CC or cc. A compiled library runs on any machine with the architecture of the build machine. An x86
+compiler that supports target_clones compiles each function twice, with AVX2 and without AVX2. When the library is
+loaded, the dynamic linker chooses the version for the CPU.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 # The -fno options do not change results. Without these options, the compiler must preserve errno and floating-point
-# traps, which the kernels do not use, and cannot vectorize some loops.
+# traps, and therefore cannot vectorize some loops. The kernels use neither errno nor traps.
 FLAGS = ["-std=gnu11", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared"]
 
 

@@ -82,7 +82,7 @@ def _run_command(arguments: list[str]) -> dict[str, float]:
     """
     script = Path(sys.executable).parent / arguments[0]
     as_json = "--json" in arguments
-    # Ctrl-C also reaches the command, which saves its state and ends.
+    # Ctrl-C reaches this program and the command. This program ignores it; the command saves its state and ends.
     before = signal.signal(signal.SIGINT, lambda *_: None)
     try:
         with subprocess.Popen(

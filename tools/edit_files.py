@@ -44,7 +44,7 @@ from tools.edits.targets import TARGETS, UNCHANGED, Edit, Target, edits_of
 class Choice:
     """Selects the edits and commands to try. An empty tuple selects all files, all kinds or all commands."""
 
-    only: tuple[str, ...] = ()  # a file is selected if its path or FILE:FIELD contains one of these texts
+    only: tuple[str, ...] = ()  # an edit is selected if its FILE:FIELD contains one of these texts
     kinds: tuple[str, ...] = ()  # kinds of edits
     commands: tuple[str, ...] = ()  # a command is selected if its command line contains one of these texts
     every_command: bool = False  # True: run all commands that read the file; False: run one command for each edit
@@ -58,7 +58,7 @@ Job = tuple[Target, Edit, list[str]]
 
 
 def jobs_of(samples: Path, choice: Choice) -> list[Job]:
-    """Return the edits to try, each with the commands to run. Files of folders that `samples` lacks are left out."""
+    """Return the edits to try, each with the commands to run. A file is left out if `samples` lacks its folder."""
     rng, jobs = random.Random(choice.seed), []
     for target in TARGETS:
         is_there = (samples / target.file.split("/")[0]).exists()
@@ -175,7 +175,7 @@ def table_lines(outcomes: Sequence[Outcome]) -> list[str]:
     type=click.Path(path_type=Path, file_okay=False, exists=True),
     help="Folder of examples that tools.edits.samples has made.  [default: new examples]",
 )
-@click.option("--no-preload", is_flag=True, help="Import no large libraries in advance, for commands that need none.")
+@click.option("--no-preload", is_flag=True, help="Do not import large libraries before the commands run.")
 @click.option("--faults", type=click.IntRange(0), default=50, show_default=True, help="Number of faults to print.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object for each outcome.")
 def main(
@@ -189,8 +189,9 @@ def main(
 ) -> None:
     """Edit every field of every file, and check that the commands that read the file refuse it with one line of error.
 
-    The exit code is 1 if a command accepted wrong content, refused an unchanged file, printed a traceback, several
-    lines or control characters, exceeded the time limit, used more than 1 GB of memory, or changed files.
+    The exit code is 1 if a command accepted wrong content, or refused an unchanged file. The exit code is also 1 if a
+    command printed a traceback, several lines of error or control characters. The same holds if a command exceeded the
+    time limit, used more than 1 GB of memory, or changed files.
 
     \b
     Example:

@@ -19,7 +19,7 @@ Each check prints ok or FAILED, the measured value and the limit. The checks:
     The batches are in NCHW and NHWC, with each kind of mean (channel, image, aligned). A larger difference is allowed
     for JPEG records, because nvJPEG and libjpeg-turbo upsample chroma differently. For PPM records, only differences
     by the rounding of float32 are allowed.
--   The batches of a resumed stream on the GPU must be equal, bit for bit, to the same batches of the first stream.
+-   The batches of a resumed stream on the GPU must be equal, bit for bit, to those of an uninterrupted stream.
 -   Logits and gradients of the network in each precision are compared with logits and gradients in float64 on the CPU.
     The network runs on one GPU, and on two GPUs if there are two.
 -   Local response normalization, in the implementation chosen for this device, is compared with torch's layer in
@@ -31,8 +31,9 @@ Each check prints ok or FAILED, the measured value and the limit. The checks:
     SIGKILL and resumed. The other run is not interrupted.
 -   A training step must never make the host wait for the GPU.
 
-The rates are medians over turns of 0.6 seconds each. Contestants take turns, and the devices are idle before and after
-each turn. The first round is not counted (see tools/bench/harness.py):
+Each rate is the median of several turns. A turn is one timed run of 0.6 seconds. The devices are idle before and after
+each turn. In each round, every contestant has one turn. The first round is not counted (tools/bench/harness.py). The
+contestants are:
 
     stream of jpeg       the stream alone; its batches are discarded
     decoder of jpeg      DALI's decoder alone, with records in memory
@@ -53,16 +54,17 @@ To measure the effect, run the tool once with and once without this option.
 The tool also measures steps on batches of other sizes, the time that a step spends in each kind of kernel
 (torch.profiler), and the memory of a step's tensors. The tool measures the time for which a step occupies the host
 (goal: at most 200 µs). The tool also compares a step that is launched kernel by kernel with a step that is replayed
-from a CUDA graph, as in `alextrain run`. All other rates of steps are rates of the step of `alextrain run`, which also
-updates the counters of the metrics.
+from a CUDA graph, as in `alextrain run`. All other rates of steps are measured with the step of `alextrain run`, which
+also updates the counters of the metrics.
 
 The share of the peak rate counts two operations for each multiply-add. A step has three times the multiply-adds of a
 forward pass, except that the gradient of the image is not computed. The peak rate is the rate for dense matrix products
 in bfloat16 on the data sheet. The hours are the time of 90 epochs of 1,281,167 images. The goal is less than 2 hours.
 
-The tool prints the table of docs/measurements.md with its column `after` filled in; --table also writes it to a
-file. The exit code is 0 if every check is ok, and 1 if a check failed or there is no GPU. `--device cpu --quick` runs
-the same code without a GPU and with eight maps in each layer, to try the tool. The rates of this trial have no meaning.
+The tool prints the table of docs/measurements.md with the measured values in the column `after`. --table also writes
+this table to a file. The exit code is 0 if every check is ok, and 1 if a check failed or there is no GPU. `--device cpu
+--quick` runs the same code without a GPU and with eight maps in each layer, to try the tool. The rates of this trial
+have no meaning.
 """
 
 from __future__ import annotations
@@ -144,7 +146,7 @@ def parse_settings(
     help="GPUs of the two columns of the network.  [default: 0,1 if there are two GPUs, else 0]",
 )
 @click.option("--batch", type=click.IntRange(1), default=512, show_default=True, help="Number of images in a step.")
-@click.option("--quick", is_flag=True, help="Use fewer images and shorter turns.")
+@click.option("--quick", is_flag=True, help="Use fewer images, and measure for a shorter time.")
 @click.option("--cudnn-benchmark", is_flag=True, help="Let cuDNN search for its fastest algorithms.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output instead of tables.")
 @click.option(

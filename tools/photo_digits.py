@@ -70,7 +70,7 @@ def draw_digit(
         width, height = height, width
     picture = _random_part(photographs[rng.integers(len(photographs))], width, height, rng)
 
-    size = round(short * rng.uniform(*difficulty.share))  # side in px, with a margin of one cell for soft edges
+    size = round(short * rng.uniform(*difficulty.share))  # side in px, with a soft margin of one digit pixel
     cells = np.pad((digit * (255 / 16)).astype(np.uint8), 1)
     mask = Image.fromarray(cells).resize((size, size), Image.Resampling.BICUBIC)
     if difficulty.tilt_degrees:

@@ -73,7 +73,7 @@ def make_store(folder: Path) -> Path:
 def commands(store: Path, folder: Path, name: str, steps: int, *more: str) -> list[tuple[Path, list[str]]]:
     """Return (run folder, options of `alextrain run`) for each seed.
 
-    The name of the folder is NAME-SEED. `more` are further options.
+    The name of the folder is NAME-SEED. `more` are options to add.
     """
     common = [
         *("--store", str(store), "--gpus", "cpu", "--model", "half", "--recipe", "short", "--batch", str(BATCH)),
@@ -167,7 +167,7 @@ def train_alone(store: Path, folder: Path, steps: int) -> None:
 
 
 def compare_runs(folder: Path) -> list[dict[str, Any]]:
-    """Return a row for each file of each run: its digests with and without the service, and whether they are equal."""
+    """Return a row for each result of each run: digests with and without the service, and whether they are equal."""
     rows = []
     for seed in SEEDS:
         service, alone = (run_hashes(folder / f"{name}-{seed}") for name in RUNS)
@@ -228,7 +228,7 @@ def result_text(result: Mapping[str, Any]) -> str:
     return (
         f"{table(rows)}\n{len(rows)} results: {f'{different} different' if different else 'all equal'}.\n"
         f"Each of the two runs received {images:,} images. The service decoded {decoded:,}: {images:,} once for both "
-        f"runs, and {decoded - images:,} that were read ahead, lost with the node, or no longer kept."
+        f"runs, and {decoded - images:,} that were read ahead, or decoded again because they had been lost or dropped."
     )
 
 

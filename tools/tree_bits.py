@@ -6,10 +6,10 @@
     cd TREE && PYTHONPATH=TREE python -P tree_bits.py run RUN_DIR
     cd TREE && PYTHONPATH=TREE python -P tree_bits.py probabilities FILE.npz
 
-The action `command` runs a command of the project, such as alextrain. The action also writes the names of the compiled
-kernels that this command loaded into KERNELS.json. All other actions print one JSON object: {"results": {name:
-SHA-256}, "kernels": [loaded libraries]}. The results of `compile` are {source: library, or null if compiling failed}.
-This program must use only the parts of the project that exist in both trees: the three commands, `pipeline.loader`,
+The action `command` runs a command of the project, such as alextrain. KERNELS.json then gets the names of the compiled
+kernels that the command has loaded. All other actions print one JSON object: {"results": {name: SHA-256}, "kernels":
+[loaded libraries]}. The results of `compile` are {source: library, or null if compiling failed}. This program must use
+only the parts of the project that exist in both trees: the three commands, `pipeline.loader`,
 `pipeline.augment.Augmentation`, and the files that the commands write.
 """
 

@@ -90,7 +90,7 @@ def test_equal_runs_give_exit_code_0(trained: Path, runs: Path) -> None:
     assert lines[-2:] == [
         "10 results: all equal.",
         "Each of the two runs received 36 images. The service decoded 1,064: 36 once for both runs, and 1,028 that "
-        "were read ahead, lost with the node, or no longer kept.",
+        "were read ahead, or decoded again because they had been lost or dropped.",
     ]
 
 

@@ -1,4 +1,4 @@
-"""Benchmark of training on CPU replicas: processes of few threads each, compared with one process of all threads.
+"""Benchmark of training on a CPU: several processes with few threads each, compared with one process with all threads.
 
 replicas           two processes (or --replicas), each with an equal part of the batch and of the threads. Gradients are
                    exchanged in shared memory, as `torchrun --nproc-per-node 2 -m train run --gpus cpu` does.
@@ -6,9 +6,9 @@ replicas over TCP  the same processes, but gloo exchanges the gradients over TCP
 one process        one process with all threads and the whole batch, as `alextrain run --gpus cpu` does.
 
 A step consists of forward pass, cross-entropy, backward pass, exchange of gradients, and update. Each step trains the
-network of the paper with the recipe `released`, in float32, on random images that are in memory. All processes exist
-during the whole measurement, but only the processes of one contestant compute at a time. The stream and the metrics of
-the training loop are not measured.
+network of the paper with the recipe `released`, in float32, on random images that are in memory. The processes of all
+three contestants exist during the whole measurement, but only those of one contestant compute at a time. The stream and
+the metrics of the training loop are not measured.
 """
 
 from __future__ import annotations
@@ -88,11 +88,11 @@ def contestant(name: str, size: int, over_tcp: bool, batch: int, steps: int, thr
 
 @click.command(cls=BenchmarkCommand)
 @click.option("--batch", type=click.IntRange(1), default=128, show_default=True, help="Number of images in a step.")
-@click.option("--steps", type=click.IntRange(1), default=1, show_default=True, help="Number of steps in a turn.")
+@click.option("--steps", type=click.IntRange(1), default=1, show_default=True, help="Steps in each timed run.")
 @click.option("--replicas", type=click.IntRange(2), default=2, show_default=True, help="Number of replicas.")
 @common_options
 def main(batch: int, steps: int, replicas: int, rounds: int, as_json: bool) -> None:
-    """Measure training steps on CPU replicas, and compare one process with as many threads in total.
+    """Measure training steps on CPU replicas, and on one process with as many threads as all replicas together.
 
     \b
     Example:

@@ -1,4 +1,4 @@
-"""Benchmark of the service: images/s of a loader with and without a service, in batches of 128.
+"""Benchmark of the decoding service (docs/service.md): images/s of a loader with and without a service.
 
 stream             pipeline.train_loader without a service, with --threads threads
 service            the same loader with a service whose workers run on the loader's node: --threads workers with one
@@ -7,12 +7,12 @@ two nodes          the same loader with a service whose workers run on a second 
                    object store of the second node to the object store of the first node
 bounds             threads that only decode the JPEG records (libjpeg-turbo), or only copy the bytes of PPM records
 
-The option --threads is the number of threads and of cores of each of these contestants. All loaders give float32 NCHW
-batches. The loader with a service shares its cores with Ray's processes and the workers. Both nodes are raylets (Ray's
-process of a node) of one Ray cluster on this machine. Only one service runs at a time. For each service, the benchmark
-starts a cluster, and then runs the loader with the service, the loader without a service and the bound in turn. Each
-node has an object store of the size that `alexstream serve --cluster local` chooses. Before the measurement, the
-benchmark compares the first batches of the loader with a service and of the loader without a service, bit for bit.
+The option --threads is the number of threads and of cores of each of these contestants. All loaders give batches of 128
+images, float32 NCHW. The loader with a service shares its cores with Ray's processes and the workers. Both nodes are
+raylets (Ray's process of a node) of one Ray cluster on this machine. Only one service runs at a time. For each service,
+the benchmark starts a cluster, and then runs the loader with the service, the loader without a service and the bound in
+turn. Each node has an object store of the size that `alexstream serve --cluster local` chooses. Before the measurement,
+the benchmark compares the first batches of the loader with a service and of the loader without a service, bit for bit.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def cluster_of(nodes: int, cores: int, store_bytes: int) -> Iterator[tuple[Modul
 def race_service(benchmark: StreamBenchmark, kind: str, nodes: int, store_bytes: int, rounds: int) -> list[Row]:
     """Return the rates of one service, of the loader without a service, and of the bound.
 
-    kind  "JPEG" or "PPM": the records of the stores `benchmark.jpeg` and `benchmark.ppm`
+    kind  "JPEG" for the records of `benchmark.jpeg`, or "PPM" for the records of `benchmark.ppm`
     """
     store = {"JPEG": benchmark.jpeg, "PPM": benchmark.ppm}[kind]
     threads, bound = benchmark.threads, f"bound, {kind}"
@@ -147,7 +147,7 @@ def race_service(benchmark: StreamBenchmark, kind: str, nodes: int, store_bytes:
     type=click.FloatRange(0.1),
     default=5.0,
     show_default=True,
-    help="Duration of each turn of a contestant, in seconds.",
+    help="Duration of each timed run of a contestant, in seconds.",
 )
 @click.option(
     "--store-mb",

@@ -8,7 +8,7 @@ ours        pipeline.loader.train_loader with its default augmentation, which ad
 torch       torch.utils.data.DataLoader whose workers each open the LMDB with py-lmdb, parse records with
             prep.store.datum.Datum, and decode with Pillow or with simplejpeg (libjpeg-turbo). NumPy crops, mirrors and
             subtracts the mean.
-FFCV        FFCV's Loader on a .beton of the store's JPEG files, and on a .beton of raw pixels
+FFCV        FFCV's Loader on a .beton file (FFCV's format) of the store's JPEG files, and on a .beton file of raw pixels
             (tools/bench/peers/ffcv_stream.py).
 SPDL        SPDL's threads on the store's JPEG files, decoded by SPDL's FFmpeg or by simplejpeg
             (tools/bench/peers/spdl_stream.py).
@@ -21,9 +21,10 @@ bounds      upper bounds: threads that read from memory and do only one thing. T
 
 Every contestant has --threads worker threads or processes and may use --threads cores. Streams read from the page
 cache, so choose a store that fits into memory. FFCV, SPDL and WebDataset run in separate processes, which are called
-peers, each with its own Python interpreter. A peer starts a turn when it reads a line. All other contestants run in the
-process of the benchmark. All streams keep prefetching between their turns. Each turn of a stream first discards some
-batches. Batches that were prefetched during another contestant's turn are therefore not counted.
+peers, each with its own Python interpreter. All other contestants run in the process of the benchmark. The contestants
+run one after another. A turn is one timed run of a contestant (tools/bench/harness.py). All streams keep prefetching
+between their turns. Each turn of a stream first discards some batches. Batches that were prefetched during another
+contestant's turn are therefore not counted.
 
 Starting, compiling, writing .beton files and archives, and filling shuffle buffers are not timed. Before the first
 round, the benchmark checks two batches of each stream: dtype, shape and range of values. The two batches must differ,
@@ -132,7 +133,7 @@ class StreamBenchmark:
         try:
             self.versions[name] = process.read_line()
         except UserError as error:
-            self._leave_out(name, f"{str(error).removeprefix(f'{name}: ')} (what {option} needs: see --help)")
+            self._leave_out(name, f"{str(error).removeprefix(f'{name}: ')} (--help lists what {option} needs)")
             return
 
         def rate() -> float:
@@ -216,7 +217,7 @@ def add_contestants(
     type=click.FloatRange(0, min_open=True),
     default=4.0,
     show_default=True,
-    help="Counted time of a turn, in seconds.",
+    help="Duration of each timed run of a contestant, in seconds.",
 )
 @click.option(
     "--ffcv-python", type=INTERPRETER, metavar="PATH", help="Python interpreter with FFCV.  [default: no FFCV]"
@@ -243,7 +244,7 @@ def main(
     rounds: int,
     as_json: bool,
 ) -> None:
-    """Measure the training stream in batches of 128, and compare other loaders and decoding alone.
+    """Measure the images/s of the training stream, of other loaders and of decoding alone, in batches of 128.
 
     The other loaders are FFCV, SPDL, WebDataset, torch and DALI. FFCV needs a separate Python environment. Install
     libopencv-dev, libturbojpeg0-dev and pkg-config on the system; then, in a new virtual environment, `pip install

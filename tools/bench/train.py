@@ -17,8 +17,8 @@ layer, which has 96 or 256 maps. Second, dropout in the paper scales activations
 activations at training time.
 
 A step consists of forward pass, cross-entropy, zero_grad, backward pass and update, in float32. The images are random,
-and are in memory. A turn is --steps steps. The stream (see tools.bench.stream), the metrics of the training loop, and
-GPUs are not measured.
+and are in memory. Each timed run has --steps steps. The stream (see tools.bench.stream), the metrics of the training
+loop, and GPUs are not measured.
 
 Peak memory is the largest resident memory of a process that runs only two steps. Peak memory includes Python, PyTorch,
 parameters, gradients, velocities and activations. The peak that Linux reports for a new process includes the peak of
@@ -113,17 +113,17 @@ def peak_memory_mb(name: str, batch: int) -> int:
 
 
 def make_contestant(name: str, batch: int, steps: int) -> Contestant:
-    """Return a contestant with a new network. A turn consists of `steps` training steps on one batch."""
+    """Return a contestant with a new network. Each timed run has `steps` training steps on one batch."""
     step = training_step(name, batch)
     return Contestant(name, timed(lambda: sum(step() for _ in range(steps))))
 
 
 @click.command(cls=BenchmarkCommand)
 @click.option("--batch", type=click.IntRange(1), default=32, show_default=True, help="Number of images in a step.")
-@click.option("--steps", type=click.IntRange(1), default=1, show_default=True, help="Number of steps in a turn.")
+@click.option("--steps", type=click.IntRange(1), default=1, show_default=True, help="Steps in each timed run.")
 @common_options
 def main(batch: int, steps: int, rounds: int, as_json: bool) -> None:
-    """Measure one training step on the CPU, and compare the same network written with PyTorch's own modules.
+    """Measure one training step on the CPU, of our network and of the same network made of PyTorch's own modules.
 
     \b
     Example:

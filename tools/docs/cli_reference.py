@@ -48,7 +48,7 @@ the interrupted work: `alexprep build-lmdb`, `alexprep import-caffe`, `alexprep 
 
 
 def page() -> str:
-    """Return the text of docs/cli.md: a section for each command group, then one for each command of the group."""
+    """Return the text of docs/cli.md: for each command group a section, followed by the sections of its commands."""
     parts = [INTRODUCTION]
     for name, group in GROUPS.items():
         parts.append(f"## {name}\n\n{_block(group, name)}")

@@ -36,11 +36,11 @@ example `--set lr=0.02 --set lrn.k=1`. The first column of the tables has the na
 | `short` | for a training that takes a few minutes on a CPU, with small batches |
 | `large` | for batches of 1,024 to 8,192 images, with LARS; [unproven on ImageNet](guides/many-gpus.md#large-batches) |
 
-In the sources, "section" is a section of the paper. L145 and P145 are layers/layers-145.cfg and
-layers/layer-params-145.cfg of the authors' code, followed by line numbers. Other files with line numbers belong to the
-authors' code or, in the recipe `caffe`, to Caffe. Files of fb.resnet.torch are named with their repository. In the
-recipe `large`, the folders bvlc_alexnet and alexnet_bn are in models/ of borisgin/nvcaffe, the Caffe fork of an author
-of arXiv 1708.03888. "ours" marks a choice of this project. Epochs are counted from the start of the training.
+In the sources, "section" is a section of the paper. L145 and P145 with line numbers are layers/layers-145.cfg and
+layers/layer-params-145.cfg of the authors' code. Other files with line numbers belong to the authors' code or, in the
+recipe `caffe`, to Caffe. Files of fb.resnet.torch are named with their repository. In the recipe `large`, the folders
+bvlc_alexnet and alexnet_bn are in models/ of borisgin/nvcaffe, the Caffe fork of an author of arXiv 1708.03888. "ours"
+marks a choice of this project. Epochs are counted from the start of the training.
 """
 
 

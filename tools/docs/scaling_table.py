@@ -24,7 +24,7 @@ BEGIN, END = "<!-- computed by `python -m tools.docs.scaling_table` -->", "<!-- 
 
 # {batch: images/s} of a training step on one H200 in bfloat16, measured with version 0.1.0 (docs/measurements.md).
 MEASURED_RATES = {128: 16_000, 256: 18_400, 512: 21_000, 1024: 22_300}
-# {link: bytes/s in one direction}; the rates do not include the losses of the protocol.
+# {link: bytes/s in one direction}. The rates are nominal: the overhead of the protocol is not subtracted.
 LINKS: Mapping[str, float] = {
     "NVLink 4 (450 GB/s)": 450e9,  # 900 GB/s in both directions together
     "PCIe 5 x16 (63 GB/s)": 63e9,

@@ -1,4 +1,4 @@
-"""Writes the JSON Schema documents in docs/schemas and the page docs/schemas.md, from the models that readers use."""
+"""Writes the JSON Schema documents in docs/schemas and the page docs/schemas.md, from the typed models of the files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Edits of whole files: a file is emptied, truncated, replaced by a pipe, folder or link, encoded anew, or made huge.
+"""Edits of whole files: a file is emptied, truncated, encoded anew, made huge, or replaced by a pipe, folder or link.
 
 Also edits .npy files and the members of .npz files.
 """

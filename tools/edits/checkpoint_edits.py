@@ -80,7 +80,7 @@ def checkpoint_edits(path: Path) -> Iterator[tuple[str, str, Apply]]:
 
 
 def _is_skipped(path: tuple[str | int, ...], value: Any) -> bool:
-    """Return whether value_edits leaves a field out: a tensor, or the source of a recipe's field other than `lr`."""
+    """Return whether value_edits leaves a field out: a tensor, or the source of any recipe field except `lr`."""
     is_tensor = isinstance(value, Tensor) or (bool(path) and path[0] in TENSOR_GROUPS)
     return is_tensor or ("sources" in path[:-1] and path[-1] != "lr")
 
@@ -246,7 +246,7 @@ def _replace_pickle(path: Path) -> None:
 def _rezip(path: Path, changes: Mapping[str, bytes | None], compression: int = zipfile.ZIP_STORED) -> None:
     """Write the archive again with the new contents `changes` {name of a member: content}. None removes the member.
 
-    The names are those inside the archive's only folder.
+    The names are relative to the archive's only folder.
     """
     with zipfile.ZipFile(path) as archive:
         members: dict[str, bytes | None] = {name: archive.read(name) for name in archive.namelist()}

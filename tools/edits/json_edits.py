@@ -1,4 +1,4 @@
-"""Edits of JSON values: a field is deleted, or gets a value of a wrong type, out of range, huge, nested or hostile.
+"""Edits of JSON values: a field is deleted, or gets a wrong value: other type, out of range, huge, nested or hostile.
 
 The same edits also change the plain values (texts, numbers, lists and dicts) of a checkpoint.
 """

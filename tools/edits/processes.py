@@ -1,9 +1,9 @@
 """Runs commands in forks of this process, and gives a verdict on how each command ended.
 
-This process imports the libraries of the commands, such as torch, before it forks. A fork then takes milliseconds, and
-the memory of the libraries does not count. Above the memory that a fork has at its start, a command may use 1 GB of
-writable memory (RLIMIT_DATA) and 1 GB of resident memory (ru_maxrss, the largest of its processes). A command that
-exceeds the time limit is killed.
+This process imports the libraries of the commands, such as torch, before it forks. A fork then takes milliseconds. A
+command may use 1 GB of writable memory (RLIMIT_DATA) and 1 GB of resident memory (ru_maxrss of its largest process).
+The memory that a fork has at its start, such as that of the libraries, is not counted. A command that exceeds the time
+limit is killed.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ class _Ended:
 
 
 def _copy(samples: Path, names: Sequence[str], work: Path) -> None:
-    """Copy those of the files and folders `names` that exist in `samples` into the new folder `work`."""
+    """Copy the files and folders `names` from `samples` into the new folder `work`. Missing files are left out."""
     work.mkdir()
     for name in names:
         if name == "photos":  # no command writes into photos, so a link is enough
@@ -145,7 +145,7 @@ def _copy(samples: Path, names: Sequence[str], work: Path) -> None:
 def _states(folder: Path) -> dict[str, tuple[int, ...]]:
     """Return {relative path: (mode, size, modification time, inode)} of a folder's files, except those named .lock.
 
-    For a folder in the folder, the value has only the mode.
+    For a subfolder, the value has only the mode.
     """
     states = {}
     for root, folders, files in os.walk(folder):
@@ -160,9 +160,10 @@ def _states(folder: Path) -> dict[str, tuple[int, ...]]:
 
 
 def _changed(before: dict[str, tuple[int, ...]], after: dict[str, tuple[int, ...]]) -> list[str]:
-    """Return the files that a command must not leave after an error: changed or removed files, and finished results.
+    """Return the files that a command changed, removed or made although it ended with an error.
 
-    A new file counts only if its name is that of a finished result. New shards without a manifest are allowed.
+    Files of _MAY_CHANGE are left out. A new file counts only if its name is that of a finished result, such as a
+    manifest. New shards without a manifest are therefore allowed.
     """
     old = {name for name in before if before[name] != after.get(name)}
     new = {name for name in after if name not in before and _RESULT.search(name)}

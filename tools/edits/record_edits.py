@@ -107,7 +107,7 @@ def record_edits() -> Iterator[tuple[str, Apply]]:
     for text, size in (("past the end", 10**6), ("2^31", 1 << 31), ("2^63", 1 << 63), ("2^64 - 1", (1 << 64) - 1)):
         yield f"length {text}", _edit_value(lambda fields, size=size: signed(b"\x22" + varint(size) + b"xx"))  # type: ignore[misc]
     yield (
-        "length past the end at the end",
+        "length past the end in the last field",
         _edit_value(lambda fields: serialized(fields, after=varint(900 << 3 | 2) + varint(100))),
     )
     yield "group field", _edit_value(lambda fields: serialized(fields, after=varint(900 << 3 | 3)))

@@ -40,8 +40,8 @@ _OTHER_TEXTS = ("other text", "long text", "outside", "absolute")
 _ODD_TEXTS = ("escape code", "C1 control", "newline", "NUL", "bidi", "empty text")
 _ALL_NUMBERS = (*_OTHER_NUMBERS, "10^30", "400 digits", "1e308", "NaN", "Infinity", "-Infinity")
 WHOLE_FILE = "."  # the pattern of edits that do not belong to one field
-# Edits that leave a file of lines as a crash of the machine can leave the file: without its end, or with other bytes
-# instead of its end.
+# Edits whose result a crash of the machine can also leave: a file of lines without its end, or with other bytes instead
+# of its end.
 _CUT = (
     *("empty", "missing", "truncated to 1 byte", "truncated to 1/4", "truncated to 2/4", "truncated to 3/4"),
     *("without last byte", "random bytes", "zero bytes", "text after the end", "nested lists", "nested objects"),
@@ -135,13 +135,13 @@ RULES: Sequence[Rule] = (
         ("splits.*.account",),
         ("unknown field", "empty"),
     ),
-    Rule("The command does not read the file again.", ("store/train/*",), (), (), ("alexprep inspect --store store",)),
+    Rule("The command reads only the manifest.", ("store/train/*",), (), (), ("alexprep inspect --store store",)),
     Rule(
         "The edited bytes can be unused. If they belong to a record, `alexprep verify` finds a wrong digest.",
         ("store/*/data.mdb",),
         ("pages",),
     ),
-    Rule("A summary that cannot be used is built again.", ("parts/*", "merge/*")),
+    Rule("A shard is built again if its files in .build cannot be used.", ("parts/*", "merge/*")),
     Rule(
         "The counts of a finished build are for information.",
         ("ready/*",),
@@ -151,7 +151,7 @@ RULES: Sequence[Rule] = (
     Rule("A journal that cannot be used is left out, and the file is copied again.", ("copy/*",)),
     Rule("A log of events has no effect on a run.", ("run/tensorboard/*",)),
     Rule(
-        "Readers leave out a cut end of the file, because a crash of the machine can leave it.",
+        "A crash of the machine can damage the end of the file. Readers ignore a damaged end.",
         _LINES,
         (WHOLE_FILE,),
         _CUT,
@@ -163,7 +163,7 @@ RULES: Sequence[Rule] = (
         ("*.split", "*.split_fingerprint"),
         _ODD_TEXTS,
     ),
-    Rule("A branch of a run does not read the file.", _LINES, (), (), ("--fork",)),
+    Rule("The new run of --fork does not read the file.", _LINES, (), (), ("--fork",)),
     Rule(
         "The metrics of a network that diverges can be any number.",
         _LINES,
@@ -190,12 +190,12 @@ RULES: Sequence[Rule] = (
         ("delete", "empty", "item removed", "item repeated"),
     ),
     Rule(
-        "The edit leaves floating-point numbers unchanged.",
+        "The edit changes only integers, and the array has no integers.",
         ("run.npz",),
         ("probabilities", "keys"),
         _LIMITS_OF_INTEGERS,
     ),
-    Rule("An array with one axis has no order.", ("*.npz",), (), ("Fortran order",)),
+    Rule("An array with one axis is the same in Fortran order.", ("*.npz",), (), ("Fortran order",)),
     Rule(
         "The command reads only a part of the records.",
         ("store/*/data.mdb",),
@@ -204,7 +204,7 @@ RULES: Sequence[Rule] = (
         ("alexstream preview", "alexstream bench"),
     ),
     Rule(
-        "The label is within the range, and `alexprep verify` finds it.",
+        "The label is within the range. `alexprep verify` finds the edit.",
         ("store/*/data.mdb",),
         (),
         ("label plus 1", "label 0"),
@@ -222,7 +222,7 @@ RULES: Sequence[Rule] = (
         ("schedule.best_error",),
         ("10^30", "1e308", "Infinity"),
     ),
-    Rule("A merge writes no such field.", ("ready/*",), ("moments", "largest_px", "build"), ("delete",)),
+    Rule("A merge does not write the field.", ("ready/*",), ("moments", "largest_px", "build"), ("delete",)),
     Rule("A store of older versions names no tools.", _RUN_FILES, ("store.tools",), ("empty",)),
     Rule(
         "Only a run that continues reads the position of the stream.",
@@ -245,7 +245,7 @@ RULES: Sequence[Rule] = (
     Rule("A run without a validation has no best checkpoint.", ("run/checkpoint-*",), ("best",), ("null",)),
     Rule("Fields of newer versions are ignored.", ("run/checkpoint-*",), ("random",), ("unknown tensor",)),
     Rule("A store can lack the split.", _RUN_FILES, ("store.splits.*",), ("delete",)),
-    Rule("The order of the numbers is valid.", ("run/mean_image.npy", "*.npz"), (), ("Fortran order",)),
+    Rule("Readers accept arrays in Fortran order.", ("run/mean_image.npy", "*.npz"), (), ("Fortran order",)),
     Rule(
         "`alexstream inspect` reads only the labels.",
         ("store/*/data.mdb",),

@@ -38,7 +38,7 @@ WIDTHS = (8, 8, 8, 8, 8, 16, 16)  # units of conv1 to fc7
 
 
 class _Stopped(Exception):
-    """Raised by _StoppingRunner when it has made enough tasks."""
+    """Raised by _StoppingRunner after enough tasks."""
 
 
 class _StoppingRunner:

@@ -181,7 +181,7 @@ TARGETS = (
 
 
 def is_further_source(path: tuple[str | int, ...], value: Any) -> bool:
-    """Return whether `path` is the source of a recipe's field other than `lr`. Such sources are not edited."""
+    """Return whether `path` is the source of any recipe field except `lr`. Such sources are not edited."""
     return "sources" in path[:-1] and path[-1] != "lr"
 
 

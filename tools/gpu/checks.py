@@ -137,7 +137,8 @@ def relative_distance(found: Tensor, wanted: Tensor) -> float:
 def network_checks(settings: GpuCheckSettings) -> Iterator[Check]:
     """Compare logits and gradients in each precision with logits and gradients in float64 on the CPU.
 
-    The network runs on the first device. If the settings name two devices, the check then runs on both devices.
+    Both columns of the network run on the first device. If the settings name two devices, the check is repeated with
+    one column on each device.
     """
     store = Store.open(settings.store)
     classes, images = len(store.classes), max(2, settings.compared_images // 8)

@@ -111,7 +111,7 @@ def _compile(
     type=click.Choice(["80", "86", "89", "90"]),
     default="90",
     show_default=True,
-    help="Compute capability of the GPU, without its point.",
+    help="Compute capability of the GPU, without the point: 90 for 9.0.",
 )
 @json_option
 def main(capability: str, as_json: bool) -> None:

@@ -1,12 +1,12 @@
-"""Times of the kernels between the convolutions, compared with the times that the speed of the memory allows.
+"""Times of the kernels between the convolutions, compared with the shortest times that the memory speed allows.
 
 The memory floor of a kernel is a time: the number of bytes that the kernel must read and write, divided by the measured
 speed of a copy within the GPU's memory. The share of a kernel is its time divided by its memory floor. The goal is a
 share of at most 2.
 
-Each direction of each epilogue is recorded in a CUDA graph, so that the time of launches is not measured. The graph
-computes the epilogue for several inputs, one after another. Together, the inputs are larger than the cache of the
-GPU.
+An epilogue is the work between two convolutions (tools/gpu/epilogues.py). Its forward pass and its backward pass are
+recorded in one CUDA graph each, so that the time of launches is not measured. The graph computes the pass for several
+inputs, one after another. Together, the inputs are larger than the cache of the GPU.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class KernelTime:
     kernel: str  # "layer 1, forward"
     ms: float
     gb: float  # bytes that the kernel must read and write, in units of 10⁹ bytes
-    floor_ms: float  # time in which a copy reads and writes the same number of bytes
+    floor_ms: float  # time in which a copy within the GPU's memory reads and writes as many bytes
     share: float  # ms divided by floor_ms
 
 
@@ -47,8 +47,8 @@ def moved_bytes(case: LayerCase, images: int, itemsize: int) -> dict[str, int]:
 
     forward   reads x and writes the result. With pooling, it also writes one byte for each pooled value.
     backward  reads the gradient of the result, and writes the gradient of x. With pooling, it also reads the byte of
-              each pooled value. Without pooling, it also reads the result. It also reads x if there is a normalization,
-              or a nonlinearity before pooling.
+              each pooled value. With normalization, or with a nonlinearity before pooling, it also reads x. With only a
+              nonlinearity, it also reads the result.
     """
     maps = images * case.columns * case.maps
     x, y = maps * case.side_px**2, maps * case.pooled_px**2

@@ -47,7 +47,7 @@ class LayerCase:
 
     name: str
     maps: int  # number of maps of each column
-    side_px: int  # number of rows of x, equal to the number of columns
+    side_px: int  # width and height of the maps of x
     epilogue: Epilogue
     joined_in: bool  # True: x is one tensor with the maps of all columns; False: one tensor for each column
     joined_out: bool  # True: the result is one tensor with the maps of all columns
@@ -56,7 +56,7 @@ class LayerCase:
 
     @property
     def pooled_px(self) -> int:
-        """Number of rows of the result, equal to the number of columns."""
+        """Width and height of the maps of the result."""
         pool_px = self.epilogue.pool_px
         return (self.side_px - pool_px) // 2 + 1 if pool_px else self.side_px
 
@@ -82,7 +82,7 @@ def layer_cases(widths: Widths, sides_px: tuple[int, int, int] = (55, 27, 13)) -
 
 
 def chosen_apply(device: torch.device) -> Apply:
-    """Return the function to check: on a GPU the kernels, and on a CPU PyTorch operators, which are faster on a CPU."""
+    """Return the function to check: the kernels on a GPU, or PyTorch operators on a CPU, where the kernels are slow."""
     return apply_epilogue if device.type == "cuda" else operators
 
 
@@ -99,7 +99,7 @@ def check_epilogue(case: LayerCase, images: int, dtype: torch.dtype, device: tor
     errors, left_out = epilogue_errors(case, images, dtype, device, apply)
     nan_fault = nan_faults(case, dtype, device, apply)
     limits = TOLERANCES[dtype]
-    # The result is False if an error is NaN.
+    # If an error is NaN, is_close is False.
     is_close = all(error <= limit for error, limit in zip(errors, limits, strict=True))
     places = f"{case.columns} × {case.maps} maps of {case.side_px}×{case.side_px}"
     return Check(
@@ -119,7 +119,8 @@ def make_inputs(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Return random x and bias.
 
-    As in `case`, x is one joined tensor or one tensor for each column, with channels last.
+    x is one tensor with the maps of all columns if case.joined_in is True, otherwise one tensor for each column. The
+    tensors have channels last in memory.
     """
     generator = torch.Generator(device).manual_seed(seed)
     count, maps = (1, case.columns * case.maps) if case.joined_in else (case.columns, case.maps)

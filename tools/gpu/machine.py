@@ -53,7 +53,7 @@ def elapsed_s(devices: Devices, work: Callable[[], object]) -> float:
 
 
 def copy_bytes_per_s(device: str, size: int) -> float:
-    """Return the speed of copies within the memory of the device: bytes read and written in a second, best of 3 turns.
+    """Return the bytes that copies within the memory of the device read and write in a second. Best of 3 measurements.
 
     size  size of the copied tensor in bytes
     """

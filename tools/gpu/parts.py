@@ -22,7 +22,7 @@ from tools.gpu.timings import (
     rates_by_batch_size,
 )
 
-MOST_S = 300  # planned time of all parts on an H200, including the time to make the stores
+MOST_S = 300  # limit for the sum of the planned times of all parts, including the time to make the stores
 
 
 @dataclass(frozen=True)

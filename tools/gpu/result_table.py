@@ -40,7 +40,7 @@ def result_table(report: Report) -> str:
 
 
 def ratios(report: Report) -> dict[str, float]:
-    """Return the ratios of rates of bf16, such as {"from jpeg / bf16": …, "run from jpeg / from jpeg": …}.
+    """Return ratios of the rates in bf16, such as {"from jpeg / bf16": …, "run from jpeg / from jpeg": …}.
 
     If a run and a step with batches of the stream have the same record format and batch size, their ratio is included.
     Rates that the report does not have are left out.

@@ -43,7 +43,7 @@ _ROOT = Path(__file__).parents[2]
 def run_command(settings: GpuCheckSettings, store: Path, run_dir: Path, batch: int, **options: object) -> list[str]:
     """Return the command line of `alextrain run`.
 
-    options  further options: log_every=20 becomes --log-every 20. The value True stands for an option without a value.
+    options  more options: log_every=20 becomes --log-every 20. The value True stands for an option without a value.
     """
     names = [device.removeprefix("cuda:") for device in dict.fromkeys(settings.devices)]
     command = [*PROGRAM, "run", "--store", str(store.absolute()), "--run-dir", str(run_dir), "--gpus", ",".join(names)]
@@ -106,9 +106,8 @@ class RunRate:
     least: float  # rate of the slowest counted interval
     most: float  # rate of the fastest counted interval
     intervals: int  # number of counted intervals
-    waiting_share: float  # share of the time of the counted intervals in which training waited for the stream
-    # Seconds between the first and the last line that belong to no interval, such as checkpoints and validations.
-    outside_s: float
+    waiting_share: float  # time that training waited for the stream, as a share of the time of the counted intervals
+    outside_s: float  # time of checkpoints and validations, in seconds: the time outside of all intervals
 
 
 def rate_of_run(lines: Sequence[Mapping[str, Any]], batch: int, steps_per_epoch: int) -> RunRate:
@@ -238,7 +237,8 @@ def kill_and_resume(
             if second.poll() is not None:
                 raise UserError(f"alextrain run: ended before it was killed. {last_line_of(errors[1])}")
             if time.monotonic() > deadline:
-                raise UserError(f"alextrain run: after step {_last_step(killed_dir)} of {steps} in {_TIMEOUT_S:.0f} s")
+                step = _last_step(killed_dir)
+                raise UserError(f"alextrain run: reached only step {step} of {steps} in {_TIMEOUT_S:.0f} s")
             time.sleep(_POLL_S)
         os.kill(second.pid, signal.SIGKILL)
         if second.wait() != -signal.SIGKILL:

@@ -61,12 +61,12 @@ class GpuCheckSettings:
 
     @property
     def rounds(self) -> int:
-        """Number of counted turns of each contestant."""
+        """Number of timed runs of each contestant that are counted (tools/bench/harness.py)."""
         return 1 if self.is_cpu_trial else 3
 
     @property
     def turn_s(self) -> float:
-        """Approximate duration of a turn in seconds. With 0, a turn is one step or one batch."""
+        """Approximate duration of a turn (a timed run) in seconds. With 0, a turn is one step or one batch."""
         return 0.0 if self.is_cpu_trial else 0.3 if self.quick else 0.6
 
     @property
@@ -78,7 +78,7 @@ class GpuCheckSettings:
     def compared_images(self) -> int:
         """Number of images in a batch of the stream checks and step checks.
 
-        The network checks use an eighth of the images, but at least 2 images.
+        The network checks use an eighth of this number, but at least 2 images.
         """
         return min(self.batch, 16 if self.quick else 64)
 

@@ -27,7 +27,7 @@ from tools.gpu.settings import GpuCheckSettings
 from train.model.precision import set_precision
 from train.model.summary import summarize
 
-# Number of batches that are discarded when a turn starts, because the stream may have prefetched them.
+# Number of batches that are discarded before each timed run, because the stream may have prefetched them.
 MAX_PREFETCHED = 8
 GOAL_RATIO, GOAL_HOURS = 0.98, 2.0
 # Batch sizes at which the last precision is measured. The other precisions are measured only at the first size.
@@ -36,13 +36,12 @@ GOAL_JPEG_RATIO = 0.95
 PROFILED_STEPS = 3
 _HOST_STEPS = 20
 DECODER = "decoder of jpeg"
-_DECODED_BATCHES = 4  # number of batches of different records that the decoder alone decodes in turn
+_DECODED_BATCHES = 4  # number of different batches that `decoder_alone` decodes, again and again
 
-# Rules (kind, whether all names count, pattern) that give the kind of a kernel or operation. The kind is a JSON key.
-# The rules are applied to the call chain: on a GPU the name of the kernel, then the operation, then the callers of the
-# operation. The first rule whose pattern occurs in a name of the chain gives the kind. If the second value of a rule is
-# False, the pattern is searched only in the first two names. A type conversion that a convolution calls is therefore of
-# the kind "copies".
+# Rules (kind, whether callers count, pattern) that give the kind of a kernel or operation. The kind is a JSON key.
+# A call chain is: on a GPU the name of the kernel, then the operation, then the callers of the operation. The first
+# rule whose pattern occurs in a name of the call chain gives the kind. If callers do not count, only the first two
+# names are searched. "copies" stands before "convolution", so that a type conversion in a convolution is a copy.
 _KINDS = (
     ("update", True, r"Optimizer\.step"),
     ("normalisation", True, r"_Lrn|lrn"),
@@ -142,12 +141,12 @@ def make_contestant(
     name: str,
     batch: int,  # number of images that one call of `work` processes
     work: Work,
-    warm_up: int,  # number of calls of `work` before each turn that are not counted
+    warm_up: int,  # number of calls of `work` before each turn; these calls are not counted
     precision: str | None = None,  # precision of the steps that `work` makes, which is set before each turn
     ours: str | None = None,
 ) -> Contestant:
     """Return a contestant. A turn calls `work` repeatedly, for about settings.turn_s seconds."""
-    calls: list[int] = []  # number of calls in a turn, as a single entry; empty until `prepare` has measured it
+    calls: list[int] = []  # [number of calls in a turn]; empty until `prepare` has measured this number
 
     def prepare() -> None:
         if precision is not None:
@@ -302,7 +301,7 @@ def summarize_rates(settings: GpuCheckSettings, rows: list[Row]) -> dict[str, An
     For steps on one batch, the figures are the TFLOP/s and the share of the peak rate. For steps on batches of the
     stream, the figures are ratios of rates, and the hours of 90 epochs of ImageNet.
     """
-    # The rate is never 0, because rates are rounded to tenths.
+    # Rates are rounded to tenths. A very small rate would be 0, and cannot be a divisor.
     rate = {row.name: max(row.images_per_s, 0.1) for row in rows}
     layers = [row.multiply_adds for row in summarize(1000)]
     # A step has three passes: forward, gradients of weights, gradients of inputs. No gradient of the image is computed.

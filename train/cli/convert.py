@@ -78,7 +78,7 @@ def export(run_dir: Path, format: str, out: Path | None, checkpoint: str, as_jso
     envvar="ALEXNET_STORE",
     show_envvar=True,
     help="Folder of the store.  [default: if FILE is in the folder of a run, the training store of this run; otherwise "
-    "store]",
+    "the folder store]",
 )
 @run_dir_option
 @click.option(
@@ -105,7 +105,7 @@ def import_(file: Path, layout: str, new_fc8: bool, as_json: bool, **options: An
     """Create a run at step 0 from FILE, which is a state_dict of torchvision's AlexNet.
 
     `alextrain evaluate` accepts the new run. To train the run further, use `alextrain run --run-dir` with the folder of
-    the run. The training continues with the settings that you give to this command.
+    the run. The training has the settings that you give to `alextrain import`.
 
     \b
     Example:

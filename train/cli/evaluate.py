@@ -179,7 +179,7 @@ def _evaluate_run(
 ) -> tuple[EvalResult, Predictions]:
     """Evaluate a checkpoint of the run at `path`, and append the result to the run's evaluations.jsonl.
 
-    Each rank of `group` evaluates a part of the split. On all ranks but rank 0, the Predictions hold no images.
+    Each rank of `group` evaluates a part of the split. On all ranks except rank 0, the Predictions are empty.
     """
     from train.evaluation.predictions import DENSE, predict_split, read_evaluations, record_evaluation
     from train.model.precision import set_precision

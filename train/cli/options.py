@@ -130,8 +130,8 @@ members_option = click.option(
 one_at_a_time_option = click.option(
     "--one-at-a-time",
     is_flag=True,
-    help="Train the members of an ensemble one after another, which needs the memory of one network. The results have "
-    "the same bits, and the stream is decoded once for each member.",
+    help="Train the members of an ensemble one after another. This needs the memory of only one network, but the "
+    "stream is decoded once for each member. The networks have the same bits as without this option.",
 )
 _service_option = click.option(
     "--service",

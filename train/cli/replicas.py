@@ -62,8 +62,8 @@ def replica_group(timeout_s: float) -> Iterator[ReplicaGroup]:
 def set_threads(group: ReplicaGroup, threads: int | None) -> int | None:
     """Set the number of CPU threads of torch, and return the number for the stream.
 
-    threads  value of --threads. None: the number of usable cores, divided by the number of replicas on this machine
-             that share these cores; without torchrun, None is returned, and torch keeps its own number of threads
+    threads  value of --threads. If the value is None, each replica gets an equal part of the cores that it shares with
+             other replicas on this machine. Without torchrun, None is returned, and torch keeps its own number.
     """
     if threads is None and group.launched:
         own = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))

@@ -150,7 +150,7 @@ def run(
 def _run(group: ReplicaGroup, options: dict[str, Any], given: set[str]) -> None:
     """Train on one replica of a group.
 
-    `options` has the parameters of `run`, and `given` the names of the options that the user typed.
+    `options` has the parameters of `run`. `given` has the names of the options that the user typed.
     """
     run_dir, fork, quiet, dry_run = (options[name] for name in ("run_dir", "fork", "quiet", "dry_run"))
     with group.together():
@@ -183,7 +183,7 @@ def _open_run(group: ReplicaGroup, options: dict[str, Any], given: set[str]) -> 
     run_dir, fork = options["run_dir"], options["fork"]
     opened = None
     has_description, is_run = group.on_first(lambda: _what_is_in(run_dir))
-    if fork and not is_run and fork.resolve() != run_dir.resolve():  # equal folders have another error
+    if fork and not is_run and fork.resolve() != run_dir.resolve():  # for equal folders, another error follows
         raise UserError(f"--run-dir {run_dir}: no such run to fork. Name the folder of a run.")
     if "store" in given or not has_description:  # a missing store is reported before torch is imported
         opened = Store.open(options["store"])
@@ -224,7 +224,7 @@ def _check_one_replica(ensemble: Ensemble, run_dir: Path) -> None:
 def _run_members(ensemble: Ensemble, options: dict[str, Any], given: set[str]) -> None:
     """Train the members of an ensemble.
 
-    `options` has the parameters of `run`, and `given` the names of the options that the user typed.
+    `options` has the parameters of `run`. `given` has the names of the options that the user typed.
     """
     run_dir, fork, dry_run, quiet = (options[name] for name in ("run_dir", "fork", "dry_run", "quiet"))
     runs = open_members(ensemble, options, given)

@@ -52,7 +52,7 @@ def status(run_dir: Path, as_json: bool) -> None:
 )
 @json_option
 def compare(run_dirs: tuple[Path, ...], out: Path, as_json: bool) -> None:
-    """Compare runs: print the fields that differ and the errors, and draw all learning curves in one figure.
+    """Compare runs: print their error rates and the settings that differ, and draw all learning curves in one figure.
 
     The folder of an ensemble stands for all members of the ensemble.
 

@@ -1,1 +1,1 @@
-"""Settings of a run: architectures, recipes and overrides, devices, and the identity of a run. Imports no torch."""
+"""Settings of a run: architectures, recipes, overrides, devices and the identity. This room does not import torch."""

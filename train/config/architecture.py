@@ -79,7 +79,7 @@ JOINED = Architecture(
 )
 HALF = Architecture(
     "half",
-    "ours: one of the two columns alone, a third of the multiply-adds",
+    "ours: one of the two columns alone, with a third of the multiply-adds of alexnet",
     columns=1,
     widths=Widths(48, 128, 192, 192, 128, 2048, 2048),
 )

@@ -19,4 +19,4 @@ CHECKPOINTS_KEPT = 2  # default number of newest checkpoints that a run keeps, i
 INDEX_RECORDS = 50_000
 REPLICA_TIMEOUT_S = 600.0  # default time in seconds for which a replica waits for another replica
 MAX_THREADS = 4096  # largest number of CPU threads of a process; the largest machines have about 1,000 cores
-MAX_COUNT = 2**31  # largest number of images of a batch, epochs, steps between two log lines, and similar settings
+MAX_COUNT = 2**31  # largest value of a setting that counts images, epochs or steps
