@@ -1,8 +1,8 @@
 """RGB pixels of an image that Pillow has decoded: conversions, 16-bit channels, transparency.
 
 A transparent image is drawn over a background colour. A pixel with value v and alpha a over a background b becomes
-(a·v + (255 − a)·b) / 255, rounded to the nearest integer. An opaque pixel therefore keeps its value. From channels with
-more than 8 bits, only the high bytes are kept.
+(a·v + (255 − a)·b) / 255, rounded to the nearest integer. An opaque pixel therefore keeps its value. Of channels with
+more than 8 bits, only the highest 8 bits are kept.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ _CONVERTED_MODES = {  # Pillow's mode -> name in DecodedImage.converted
 }
 _OTHER_MODES = ("RGB", "RGBA", "RGBa", "La", "YCbCr", "LAB", "HSV", "RGBX")
 _TIFF_PHOTOMETRIC, _TIFF_BITS = 262, 258
-_MAX_BOXES_BYTES = 20_000  # AVIF and HEIC files describe their images within this number of bytes
+_MAX_BOXES_BYTES = 20_000  # AVIF and HEIC files describe the image within their first 20 kB
 
 
 class FileFacts(NamedTuple):
-    """Facts about the pixels of a file that the mode of Pillow's image does not show."""
+    """Properties of the pixels in a file. Pillow's `mode` does not show these properties."""
 
     bits: int = 8  # number of bits of a channel
     is_grey: bool = False  # whether the file has grey levels, with or without alpha
@@ -55,7 +55,7 @@ def file_facts(image: Image.Image, content: bytes) -> FileFacts:
         is_deep = image.mode == "I" or (codec.startswith("ppm") and arguments[-1] > 255)
         return FileFacts(bits=16 if is_deep else 8, is_grey=image.mode in ("1", "L", "I"))
     if image.format in ("AVIF", "HEIF"):
-        # The box has a version and flags (4 bytes), then a count, then the numbers of bits.
+        # The box `pixi` has a version and flags (4 bytes), the number of channels, and the bits of each channel.
         at = content.find(b"pixi", 0, _MAX_BOXES_BYTES) + 8
         return FileFacts(bits=content[at + 1] if at > 8 and at + 1 < len(content) else 8)
     return FileFacts()
@@ -79,28 +79,28 @@ def rgb_pixels(image: Image.Image, facts: FileFacts, background: str) -> tuple[n
 
 
 def _deep_grey_pixels(image: Image.Image, facts: FileFacts, background: str) -> npt.NDArray[np.uint8]:
-    """Return the high bytes of grey levels of 12 or 16 bits, as RGB pixels (H, W, 3)."""
+    """Return the highest 8 bits of grey levels of 12 or 16 bits, as RGB pixels (H, W, 3)."""
     levels, key = np.asarray(image), image.info.get("transparency")
     pixels = np.empty((*levels.shape, 3), np.uint8)
-    for top in range(0, len(levels), 256):  # the image is computed in blocks of rows, to save memory
-        block = levels[top : top + 256]
+    for top in range(0, len(levels), _BLOCK_ROWS):
+        block = levels[top : top + _BLOCK_ROWS]
         high = (block >> (4 if facts.bits == 12 else 8)).astype(np.uint8)
         high = 255 - high if facts.zero_is_white else high
         if isinstance(key, int) and background != DROPPED:
             high[block == key] = LEVELS[background]
-        pixels[top : top + 256] = high[..., None]
+        pixels[top : top + _BLOCK_ROWS] = high[..., None]
     return pixels
 
 
 def _has_transparency(image: Image.Image) -> bool:
-    """Return whether an open image has an alpha channel, or a colour or palette entries that are transparent."""
+    """Return whether an open image has an alpha channel, a transparent colour or transparent palette entries."""
     return image.mode in _ALPHA_MODES or "transparency" in image.info
 
 
 def _over_background(image: Image.Image, background: str) -> npt.NDArray[np.uint8]:
     """Return the RGB pixels (H, W, 3) of a transparent image over "white", "black" or "grey".
 
-    If `background` is DROPPED, only the alpha channel is dropped, and each pixel keeps the colour in the file.
+    If `background` is DROPPED, the alpha channel is dropped, and each pixel keeps its colour.
     """
     if background == DROPPED:
         return np.asarray(image.convert("RGB"))
@@ -120,12 +120,10 @@ def _over_background(image: Image.Image, background: str) -> npt.NDArray[np.uint
 
 
 def _repair_transparent_color(image: Image.Image, bits: int) -> None:
-    """Convert the transparent colour of a PNG to the units of Pillow's 8-bit pixels.
+    """Convert the transparent colour of a PNG to the range of Pillow's 8-bit pixels.
 
-    Pillow keeps the transparent colour in the units of the file.
-
-    `bits` is the number of bits of a channel in the file. Pillow scales 2-bit and 4-bit grey levels to 0..255, and
-    takes the high bytes of 16-bit colours.
+    Pillow scales pixels with 2-bit and 4-bit grey levels to 0..255, and keeps the high bytes of 16-bit pixels. Pillow
+    does not convert the transparent colour. `bits` is the number of bits of a channel in the file.
     """
     color = image.info.get("transparency")
     if image.mode == "L" and isinstance(color, int) and bits in (2, 4):

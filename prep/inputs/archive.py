@@ -66,7 +66,7 @@ def list_archive(path: Path, flat: bool, classes_are_given: bool = False) -> Fou
     """List the images of a tar file.
 
     The list has no classes if no image is in a folder, or if `flat` is true and all images are in a single folder. A
-    member is refused if it is neither a plain file nor a folder. A member is also refused if the name leads out of the
+    member is refused if it is neither a plain file nor a folder. A member is also refused if its name leads out of the
     archive. An image is refused if a later member has the same name. For `classes_are_given`, see list_folder. System
     folders and files, hidden files, and files beside class folders are ignored. Raises UserError for a file that is not
     a tar, is compressed, is damaged or is truncated.
@@ -97,8 +97,8 @@ def list_archive(path: Path, flat: bool, classes_are_given: bool = False) -> Fou
 def checked_name(name: bytes, is_folder: bool, hidden: set[bytes] | None = None) -> tuple[bytes, str]:
     """Return the name of a member, and a reason if the member is refused.
 
-    Name and reason are empty for ignored members, which are the root and names with a part such as `.git`. If the set
-    `hidden` is given, folders whose names begin with a dot are added to this set.
+    For ignored members, name and reason are empty. These are the root folder, and names with a part such as `.git`. If
+    the set `hidden` is given, folders whose names begin with a dot are added to this set.
     """
     parts = [part for part in name.split(b"/") if part != b"."]
     if is_folder and not parts:
@@ -116,7 +116,7 @@ def checked_name(name: bytes, is_folder: bool, hidden: set[bytes] | None = None)
 
 
 def checked_member_name(member: tarfile.TarInfo, hidden: set[bytes] | None = None) -> tuple[bytes, str]:
-    """Check the name of a member of a tar like `checked_name`, and also refuse links and special files."""
+    """Check the name of a member of a tar as `checked_name` does. Also refuse links and special files."""
     name, reason = checked_name(name_bytes(member), member.isdir(), hidden)
     if name and not reason and (member.issym() or member.islnk()):
         return name, LINK

@@ -26,12 +26,12 @@ from prep.inputs.names import name_text
 from prep.inputs.reader import FoundInputs
 
 LINK = "a link, not a file"
-MAX_DEPTH = 50  # largest number of parts of a name
+MAX_DEPTH = 50  # largest number of components of a member's path
 _DOUBLE = "another member of the same name follows in the archive"
 
 
 class ArchiveContents:
-    """The members of an archive: images in the order of the archive, folders, and refused and ignored members."""
+    """The images of an archive (in the order of the archive), the refused members, and the folders."""
 
     def __init__(self, mtime_ns: int) -> None:
         self.mtime_ns = mtime_ns  # modification time of the archive, stored for each member
@@ -73,7 +73,7 @@ class ClassTar:
         contents.folders.add(self.class_name)
 
     def add(self, name: bytes, size: int, location: int, reason: str) -> None:
-        """Add a member that is not a folder under the name CLASS/FILE. System folders and files are left out."""
+        """Add a file or link of the tar, with the name CLASS/FILE. Files in system folders are left out."""
         folder, _, base = name.rpartition(b"/")
         if _no_class_part(folder):
             self.contents.hidden.add(self.class_name + b"/" + _no_class_part(folder))
@@ -87,7 +87,7 @@ def refuse_folders_in_class_tars(where: str, tars: Sequence[ClassTar]) -> None:
     """Raise UserError if it is unclear whether the tars or the folders inside them are the classes.
 
     The images of a tar may be in one folder. The name of this folder must be the name of the tar, or must be the same
-    in all tars (`images`).
+    in all tars (for example `images`).
     """
     alike: set[bytes] = set()
     for tar in tars:
@@ -98,7 +98,7 @@ def refuse_folders_in_class_tars(where: str, tars: Sequence[ClassTar]) -> None:
             raise UserError(
                 f"{where}: {name_text(tar.class_name)}.tar has its images in folders ({name}), so it is unclear "
                 "whether the tars or the folders are the classes. Unpack the tars into one folder and name this folder "
-                "as SOURCE, or make a tar for each class without folders."
+                "as SOURCE, or make one tar for each class, with no folders in the tar."
             )
 
 
@@ -170,7 +170,7 @@ class _Tree:
                 folder = parent
 
     def _kept_images(self) -> Sequence[int]:
-        """Return the indices of the images by class, name and offset.
+        """Return the indices of the images, sorted by folder, name and offset.
 
         Images in system folders, and system files, are left out.
         """
@@ -278,10 +278,7 @@ class _Tree:
 
 
 def _no_class_part(folder: bytes) -> bytes:
-    """Return the path of the first folder in a path that is never a class, such as `__MACOSX`.
-
-    Returns b"" if the path has no such folder.
-    """
+    """Return the path up to the first folder that is never a class (`__MACOSX`); b"" if there is no such folder."""
     parts = folder.split(b"/") if folder else []
     first = next((k for k, part in enumerate(parts) if is_no_class_folder(part)), None)
     return b"" if first is None else b"/".join(parts[: first + 1])

@@ -110,8 +110,8 @@ def list_caffe_lmdbs(
     -   the labels, written as decimal numbers
 
     Raises UserError if a folder is not an LMDB, or if no record is a Datum with a label. Also raises UserError if a
-    label has no class name, if a class has no record and `allow_empty_classes` is false, or if the folder name in a key
-    and the label of its record are different classes.
+    label has no class name, or if the folder name in a key and the label of its record are different classes. Unless
+    `allow_empty_classes` is true, also raises UserError if a class has no record.
     """
     if len({folder.resolve() for folder in folders}) < len(folders):
         raise UserError(f"{folders[0]}: one of the LMDBs is named twice.")
@@ -173,8 +173,8 @@ def _class_names(
             if position.get(name) != label:
                 other = f"this class has the label {position[name]}" if name in position else "there is no such class"
                 raise UserError(
-                    f"{folder}: a key of label {label} has the folder {name}, but in {owner} {other}. The LMDB has "
-                    "other classes, or the same classes in another order: give the order of the LMDB with --classes "
+                    f"{folder}: a key of label {label} has the folder {name}, but in {owner} {other}. The classes "
+                    f"of the LMDB, or their order, differ from {owner}. Give the classes of the LMDB with --classes "
                     "FILE, and build a separate store."
                 )
         return names

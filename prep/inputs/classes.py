@@ -18,7 +18,7 @@ from prep.inputs.names import composed, name_text, visible
 from prep.schema import MAX_TEXT_BYTES, read_regular
 from prep.store.models import MAX_CLASSES
 
-# Folders that operating systems, network drives and programs create. The comparison ignores upper and lower case.
+# Folders that operating systems, network drives and programs create. Except for RECYCLED and RECYCLER, case is ignored.
 _NO_CLASS_FOLDERS = re.compile(
     rb"lost\+found|found\.\d{3}|\$recycle\.bin|(?-i:RECYCLE[DR])|\$extend|\$winreagent|\$sysreset|"
     rb"system volume information|@eadir|@tmp|@__thumb|#recycle|#snapshot|~snapshot|@recycle|"
@@ -45,8 +45,8 @@ SPLIT_OF_FOLDER = {  # name of a folder in lower case -> split
 
 NO_CLASS = "a folder of the system or of a program, not a class"
 STRAY_FILE = "a file beside the class folders"
-INNER_FOLDER = "a folder without photographs in a class folder"
-NO_PHOTOGRAPH = "a file beside the photographs, not a photograph by its name"
+INNER_FOLDER = "a folder inside a class folder, without photographs"
+NO_PHOTOGRAPH = "a file beside the photographs; its name is not that of an image"
 SYSTEM_FILE = "a file of the system, not a photograph"
 
 
@@ -81,18 +81,18 @@ def class_names(folders: Sequence[bytes], where: str, are_given: bool = False) -
     """Return the names of class folders.
 
     A name is the path of the folder, without a last part that all paths share (`n01/images`). Raises UserError if a
-    part of a path is the name of a split. If `are_given` is true, the store or a file names all classes. Otherwise,
-    also raises UserError if a class folder is inside another class folder, or if some class folders are at the top and
-    others are deeper.
+    part of a path is the name of a split. If `are_given` is true, the store or a file names all classes. If `are_given`
+    is false, also raises UserError if a class folder is inside another class folder, or if some class folders are at
+    the top and others are deeper.
     """
     parts = [folder.split(b"/") for folder in folders]
     inner = [path for path in parts if len(path) > 1]
     of_split = next((path for path in inner if any(_text([part]).lower() in SPLIT_OF_FOLDER for part in path)), None)
     if of_split:
         raise UserError(
-            f"{where}: {_text(of_split)} is a folder of a split around or inside class folders. Expected class "
-            "folders inside the folder of their split: name the folder of the split as SOURCE, or move the class "
-            "folders into the folder of the split."
+            f"{where}: the path of the class folder {_text(of_split)} contains the name of a split. Name the folder "
+            "of one split as SOURCE. If class folders contain folders of splits, move the class folders into the "
+            "folder of their split."
         )
     nested = None if are_given else _nested_folders(parts)
     if nested:
@@ -241,8 +241,8 @@ def wanted_classes(
 ) -> tuple[tuple[str, ...], str]:
     """Return the classes in the order of the labels, and a text that says where these classes come from.
 
-    Classes and text are empty if no order is given. The store gives the order if the store has classes, and otherwise
-    the `--classes` file. `found` are the classes of the images. Raises UserError if the file has other classes than the
+    If the store has classes, these are returned; otherwise, those of `file` (`--classes`). Without store and file,
+    there are no classes. `found` are the classes of the images. Raises UserError if the file has other classes than the
     store, or has them in another order.
     """
     if file is None:
@@ -252,8 +252,8 @@ def wanted_classes(
         pairs = zip_longest(names, store_classes, fillvalue="no class")
         label, (new, old) = next((k, pair) for k, pair in enumerate(pairs) if pair[0] != pair[1])
         raise UserError(
-            f"--classes {file}: label {label} is {new}, in the store {old}. The classes of a store keep their labels: "
-            "leave out --classes, or choose another --store."
+            f"--classes {file}: label {label} is {new}, but {old} in the store. The classes of a store keep their "
+            "labels: leave out --classes, or choose another --store."
         )
     return names, str(file)
 
@@ -261,7 +261,7 @@ def wanted_classes(
 def refuse_empty_classes(where: str, empty: Sequence[str], refused: Iterable[tuple[str, str]] = ()) -> None:
     """Raise UserError if there are `empty` classes, which have no photograph.
 
-    `refused` has the name of each refused entry, and the reason.
+    `refused` has (name, reason) of each refused input.
     """
     if not empty:
         return
@@ -292,11 +292,11 @@ def read_class_file(file: Path, known: Collection[str] = ()) -> tuple[str, ...]:
     """Read the classes of `--classes FILE`, one on each line, in the order of the labels.
 
     A line consists of the name of a class, or begins with such a name: `n01440764 tench`, `/a/airfield 0`, `cat,0`.
-    Lines that begin with `#` and a header (`class`) are left out, unless these lines are classes. If `known` classes
-    are given, the longest known class with which the line begins is the name. Without `known` classes, the first word
-    of the line is the name. Raises UserError if the file cannot be read, if a class occurs twice, or if a line names
-    several classes. Also raises UserError if the lines have numbers after the names, and these numbers have another
-    order than the lines.
+    Lines that begin with `#` are left out. A first line such as `class` is a header, and is left out too. Both are kept
+    if they are `known` classes. If `known` classes are given, the longest known class with which the line begins is the
+    name. Without `known` classes, the first word of the line is the name. Raises UserError if the file cannot be read,
+    if a class occurs twice, or if a line names several classes. Also raises UserError if the lines have numbers after
+    the names, and these numbers have another order than the lines.
     """
     try:
         text = name_text(read_regular(file, MAX_TEXT_BYTES, "Name a text file.").removeprefix(b"\xef\xbb\xbf"))

@@ -84,11 +84,12 @@ def list_folder(
     A class folder is a folder at any depth that contains images, or that contains nothing. The class name of a class
     folder is the path of the folder. A class folder may be inside another class folder if the store or a file names all
     classes (`classes_are_given`). If `root` contains only one folder, and this folder contains folders, this folder is
-    used instead of `root`. Names that begin with a dot, system folders and files beside class folders are ignored.
+    used instead of `root`. System folders, and names that begin with a dot, are ignored. Files beside class folders are
+    ignored too.
 
     If `root` contains both images and folders, the images are listed in two cases: if all folders are empty, or if
-    `flat` is true and there are at least as many images as folders. In all other cases, the class folders are listed,
-    or UserError is raised if there are more than ten images and more images than folders.
+    `flat` is true and there are at least as many images as folders. In all other cases, UserError is raised if there
+    are more than ten images and more images than folders. Otherwise, the class folders are listed.
 
     Symbolic links that lead out of `root` are refused unless `follow_links` is true. Raises UserError if `root`
     contains no files, if a class folder is a link that is not followed, or if the classes are ambiguous.
@@ -140,7 +141,7 @@ class _Walk:
     def enter_single_folders(self) -> tuple[Path, list[_Entry]]:
         """Return the folder that contains the class folders, and its entries.
 
-        The folder is `root`, or the only folder in `root`.
+        The folder is `root`, or the only folder in `root`, or the only folder in that folder, and so on.
         """
         entries = self._scan(self.folder)
         while True:

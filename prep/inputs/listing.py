@@ -97,9 +97,9 @@ class Listing:
     def permutation(self, seed: int) -> npt.NDArray[np.int64]:
         """Return the record order: the indices of the inputs, sorted by a hash of the paths.
 
-        The hash is the BLAKE2b hash of 8 bytes with the key `seed`. Inputs with equal hashes are sorted by path, then
-        by location. The record order therefore depends only on the paths and the seed. The record order does not depend
-        on the order of the listing, or on the version of a random number generator.
+        The hash has 8 bytes, and is BLAKE2b with the key `seed`. Inputs with equal hashes are sorted by path, then by
+        location. The record order therefore depends only on the paths and the seed. The record order does not depend on
+        the order of the listing, or on the version of a random number generator.
         """
         key = seed.to_bytes(8, "little")
         hashes = array("Q")
@@ -136,7 +136,7 @@ class Listing:
                 raise UserError(f"{path}: {key} has {len(saved[key]):,} values, expected {len(ends):,}. {advice}")
         if np.any(np.diff(ends, prepend=0) < 0) or len(saved["paths"]) != (ends[-1] if len(ends) else 0):
             size = len(saved["paths"])
-            raise UserError(f"{path}: ends does not ascend up to {size:,}, the length of paths. {advice}")
+            raise UserError(f"{path}: the numbers in `ends` do not ascend to {size:,}, the length of `paths`. {advice}")
         if len(labels) and not 0 <= labels.min() <= labels.max() < classes:
             found = f"labels from {labels.min()} to {labels.max()}"
             raise UserError(f"{path}: {found}, expected 0 to {classes - 1}. {advice}")
@@ -152,8 +152,8 @@ class Listing:
     def first_path_difference(self, later: Listing, seed: int) -> tuple[bytes, str] | None:
         """Return the first path, in record order, that occurs in only one of the two listings.
 
-        Returns None if the paths are the same. The path is returned with "has gone" if only this listing has it, and
-        with "is new" if only `later` has it.
+        Returns None if both listings have the same paths. The path is returned with "has gone" if only this listing has
+        it, and with "is new" if only `later` has it.
         """
         before, after = self.permutation(seed).tolist(), later.permutation(seed).tolist()
         for old, new in zip_longest(before, after):

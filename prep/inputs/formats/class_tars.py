@@ -23,8 +23,8 @@ from prep.inputs.tar_members import BoundedFile, iterate_members
 def list_class_tars(folder: Path, split: str) -> tuple[ShardReader, FoundInputs]:
     """List the images of all tars in `folder`. An input has the name CLASS/FILE, as in unpacked class folders.
 
-    Folders inside a tar are ignored, but the images in these folders are listed. Other entries of the folder are left
-    out, and are listed with the reason in `FoundInputs.ignored`. Raises UserError if a tar is compressed, damaged or
+    Folders inside a tar are ignored, but the images in these folders are listed. Files and folders beside the tars are
+    left out. `FoundInputs.ignored` has their names and the reason. Raises UserError if a tar is compressed, damaged or
     truncated, or is a link to a file that does not exist.
     """
     entries = sorted(folder.iterdir())

@@ -1,8 +1,8 @@
 """A CSV file of paths and labels, separated by commas, tabs or semicolons, with or without a header.
 
 Paths are relative to the folder of the CSV file. A column `split` assigns each row to train or val. The name of an
-input is its path below the deepest folder that contains all images of the split. A list of the files in class folders
-therefore gives the same records as the class folders.
+input is its path below the deepest folder that contains all images of the split. A CSV file that lists the files of
+class folders therefore gives the same records as these folders.
 """
 
 from __future__ import annotations
@@ -63,7 +63,9 @@ def csv_splits(path: Path) -> list[str]:
 def list_csv(
     path: Path, split: str, options: ListOptions, store_classes: Sequence[str]
 ) -> tuple[FolderReader, FoundInputs]:
-    """List the images that a CSV file names. If a file is missing, its entry is refused.
+    """List the images that a CSV file names.
+
+    An image that is missing is refused.
 
     Raises UserError if the file is no CSV of paths and labels, or if no image has a label.
     """
@@ -75,7 +77,7 @@ def list_csv(
         elif row_split not in SPLITS:
             others.append(row_split)
     if others:
-        say(f"{path}: left out {count_noun(len(others), 'row')} of no split (column split: {others[0]}).")
+        say(f"{path}: left out {count_noun(len(others), 'row')} outside train and val (column split: {others[0]}).")
     if images and all(has_image_name(os.fsencode(label)) for _, label in images):
         raise UserError(f"{path}: two paths in each row, such as {name_text(images[0][0])}, {images[0][1]}. {_NO_CSV}")
     folders = {os.path.dirname(os.path.normpath(os.path.join(os.fsencode(origin), name))) for name, _ in images}

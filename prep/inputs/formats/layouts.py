@@ -222,7 +222,8 @@ def _shards_by_split(folder: Path, layout: str | None) -> dict[str, SplitSource]
         if not found:
             return {_ONLY_SPLIT: SplitSource(folder, kind, files=tuple(files))}
         if left_out:
-            say(f"{folder}: left out {count_noun(len(left_out), 'file')} of no split (first: {left_out[0].name}).")
+            count = count_noun(len(left_out), "file")
+            say(f"{folder}: left out {count} outside train and val (first: {left_out[0].name}).")
         break
     return found
 

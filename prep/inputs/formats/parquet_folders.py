@@ -52,7 +52,7 @@ def _report_left_out(source: Path, found: dict[str, list[Path]]) -> None:
     left_out = [path for name, files in found.items() if name not in SPLITS for path in files]
     if left_out and any(name in found for name in SPLITS):
         first = left_out[0].relative_to(source)
-        say(f"{source}: left out {count_noun(len(left_out), 'Parquet file')} of no split (first: {first}).")
+        say(f"{source}: left out {count_noun(len(left_out), 'Parquet file')} outside train and val (first: {first}).")
 
 
 def _splits_in(folder: Path) -> dict[str, list[Path]]:

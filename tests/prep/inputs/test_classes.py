@@ -286,4 +286,4 @@ def test_folders_without_photographs_in_class_folders_are_left_out(
 ) -> None:
     source = list_source(make(tmp_path / "x", ("cat/1.jpg", "cat/boxes/more/1.xml", "dog/2.jpg")), "train")
     assert source.classes == ("cat", "dog") and len(source.inputs) == 2 and not source.refused
-    assert [reason for _, reason in source.ignored] == ["a folder without photographs in a class folder"]
+    assert [reason for _, reason in source.ignored] == ["a folder inside a class folder, without photographs"]

@@ -219,7 +219,7 @@ def test_entries_that_are_not_files_are_refused_by_name(tmp_path: Path) -> None:
         "n1/socket.JPEG": "a socket, not a file",
         "fifo": "a FIFO, not a file",
     }
-    assert source.ignored == (("n1/notes", "a folder without photographs in a class folder"),)
+    assert source.ignored == (("n1/notes", "a folder inside a class folder, without photographs"),)
 
 
 def test_odd_names_are_kept_byte_for_byte(tmp_path: Path) -> None:

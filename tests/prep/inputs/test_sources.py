@@ -49,7 +49,7 @@ def test_a_file_gives_the_order_of_the_classes(tmp_path: Path) -> None:
     assert source.classes == ("golden retriever", "cat", "ape")
     assert dict(paths_and_labels(source)) == {b"golden retriever/b.JPEG": 0, b"cat/a.JPEG": 1, b"ape/c.JPEG": 2}
     assert list_source(root, "val", ListOptions(class_file=file), source.classes).classes == source.classes
-    with pytest.raises(UserError, match=r"label 0 is golden retriever, in the store ape\. .*keep their labels"):
+    with pytest.raises(UserError, match=r"label 0 is golden retriever, but ape in the store\. .*keep their labels"):
         list_source(root, "val", ListOptions(class_file=file), ("ape", "cat", "golden retriever"))
     file.write_text("cat\nbird\n")
     with pytest.raises(UserError, match=r"classes\.txt has 2\. Only here: ape, golden retriever\. Only in .*: bird"):

@@ -67,7 +67,7 @@ def test_files_are_found_under_the_names_that_huggingface_uses(
         }
         assert {len(source.inputs) for source in listed.values()} == {len(names)}
         messages = capsys.readouterr().err
-        assert f"left out {len(names)} Parquet file" in messages and " of no split (first: " in messages
+        assert f"left out {len(names)} Parquet file" in messages and " outside train and val (first: " in messages
         assert ("only a part of the split train" in messages) == ("partial" in names[0])
     file = tmp_path / names[0].format("validation")
     assert find_splits(file, None).keys() == ({"train"} if "partial" in names[0] else {"val"})

@@ -72,7 +72,7 @@ def test_names_of_shards_name_the_splits(tmp_path: Path, capsys: pytest.CaptureF
         shard(tmp_path / f"{name}.tar", sample(f"{name}/a", cls=0))
     found = find_splits(tmp_path, None)
     assert {name: len(where.files) for name, where in found.items()} == {"train": 2, "val": 1}
-    assert "left out 1 file of no split (first: imagenet1k-test-00.tar)" in capsys.readouterr().err
+    assert "left out 1 file outside train and val (first: imagenet1k-test-00.tar)" in capsys.readouterr().err
     put(tmp_path / "README.md", b"x")
     put(tmp_path / "info" / "x.json", b"{}")
     assert list_source(found["train"], "train").ignored == (

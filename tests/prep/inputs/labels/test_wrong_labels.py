@@ -189,7 +189,7 @@ def test_rows_of_no_split_are_told(tmp_path: Path, capsys: pytest.CaptureFixture
     text = "#path,label,split\n# the cats\ncat/1.jpg,cat,train\ndog/1.jpg,dog,train\ncat/2.jpg,cat,trian\n"
     splits = find_splits(label_file(tmp_path, text, "list.csv"), None)
     assert paths_and_labels(list_source(splits["train"], "train")) == [(b"cat/1.jpg", 0), (b"dog/1.jpg", 1)]
-    assert "left out 1 row of no split (column split: trian)" in capsys.readouterr().err
+    assert "left out 1 row outside train and val (column split: trian)" in capsys.readouterr().err
 
 
 def tiny(root: Path, annotations: str, *images: str) -> Path:
