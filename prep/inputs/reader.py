@@ -43,7 +43,7 @@ class UnpackingReader(InputReader, Protocol):
     """A reader that reads single inputs slowly, but is faster if it may first unpack the inputs into a folder."""
 
     def unpacking_into(self, folder: Path, free_bytes: int) -> InputReader:
-        """Return a reader that unpacks inputs into `folder` when needed, if `free_bytes` of disk space are enough."""
+        """Return a reader that unpacks inputs into `folder`, or `self` if `free_bytes` of disk space are too few."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Source:
     split: str
     classes: tuple[str, ...]
     inputs: Listing
-    refused: tuple[tuple[str, str], ...] = ()  # name and reason of each refused entry; refused entries are bad inputs
+    refused: tuple[tuple[str, str], ...] = ()  # name and reason of each refused entry, which counts as a bad input
     # Name and reason of entries that are not inputs, such as files beside class folders.
     ignored: tuple[tuple[str, str], ...] = ()
     labels_from: Path | None = None  # the label file that was read; None if class folders give the labels

@@ -100,7 +100,7 @@ class ExclusionList:
         if len(unused) == len(self.lines):
             raise UserError(
                 f"{what} fit no file (first line: {first}). Expected paths or names of files in SOURCE, or the numbers "
-                "of files that are numbered alike, such as ILSVRC2012_val_00000036.JPEG."
+                "in file names that differ only in their numbers, such as ILSVRC2012_val_00000036.JPEG."
             )
         say(f"{what} fit no file (first: {first}).")
 
@@ -123,7 +123,7 @@ def selected_classes(
 
     Returns the remaining inputs, their classes, and each class that is left out, with the reason. No class is left out
     if the file names a class that is not in `classes`, or if the file names no class in `classes`. The labels are
-    indices into the classes.
+    indices into the returned classes.
     """
     names = set(read_class_file(class_file, set(classes))) if class_file is not None else set()
     if not names or not names < set(classes):

@@ -85,7 +85,7 @@ def _select_classes(found: FoundInputs, options: ListOptions, store_classes: Seq
 def _label_flat_inputs(
     reader: InputReader, found: FoundInputs, split: str, options: ListOptions, store_classes: Sequence[str]
 ) -> Source:
-    """Give labels to images without class folders. A label file may have classes that --classes does not name."""
+    """Give labels to images without class folders. Images of classes that --classes does not name are left out."""
     try:
         return label_inputs(reader, found, split, options, store_classes)
     except UserError:

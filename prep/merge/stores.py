@@ -47,7 +47,7 @@ from prep.workers import Counts, Runner, WorkerDied
 
 @dataclass(frozen=True)
 class MergeReader:
-    """Reader for the BuildPlan of a merge, which only needs its `root`. copy_shard reads the records instead."""
+    """The reader in the BuildPlan of a merge. Only its `root` is used, because copy_shard reads the records."""
 
     root: Path
 
@@ -67,8 +67,8 @@ def merge_stores(
 
     `progress` counts records. With `restart`, an unfinished merge in `target` is discarded. Raises UserError if fewer
     than two stores are given, if one of the stores is `target`, or if two stores have the same records. Also raises
-    UserError if the stores have different settings other than the seed, if `target` holds something else, or if a
-    record is damaged. The new store has the seed of the first store. Raises DiskFull if the disk is full.
+    UserError if the settings of the stores differ in more than the seed, if `target` holds anything but this merge, or
+    if a record is damaged. The new store has the seed of the first store. Raises DiskFull if the disk is full.
     """
     stores = _open_stores(sources, target)
     settings = _common_settings(stores)
@@ -162,8 +162,8 @@ def _merge_split(
     existing = open_existing(target, plan)
     if existing is not None and existing.classes != classes:
         raise UserError(
-            f"{target} has {len(existing.classes)} classes, the merged stores have {len(classes)}, or the names of the "
-            "classes differ. Choose another --store."
+            f"{target} has other classes ({len(existing.classes)}) than the merged stores ({len(classes)}). "
+            "Choose another --store."
         )
     if existing is not None and split in existing.splits:
         progress.skip(len(listing))
@@ -201,7 +201,7 @@ def _begin_or_resume(plan: BuildPlan, target: Path, restart: bool) -> None:
 
 
 def _report_equal_names(plan: BuildPlan) -> None:
-    """Print how many records have the name of another record: two stores may contain the same photograph."""
+    """Print how many records have the name of another record, because two stores may have the same photograph."""
     listing, order = plan.source.inputs, plan.permutation.tolist()
     pairs = [(a, b) for a, b in pairwise(order) if listing.path(a) == listing.path(b)]
     if pairs:
@@ -304,7 +304,7 @@ def _assemble(
 
 
 def _origin(split: Split) -> dict[str, Any]:
-    """Return the entry of `sources` in the account: a split, with the splits from which it was merged."""
+    """Return what the list `sources` in the account says about a split, with the splits from which it was merged."""
     origin = {"fingerprint": split.fingerprint, "records": split.records}
     return {**origin, "sources": split.account["sources"]} if "sources" in split.account else origin
 

@@ -2,9 +2,9 @@
 
 obstore, the library that reads and writes buckets, takes settings from environment variables and from the metadata
 services of EC2, ECS and EKS. Unlike the AWS command line and boto3, obstore does not read ~/.aws/credentials and
-~/.aws/config. This module reads the settings that ~/.aws/credentials and ~/.aws/config contain as text. Profiles that
-need a login or another role (sso_*, role_arn, credential_process) are not supported. For a profile that is not
-supported, `aws configure export-credentials --format env` prints environment variables.
+~/.aws/config. This module reads these two files. Profiles that need a login or another role (sso_*, role_arn,
+credential_process) are not supported. For a profile that is not supported, `aws configure export-credentials --format
+env` prints environment variables.
 """
 
 from __future__ import annotations

@@ -78,7 +78,7 @@ def store_files(store: Store) -> list[StoreFile]:
 def check_content(file: StoreFile, path: Path) -> str:
     """Compare the local file `path` with the manifest, and return its SHA-256 (hex).
 
-    The path of a shard must end in data.mdb. Raises Damaged if the file differs.
+    The path of a shard must end in data.mdb. Raises Damaged if the file differs from the manifest.
     """
     whole = file_sha256(path)
     if file.shard is not None:
@@ -114,7 +114,7 @@ def _check_color_stats(expected: ColorStats, path: Path) -> None:
     except (StoreError, TypeError, ValueError) as error:
         raise Damaged(f"{path.name} cannot be read ({error})") from None
     if not same:
-        raise Damaged(f"{path.name} differs from the statistics of the manifest's moments")
+        raise Damaged(f"{path.name} differs from the statistics that the manifest's moments give")
 
 
 def format_checksums(digests: dict[str, str]) -> bytes:

@@ -4,8 +4,8 @@ A copy has these steps:
 
 1.  Read the source's manifest and check its checksum. Refuse a destination that contains anything other than an
     unfinished copy of the same store.
-2.  Write source.json of the journal, then copy and verify the files in worker processes (copy_task.py). Files that the
-    journal lists are skipped if they are still unchanged in the destination.
+2.  Write source.json of the journal (journal.py), then copy and verify the files in worker processes (copy_task.py).
+    Files that the journal lists are skipped if they are still unchanged in the destination.
 3.  Check that the destination still has all verified files unchanged. Check that the source's manifest and the
     journal's source.json are unchanged.
 4.  In object storage, write SHA256SUMS. Then write manifest.json, and read it back from the destination.
@@ -118,7 +118,7 @@ def planned_copy(source_name: str, target_name: str) -> Iterator[CopyPlan]:
             )
     has_checksums = states.pop(CHECKSUMS, None) is not None and source.is_remote
     checksums = parse_checksums(source.read(CHECKSUMS)) if has_checksums else {}
-    # Another program replaced the store, but did not replace its SHA256SUMS.
+    # The digest of the manifest differs if another program replaced the store, but not its SHA256SUMS.
     if checksums.get(MANIFEST) != identity.manifest:
         checksums = {}
     with ExitStack() as resources:

@@ -2,7 +2,7 @@
 
 If the source is in object storage, or both folders are local, a file is first written under a temporary name. The
 content of the temporary file is compared with SHA256SUMS and with the manifest, which has a SHA-256 over all keys and
-values of a shard. The temporary file then gets its final name.
+values of a shard. In a local destination, the temporary file then gets its final name.
 
 If the destination is in object storage, the local file is first compared with the manifest, then sent, then read back
 from the server. The returned bytes must have the SHA-256 of the local file. The server's own checksum is not
@@ -146,11 +146,11 @@ def _download(task: CopyTask, source: Folder, temporary: Path, count: CountBytes
 
 
 def _upload(target: ObjectFolder, path: str, local: Path, digest: str, count: CountBytes) -> journal.Arrival:
-    """Send a local file and read it back. Raises Damaged unless the file's SHA-256 is `digest`."""
+    """Send a local file and read it back. Raises Damaged unless the bytes read back have the SHA-256 `digest`."""
     state = target.upload(path, local, count)
     stored = sha256()
     for chunk in target.chunks(path, state):
         stored.update(chunk)
     if stored.hexdigest() != digest:
-        raise Damaged(f"{target.name}/{path} reads back with SHA-256 {stored.hexdigest()}, sent {digest}")
+        raise Damaged(f"{target.name}/{path} reads back with SHA-256 {stored.hexdigest()}, but {digest} was sent")
     return journal.Arrival(*state, digest)

@@ -186,9 +186,9 @@ class ObjectFolder:
         return status is None or status[1] in ("408", "429") or status[1].startswith("5")
 
     def _raise(self, path: str, error: Exception) -> NoReturn:
-        """Raise FileNotFoundError if only the object is missing.
+        """Raise FileNotFoundError if the bucket exists, but not the object.
 
-        Otherwise raise UserError with the reason and advice.
+        For other errors, raise UserError with the reason and advice.
         """
         text, where = str(error), f"{self.name}/{path}".rstrip("/")
         exceptions = self._obstore.exceptions
@@ -254,7 +254,8 @@ def _interruptible(request: Callable[[], T]) -> T:
     A call of obstore returns only when its request has ended, even after Ctrl-C.
 
     In the main thread of the command, the request therefore runs in another thread. In other threads and in worker
-    processes, the request runs directly, because the command can kill these threads and processes.
+    processes, the request runs directly: Ctrl-C interrupts only the main thread, and the command can kill worker
+    processes.
     """
     in_worker = multiprocessing.parent_process() is not None
     if in_worker or threading.current_thread() is not threading.main_thread():

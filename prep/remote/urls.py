@@ -33,5 +33,7 @@ def open_folder(name: str) -> Folder:
         )
     bucket, _, prefix = name[match.end() :].partition("/")
     if not bucket or "//" in prefix or any(part in (".", "..") for part in prefix.split("/")):
-        raise WrongArgument(f"{name}: expected {scheme}://BUCKET/PREFIX, with a bucket and without empty parts.")
+        raise WrongArgument(
+            f"{name}: expected {scheme}://BUCKET/PREFIX, with a bucket, and with no part that is empty, `.` or `..`."
+        )
     return ObjectFolder(scheme, bucket, prefix.rstrip("/"))

@@ -28,7 +28,7 @@ _HEADER = re.compile(
 class ArrayShape:
     """Expected array of a file: NumPy types that are allowed, such as `<f4` or the kind `U`, and the shape.
 
-    A length of None in `shape` may have any value.
+    None in `shape` allows any length.
     """
 
     types: tuple[str, ...]
@@ -100,8 +100,8 @@ def read_npz(
     """Return the arrays `expected` of a .npz file, by name. Other arrays of the file are not read.
 
     `max_bytes` bounds the file and the sum of its unpacked arrays. Raises FileNotFoundError or another OSError if the
-    file cannot be read. Raises `error`, with `advice` in its message, if the file is larger, is damaged, or lacks an
-    array, or if an array is not as expected.
+    file cannot be read. Raises `error`, with `advice` in its message, if the file is larger than `max_bytes`, is
+    damaged, or lacks an array. Also raises `error` if an array is not as expected.
     """
     with open_regular(path, advice, error) as file:
         try:
@@ -121,7 +121,7 @@ def read_npz(
             if failure.errno != errno.EINVAL:  # EINVAL: the file's directory states a negative position
                 raise OSError(failure.errno, failure.strerror or str(failure), str(path)) from None
             raise error(escaped(f"{path}: cannot be read as a .npz file ({failure.strerror}). {advice}")) from None
-        except Exception as invalid:  # for a damaged file, zipfile and its decompressors raise many types
+        except Exception as invalid:  # for a damaged file, zipfile and its decompressors raise many types of errors
             raise error(escaped(f"{path}: cannot be read as a .npz file ({invalid}). {advice}")) from None
     return {
         name: decode_npy(contents.pop(name), shape, f"{path}: {name}", advice, error)

@@ -141,7 +141,7 @@ def _check_unicode(value: str) -> None:
 
 
 def _description(type_: Any, data: Any, invalid: msgspec.ValidationError) -> str:
-    """Return what is wrong as text: field, value found, value expected."""
+    """Return a text that says what is wrong: field, value found, value expected."""
     found_at = _LOCATION.search(str(invalid))
     message = str(invalid)[: found_at.start()] if found_at else str(invalid)
     path = _resolved_path(type_, data, str(invalid), found_at.group(2) if found_at else "")

@@ -1,7 +1,7 @@
 """Rules between the fields of a manifest and of colour statistics.
 
-Sums, lengths and digests must agree. There must be sets of 8-bit pixels that have the moments. The principal components
-must be those of the covariance.
+Sums, lengths and digests must agree. The moments (sums of R, G and B and of their products) must be possible for 8-bit
+pixels. The principal components must be those of the covariance.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ def mean_and_covariance(
 
 
 def differences_from_moments(stats: ColorStats, moments: MomentsJson) -> Iterator[str]:
-    """Yield a text for each mean and covariance of `stats` that is not that of the moments in the manifest."""
+    """Yield a text for each mean and covariance of `stats` that differs from the moments in the manifest."""
     mean, covariance = mean_and_covariance(moments["pixels"], moments["total"], moments["outer"])
     for i in range(3):
         if stats.mean_rgb[i] != mean[i]:

@@ -130,7 +130,7 @@ def parse_fields(value: bytes, end: int, may_repeat: bool = True) -> dict[int, i
     """Return the known fields of the message in `value[:end]` by field number.
 
     Varints are returned as int, strings as bytes. If a field is repeated, the last value is used. Unknown and
-    fixed-width fields are skipped. Raises DatumError if the bytes are not a protobuf message, and if a known field is
+    fixed-width fields are skipped. Raises DatumError if the bytes are not a protobuf message, or if a known field is
     repeated although `may_repeat` is false.
     """
     fields: dict[int, int | bytes] = {}
@@ -154,7 +154,7 @@ def parse_fields(value: bytes, end: int, may_repeat: bool = True) -> dict[int, i
         else:
             raise DatumError(f"wire type {wire_type} at byte {offset}: no field of a Datum has this type")
         if offset > end:
-            raise DatumError(f"field {number} ends at byte {offset}, the message at byte {end}")
+            raise DatumError(f"field {number} ends at byte {offset}, but the message ends at byte {end}")
     return fields
 
 

@@ -1,8 +1,8 @@
 """Inputs of formats that give a label with each input: rows of Parquet files and CSV lists, samples of WebDatasets.
 
-A label is the name of a class. If all labels are numbers, a label is the position of a class from 0. If the name of an
-input has no folder, the input gets the name CLASS/NAME. With the name CLASS/NAME, the images give the same records as
-in class folders.
+A label is the name of a class. If all labels are numbers, a label is the position of a class, counted from 0. If the
+name of an input has no folder, the input gets the name CLASS/NAME. With the name CLASS/NAME, the images give the same
+records as in class folders.
 """
 
 from __future__ import annotations
@@ -71,15 +71,15 @@ class LabelledRows:
     ) -> FoundInputs:
         """Return all inputs with their classes.
 
-        A number is the position of a class if `are_positions` is true and no class of the store has a number as its
-        name. In all other cases, a number can also be the name of a class, as in a label file. A number that can also
-        be a name must have a single meaning, unless `options.label_order` states the meaning.
+        A label that is a number is the position of a class if `are_positions` is true and no class of the store has a
+        number as its name. In all other cases, such a label can also be the name of a class, as in a label file.
+        UserError is raised if both meanings are possible, unless `options.label_order` states the meaning.
 
         The name of class k is the k-th name in the first of these lists that exists: `names` (from the format itself),
         the file `options.class_file`, `store_classes`. Without any list, the name is k. With `in_class_folders`, an
         input whose name has no folder gets its class as the folder. Raises UserError if there is no input, if a label
-        is no class, or if two inputs have the same name. Also raises UserError if an input has no label and no list of
-        all classes is given.
+        is no class, or if two inputs have the same name. Unless `options.allow_empty_classes` is true, also raises
+        UserError if an input has no label and no list of all classes is given.
         """
         if not len(self.rows):
             raise UserError(f"{self.origin}: {_first_reason(self.refused)}.")
@@ -129,7 +129,7 @@ class LabelledRows:
     def _read_texts(
         self, options: ListOptions, store_classes: Sequence[str], are_positions: bool
     ) -> tuple[list[int], tuple[str, ...]]:
-        """Return the label of each of `texts`, and the classes, if the format itself does not name the classes."""
+        """Return the label of each of `texts`, and the classes. This is for formats that do not name the classes."""
         texts = list(self.texts)
         classes, owner = wanted_classes(options.class_file, texts, store_classes)
 

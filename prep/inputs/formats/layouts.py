@@ -75,7 +75,7 @@ def find_splits(source: Path, split: str | None, layout: str | None = None) -> d
 def split_source(path: Path, layout: str | None = None) -> SplitSource:
     """Return the images in a folder or an archive that is one split.
 
-    Raises UserError if the folder or archive has another layout.
+    Raises UserError if the folder or archive does not have the layout `layout`, or has several splits.
     """
     found = _splits_of_file(path, layout) if path.is_file() else {_ONLY_SPLIT: _one_folder(path, layout)}
     if _ONLY_SPLIT not in found:
@@ -84,7 +84,7 @@ def split_source(path: Path, layout: str | None = None) -> SplitSource:
 
 
 def _split_named_by(source: Path, layout: str) -> str:
-    """Return the split that the name of a file or of a folder of Parquet files means; train if it means no split."""
+    """Return the split that the name of a file or of a folder of Parquet files means. The default is train."""
     (named,) = files_by_split([source]) if source.is_file() else (_ONLY_SPLIT,)
     if layout == "parquet" and named == _ONLY_SPLIT:
         folder = source.resolve().parent if source.is_file() else source.resolve()
@@ -229,7 +229,7 @@ def _shards_by_split(folder: Path, layout: str | None) -> dict[str, SplitSource]
 
 
 def _scan(folder: Path) -> tuple[list[str], list[str]]:
-    """Return the sorted names of the folders that may be classes, and of the other entries of a folder.
+    """Return two sorted lists of names in `folder`: the folders that may be classes, and the files.
 
     Hidden names are left out.
     """
@@ -246,13 +246,13 @@ def _scan(folder: Path) -> tuple[list[str], list[str]]:
 
 
 def _files(folder: Path, suffix: str) -> list[Path]:
-    """Return the sorted files in a folder with this suffix; [] if the folder does not exist."""
+    """Return the files in `folder` whose names end with `suffix`, sorted; [] if the folder does not exist."""
     names = _scan(folder)[1] if folder.is_dir() else []
     return [folder / name for name in names if name.lower().endswith(suffix) and (folder / name).is_file()]
 
 
 def _report_ignored_folders(source: Path, found: dict[str, SplitSource]) -> None:
-    """If only one split was found, print which other folders are ignored: `train` may be the name of a class."""
+    """If only one split was found, print which other folders are ignored, because `train` may be a class."""
     paths: Sequence[Path] = [where.path for where in found.values()]
     if (
         len(found) < len(SPLITS)

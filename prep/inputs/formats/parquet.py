@@ -2,11 +2,12 @@
 
 The class names come from the schema's metadata, which the library `datasets` writes (features.py, ClassLabel). pyarrow
 reads the files; install it with the extra `parquet`. The name of an input is the path in its row. If rows have no path,
-or if paths occur twice, the name is the number of the row.
+or if paths occur twice, the name consists of the file name and the number of the row.
 
 To read a row, pyarrow must decompress a whole row group, which often has 100 images. A build reads rows in a random
-order. The first worker that needs a Parquet file therefore unpacks all its images into one file in the store's work
-folder, which is removed at the end. Without the work folder, each call of `read` decompresses a row group.
+order. The first worker that needs a Parquet file therefore unpacks all images of this Parquet file into one file in the
+store's work folder. The work folder is removed at the end of the build. Without the work folder, each call of `read`
+decompresses a row group.
 """
 
 from __future__ import annotations
@@ -54,17 +55,21 @@ class ParquetReader:
     size_bytes: int = 0  # size of all files together
 
     def unpacking_into(self, folder: Path, free_bytes: int) -> ParquetReader:
-        """Return a copy of the reader that unpacks images into `folder`, if they take at most half of `free_bytes`."""
+        """Return a reader that unpacks images into `folder`, or `self` if they take more than half of `free_bytes`."""
         if 2 * self.size_bytes > free_bytes:
             say(
-                f"{self.root}: unpacking the images once would need {bytes_text(self.size_bytes)}, "
-                f"{bytes_text(free_bytes)} are free. The build reads groups of rows instead, which is slower."
+                f"{self.root}: the images are not unpacked, because {bytes_text(self.size_bytes)} are more than "
+                f"half of the {bytes_text(free_bytes)} that are free. The build reads groups of rows instead, which is "
+                "slower."
             )
             return self
         return replace(self, unpacked=folder)
 
     def read(self, item: Input) -> bytes:
-        """Return the image file in a row. Raises BadImage without an image, and UserError for an unreadable file."""
+        """Return the image file in a row.
+
+        Raises BadImage if the row has no image, and UserError if the Parquet file cannot be read.
+        """
         index, row = unpack_location(item.location)
         path = self.root / self.files[index]
         if self.unpacked is None:
@@ -216,7 +221,7 @@ def _columns(path: Path, schema: Any) -> _Columns:
 
 
 def _is_text(kind: Any) -> bool:
-    """Return whether a column of this type contains texts, in which digits are names of classes."""
+    """Return whether a column of this type contains texts. A text of digits is the name of a class."""
     import pyarrow.types as types
 
     kind = kind.value_type if types.is_dictionary(kind) else kind
@@ -268,7 +273,7 @@ def _mean_row_bytes(group: Any) -> int:
 
 
 def _file(path: str) -> tuple[Any, npt.NDArray[np.int64]]:
-    """Return the open Parquet file, and the numbers of the first row of each row group and of the end."""
+    """Return the open Parquet file, and the first row of each row group, followed by the number of all rows."""
     return _opened(path, os.stat(path).st_mtime_ns)
 
 

@@ -5,7 +5,7 @@ SPLIT/0000.parquet                         a folder for each split
 CONFIG/SPLIT/0000.parquet                  the branch refs/convert/parquet, which huggingface.co makes itself
 CONFIG/NAME-SPLIT-00000-of-00002.parquet   the same branch as it was made until 2023
 
-A split called `partial-train` has only the first gigabytes of the split.
+A folder called `partial-train` has only the first gigabytes of the split train.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def _folders(folder: Path) -> list[Path]:
 def _parquet_files(folder: Path) -> list[Path]:
     """Return the Parquet files in a folder, sorted.
 
-    An empty list means that the Parquet files only describe images in the folder.
+    Returns [] if the folder contains images, too, because the Parquet files then only describe these images.
     """
     with os.scandir(folder) as entries:
         first = list(islice(entries, _MAX_ENTRIES))

@@ -134,7 +134,7 @@ def split_of_folder(name: str) -> str | None:
 
 
 def refuse_unreadable(paths: Sequence[Path], suffix: str) -> None:
-    """Raise UserError if an entry is a compressed tar, or a link with this suffix to a file that does not exist."""
+    """Raise UserError if one of `paths` is a compressed tar, or a broken link whose name ends with `suffix`."""
     broken = [path.name for path in paths if path.suffix.lower() == suffix and not path.exists()]
     if broken:
         raise UserError(

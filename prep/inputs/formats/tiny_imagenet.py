@@ -105,7 +105,7 @@ def _parse_annotations(content: bytes, where: str) -> dict[bytes, str]:
             continue
         cells = [cell.strip() for cell in line.split(b"\t")]
         if len(cells) < 2 or not cells[1]:
-            raise UserError(f"{where}, line {number}: {name_text(line[:40])}, expected name and class, with a tab.")
+            raise UserError(f"{where}, line {number}: {name_text(line[:40])}, expected name, tab and class.")
         name, label = cells[0], name_text(cells[1])
         if labels.setdefault(name, label) != label:
             raise UserError(f"{where}, line {number}: {name_text(name)} has two labels, {labels[name]} and {label}.")

@@ -50,7 +50,7 @@ class _Member:
 
 
 def is_webdataset(path: Path) -> bool:
-    """Return whether the first members of a tar are an image and a label with the same key.
+    """Return whether an image and a label with the same key are among the first _PEEKED_MEMBERS members of a tar.
 
     Returns False if the file is not a tar.
     """
@@ -93,7 +93,8 @@ def list_webdataset(
                 image = images[0]
                 for other in images[1:]:
                     shown = f"{name}.{name_text(other.extension)}"
-                    rows.ignored.append((shown, f"another image of a sample, beside {name_text(image.extension)}"))
+                    reason = f"a further image of a sample; the first is .{name_text(image.extension)}"
+                    rows.ignored.append((shown, reason))
                 location = pack_location(index, image.offset)
                 samples.add(key + b"." + image.extension, len(labels), image.size, mtime_ns, location)
                 labels.append(label)

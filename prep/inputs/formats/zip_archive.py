@@ -48,9 +48,10 @@ class ZipReader:
         """
         content, crc32 = self._read(item, min(item.size, MAX_FILE_BYTES) + 1)
         if len(content) != item.size:
-            raise BadImage(f"{len(content):,} bytes in the zip archive, its directory says {item.size:,}")
+            raise BadImage(f"{len(content):,} bytes in the zip archive, but its directory says {item.size:,}")
         if crc32 != zlib.crc32(content):
-            raise BadImage(f"CRC-32 {zlib.crc32(content):08x}, the zip archive says {crc32:08x}: the member is damaged")
+            actual = f"{zlib.crc32(content):08x}"
+            raise BadImage(f"CRC-32 {actual}, but the zip archive says {crc32:08x}: the member is damaged")
         return content
 
     def read_text(self, item: Input) -> bytes:
@@ -72,7 +73,7 @@ class ZipReader:
         file = open_file(str(self.root))
         header = file.read_at(item.location, _LOCAL.size)
         if len(header) < _LOCAL.size or not header.startswith(b"PK\3\4"):
-            raise BadImage("no member at this place of the zip archive")
+            raise BadImage(f"no member at byte {item.location:,} of the zip archive")
         _, _, flags, method, _, _, crc32, _, _, name_bytes, extra_bytes = _LOCAL.unpack(header)
         start = item.location + _LOCAL.size + name_bytes + extra_bytes
         if method == 0:
@@ -213,9 +214,9 @@ def member_named(contents: ArchiveContents, name: bytes) -> Input | None:
 
 
 def _checked_entries(path: Path, contents: ArchiveContents | None = None) -> Iterator[tuple[bytes, ZipEntry]]:
-    """Yield name and entry of each entry with a safe name.
+    """Yield (name, entry) for each entry of the directory with a safe name.
 
-    Entries with other names are added to `contents` as refused.
+    Entries with unsafe names are added to `contents` as refused.
     """
     for entry in iterate_entries(path):
         hidden = None if contents is None else contents.hidden

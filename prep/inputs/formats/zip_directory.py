@@ -42,7 +42,7 @@ class ZipEntry:
 
 
 def is_zip(path: Path) -> bool:
-    """Return whether a file begins or ends like a zip archive."""
+    """Return whether a file begins with a member of a zip archive, or is an empty archive."""
     with open_regular(path) as file:
         return file.read(4) in (b"PK\3\4", _END)
 
@@ -66,7 +66,7 @@ def iterate_entries(path: Path) -> Iterator[ZipEntry]:
             for found, entry in enumerate(entries, 1):  # noqa: B007  # `found` is used after the loop
                 yield entry
             if found != count:
-                raise ValueError(f"{found:,} entries, the end record says {count:,}")
+                raise ValueError(f"{found:,} entries, but the end record says {count:,}")
     except (ValueError, struct.error) as error:
         if isinstance(error, UserError):
             raise

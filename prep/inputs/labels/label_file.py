@@ -1,8 +1,9 @@
 """Parses label files: `name label` on each line, or one label on each line.
 
-The columns are separated by tabs, commas, semicolons, bars or blanks, and may be quoted. The names of the images show
-which separator and which column are right. Names and classes may therefore contain blanks and commas. A first line that
-is a header is recognized. Kaggle's LOC_val_solution.csv, in which bounding boxes follow the labels, is read as well.
+The columns are separated by tabs, commas, semicolons, bars or blanks, and may be quoted. The separator and the column
+of names are those with which most names of images are found. Names and classes may therefore contain blanks and commas.
+A first line that is a header is recognized. Kaggle's LOC_val_solution.csv, in which bounding boxes follow the labels,
+is read as well.
 """
 
 from __future__ import annotations
@@ -48,7 +49,9 @@ class Row:
 
 
 class ImageNames:
-    """Finds images by their names in a label file, which may lack the folders or the extension.
+    """Finds images by the names in a label file.
+
+    These names may lack the folders or the extension.
 
     The extension may have another spelling (`.JPEG` for `.jpg`), and letters with accents may be in another Unicode
     form.
@@ -223,7 +226,7 @@ def _name_and_label(file: Path, lines: Sequence[tuple[int, str]], images: ImageN
 
 
 def _refuse_unknown_header(file: Path, rows: Sequence[Row], images: ImageNames) -> None:
-    """Raise UserError if the first line may be a header in unknown words.
+    """Raise UserError if the first line may be a header with unknown names of columns.
 
     The first line may be a header if all other lines name images, the first line names no image, and no other line has
     its label.
@@ -279,7 +282,7 @@ def _split_at_blanks(line: str, images: ImageNames) -> list[str]:
         return [(quoted[1] or quoted[3] or "").strip(), (quoted[2] or quoted[4] or "").strip(' "')]
     cuts = [match.span() for match in re.finditer(r"\s+", line)]
     pairs = [[line[:start], line[end:]] for start, end in reversed(cuts)]
-    if len(pairs) > 50:  # a line this long is not a line of a label file
+    if len(pairs) > 50:  # a line with so many blanks is not a line of a label file
         return [line]
     for column in (0, 1):
         named = next((pair for pair in pairs if images.find(pair[column]) is not None), None)

@@ -1,4 +1,6 @@
-"""The label of each text in a label file. A text is the name of a class, or a number with one of several meanings.
+"""Converts the texts in a label file to labels.
+
+A text is the name of a class, or a number with one of several meanings.
 
 If a text can mean two different classes, the program does not guess: UserError asks for --label-order.
 
@@ -84,7 +86,7 @@ class LabelTexts:
         if not possible:
             raise UserError(f"{self.where}: {read[orders[-1]] if len(orders) == 1 else read['sorted-from-0']}.")
         if self.classes and "name" in possible:
-            possible.pop("sorted", None)  # if the names of the classes are numbers, the numbers are not counted from 1
+            possible.pop("sorted", None)  # texts that are names of classes are not read as positions from 1
         if not self.classes and self._is_run_of_numbers():
             possible = {"name": possible["name"]}
         labels = [result[0] for result in possible.values()]

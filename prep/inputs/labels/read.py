@@ -27,7 +27,7 @@ _TEST_IMAGE = re.compile(rb"ILSVRC\d{4}_test_")
 _OTHER_YEAR = re.compile(rb"ILSVRC201[01]")
 _SYNSET = re.compile(r"n\d{8}")  # a class of ImageNet
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", re.IGNORECASE)
-_MIN_INDEX_LINES = 100  # if at least this number of lines have their line numbers as labels, the file is an index
+_MIN_INDEX_LINES = 100  # a file whose labels are line numbers is an index if it has at least this number of lines
 
 
 class Labels(NamedTuple):
@@ -102,7 +102,7 @@ def read_labels(
 
 
 def _of_split(file: Path, rows: Sequence[Row], split: str, root: Path) -> list[Row]:
-    """Return the rows without those whose folder names another split than `split` (`train/1.jpg` in a list for val).
+    """Return the rows of `split`. Rows with the folder of another split (`train/1.jpg` for val) are left out.
 
     Raises UserError if no rows are left.
     """
@@ -129,8 +129,9 @@ def _refuse_other_year(file: Path, name: bytes) -> None:
     match = _OTHER_YEAR.search(file.name.encode(errors="replace")) or _OTHER_YEAR.match(name)
     if match:
         raise UserError(
-            f"--labels {file}: the numbers for {name_text(name)} are those of {match[0].decode()}, the devkit is that "
-            "of ILSVRC2012, which numbers other classes. Write `name label` on each line, with the synsets as labels."
+            f"--labels {file}: the numbers for {name_text(name)} are those of {match[0].decode()}, but the devkit is "
+            "that of ILSVRC2012, where the numbers mean other classes. Write `name label` on each line, with the "
+            "synsets as labels."
         )
 
 
@@ -173,9 +174,9 @@ def _by_name(file: Path, rows: Sequence[Row], images: ImageNames, names: Sequenc
 def _by_position(file: Path, rows: Rows, names: Sequence[bytes], root: Path) -> dict[bytes, Row]:
     """Return {image: its row} of a file with only a label on each line.
 
-    Line k has the label of the k-th image in the order of the names. If the images have ILSVRC's names and the file
-    has more lines than there are images, line k has the label of the image with number k. Raises UserError if there are
-    more or fewer lines than images.
+    Line k has the label of the k-th image in the order of the names. The names of ILSVRC's images contain a number. If
+    all images have such names and there are fewer images than lines, line k has the label of the image with number k.
+    Otherwise, raises UserError if there are more or fewer lines than images.
     """
     if _TEST_IMAGE.match(names[0]) and "test" not in file.name:
         raise UserError(
@@ -218,12 +219,14 @@ def _refuse_index(where: str, rows: Sequence[Row]) -> None:
 
 
 def _refuse_further_columns(where: str, rows: Sequence[Row]) -> None:
-    """Raise UserError if words after a name are a class of several words, or a class and a further column.
+    """Raise UserError if it is unclear whether words after a name are one class, or a class and a further column.
 
-    A class of several words, separated by blanks and without quotes, is accepted if it occurs on several lines, or if
-    most classes have several words. A class of several words without quotes is refused if its words are also classes
-    (`cat dog` beside `cat` and `dog`, `cat old` beside `cat`). The class is also refused if the last words of all lines
-    look like a column. Words that look like a column are names of splits, numbers, or words that follow every class.
+    Several words without quotes are refused in these cases:
+
+    -   The first words are also a class (`cat old` beside `cat`).
+    -   The words occur on one line only, and the last words are also a class (`old cat` beside `cat`).
+    -   The words occur on one line only, and at most half of the lines have several words.
+    -   The last words of all lines look like a column: names of splits, numbers, or words that follow every class.
     """
     several = [row for row in rows if row.has_blanks]
     if not several:

@@ -136,7 +136,7 @@ def test_samples_with_the_same_key_behind_one_another_are_refused(tmp_path: Path
     source = list_source(raw_shard(tmp_path / "x.tar", *twice, *others), "train")
     assert paths_and_labels(source) == [(b"1/b.jpg", 1), (b"0/c.jpg", 0)]
     assert source.refused == (("x.tar/a", "two members .jpg with the same key"),)
-    assert source.ignored == (("x.tar/c.png", "another image of a sample, beside jpg"),)
+    assert source.ignored == (("x.tar/c.png", "a further image of a sample; the first is .jpg"),)
 
 
 def test_a_class_whose_samples_have_no_image_keeps_its_place(tmp_path: Path) -> None:

@@ -86,7 +86,7 @@ def test_a_wrong_size_is_noticed_and_limits_the_memory(tmp_path: Path) -> None:
     entry = content.index(b"PK\1\2")
     path.write_bytes(content[: entry + 24] + (1000).to_bytes(4, "little") + content[entry + 28 :])
     (item,) = list_source(path, "train").inputs
-    with pytest.raises(BadImage, match="1,001 bytes in the zip archive, its directory says 1,000"):
+    with pytest.raises(BadImage, match="1,001 bytes in the zip archive, but its directory says 1,000"):
         ZipReader(path).read(item)
 
 
