@@ -19,8 +19,8 @@ def parse_devices(gpus: str | None, columns: int = 2) -> Devices:
     `0,1`  column 0 on GPU 0, column 1 on GPU 1
     `0`    both columns on GPU 0
     `cpu`  both columns on the CPU
-    None   0,1 if the machine has at least two GPUs and the network has two columns; else 0 if the machine has a GPU;
-           else cpu
+    None   as `0,1` if the machine has at least two GPUs and the network has two columns; otherwise as `0` if the
+           machine has a GPU, and as `cpu` if it has none
 
     `0,1` and `0` are examples; other GPU numbers are also valid. Raises UserError if the value is neither `cpu` nor one
     or two GPU numbers, and if the machine does not have the GPU. Also raises UserError for two GPUs if the network has

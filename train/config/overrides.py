@@ -1,6 +1,6 @@
 """Recipe overrides: `--set FIELD=VALUE` changes one field of a recipe.
 
-The fields `name` and `sources` of the changed recipe list the overrides.
+In the changed recipe, the fields `name` and `sources` mention each override.
 
 `alextrain recipe` prints the names of the fields. A dot separates the name of a field from the name of one of its
 parts. The syntax of a value depends on the type of the field:
@@ -68,7 +68,7 @@ def override(base: Recipe, settings: Sequence[str], epochs: int | None = None) -
 
 
 def apply_overrides(recipe: Recipe, settings: Iterable[str]) -> Recipe:
-    """Return the recipe with each FIELD=VALUE of `settings` applied. The new `name` and `sources` list the overrides.
+    """Return the recipe with each FIELD=VALUE of `settings` applied. Its `name` and `sources` mention each override.
 
     Raises UserError for an invalid override. The message names the field, the value and the expected values.
     """
@@ -205,7 +205,7 @@ def _parse_schedule(text: str, recipe: Recipe) -> ScheduleSpec:
 
 
 def _canonical_text(value: Any, given: str) -> str:
-    """Return the text of a value in the recipe's name. Equal numbers have the same text: 2e-2 becomes 0.02.
+    """Return the text that stands for a value in a recipe's name. Equal numbers have the same text: 2e-2 becomes 0.02.
 
     given  text from the command line. If `value` has parts, like a schedule, the function returns `given`
     """

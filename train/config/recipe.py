@@ -35,7 +35,7 @@ class Lrn:
 
 @dataclass(frozen=True)
 class AlexNetAugmentation:
-    """The settings of pipeline.augment.Augmentation that a recipe can have. The other settings have their default."""
+    """The settings of pipeline.augment.Augmentation that a recipe can have. The other settings have default values."""
 
     mean: str = "channel"
     colour: str = "stdev"
@@ -229,7 +229,10 @@ def recipe_from_json(data: Mapping[str, Any]) -> Recipe:
     """
     converted = {
         **{name: data.get(name) for name in ADDED_FIELDS},
-        "sources": {**dict.fromkeys(ADDED_FIELDS, "not in the version that began the run"), **data["sources"]},
+        "sources": {
+            **dict.fromkeys(ADDED_FIELDS, "the version that began the run did not have this field"),
+            **data["sources"],
+        },
         "augmentation": AlexNetAugmentation(**with_eval_divisor(data["augmentation"])),
         "lrn": None if data["lrn"] is None else Lrn(**data["lrn"]),
         "within_map": None if data["within_map"] is None else Lrn(**data["within_map"]),

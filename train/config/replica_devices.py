@@ -16,8 +16,8 @@ def parse_replica_devices(gpus: str | None, columns: int, local_rank: int, local
     `1`    both columns on the GPU whose number is the replica's number on this machine
     `2`    column 0 and column 1 on the GPUs 2r and 2r + 1, r being the replica's number on this machine
     `cpu`  both columns on the CPU
-    None   2 if the machine has two GPUs for each replica and the network has two columns; else 1 if the machine has a
-           GPU; else cpu
+    None   as `2` if the machine has two GPUs for each replica and the network has two columns; otherwise as `1` if the
+           machine has a GPU, and as `cpu` if it has none
 
     local_rank, local_size  number of this replica on its machine, and the number of replicas on this machine
 

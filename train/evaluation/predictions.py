@@ -58,7 +58,7 @@ class Predictions:
     about: Mapping[str, Any]  # see the module's docstring
 
     def save(self, out: Path) -> None:
-        """Write a .npz file atomically. Raises UserError if the file cannot be written or has another extension."""
+        """Write the file `out` atomically. Raises UserError if this fails, or if the extension of `out` is not .npz."""
         check_extension(out, "--out", [".npz"], "probabilities are saved as")
         about = np.array(json.dumps(dict(self.about)))
         try:
@@ -262,7 +262,7 @@ def read_evaluations(run_dir: Path) -> list[dict[str, Any]]:
     """Return the lines of evaluations.jsonl.
 
     If several lines have the same step, views, precision and fingerprint of the split, only the last of these lines is
-    returned. Raises UserError if a line is wrong.
+    returned. Raises UserError if a line is invalid.
     """
     path = run_dir / _EVALUATIONS
     try:

@@ -1,7 +1,7 @@
 """Finds the ensemble that the options of `alextrain run` describe: a new ensemble, or the ensemble in --run-dir.
 
-This module does not import torch at its top, because `alextrain run` calls this module before it reports a missing
-store.
+`alextrain run` calls this module, and reports a missing store, before it imports torch. The module therefore does not
+import torch at its top.
 """
 
 from __future__ import annotations

@@ -159,8 +159,8 @@ def check_tensor(tensor: Any, dtypes: Sequence[str], shape: Sequence[int | None]
         raise UserError(f"{name} has the type {tensor.dtype}, expected {' or '.join(dtypes)}. {advice}")
     if not tensor.is_dense():
         raise UserError(
-            f"{name} has strides {tensor.stride} from element {tensor.offset:,} of {tensor.storage.elements:,}, "
-            f"expected a tensor that fills its storage without gaps. {advice}"
+            f"{name} has strides {tensor.stride} and begins at element {tensor.offset:,} of "
+            f"{tensor.storage.elements:,}, expected a tensor that fills its storage without gaps. {advice}"
         )
 
 

@@ -78,7 +78,7 @@ class StoredTensor:
         return product
 
     def is_dense(self) -> bool:
-        """Return whether the tensor fills its storage without gaps and overlaps.
+        """Return whether the tensor fills its storage without gaps or overlaps.
 
         The dimensions may lie in the storage in any order: contiguous, channels last or transposed. The stride of a
         dimension of size 1 has no effect, so torch may have written any number there.
@@ -288,7 +288,7 @@ def _storage(reader: _Reader, argument: Any) -> None:
         or claims[0] != "storage"
         or claims[5:] not in ((), (None,))
     ):
-        _refuse("an object outside of the pickle")
+        _refuse("a reference to an object outside of the pickle that is not a storage")
     _, kind, key, device, elements = claims[:5]
     if not isinstance(kind, _Name) or not kind.name.startswith("torch ") or type(key) is not str:
         _refuse("a storage without type or name")

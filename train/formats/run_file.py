@@ -53,7 +53,8 @@ class SettingsFields(Struct, frozen=True):
     accumulate: Positive
     run_dir: PathText
     devices: tuple[Device, Device]
-    # Earlier versions had no upper bound for these numbers, and a large number means "never" or "without end".
+    # Earlier versions had no upper bound for these numbers. Large numbers, which mean "never" or "without end", stay
+    # valid.
     epochs: OneOrMore
     steps: Count | None
     log_every: OneOrMore

@@ -128,7 +128,7 @@ class AlexNet(nn.Module):
         return join_on_devices(halves, receivers or self.devices)
 
     def joined_tensors(self, part: Callable[[nn.Parameter], Tensor] = lambda p: p.detach()) -> dict[str, Tensor]:
-        """Return the joined parameters of both columns by name.
+        """Return the parameters by name, each joined from both columns along dim 0, column 0 first.
 
         The joined parameters are on the CPU, whatever the devices of the columns. `conv2.weight` has the shape (256,
         48, 5, 5) of a convolution with two groups; `fc6.weight` has the shape (4096, 9216).

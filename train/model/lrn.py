@@ -108,8 +108,8 @@ class _LrnOperators(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None, None]:
-        # If i is in the window of j, db_j/da_i = s_j^−β [i = j] − 2αβ a_i a_j s_j^−(β+1); otherwise it is 0. i is in
-        # the window of j exactly if j is in the window of i.
+        # If i is in the window of j, db_j/da_i = s_j^−β [i = j] − 2αβ a_i a_j s_j^−(β+1); otherwise db_j/da_i = 0. i is
+        # in the window of j exactly if j is in the window of i.
         (x,) = ctx.saved_tensors
         size, alpha, beta, k, relu = ctx.constants
         a = _activations(x, relu)

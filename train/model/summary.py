@@ -32,7 +32,7 @@ class LayerRow:
 
 
 def summarize(classes: int, architecture: Architecture = ALEXNET, recipe: Recipe = PAPER) -> list[LayerRow]:
-    """Return a row for each layer with parameters, for images of 224 px."""
+    """Return a row for each layer that has parameters, for images of 224 px."""
     network = AlexNet(classes, recipe, ("meta", "meta"), architecture)
     shapes: dict[nn.Module, tuple[int, ...]] = {}
 

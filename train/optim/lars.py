@@ -16,7 +16,7 @@ src/caffe/solvers/sgd_solver.cpp of borisgin/nvcaffe, a fork of NVIDIA's Caffe):
 
 - The weights and the biases of a layer have separate local rates, as in the paper's table 2.
 - λ is 1 if ‖w‖ or ‖g‖ is 0. With λ = 0, biases that start at 0 could not change.
-- λ is not limited. A later version of the authors' code, `larc_policy: "clip"`, limits γ · λ to γ.
+- λ is not limited. With `larc_policy: "clip"`, a later version of the authors' code limits γ · λ to γ.
 
 The authors' code differs from the paper, and from this module, in two points. In λ, the authors' code uses one β for
 all parameters, even for parameters without weight decay. For parameters without weight decay, this module uses β = 0.
@@ -50,7 +50,7 @@ class LocalRates:
         """Remember the layers.
 
         trust   the trust coefficient η, more than 0
-        layers  the parameters that have a common local rate: for each joined tensor, its part in each column
+        layers  for each joined tensor, its parts in the columns; the parts have a common local rate
         """
         self._trust, self._layers = trust, [list(layer) for layer in layers]
         self._decays: dict[tuple[torch.device, tuple[float, ...]], Tensor] = {}

@@ -73,7 +73,7 @@ class PaperSGD(torch.optim.Optimizer):
                 self._update([p for p in rest if (p.device, p.dtype) == kind], group)
 
     def use_rate_tensor(self) -> None:
-        """Read the learning rates from a tensor.
+        """Make `step` read the learning rates from a tensor.
 
         Steps that are recorded as a CUDA graph need learning rates in a tensor (train/trainer/step_graph.py). After
         this call, `step` uses the rates of the last call of `write_rates`. All parameters must be on one device.

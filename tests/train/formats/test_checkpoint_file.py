@@ -56,7 +56,7 @@ EDITS: dict[str, tuple[Edit, str]] = {
     "float64": (weight(torch.zeros(SHAPE).double()), r"parameters\.conv1\.weight has the type float64"),
     "strided": (weight(torch.zeros(2, 3, 11, 22)[..., ::2]), r"conv1\.weight has strides \(726, 242, 22, 2\)"),
     "overlapping": (weight(torch.zeros(3, 11, 11).expand(SHAPE)), r"conv1\.weight has strides \(0, 121, 11, 1\)"),
-    "part of a storage": (weight(torch.zeros(4, 3, 11, 11)[2:]), "from element 726 of 1,452"),
+    "part of a storage": (weight(torch.zeros(4, 3, 11, 11)[2:]), "at element 726 of 1,452"),
     "shape": (weight(torch.zeros(2, 3, 11, 12)), r"shape \(2, 3, 11, 12\), expected \(2, 3, 11, 11\)"),
     "no tensor": (put(3, "parameters", "conv1.weight"), r"conv1\.weight is int, expected a tensor"),
     "NaN": (weight(torch.full(SHAPE, float("nan"))), r"conv1\.weight has NaN or infinite values"),
