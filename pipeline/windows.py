@@ -1,7 +1,7 @@
 """Windows: squares of uint8 pixels that are decoded and cropped from the records of a store.
 
-A service sends windows to its loaders. The window of a training image is its random crop of 224 × 224 pixels, or its
-random region, resized to a square. In evaluation, the window is the centre crop for views=1, and the complete central
+A service sends windows to its loaders. The window of a training image is a random crop of 224 × 224 pixels, or a random
+region that is resized to a square. In evaluation, the window is the centre crop for views=1, and the complete central
 square for ten views and for views="square". The engine of the loader makes the image from the window: the engine flips
 the window, adds the colour noise, subtracts the mean and converts to float32. A training image is therefore sent as
 150,528 bytes of uint8 instead of 602,112 bytes of float32.

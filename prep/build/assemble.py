@@ -120,9 +120,9 @@ def _refuse_lost_classes(plan: BuildPlan, records_of_label: Counter[int]) -> Non
         names_of_lost = {name_text(item.path) for item in source.inputs if item.label in lost}
         reason = next(outcome for outcome in _outcomes(plan) if outcome["source"] in names_of_lost)
         raise UserError(
-            f"{source.reader.root}: {count_noun(len(lost), 'class', 'classes')} lost all photographs, because they are "
-            f"bad: {names}. The first bad input is {reason['source']}: {reason['why']}. Correct these inputs, or pass "
-            "--allow-empty-classes with the same command: finished shards are kept."
+            f"{source.reader.root}: {count_noun(len(lost), 'class', 'classes')} would have no photographs, because all "
+            f"of their inputs are bad: {names}. The first bad input is {reason['source']}: {reason['why']}. Correct "
+            "these inputs, or pass --allow-empty-classes with the same command: finished shards are kept."
         )
 
 

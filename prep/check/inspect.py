@@ -72,7 +72,7 @@ def summary_lines(store: Store) -> Iterator[str]:
         account, counts = split.account, [count for count in split.label_counts if count]
         yield (
             f"{name}: {count_noun(split.records, 'record')}, {bytes_text(split.bytes)} in "
-            f"{count_noun(len(split.shards), 'shard')}, {bytes_text(split.bytes / split.records)} each"
+            f"{count_noun(len(split.shards), 'shard')}, {bytes_text(split.bytes / split.records)} per record"
         )
         yield (
             f"  {len(counts):,} of {count_noun(len(store.classes), 'class', 'classes')} have records, "

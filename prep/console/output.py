@@ -38,10 +38,11 @@ _is_prepared = False  # whether prepare_streams has run in this process
 def prepare_streams() -> None:
     """Make the standard streams usable for a command, however the command was started.
 
-    A closed standard stream (`command >&-`) is opened on /dev/null. If the stream stayed closed, the next file that the
-    command opens, such as a shard, would get the number of the stream, and a C library's messages would be written into
-    the file. A character that the encoding of standard output lacks is printed as an escape. Control characters are
-    also escaped in tracebacks and in Python's warnings, whose text may come from a file.
+    A closed standard stream (`command >&-`) is opened on /dev/null. Otherwise, the next file that the command opens,
+    such as a shard, would get the number of the stream. A C library would then write its messages into this file.
+
+    A character that the encoding of standard output lacks is printed as an escape. Control characters are also escaped
+    in tracebacks and in Python's warnings, whose text may come from a file.
     """
     global _is_prepared
     if not _is_prepared:

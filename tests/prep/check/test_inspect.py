@@ -68,7 +68,7 @@ def test_a_store_is_described_in_text(stores: dict[str, Path]) -> None:
         f"{stores['jpeg']}: jpeg, quality 90, central squares, shorter side 256 px, filter area",
         f"fingerprint {written['fingerprint']}, order seed 0",
         f"pillow {written['tools']['pillow']}",
-        f"train: 30 records, {bytes_text(train['bytes'])} in 1 shard, {bytes_text(train['bytes'] / 30)} each",
+        f"train: 30 records, {bytes_text(train['bytes'])} in 1 shard, {bytes_text(train['bytes'] / 30)} per record",
         f"3 of 3 classes have records, {min(train['label_counts'])} to {max(train['label_counts'])} each",
         "30 inputs: 30 kept, 0 left out",
         "converted: 1 cmyk, 1 grey, 1 png",
