@@ -3,8 +3,8 @@
 Parts can run in any order, more than once, and at the same time on several machines that share a file system (for
 example as the tasks of a SLURM array). Two files serve as locks:
 
-    store/.lock                            each part holds a shared lock. A build of all shards and `join` hold an
-                                           exclusive lock
+    store/.lock                            each part holds a shared lock; `join` holds an exclusive lock, and so does a
+                                           build without --part
     store/train/.build/part-3-of-8.lock    part 3 of 8 holds an exclusive lock, so that it does not run twice
 
 The first part that runs begins the build: it writes its listing and settings into the new folder .build. Every other

@@ -206,7 +206,7 @@ class BuildPlan:
 
 
 def _check_classes(classes: Sequence[str]) -> None:
-    """Raise UserError for more classes, or a longer or shorter name, than Store.open allows."""
+    """Raise UserError if Store.open would refuse the number of classes or the length of a name."""
     if len(classes) > MAX_CLASSES:
         raise UserError(f"{len(classes):,} classes, expected at most {MAX_CLASSES:,}. Join some of the classes.")
     name = next((name for name in classes if not 1 <= len(name) <= MAX_CLASS_NAME), None)

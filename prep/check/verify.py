@@ -32,7 +32,7 @@ from prep.workers import Runner, WorkerDied
 # different moments. MAX_MEAN_ERROR and MAX_COVARIANCE_ERROR allow the largest errors that 4:2:0 chroma subsampling can
 # cause. The largest errors occur in images of alternating lines of two saturated colours. In stores of hundreds of
 # photographs with quality 50 or more, the mean is wrong by at most 0.1 grey levels. The covariance is wrong by at most
-# 1 %. If the moments in the manifest are changed later, the manifest's checksum is wrong.
+# 1 %. The manifest's checksum detects a later change of the moments.
 MAX_MEAN_ERROR = 64.0  # largest error of a channel's mean, in grey levels
 MAX_COVARIANCE_ERROR = 1.1  # largest error of a covariance entry, relative to the largest entry of the covariance
 _MIN_QUALITY = 50  # below this JPEG quality, mean and covariance are not compared

@@ -121,8 +121,8 @@ def quantization_tables(content: bytes) -> list[bytes]:
 def _segments(content: bytes | memoryview) -> Iterator[tuple[int, int, bytes]]:
     """Yield (offset, marker, content) of the segments of a JPEG file, up to the header of its first scan.
 
-    The iteration ends earlier if a segment is damaged or cut off. Only segments with quantization tables are yielded
-    with their whole content, other segments with at most the first 64 bytes.
+    The iteration ends earlier if a segment is damaged or cut off. Segments with quantization tables are yielded with
+    their whole content. Of other segments, at most the first 64 bytes are yielded.
     """
     offset = 2
     for _ in range(_MAX_SEGMENTS):

@@ -233,7 +233,7 @@ def _banded_matrix(spec: _PassSpec) -> _BandedMatrix:
 
 
 def _area_weights(n_in: int, n_out: int, outputs: Integers) -> tuple[Integers, Floats]:
-    """Return the index of the first input of each output, (outputs,), and weights, (outputs, taps), of the area filter.
+    """Return the first input index (outputs,) and the weights (outputs, taps) of each output for the area filter.
 
     Output pixel i covers the interval [i, i + 1)·n_in/n_out, and input pixel j covers the interval [j, j + 1). The
     weight of input j for output i is the length of the overlap of their intervals, divided by n_in/n_out.
@@ -273,7 +273,8 @@ def _lanczos3(x: Floats) -> Floats:
     return np.where(x < 3.0, np.sinc(x) * np.sinc(x / 3.0), 0.0)
 
 
-_KERNELS: dict[str, tuple[float, Callable[[Floats], Floats]]] = {  # radius in px when enlarging, and kernel function
+# Name -> radius in source pixels if the image is enlarged, and kernel.
+_KERNELS: dict[str, tuple[float, Callable[[Floats], Floats]]] = {
     "bilinear": (1.0, _triangle),
     "bicubic": (2.0, _keys_cubic),
     "lanczos": (3.0, _lanczos3),
