@@ -137,7 +137,10 @@ def test_a_last_folder_that_all_classes_share_is_no_part_of_their_names(tmp_path
 @pytest.mark.parametrize(
     ("names", "part"),
     [
-        (["cat/train/1.jpg", "cat/val/2.jpg", "dog/train/3.jpg"], "class folder cat/train contains the name of a split"),
+        (
+            ["cat/train/1.jpg", "cat/val/2.jpg", "dog/train/3.jpg"],
+            "class folder cat/train contains the name of a split",
+        ),
         (["a/train/cat/1.jpg", "b/train/cat/1.jpg"], "class folder a/train/cat contains the name of a split"),
         (["cat/1.jpg", "copy/cat/1.jpg", "copy/dog/1.jpg"], "photographs in cat, and deeper in copy/cat"),
     ],
