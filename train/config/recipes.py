@@ -92,7 +92,7 @@ RELEASED = _variant(
     activation=("relu", "L145:54, 77, 227 and the others: ReLU"),
     lrn=(
         Lrn(5, 1e-4 / 5, 0.75, 2.0),
-        "P145:137-155, scale divided by size in layer.py:1183; the paper's α is 5 times as large",
+        "P145:137-155: scale, which layer.py:1183 divides by size; the paper's α is 5 times as large",
     ),
     norm_before_relu=(
         True,

@@ -3,7 +3,7 @@
 Each training run has its own run folder, `NAME-seedN`, with the same files as after `alextrain run`. The folder also
 has a file ablation.json with the errors on the split val with one view (the centre crop).
 
-A run is not trained again if its ablation.json is for the requested number of steps. A run that was stopped or killed
+A run is not trained again if its ablation.json has the requested number of steps. A run that was stopped or killed
 is resumed.
 """
 

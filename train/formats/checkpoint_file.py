@@ -33,7 +33,7 @@ from train.formats.fields import (
 )
 from train.formats.pickled_values import StoredTensor
 
-ADVICE = "Use another checkpoint of the run, or a copy of this file."
+ADVICE = "Use another checkpoint of the run, or an intact copy of this file."
 CUDA_STATE_BYTES = 16  # a GPU's random number generator has a state of two integers: seed and offset
 TENSORS = ("parameters", "velocity", "random", "random_cuda")
 

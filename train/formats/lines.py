@@ -91,10 +91,10 @@ METRICS: Models = {"train": TrainLine, "val": ValLine}
 def read_lines(path: Path, models: Models, advice: str) -> list[tuple[bytes, dict[str, Any]]]:
     """Return the lines of a file, each as text and as an object that has the types of its model.
 
-    The list is empty if the file does not exist. If the last line has no newline and is not JSON, the last line is left
-    out, together with the lines directly before it that are not JSON either. Raises UserError with the number of the
-    line for every other wrong line. Also raises UserError if the file is not a regular file, or is larger than
-    MAX_BYTES. Raises OSError if the file cannot be read.
+    The list is empty if the file does not exist. If the last line has no newline and is not JSON, it is left out. Lines
+    directly before it that are not JSON are then also left out. Raises UserError with the number of the line for every
+    other wrong line. Also raises UserError if the file is not a regular file, or is larger than MAX_BYTES. Raises
+    OSError if the file cannot be read.
     """
     try:
         content = read_regular(path, MAX_BYTES, advice)

@@ -163,7 +163,7 @@ class LiveView(ConsoleView):
         yield Text("")  # an empty row, in which the terminal shows ^C
 
     def _count(self, line: Line) -> None:
-        """Keep the values of a log line that the display shows, so that drawing need not read the line again."""
+        """Keep those values of a log line that the display shows. Drawing then need not read the line again."""
         if line["kind"] == "train":
             self._recent = [*self._recent, line][-RATE_LINES:]
             for key, values in self._values.items():

@@ -69,7 +69,7 @@ class LocalRates:
         rates: dict[nn.Parameter, Tensor] = {}
         for column, own in zip(columns, by_column, strict=True):
             sums = torch.zeros_like(own)
-            for others in by_column:  # F.pad lengthens `others` with zeros, or cuts it, to the length of `column`
+            for others in by_column:  # F.pad gives `others` the length of `column`: it adds zeros, or cuts
                 sums += F.pad(others.to(own.device, non_blocking=True), (0, len(column) - others.shape[1]))
             weights, gradients = sums.sqrt().unbind()
             decays = self._decay_tensor(own.device, tuple(decay_of[parameter] for parameter in column))
