@@ -3,7 +3,7 @@
     python -m tools.compare_bits            # compares with 595f19d, the last revision without subpackages
     python -m tools.compare_bits HEAD~1
 
-The tool copies both trees into a temporary folder and compiles their C kernels there. You can therefore edit the
+The tool copies both source trees into a temporary folder and compiles their C kernels there. You can therefore edit the
 working tree during the comparison. The tool makes the photographs of the demo once. Each tree computes the following
 results, in processes that import only the packages of that tree:
 

@@ -34,7 +34,7 @@ COMMANDS = (
 RESULTS = (
     ("preview.png", "photographs as the stream augments them"),
     ("colour.png", "principal components of the colours"),
-    ("run/report.html", "the run on one page: errors, kernels and predictions as pictures, recipe, machine"),
+    ("run/report.html", "the run on one page: errors, figures, recipe, machine"),
     ("run/metrics.jsonl", "all metrics of the run"),
 )
 
@@ -59,7 +59,8 @@ def run_demo(folder: Path) -> None:
     finished.touch()
     click.secho(
         f"\nTop-1 error by ten views: {errors['top1_error']:.1%} on {errors['images']} validation photographs; random "
-        f"guesses have {1 - 1 / CLASSES:.0%}. The demo took {duration_text(time.monotonic() - started)}. Look at:",
+        f"guesses have an error of {1 - 1 / CLASSES:.0%}. The demo took {duration_text(time.monotonic() - started)}. "
+        "Look at:",
         bold=True,
     )
     for name, description in RESULTS:
@@ -76,7 +77,7 @@ def activation_script() -> str:
 
 
 def _run_command(arguments: list[str]) -> dict[str, float]:
-    """Run a command of this environment and show its output.
+    """Run a command that is installed beside this Python, and show its output.
 
     If the command prints JSON, the JSON object is returned.
     """

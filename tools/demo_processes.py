@@ -31,7 +31,7 @@ def script(name: str) -> Path:
 def wait_until(reached: Callable[[], bool], what: str, limit_s: float = LIMIT_S) -> None:
     """Wait until `reached()` returns True.
 
-    Raises UserError after `limit_s` seconds. The message names the condition with the text `what`.
+    Raises UserError after `limit_s` seconds. `what` describes the condition in the message of this error.
     """
     deadline = time.monotonic() + limit_s
     while not reached():

@@ -4,9 +4,9 @@
 
 Run the command from the root of a checkout, or with the checkout on PYTHONPATH. The project need not be installed.
 Triton needs a C compiler. Without a compiler, the network uses PyTorch's operators. The printed line `triton` then
-gives the reason for not using Triton. All parts together should take less than five minutes on an H200 with 16 CPU
-cores. --help lists the parts with their planned times, and --only chooses parts. At the end, the program names the
-parts that took longer than planned.
+gives the reason for not using Triton. The checks and timings are called parts. All parts together should take less than
+five minutes on an H200 with 16 CPU cores. --help lists the parts with their planned times, and --only chooses parts. At
+the end, the program names the parts that took longer than planned.
 
 --make-stores FOLDER makes a store of 24,000 JPEG records and a store of 24,000 PPM records. Stores that the folder
 already has are used. With --store and --ppm-store, other stores are used. A store of 3,200 records is enough for every

@@ -6,11 +6,11 @@ The demo makes a small store, and starts a Ray cluster on this machine: a head n
 one core each. A service runs one worker on each of the two nodes. Two `alextrain run` commands read their batches from
 the service. The `alextrain run` commands have different seeds, the same stream seed, and no --service-fallback. In the
 middle of the training, the demo kills all processes of one node at once, as a power failure does. At the end, the demo
-trains both runs again without the service, and compares the files of the runs. Weights, velocity, state and metrics
+trains both runs again without the service, and compares the results of the runs. Weights, velocity, state and metrics
 must have the same bits.
 
-The exit code is 0 if all files are equal, and 1 if a file differs or a command fails. The demo takes a few minutes on
-two cores, and needs 1 GB of disk space in the temporary folder. The demo needs the extra `cluster`.
+The exit code is 0 if all results are equal, and 1 if a result differs or a command fails. The demo takes a few minutes
+on two cores, and needs 1 GB of disk space in the temporary folder. The demo needs the extra `cluster`.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ def train_with_service(store: Path, folder: Path, steps: int, seed: int, clock: 
 
 
 def choose_kill(seed: int, steps: int, nodes: Sequence[str], coordinator_node: str) -> tuple[str, int]:
-    """Choose the node to kill, and a step in the middle third of the training at which it is killed.
+    """Choose the node to kill, and the step of the kill, which is in the middle third of the training.
 
     The node of the coordinator is not chosen. The service would survive the loss of this node, but the new coordinator
     would count images and retries from zero.

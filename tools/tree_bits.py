@@ -76,7 +76,7 @@ def tensor_bytes(tensor: Any) -> bytes:
 
 
 def hash_of(parts: Iterable[bytes]) -> str:
-    """Return the SHA-256 of the parts, with the length of each part before it."""
+    """Return one SHA-256 of all parts. The length of each part is hashed before the part."""
     digest = sha256()
     for part in parts:
         digest.update(len(part).to_bytes(8, "little"))

@@ -24,7 +24,7 @@ def main() -> None:
       alexstream bench --store store
 
     Exit codes: 0: done; 1: an error to correct; 2: wrong usage; 3: the disk is full; 74: a shard
-    became unreadable during reading; 130, 143: interrupted.
+    became unreadable during reading; 129, 130, 143: interrupted.
     """
 
 

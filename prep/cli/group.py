@@ -29,7 +29,7 @@ def main() -> None:
       alexprep pca-stats --store store
 
     Exit codes: 0: done; 1: an error to correct; 2: wrong usage; 3: the disk is full; 74: a shard
-    became unreadable during reading; 130, 143: interrupted.
+    became unreadable during reading; 129, 130, 143: interrupted.
     """
 
 

@@ -114,7 +114,7 @@ def main(batch: int, steps: int, replicas: int, rounds: int, as_json: bool) -> N
         rows = race(contestants, rounds)
     details = {"batch": batch, "steps": steps, "threads": threads, "replicas": replicas, "rounds": rounds}
     ratio = round(1 / rows[-1].of_ours, 3)
-    note = f"{replicas} replicas of {threads // replicas} threads / one process of {threads} threads: {ratio:.2f}"
+    note = f"speed of {replicas} replicas / speed of one process, with {threads} threads in total: {ratio:.2f}"
     print_results(rows, as_json, {**details, "of_one_process": ratio}, note)
 
 

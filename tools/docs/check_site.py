@@ -49,7 +49,7 @@ class _Page(HTMLParser):
 
 
 def remote_resources(site: Path) -> Iterator[tuple[Path, str]]:
-    """Yield pairs of a file of the site and a remote address that a browser would load for this file."""
+    """Yield pairs (file of the site, remote address that a browser would load for this file)."""
     for path in sorted(site.rglob("*.html")):
         page = _Page()
         page.feed(path.read_text("utf-8"))

@@ -53,7 +53,7 @@ def page() -> str:
 
 
 def _side_by_side(recipes: Mapping[str, Recipe]) -> str:
-    """Return a row for each setting that at least one recipe has, in the order of the fields."""
+    """Return a row for each field, or for each part of a field such as `lrn.k`, that at least one recipe has."""
     by_recipe = {
         name: {field: _cells(rows) for field, rows in recipe_rows(recipe).items()} for name, recipe in recipes.items()
     }
@@ -80,7 +80,7 @@ def _sourced(recipe: Recipe) -> str:
 
 
 def _cells(rows: list[tuple[str, str]]) -> dict[str, str]:
-    """Return the value of each setting as Markdown. A row without a name continues the previous row."""
+    """Return {name of a field or of its part: value as Markdown}. A row without a name continues the previous row."""
     cells: dict[str, str] = {}
     for name, value in rows:
         if name:

@@ -3,8 +3,7 @@
     python -m tools.gpu.compile_report --capability 90
 
 If the values of a kernel do not fit into registers, the kernel spills values to memory and is slow. ptxas, which comes
-with Triton, compiles for any GPU. The report therefore shows also on a machine without a GPU whether the kernels
-compile.
+with Triton, compiles for any GPU. Even a machine without a GPU therefore shows whether the kernels compile.
 """
 
 from __future__ import annotations

@@ -103,8 +103,8 @@ def make_works(
     """Return {direction: (functions, stream)} for the directions "forward" and "backward".
 
     There is one function for each of `sets` inputs. `stream` is the CUDA stream on which the functions must run; on a
-    CPU it is None. make_works itself computes the forward passes for the functions of "backward", on the same stream,
-    because a backward pass runs on the stream of its forward pass.
+    CPU it is None. A backward pass runs on the stream of its forward pass. make_works therefore computes the forward
+    passes for the functions of "backward" on `stream`.
     """
     stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]  # untyped in torch
     forward: list[Work] = []

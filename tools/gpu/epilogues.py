@@ -95,7 +95,7 @@ def epilogue_checks(settings: GpuCheckSettings) -> Iterator[Check]:
 
 
 def check_epilogue(case: LayerCase, images: int, dtype: torch.dtype, device: torch.device, apply: Apply) -> Check:
-    """Compare result and gradients of `apply` with float64, and check that NaN is kept."""
+    """Compare result and gradients of `apply` with float64, and check that a NaN in x gives NaN in the result."""
     errors, left_out = epilogue_errors(case, images, dtype, device, apply)
     nan_fault = nan_faults(case, dtype, device, apply)
     limits = TOLERANCES[dtype]
@@ -138,7 +138,7 @@ def make_upstream(case: LayerCase, images: int, dtype: torch.dtype, device: torc
 
 
 def as_output(case: LayerCase, by_column: Sequence[Tensor]) -> list[Tensor]:
-    """Return tensors of the columns, joined or separate, with the memory layout of the result of `case`."""
+    """Return the tensors in the form of the result of `case`: joined or one for each column, with its memory layout."""
     tensors = [torch.cat(list(by_column), 1)] if case.joined_out else list(by_column)
     layout = torch.contiguous_format if case.channels_first else torch.channels_last
     return [tensor.contiguous(memory_format=layout) for tensor in tensors]

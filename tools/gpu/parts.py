@@ -1,4 +1,4 @@
-"""The parts of tools.gpu_check: their names, their planned times on an H200, and the functions that run them."""
+"""The checks and timings of tools.gpu_check, which are called parts: names, planned times on an H200, functions."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def parts_text() -> str:
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds that parts took, by the name of the part. A part is added to the dict when it has ended."""
+    """Duration of each part, in seconds. A part is added to the dict when the part has ended."""
 
     seconds: dict[str, float]
 

@@ -42,8 +42,8 @@ def result_table(report: Report) -> str:
 def ratios(report: Report) -> dict[str, float]:
     """Return ratios of the rates in bf16, such as {"from jpeg / bf16": …, "run from jpeg / from jpeg": …}.
 
-    If a run and a step with batches of the stream have the same record format and batch size, their ratio is included.
-    Rates that the report does not have are left out.
+    The ratio of a run to a step on batches of the stream needs the same record format and batch size of both. Ratios of
+    rates that the report does not have are left out.
     """
     plain = _plain(report)
     rates, runs = _rates(plain), _runs(plain)

@@ -34,7 +34,7 @@ class GpuCheckSettings:
 
     @property
     def device(self) -> torch.device:
-        """The device of column 0. Batches of the stream and logits are also computed on this device."""
+        """The device of column 0. The batches of the stream and the logits are also computed on this device."""
         return torch.device(self.devices[0])
 
     @property

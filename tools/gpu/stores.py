@@ -55,7 +55,8 @@ def make_stores(folder: Path, copies: int = COPIES, photographs: int | None = No
 def build_store(source: Path, store: Path, format: str) -> None:
     """Build a store of the class folders in `source` with `alexprep build-lmdb`. Raises UserError if the build fails.
 
-    `alexprep` runs in its own process. In this process, every worker would import this program's main module and torch.
+    `alexprep` runs in a subprocess. If the calling process built the store, every worker would import torch and the
+    main module of the calling program.
     """
     command = [sys.executable, "-m", "prep", "build-lmdb", str(source.absolute()), "--split", "train"]
     command += ["--store", str(store.absolute()), "--format", format]

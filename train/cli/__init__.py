@@ -1,4 +1,4 @@
-"""The command line `alextrain`: options and output of each command, which other subpackages of train/ implement."""
+"""The command line `alextrain`: options and output of the commands. The other rooms of train/ do the work."""
 
 from train.cli.group import main
 

@@ -84,7 +84,7 @@ def ablate(replica_timeout: float, **options: Any) -> None:
 def _ablate(
     group: ReplicaGroup, store: Path, out: Path, dry_run: bool, as_json: bool, threads: int | None, **options: Any
 ) -> None:
-    """Train the networks of the ablations on one replica of a group."""
+    """Train the networks of the ablations, as one replica of `group`."""
     with group.together():
         if group.is_first:
             check_output_folder(out, "--out")

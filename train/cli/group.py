@@ -56,8 +56,7 @@ class TorchrunGroup(Group):
     def say_interrupted(self, ctx: click.Context) -> None:
         """Print, on rank 0, that the command was interrupted.
 
-        Nothing is printed if this rank was already ending because of another rank's error when torchrun terminated
-        this rank.
+        Nothing is printed if the error of another rank was ending this rank already when the signal came.
         """
         error = sys.exception()
         while error is not None and (not isinstance(error, OtherReplicaFailed) or is_stop(error.kind)):
@@ -77,7 +76,7 @@ def main() -> None:
       alextrain evaluate run --views 10
 
     Exit codes: 0: done; 1: an error to correct; 2: wrong usage; 3: the disk is full; 74: a shard
-    became unreadable during reading; 130, 143: interrupted.
+    became unreadable during reading; 129, 130, 143: interrupted.
     """
 
 

@@ -148,7 +148,7 @@ def run(
 
 
 def _run(group: ReplicaGroup, options: dict[str, Any], given: set[str]) -> None:
-    """Train on one replica of a group.
+    """Train as one replica of `group`.
 
     `options` has the parameters of `run`. `given` has the names of the options that the user typed.
     """
@@ -183,7 +183,7 @@ def _open_run(group: ReplicaGroup, options: dict[str, Any], given: set[str]) -> 
     run_dir, fork = options["run_dir"], options["fork"]
     opened = None
     has_description, is_run = group.on_first(lambda: _what_is_in(run_dir))
-    if fork and not is_run and fork.resolve() != run_dir.resolve():  # for equal folders, another error follows
+    if fork and not is_run and fork.resolve() != run_dir.resolve():  # equal folders are refused later
         raise UserError(f"--run-dir {run_dir}: no such run to fork. Name the folder of a run.")
     if "store" in given or not has_description:  # a missing store is reported before torch is imported
         opened = Store.open(options["store"])

@@ -1,6 +1,7 @@
 """Ablations: variants of the network with one part removed or replaced.
 
-`rise_top1` and `rise_top5` are the increases of the error that the paper's authors report for an ablation.
+`rise_top1` and `rise_top5` are the increases of the error that the paper's authors report for an ablation. In the
+sources, "net #147: 41.06 / 18.51 %" means network 147 of the authors' code, with its top-1 and top-5 errors.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ ABLATIONS = (
     BASELINE,
     Ablation(
         "no-lrn",
-        "section 3.3; top-1 / top-5 errors of the authors' nets: #148: 42.03 / 19.36 %, baseline #145: 40.66 / 18.21 %",
+        "section 3.3; net #148: 42.03 / 19.36 %, baseline net #145: 40.66 / 18.21 %",
         ("lrn=none", "within_map=none"),
         rise_top1=1.4,
         rise_top5=1.2,

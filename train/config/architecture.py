@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-COLUMNS = 2  # number of columns of the paper's network, and the largest possible number
+COLUMNS = 2  # number of columns of the paper's network; a network can also have one column
 LAYERS = ("conv1", "conv2", "conv3", "conv4", "conv5", "fc6", "fc7", "fc8")
 
 
