@@ -42,7 +42,7 @@ class FileFacts(NamedTuple):
 
 
 def file_facts(image: Image.Image, content: bytes) -> FileFacts:
-    """Return the facts about an image that is open, but not loaded."""
+    """Return the FileFacts of an image that Pillow has opened, but not loaded."""
     if image.format == "PNG":
         return FileFacts(bits=content[24], is_grey=content[25] in (0, 4))
     if image.format == "TIFF":
@@ -51,7 +51,7 @@ def file_facts(image: Image.Image, content: bytes) -> FileFacts:
         return FileFacts(max(tags.get(_TIFF_BITS, (1,))), photometric in (0, 1), photometric == 0)
     if image.format == "PPM":
         (codec, _, _, arguments), *_ = image.tile  # type: ignore[attr-defined]
-        # The last of `arguments` is the largest value of a channel.
+        # The last of `arguments` is the largest value that a channel can have.
         is_deep = image.mode == "I" or (codec.startswith("ppm") and arguments[-1] > 255)
         return FileFacts(bits=16 if is_deep else 8, is_grey=image.mode in ("1", "L", "I"))
     if image.format in ("AVIF", "HEIF"):
@@ -62,7 +62,7 @@ def file_facts(image: Image.Image, content: bytes) -> FileFacts:
 
 
 def rgb_pixels(image: Image.Image, facts: FileFacts, background: str) -> tuple[npt.NDArray[np.uint8], list[str]]:
-    """Return the RGB pixels (H, W, 3) of a loaded image, and the names of the conversions."""
+    """Return the RGB pixels (H, W, 3) of a loaded image, and its conversions (see DecodedImage.converted)."""
     mode, is_transparent = image.mode, _has_transparency(image)
     names = [f"{facts.bits}-bit"] * (facts.bits > 8)
     is_deep_grey = mode.startswith("I;16") or (mode == "I" and image.format == "PPM")  # 16-bit PGMs have the mode I

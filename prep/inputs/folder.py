@@ -84,8 +84,7 @@ def list_folder(
     A class folder is a folder at any depth that contains images, or that contains nothing. The class name of a class
     folder is the path of the folder. A class folder may be inside another class folder if the store or a file names all
     classes (`classes_are_given`). If `root` contains only one folder, and this folder contains folders, this folder is
-    used instead of `root`. System folders, and names that begin with a dot, are ignored. Files beside class folders are
-    ignored too.
+    used instead of `root`. System folders, hidden names, and files beside class folders are ignored.
 
     If `root` contains both images and folders, the images are listed in two cases: if all folders are empty, or if
     `flat` is true and there are at least as many images as folders. In all other cases, UserError is raised if there
@@ -301,13 +300,13 @@ class _Walk:
 
 
 def _may_have_classes(entry: _Entry) -> bool:
-    """Return whether an entry of a class folder is a folder, not a link, that may contain class folders."""
+    """Return whether an entry of a class folder is a folder (not a link) that may contain class folders."""
     is_folder = stat.S_ISDIR(entry.mode) and not entry.is_link
     return is_folder and not has_image_name(entry.name) and not is_no_class_folder(entry.name)
 
 
 def _sorted_out(entries: Sequence[_Entry]) -> tuple[list[_Entry], list[_Entry], list[_Entry]]:
-    """Return three lists: folders that may be classes, files, and links to folders that are not followed."""
+    """Return three lists: folders that may be classes, files, and unfollowed links to folders."""
     folders = [entry for entry in entries if stat.S_ISDIR(entry.mode) and not is_no_class_folder(entry.name)]
     files = [entry for entry in entries if stat.S_ISREG(entry.mode)]
     return folders, files, [entry for entry in entries if entry.is_folder_link and not is_no_class_folder(entry.name)]

@@ -79,7 +79,7 @@ class Source:
     # Name and reason of entries that are not inputs, such as files beside class folders.
     ignored: tuple[tuple[str, str], ...] = ()
     labels_from: Path | None = None  # the label file that was read; None if class folders give the labels
-    # Numbers of the lines of the label file that are the only line of an input. None: there is no label file.
+    # Numbers of those lines of the label file whose input is on no other line. None: there is no label file.
     label_lines: npt.NDArray[np.int64] | None = field(default=None, compare=False)
 
 

@@ -81,7 +81,8 @@ def iterate_members(
     file.seek(start)
     try:
         tar = tarfile.TarFile(fileobj=file, mode="r", encoding="utf-8", errors="surrogateescape", **_NO_MEMBER_LIST)
-        next_header = tar.offset if tar.firstmember else start  # type: ignore[attr-defined]  # read by the constructor
+        # The constructor has read the first member.
+        next_header = tar.offset if tar.firstmember else start  # type: ignore[attr-defined]
         while tar.offset == next_header and (member := tar.next()) is not None:
             next_header = tar.offset
             if not _NO_MEMBER_LIST:
@@ -91,8 +92,8 @@ def iterate_members(
             member_end = member.offset_data + (member.size if member.isreg() else 0)
             if member_end > end:
                 raise UserError(
-                    f"{path} is truncated: {_text(member)} ends at byte {member_end:,} of {end:,}. Download the "
-                    "archive again."
+                    f"{path} is truncated: {_text(member)} would end at byte {member_end:,}, but the archive ends at "
+                    f"byte {end:,}. Download the archive again."
                 )
             if progress is not None:
                 progress.update(min(member.offset_data, progress.total))

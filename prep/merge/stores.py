@@ -123,12 +123,12 @@ def _common_settings(stores: Sequence[Store]) -> Settings:
         for name, value in asdict(store.settings).items():
             if value != getattr(common, name) and name not in free:
                 raise UserError(
-                    f"{store.root}: {name} {value}, another of the stores has {getattr(common, name)}. Stores can be "
-                    "merged only if their records have the same form: build one of the stores again with the "
+                    f"{store.root}: {name} {value}, but {getattr(common, name)} in another of the stores. Stores can "
+                    "be merged only if their records have the same form: build one of the stores again with the "
                     "settings of the other store."
                 )
         if store.settings.seed != common.seed:
-            say(f"{store.root}: order seed {store.settings.seed}; the new store has {common.seed}, as the first store.")
+            say(f"{store.root}: order seed {store.settings.seed}; the new store has that of the first, {common.seed}.")
     return common
 
 
@@ -304,7 +304,7 @@ def _assemble(
 
 
 def _origin(split: Split) -> dict[str, Any]:
-    """Return what the list `sources` in the account says about a split, with the splits from which it was merged."""
+    """Return the item of `sources` in Split.account for one split, with the splits from which it was merged."""
     origin = {"fingerprint": split.fingerprint, "records": split.records}
     return {**origin, "sources": split.account["sources"]} if "sources" in split.account else origin
 

@@ -15,7 +15,7 @@ from prep.schema.unknown_fields import finder
 
 MAX_DEPTH = 64  # levels of nested objects and arrays
 MAX_VALUES = 5_000_000  # values in all containers of a file or Python object; 5 million dicts need 0.6 GB
-_SHOWN_CHARACTERS = 60  # length of a found value in an error
+_SHOWN_CHARACTERS = 60  # largest length at which an error shows a found value
 _PATH_PART = re.compile(r"\.([^.\[\]]+)|\[(\d+|\.\.\.)\]")
 _LOCATION = re.compile(r" - at (`key` in )?`\$(.*)`$", re.DOTALL)
 
@@ -52,9 +52,9 @@ def convert(type_: type[T], data: object, name: str, advice: str, error: Callabl
 def parse_json(content: bytes, name: str, advice: str, error: Callable[[str], UserError] = UserError) -> Any:
     """Return the value of a JSON text that no model describes. If there is a model, use `decode` instead.
 
-    Raises `error` unless the content is UTF-8 without byte order mark, strict JSON (no NaN, no infinite number, no lone
-    surrogate, no control character in a string), nested at most MAX_DEPTH levels, without the same key twice in an
-    object.
+    Raises `error` unless the content is strict JSON in UTF-8 without byte order mark. NaN, infinite numbers, lone
+    surrogates, control characters in a string, and a key twice in one object are refused. More than MAX_DEPTH levels or
+    more than MAX_VALUES values are refused, too.
     """
     try:
         text = content.decode("utf-8")

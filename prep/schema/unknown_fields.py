@@ -1,4 +1,4 @@
-"""Finds unknown fields of dataclasses and TypedDicts, because msgspec can refuse unknown fields only of Structs.
+"""Finds unknown fields of dataclasses and TypedDicts, because msgspec can refuse unknown fields only in Structs.
 
 A dataclass with the class variable `refuses_unknown = True` allows only its own fields. A TypedDict allows only its own
 fields if its type in a model is `Annotated[T, REFUSES_UNKNOWN]`.
@@ -41,7 +41,7 @@ def finder(type_: Any) -> _Find | None:
 
 
 def _finder(node: Any, known: dict[int, list[_Find | None]]) -> _Find | None:
-    """Return the function for a type of msgspec.inspect.
+    """Return the function that `finder` describes, for a type of msgspec.inspect.
 
     `known` has the functions of the objects that contain this type, because an object can contain its own type.
     """

@@ -115,7 +115,7 @@ def inconsistent_statistics(stats: ColorStats) -> Iterator[str]:
     for i, j in pairs:
         rebuilt = sum(values[k] * vectors[i][k] * vectors[j][k] for k in range(3))
         if abs(rebuilt - covariance[i][j]) > rounding:
-            expected = f"{rebuilt:g}, as eigenvalues and eigenvectors give"
+            expected = f"{rebuilt:g} (from eigenvalues and eigenvectors)"
             yield f"covariance.{i}.{j} is {covariance[i][j]:g}, expected {expected}"
 
 

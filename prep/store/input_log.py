@@ -35,7 +35,7 @@ def summarize_outcomes(outcomes: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
 
     The result has the form of Split.account. The _MAX_REASONS most frequent reasons are counted by name. All other
     reasons are counted together as "other reasons". Of the warnings about an input, only the first warning is counted,
-    in the same way.
+    by name like the reasons.
     """
     converted: Counter[str] = Counter()
     orientations: Counter[str] = Counter()

@@ -130,8 +130,8 @@ def _rows(path: Path, tell: bool = False) -> Iterator[tuple[int, bytes, str, str
                         continue
                 if len(cells) <= max(columns) or any(cells[width:]):
                     raise UserError(
-                        f"{path}, line {reader.line_num}: {len(cells)} columns, the first row has {width}. {_NO_CSV} "
-                        "Put quotes around a text that contains the separator."
+                        f"{path}, line {reader.line_num}: {len(cells)} columns, but the first row has {width}. "
+                        f"{_NO_CSV} Put quotes around a text that contains the separator."
                     )
                 split = cells[columns[2]].lower() if columns[2] >= 0 else ""
                 if columns[2] >= 0 and not split:

@@ -5,9 +5,8 @@ reads the files; install it with the extra `parquet`. The name of an input is th
 or if paths occur twice, the name consists of the file name and the number of the row.
 
 To read a row, pyarrow must decompress a whole row group, which often has 100 images. A build reads rows in a random
-order. The first worker that needs a Parquet file therefore unpacks all images of this Parquet file into one file in the
-store's work folder. The work folder is removed at the end of the build. Without the work folder, each call of `read`
-decompresses a row group.
+order. The first worker that needs a Parquet file therefore unpacks all its images into one file in the store's work
+folder. A build removes this folder at the end. Without the folder, each call of `read` decompresses a row group.
 """
 
 from __future__ import annotations
@@ -58,18 +57,14 @@ class ParquetReader:
         """Return a reader that unpacks images into `folder`, or `self` if they take more than half of `free_bytes`."""
         if 2 * self.size_bytes > free_bytes:
             say(
-                f"{self.root}: the images are not unpacked, because {bytes_text(self.size_bytes)} are more than "
-                f"half of the {bytes_text(free_bytes)} that are free. The build reads groups of rows instead, which is "
-                "slower."
+                f"{self.root}: the images are not unpacked: {bytes_text(self.size_bytes)} are more than half of the "
+                f"{bytes_text(free_bytes)} that are free. The build reads groups of rows instead, which is slower."
             )
             return self
         return replace(self, unpacked=folder)
 
     def read(self, item: Input) -> bytes:
-        """Return the image file in a row.
-
-        Raises BadImage if the row has no image, and UserError if the Parquet file cannot be read.
-        """
+        """Return the image file in a row. Raises BadImage if there is none, and UserError if the file is unreadable."""
         index, row = unpack_location(item.location)
         path = self.root / self.files[index]
         if self.unpacked is None:
@@ -250,7 +245,7 @@ def _has_path(schema: Any, column: str) -> bool:
 
 
 def _label_text(path: Path, label: Any) -> str:
-    """Return a label as text. The text is empty for null, NaN and −1, which `datasets` writes for unknown labels.
+    """Return a label as text: empty for null and NaN, and for −1, which `datasets` writes for an unknown label.
 
     Raises UserError if the label is neither a number nor a text.
     """

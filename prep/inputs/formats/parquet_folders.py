@@ -1,9 +1,9 @@
-"""Finds the splits in folders of Parquet files, as they are on huggingface.co.
+"""Finds the splits in folders of Parquet files that have one of the layouts of huggingface.co.
 
 data/SPLIT-00000-of-00002-HASH.parquet     a repository of the library `datasets`
 SPLIT/0000.parquet                         a folder for each split
 CONFIG/SPLIT/0000.parquet                  the branch refs/convert/parquet, which huggingface.co makes itself
-CONFIG/NAME-SPLIT-00000-of-00002.parquet   the same branch as it was made until 2023
+CONFIG/NAME-SPLIT-00000-of-00002.parquet   the same branch until 2023
 
 A folder called `partial-train` has only the first gigabytes of the split train.
 """
@@ -20,7 +20,7 @@ from prep.inputs.formats.shards import files_by_split, split_of_folder
 from prep.store.manifest import SPLITS
 
 _MAX_CONFIGS = 100  # a folder with more subfolders is not searched for configurations
-_MAX_ENTRIES = 10_000  # a folder counts as one without Parquet files if its first 10,000 entries include no such file
+_MAX_ENTRIES = 10_000  # if a folder's first 10,000 entries include no Parquet file, it counts as having none
 _PARTIAL = "partial-"
 
 

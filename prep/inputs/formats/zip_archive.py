@@ -115,7 +115,7 @@ def _has_more(decompressor: Any) -> bool:
 
 
 def _rest(decompressor: Any) -> bytes:
-    """Return the bytes that zlib's decompressor has not consumed, which other decompressors keep themselves."""
+    """Return the bytes that zlib's decompressor has not consumed. Other decompressors keep such bytes themselves."""
     rest: bytes = getattr(decompressor, "unconsumed_tail", b"")
     return rest
 

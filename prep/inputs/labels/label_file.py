@@ -229,7 +229,7 @@ def _refuse_unknown_header(file: Path, rows: Sequence[Row], images: ImageNames) 
     """Raise UserError if the first line may be a header with unknown names of columns.
 
     The first line may be a header if all other lines name images, the first line names no image, and no other line has
-    its label.
+    the label of the first line.
     """
     first, others = rows[0], rows[1:]
     if "." in first.name or images.find(first.name) is not None or any(row.label == first.label for row in others):

@@ -36,7 +36,7 @@ class Labels(NamedTuple):
     label_of: dict[bytes, int]  # name of the image -> label from 0
     classes: tuple[str, ...]
     file: Path  # the label file
-    lines: npt.NDArray[np.int64]  # sorted numbers of the lines that are the only line of an image
+    lines: npt.NDArray[np.int64]  # sorted numbers of the lines whose image is on no other line
 
 
 def read_labels(
@@ -45,8 +45,8 @@ def read_labels(
     """Read the labels of the images `names`.
 
     If the options name no label file, the label file beside `root` is used. `store_classes` are the classes of the
-    store or of the split that was listed before; empty if there are no such classes. Prints the lines that name no
-    image, and the lines that occur twice. Raises UserError if labels are missing, contradict each other or are not
+    store or of the split that was listed before; empty if there are no such classes. Prints how many lines name no
+    image, and how many lines are repeated. Raises UserError if labels are missing, contradict each other or are not
     classes of the store. Also raises UserError if the meaning of the labels is unclear.
     """
     if not names:
@@ -76,7 +76,7 @@ def read_labels(
             _refuse_further_columns(where, rows.rows)
     elif not label_texts.are_numbers and not classes and not all(_SYNSET.fullmatch(text) for text in texts):
         raise UserError(
-            f"{where}: each line has a label alone, such as {examples(list(texts))}, and no list says whether the "
+            f"{where}: each line has only a label, such as {examples(list(texts))}, and no list says whether the "
             "labels are classes. "
             "Expected `name label` on each line, or the classes in a file: --classes FILE."
         )

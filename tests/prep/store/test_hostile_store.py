@@ -140,7 +140,7 @@ def test_values_of_the_mean_image_are_bounded(copied: Path) -> None:
         ({"eigenvalues": [1, 2, 3]}, "expected descending values"),
         ({"stdevs": [1, 1, 1]}, "stdevs.0 is 1, expected the square root of eigenvalues.0"),
         ({"eigenvectors": [[1, 0, 0], [0, 1, 0], [0, 1, 0]]}, "the product of the columns 1 and 1 is 2, expected 1"),
-        ({"eigenvectors": [[1, 0, 0], [0, 1, 0], [0, 0, 1]]}, "as eigenvalues and eigenvectors give"),
+        ({"eigenvectors": [[1, 0, 0], [0, 1, 0], [0, 0, 1]]}, "from eigenvalues and eigenvectors"),
         ({"covariance": [[9, 0, 0], [0, 9, 0], [0, 0, 1e30]]}, "covariance.0.0 is 9"),
         ({"mean_rgb": [1, 2, 256]}, "mean_rgb.2 is 256, expected a number of at least 0 and at most 255"),
         ({"pixel_scale": 1}, "pixel_scale is 1"),

@@ -98,7 +98,7 @@ def test_mistakes_are_named(text: str, message: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("cat/1.jpg,cat\ncat/2.jpg,tench, Tinca\n", "line 2: 3 columns, the first row has 2.*quotes"),
+        ("cat/1.jpg,cat\ncat/2.jpg,tench, Tinca\n", "line 2: 3 columns, but the first row has 2.*quotes"),
         (
             "path,label,split\ncat/1.jpg,cat,train\ncat/2.jpg,cat,\n",
             "line 3: no split in this row; expected train or val",

@@ -149,7 +149,7 @@ def test_classes_alone_on_each_line_are_names(flat: Path, tmp_path: Path) -> Non
     assert paths_and_labels(source) == list(zip(SORTED_NAMES, [2, 0, 1, 0], strict=True))
     synsets = label_file(tmp_path, "n01440764\nn01443537\nn01440764\nn01443537\n")
     assert labels_of(list_labelled(flat, synsets)) == [0, 1, 0, 1]
-    with pytest.raises(UserError, match=r"each line has a label alone, such as b=1, a=0.*--classes FILE"):
+    with pytest.raises(UserError, match=r"each line has only a label, such as b=1, a=0.*--classes FILE"):
         list_labelled(flat, label_file(tmp_path, "b=1\na=0\nc=1\nB=1\n"))
 
 
