@@ -66,7 +66,7 @@ DEFAULT_OPTIONS = ListOptions()
 
 @dataclass(frozen=True)
 class Source:
-    """All inputs of one split and the refused entries.
+    """All inputs of one split, and the files that were refused or ignored.
 
     The inputs of folders and archives are sorted by class and name.
     """
@@ -75,8 +75,8 @@ class Source:
     split: str
     classes: tuple[str, ...]
     inputs: Listing
-    refused: tuple[tuple[str, str], ...] = ()  # name and reason of each refused entry, which counts as a bad input
-    # Name and reason of entries that are not inputs, such as files beside class folders.
+    refused: tuple[tuple[str, str], ...] = ()  # name and reason of each refused file, which counts as a bad input
+    # Name and reason of files and folders that are not inputs, such as files beside class folders.
     ignored: tuple[tuple[str, str], ...] = ()
     labels_from: Path | None = None  # the label file that was read; None if class folders give the labels
     # Numbers of those lines of the label file whose input is on no other line. None: there is no label file.
@@ -91,5 +91,5 @@ class FoundInputs:
     classes: tuple[str, ...]
     is_flat: bool  # whether there are no class folders; all labels are then 0, and `classes` is empty
     refused: tuple[tuple[str, str], ...]  # (name, reason)
-    ignored: tuple[tuple[str, str], ...] = ()  # name and reason of each ignored entry (see Source.ignored)
+    ignored: tuple[tuple[str, str], ...] = ()  # name and reason of each ignored file or folder (see Source.ignored)
     root: Path | None = None  # folder to which the names are relative, if this is not the folder that was listed

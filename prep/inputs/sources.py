@@ -2,8 +2,8 @@
 
 A split is a folder, an archive or a list of files, in one of the layouts of prep/inputs/formats/layouts.py. Class
 folders, a label file or the format itself give the labels. Image files are not opened. Files and folders whose names
-begin with a dot are ignored. Every other entry is listed as an input, or added to `Source.refused` or `Source.ignored`
-with the reason.
+begin with a dot are ignored. Every other file is listed as an input, or is added to `Source.refused` or
+`Source.ignored` with the reason.
 """
 
 from __future__ import annotations

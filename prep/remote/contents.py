@@ -37,7 +37,7 @@ class StoreFile:
     """A file of a store, and its expected content. Exactly one of shard, color_stats and sha256 is set."""
 
     path: str  # path relative to the store
-    shard: Shard | None = None  # for a data.mdb: the entry of the shard in the manifest
+    shard: Shard | None = None  # for a data.mdb: the shard as the manifest describes it
     color_stats: ColorStats | None = None  # for a colour.json: statistics computed from the manifest's moments
     sha256: str = ""  # for any other file: SHA-256 (hex) from the manifest
     max_bytes: int | None = None  # largest size of an intact file; None if the manifest does not bound the size

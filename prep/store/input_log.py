@@ -23,7 +23,7 @@ from prep.schema import decode, open_regular
 from prep.store.manifest import StoreError
 from prep.store.models import Outcome, outcome_fault
 
-IGNORED: Final = "ignored"  # fate of an entry that is not an input, such as a file beside class folders
+IGNORED: Final = "ignored"  # fate of a file or folder that is not an input, such as a file beside class folders
 WARNED = "kept, with warnings"  # fate of an input that was kept although its decoder warned about it
 _MAX_LINE_BYTES = 1 << 20
 _ADVICE = "Check the store with: alexprep verify"

@@ -52,7 +52,7 @@ def list_class_tars(folder: Path, split: str) -> tuple[ShardReader, FoundInputs]
 
 
 def _reason(path: Path) -> str:
-    """Return the reason why an entry beside the tars is left out."""
+    """Return the reason why a file or folder beside the tars is left out."""
     if not path.is_dir():
         return STRAY_FILE
     return NO_CLASS if is_no_class_folder(os.fsencode(path.name)) else "a folder beside the class tars"

@@ -252,7 +252,7 @@ def _files(folder: Path, suffix: str) -> list[Path]:
 
 
 def _report_ignored_folders(source: Path, found: dict[str, SplitSource]) -> None:
-    """If only one split was found, print which other folders are ignored. The split `train` may be a class."""
+    """If only one split was found, print which other folders are ignored. The folder `train` may be a class."""
     paths: Sequence[Path] = [where.path for where in found.values()]
     if (
         len(found) < len(SPLITS)

@@ -150,7 +150,7 @@ def refuse_unreadable(paths: Sequence[Path], suffix: str) -> None:
 
 
 def entries_beside(folder: Path, files: Sequence[Path]) -> tuple[tuple[str, str], ...]:
-    """Return the name of each entry beside the shards `files` in `folder`, with the reason why the entry is left out.
+    """Return the name of each file and folder beside the shards `files` in `folder`, with the reason to leave it out.
 
     Hidden files and shards of other splits are not returned. Raises UserError if a shard is compressed, or is a link to
     a file that does not exist.

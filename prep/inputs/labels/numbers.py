@@ -179,8 +179,8 @@ def refuse_odd_labels(
 ) -> None:
     """Raise UserError for labels that are neither names nor positions of classes: `-1`, `1.0`, `nan`.
 
-    If no classes are `known`, numbers together with other texts are refused, too, unless `may_mix` is true. `example`
-    returns a line of the file with a given text, for the message.
+    If no classes are `known`, a mixture of numbers and other texts is refused, too. `may_mix` allows such a mixture.
+    `example` returns a line of the file with a given text, for the message.
     """
     unknown = [text for text in texts if text not in known]
     for pattern, expected in _ODD_NUMBERS:
