@@ -104,8 +104,10 @@ class WindowSource:
         self._client.stop()
 
     def close(self) -> None:
-        """Disconnect from the service, and unmap the files of the local store if they are mapped."""
+        """Disconnect from the service, drop its windows, and unmap the files of the local store if they are mapped."""
         self._client.close()
+        with self._lock:
+            self._blocks = {}  # Ray keeps the pixels of a block in shared memory as long as this process refers to them
         if self._maker is not None:
             self._maker.close()
 
@@ -124,6 +126,8 @@ class WindowSource:
                 raise
             # The damaged record may belong to another batch of the block, so this batch is fetched alone.
             return self._client.fetch(position, [request]).part(slice(None))
+        finally:
+            del block  # an error refers to this frame: if the frame referred to the error, the memory would not be freed
         begin = (position - first) * self._batch_size
         return windows.part(slice(begin, begin + len(request.numbers)))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import re
 import time
 import urllib.request
@@ -63,6 +64,21 @@ def test_shared_memory_is_bounded_during_a_stream_and_given_back_after_it(
     assert BATCH_BYTES <= most_used <= MOST * (BATCH_BYTES + 4096)
     wait_until_free(cluster, service, before)
     assert len(batches) == 90
+
+
+def test_a_closed_loader_gives_back_blocks_that_it_has_read_in_part(
+    cluster: TestCluster, store: Path, serve: Serve
+) -> None:
+    before = settled_bytes(cluster)
+    service = serve(store, WORKERS, ahead=16)  # a block has four batches
+    gc.disable()  # the memory must not wait for the garbage collector
+    try:
+        with train_loader(store, BATCH, service=service.at, threads=1) as loader:
+            take_batches(loader, 1)
+        wait_until_free(cluster, service, before)
+    finally:
+        gc.enable()
+    assert loader.epoch == 0  # the loader still exists
 
 
 def test_memory_of_a_consumer_that_is_killed_is_given_back(cluster: TestCluster, store: Path, serve: Serve) -> None:

@@ -32,7 +32,7 @@ _COMMANDS = (  # keys that Ray requires in the configuration of an autoscaler
     "rsync_filter",
 )
 PROGRAM = """
-import json, sys, time
+import json, os, signal, sys, threading, time
 from pathlib import Path
 from pipeline import train_loader
 from pipeline.service.control import make_config, service_status, start_service
@@ -45,24 +45,31 @@ store, address, most = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 def nodes():
     return sum(node["Alive"] and node["Resources"].get("CPU", 0) for node in ray.nodes())
 
-def workers():
-    return len(service_status(ray, "s", address)["workers"])
+def pids():
+    return [worker["pid"] for worker in service_status(ray, "s", address)["workers"]]
 
 with connected(address) as ray:
     start_service(ray, make_config(store, "s", 0, most, 1, idle_s=1.0))
     seen = [nodes()]
     with train_loader(store, 4, seed=SEED, service=f"s@{address}", threads=1) as loader:
         taken = digests(take_batches(loader, BATCHES))
-        while workers() < most:
-            take_batches(loader, 1)
-            seen.append(nodes())
-        for _ in range(40):  # the load continues, and the cluster must not grow further
-            take_batches(loader, 10)
+        is_enough = threading.Event()
+        consumer = threading.Thread(target=lambda: [take_batches(loader, 1) for _ in iter(is_enough.is_set, True)])
+        consumer.start()
+        first = pids()[0]
+        os.kill(first, signal.SIGSTOP)  # the blocks of the loader now wait, as if the worker were too slow
+        while len(pids()) < most:
             seen.append(nodes())
             time.sleep(0.1)
+        os.kill(first, signal.SIGCONT)
+        for _ in range(40):  # the load continues, and the cluster must not grow further
+            seen.append(nodes())
+            time.sleep(0.1)
+        is_enough.set()
+        consumer.join()
     while nodes():
         time.sleep(0.2)
-    print(json.dumps({"taken": taken, "seen": seen, "left": [workers(), nodes()]}))
+    print(json.dumps({"taken": taken, "seen": seen, "left": [len(pids()), nodes()]}))
 """
 
 
