@@ -127,7 +127,8 @@ class WindowSource:
             # The damaged record may belong to another batch of the block, so this batch is fetched alone.
             return self._client.fetch(position, [request]).part(slice(None))
         finally:
-            del block  # an error refers to this frame: if the frame referred to the error, the memory would not be freed
+            # An error refers to this frame. If the frame also referred to the error, the memory would not be freed.
+            del block
         begin = (position - first) * self._batch_size
         return windows.part(slice(begin, begin + len(request.numbers)))
 
