@@ -222,6 +222,9 @@ def sync_folder(path: Path) -> None:
 
 def save_array(path: Path, array: npt.NDArray[Any]) -> None:
     """Write a .npy file atomically."""
-    content = io.BytesIO()
-    np.save(content, array)
-    write_atomic(path, content.getvalue())
+    header, values = io.BytesIO(), np.asarray(array, order="C")
+    np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(values))
+    with atomic_file(path) as file:
+        file.write(header.getvalue())
+        if values.size:  # NumPy cannot make a memoryview of bytes from an empty array
+            file.write(values.data.cast("B"))

@@ -44,6 +44,7 @@ ROOMS = {
             "prep.store",
             "prep.images",
             "prep.inputs",
+            "prep.extra",
             "prep.build",
             "prep.merge",
             "prep.check",

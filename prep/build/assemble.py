@@ -16,13 +16,15 @@ import numpy.typing as npt
 from prep.build.plan import BuildPlan, BuildPolicy, bad_outcomes, no_image_error, not_images, tool_versions
 from prep.build.shard_task import summary_path
 from prep.console import UserError, count_noun
+from prep.extra.columns import record_positions
 from prep.files import save_array, write_atomic
 from prep.images.color_stats import Moments, compute_color_stats
 from prep.inputs.classes import examples
 from prep.inputs.names import name_text
 from prep.schema import ArrayShape, file_sha256, read_npy
+from prep.store.extra import save_columns
 from prep.store.input_log import IGNORED, write_outcomes
-from prep.store.manifest import SPLIT_FILES, Settings, Shard, Split, Store, split_fingerprint
+from prep.store.manifest import Settings, Shard, Split, Store, split_files, split_fingerprint
 from prep.store.models import Account
 from prep.store.work_files import Summary
 
@@ -63,12 +65,16 @@ def assemble_split(plan: BuildPlan, root: Path, existing: Store | None, policy: 
         first = next(outcome for outcome in _outcomes(plan) if outcome["fate"] == "bad")
         raise no_image_error(source, first["why"])
     save_array(folder / "mean_image.npy", (square_sum / records).astype(np.float32))
+    columns = plan.extra_columns()
+    positions = record_positions(root, shards, len(source.inputs)) if columns else np.empty(0, np.int64)
+    extra = save_columns(folder, {name: column.take(positions) for name, column in columns.items()})
     account = write_outcomes(folder / "inputs.jsonl", _outcomes(plan))
+    files = {name: file_sha256(folder / name) for name in split_files(extra)}
     split = Split(
         records=records,
         bytes=sum(shard.bytes for shard in shards),
         pixels=moments.pixels,
-        fingerprint=split_fingerprint(source.classes, shards),
+        fingerprint=split_fingerprint(source.classes, shards, extra, files),
         label_counts=tuple(labels[k] for k in range(len(source.classes))),
         shards=tuple(shards),
         moments=moments.to_json(),
@@ -80,9 +86,10 @@ def assemble_split(plan: BuildPlan, root: Path, existing: Store | None, policy: 
                 "kept": records,
                 "largest_px": largest_px,
                 **account,
-                "files": {name: file_sha256(folder / name) for name in SPLIT_FILES},
+                "files": files,
             },
         ),
+        extra=extra,
     )
     write_color_stats(folder, split)
     splits = {**(existing.splits if existing else {}), source.split: split}

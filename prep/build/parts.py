@@ -20,24 +20,30 @@ import json
 import shutil
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+
+import numpy as np
 
 from prep.build.assemble import assemble_split
 from prep.build.plan import BuildPlan, BuildPolicy, shard_boundaries, tool_versions
 from prep.build.resume import (
     begin_build,
     find_changed_inputs,
+    open_existing,
+    refuse_store_in_source,
     remove_temporary_files,
     remove_work_dir,
 )
-from prep.build.split import build_shards, disk_errors, open_existing, refuse_store_in_source
+from prep.build.split import build_shards, disk_errors
 from prep.console import Progress, UserError, count_noun
+from prep.extra.columns import new_columns
 from prep.files import LockHeld, hold_lock, write_atomic
 from prep.inputs.folder import FolderReader
 from prep.inputs.listing import Listing
 from prep.inputs.names import name_text
 from prep.inputs.reader import Source
+from prep.store.extra import read_column
 from prep.store.manifest import SPLITS, Settings, Store
 from prep.store.work_files import PartsFile, read_plan, read_work_file
 from prep.workers import Runner
@@ -110,6 +116,12 @@ def build_part(
         with hold_lock(store, "build", shared=True, wait_s=_BEGIN_WAIT_S):
             existing = open_existing(store, plan)
             if existing is not None and source.split in existing.splits:
+                missing = list(new_columns(existing, source.split, plan.extra_columns()))
+                if missing:
+                    raise UserError(
+                        f"{store}: the finished split {source.split} lacks the extra fields {', '.join(missing)}. Run "
+                        "the same command once without --part: it adds the fields, and builds no record again."
+                    )
                 progress.skip(plan.count_inputs(shards))
                 return PartResult(len(shards), existing, {})
             _begin_or_check(plan, store)
@@ -231,6 +243,19 @@ def _open_plan(store: Path, split: str) -> BuildPlan:
             f"{work_dir}: settings, classes and inputs have the digest {plan.digest}, expected "
             f"{begun.digest}, as in plan.json. {_RESTART}"
         )
+    extra = {}
+    for name, entry in begun.extra.items():
+        try:
+            column = read_column(work_dir, name, entry["field"], len(inputs), _RESTART)
+        except OSError as error:
+            raise UserError(f"{work_dir}: {error}. {_RESTART}") from None
+        if column.digest() != entry["digest"]:
+            raise UserError(
+                f"{work_dir}: the values of the field {name} have the digest {column.digest()}, expected "
+                f"{entry['digest']}, as in plan.json. {_RESTART}"
+            )
+        extra[name] = column.take(np.argsort(plan.permutation))
+    plan.source = replace(source, extra=extra)
     if begun.edges != plan.boundaries:
         raise UserError(f"{work_dir}/plan.json: the shard boundaries in `edges` do not fit the inputs. {_RESTART}")
     for tool, present in tool_versions().items():

@@ -24,6 +24,7 @@ from prep.files import write_atomic
 from prep.images.codec import BadImage
 from prep.inputs.reader import Source
 from prep.schema import shown
+from prep.store.extra import Column
 from prep.store.manifest import Settings, digest_json
 from prep.store.models import MAX_CLASS_NAME, MAX_CLASSES
 from prep.store.work_files import CrashCounts, SlowInputs, Summary, read_summary, read_work_file
@@ -85,6 +86,15 @@ class BuildPlan:
     def permutation(self) -> npt.NDArray[np.int64]:
         """The record order, as indices into `source.inputs`."""
         return self.source.inputs.permutation(self.settings.seed)
+
+    def extra_columns(self) -> dict[str, Column]:
+        """Return the extra fields of the source: a row for each input, in record order."""
+        return {name: column.take(self.permutation) for name, column in self.source.extra.items()}
+
+    @cached_property
+    def extra_digests(self) -> dict[str, str]:
+        """Digests of the extra fields. They are not part of `digest`, so that fields can be added to a built split."""
+        return {name: column.digest() for name, column in self.extra_columns().items()}
 
     def task(self, number: int) -> ShardTask:
         """Return the task of shard `number` for the worker process that builds the shard."""

@@ -27,6 +27,7 @@ def report_build(store: Store, name: str, done: int, seconds: float, as_json: bo
     """
     split = store.split(name)
     skipped = split.account["inputs"] - split.records
+    fields = {field_name: field.type for field_name, field in sorted(split.extra.items())}
     if as_json:
         print_json(
             {
@@ -39,6 +40,7 @@ def report_build(store: Store, name: str, done: int, seconds: float, as_json: bo
                 "seconds": round(seconds, 3),
                 "images_per_s": round(done / max(seconds, 1e-9), 1),
                 "fingerprint": split.fingerprint,
+                **({"extra": fields} if fields else {}),
             }
         )
         return
@@ -47,6 +49,8 @@ def report_build(store: Store, name: str, done: int, seconds: float, as_json: bo
         f"{bytes_text(split.bytes)} in {count_noun(len(split.shards), 'shard')}, fingerprint {split.fingerprint[:16]}"
     )
     print_line(f"  labels: {first_labels_text(store.classes)}")
+    if fields:
+        print_line("  extra fields: " + ", ".join(f"{field_name} ({kind})" for field_name, kind in fields.items()))
     log = store.root / name / "inputs.jsonl"
     ignored = split.account.get(IGNORED, {})
     if ignored:
@@ -132,6 +136,7 @@ def report_estimate(estimate: BuildEstimate, source: Source, background: str, as
                 "bytes": resources and resources.bytes,
                 "seconds": resources and round(resources.seconds, 1),
                 "free_bytes": estimate.free_bytes,
+                **({"extra": {field: column.type for field, column in source.extra.items()}} if source.extra else {}),
             }
         )
         return
@@ -146,6 +151,9 @@ def report_estimate(estimate: BuildEstimate, source: Source, background: str, as
         print_line(f"  {count_noun(len(estimate.bad), 'input')} {what}. The first:")
         for bad, reason in estimate.bad[:10]:
             print_line(f"    {bad}: {reason}")
+    if estimate.new_fields:
+        print_line(f"  already built; the build adds the extra fields {', '.join(estimate.new_fields)}")
+        return
     if estimate.is_built:
         print_line(_ALREADY_BUILT)
         return

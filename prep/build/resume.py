@@ -17,21 +17,28 @@ import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, fields
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+from prep.build.limits import InputLimits
 from prep.build.plan import BuildPlan, bad_outcomes, tool_versions
 from prep.build.shard_task import summary_path
 from prep.console import UserError, count_noun, say
+from prep.extra.columns import refuse_other_types
 from prep.files import sync_folder, unique_suffix, write_atomic
 from prep.inputs.listing import Input, Listing
 from prep.inputs.names import name_text
+from prep.inputs.reader import Source
+from prep.store.extra import FOLDER, save_columns
+from prep.store.input_log import read_outcomes
 from prep.store.manifest import DROPPED, SPLITS, Settings, Store, StoreError
-from prep.store.work_files import RESTART, read_plan
+from prep.store.work_files import RESTART, PlanFile, read_plan
 
 _TEMPORARY = re.compile(
     r"(\.(manifest\.json|colour\.json|mean_image\.npy|inputs\.jsonl|inputs\.npz|plan\.json|bad\.jsonl|deaths\.json"
-    rf"|slow\.json|parts\.json|probe|build|\d{{5}}\.(json|npy)|{'|'.join(SPLITS)})|\d{{5}})\.\d+(-[0-9a-f]{{8}})?\.tmp"
+    rf"|slow\.json|parts\.json|probe|build|\d{{5}}\.(json|npy)|[A-Za-z_]\w*(\.offsets)?\.npy|{'|'.join(SPLITS)})|\d{{5}})"
+    r"\.\d+(-[0-9a-f]{8})?\.tmp"
 )
 
 
@@ -73,6 +80,7 @@ def begin_build(plan: BuildPlan) -> bool:
     prepared.mkdir()
     try:
         plan.source.inputs.save(prepared / "inputs.npz")
+        save_columns(prepared, plan.extra_columns())
         build_id = secrets.token_hex(8)
         _write_plan(prepared / "plan.json", plan, build_id)
         try:
@@ -100,6 +108,11 @@ def _write_plan(path: Path, plan: BuildPlan, build_id: str) -> None:
         "refused": plan.source.refused,
         "ignored": plan.source.ignored,
     }
+    if plan.source.extra:
+        begun["extra"] = {
+            name: {"field": asdict(column.entry()), "digest": plan.extra_digests[name]}
+            for name, column in plan.source.extra.items()
+        }
     write_atomic(path, json.dumps(begun).encode())
 
 
@@ -116,9 +129,9 @@ def begun_classes(store: Path, splits: Sequence[str] = SPLITS) -> tuple[str, ...
 def find_changed_inputs(plan: BuildPlan, store: Path) -> dict[bytes, tuple[Input, Input]]:
     """Return {path: (before, after)} of the inputs that changed since an unfinished build began.
 
-    Raises UserError if the unfinished build cannot be read, if its settings, tool versions, classes or paths differ
-    from `plan`, or if an input of a finished shard changed. For a bad input of a finished shard, only a changed label
-    is an error. Sets `plan.build_id`.
+    Raises UserError if the unfinished build cannot be read, if its settings, tool versions, classes, paths or extra
+    values differ from `plan`, or if an input of a finished shard changed. For a bad input of a finished shard, only a
+    changed label is an error. Sets `plan.build_id`.
     """
     try:
         begun = read_plan(plan.work_dir)
@@ -140,6 +153,7 @@ def find_changed_inputs(plan: BuildPlan, store: Path) -> dict[bytes, tuple[Input
             f"{store} holds an unfinished build of other classes ({len(begun.classes)} classes then, "
             f"{len(plan.source.classes)} now). {advice}"
         )
+    _check_same_extra(plan, begun, store, advice)
     if after.same_as(before):
         return {}
     difference = before.first_path_difference(after, plan.settings.seed)
@@ -167,6 +181,22 @@ def find_changed_inputs(plan: BuildPlan, store: Path) -> dict[bytes, tuple[Input
                     f"{_difference(old, new)}. {advice}"
                 )
     return changed
+
+
+def _check_same_extra(plan: BuildPlan, begun: PlanFile, store: Path, advice: str) -> None:
+    """Raise UserError if the extra fields of an unfinished build differ from those in `plan`."""
+    before = {name: extra["digest"] for name, extra in begun.extra.items()}
+    names, now = ((", ".join(sorted(fields)) or "none") for fields in (before, plan.extra_digests))
+    if names != now:
+        raise UserError(
+            f"{store} holds an unfinished build with the extra fields {names}, this command has {now}. {advice}"
+        )
+    for name, digest in plan.extra_digests.items():
+        if digest != before[name]:
+            raise UserError(
+                f"{store} holds an unfinished build with other values of --extra {name} (digest {before[name][:16]}, "
+                f"this command has {digest[:16]}). {advice}"
+            )
 
 
 def has_changed_input(plan: BuildPlan, number: int, changed: Mapping[bytes, Any]) -> bool:
@@ -252,7 +282,7 @@ def remove_work_dir(plan: BuildPlan) -> None:
 
 def remove_temporary_files(store: Path) -> None:
     """Remove the temporary files and folders of killed builds. The caller must hold the store's lock."""
-    for folder in (store, *(store / split for split in SPLITS), *(store / split / ".build" for split in SPLITS)):
+    for folder in (store, *(store / split / name for split in SPLITS for name in ("", ".build", FOLDER))):
         for name in os.listdir(folder) if folder.is_dir() else ():
             if _TEMPORARY.fullmatch(name):
                 path = folder / name
@@ -260,3 +290,62 @@ def remove_temporary_files(store: Path) -> None:
                     shutil.rmtree(path, ignore_errors=True)
                 else:
                     path.unlink(missing_ok=True)
+
+
+def open_existing(store: Path, plan: BuildPlan) -> Store | None:
+    """Return the open store, or None if the store has no split yet.
+
+    Raises UserError if settings, inputs, or types of extra fields differ from those in `plan`.
+    """
+    if not (store / "manifest.json").exists():
+        return None
+    existing, split = Store.open(store), plan.source.split
+    check_same_settings(plan.settings, asdict(existing.settings), store)
+    classes = plan.source.classes
+    if classes != existing.classes:
+        label = next(k for k, pair in enumerate(zip_longest(existing.classes, classes)) if pair[0] != pair[1])
+        old, new = (names[label] if label < len(names) else "no class" for names in (existing.classes, classes))
+        raise UserError(
+            f"{store} has {len(existing.classes)} classes, this split has {len(classes)}: label {label} is {old} in "
+            f"the store and {new} in the split. All splits of a store must have the same classes in the same order."
+        )
+    if split in existing.splits and existing.splits[split].account.get("plan") != plan.digest:
+        raise UserError(
+            f"{store} holds a split {split} of other inputs ({existing.splits[split].account.get('inputs', 0):,} "
+            f"inputs then, {len(plan.source.inputs):,} now) or other labels. "
+            "Choose another --store, or delete the store to rebuild it."
+        )
+    if split in existing.splits and plan.limits is not None:
+        _check_same_limits(existing, split, plan.limits)
+    refuse_other_types(existing, split, plan.source.extra)
+    return existing
+
+
+def _check_same_limits(store: Store, split: str, limits: InputLimits) -> None:
+    """Raise UserError if the new `limits` would keep other inputs than the complete split has."""
+    changed = ""
+    with suppress(OSError, ValueError, KeyError):  # alexprep verify reports a damaged inputs.jsonl
+        outcomes = read_outcomes(store.root / split / "inputs.jsonl")
+        changed = limits.find_changed(outcomes, store.split(split).account.get("largest_px", 0))
+    if changed:
+        raise UserError(
+            f"{store.root} holds a split {split} that was built with other values of --max-pixels, --on-warning or "
+            f"--time-limit. The values of this command would change the treatment of {changed}. Pass the same values "
+            "as before, or choose another --store."
+        )
+
+
+def refuse_store_in_source(source: Source, store: Path) -> None:
+    """Raise UserError if the build would write into the source.
+
+    The next build would list the new files as inputs.
+    """
+    root, store_path = source.reader.root.resolve(), store.resolve()
+    if root.is_dir():
+        is_inside = store_path.is_relative_to(root) or root == store_path / source.split
+    else:
+        is_inside = store_path == root.parent
+    if is_inside:
+        raise UserError(
+            f"--store {store}: the build would write into the source, {source.reader.root}. Choose another folder."
+        )

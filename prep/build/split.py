@@ -19,14 +19,12 @@ and seed. The hash mixes the classes well enough for training, which reads block
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
-from itertools import zip_longest
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from prep.build.assemble import assemble_split, too_many_bad
-from prep.build.limits import InputLimits
 from prep.build.plan import DEFAULT_POLICY, BuildPlan, BuildPolicy, bad_outcomes, tool_versions
 from prep.build.preflight import (
     BuiltInMemory,
@@ -40,21 +38,22 @@ from prep.build.preflight import (
     probe,
 )
 from prep.build.resume import (
-    check_same_settings,
     discard_build,
     find_changed_inputs,
     has_changed_input,
+    open_existing,
     refuse_foreign_folder,
+    refuse_store_in_source,
     remove_temporary_files,
     remove_work_dir,
     start_or_resume,
 )
 from prep.build.shard_task import ShardTask, build_shard
 from prep.console import DiskFull, Progress, UserError, bytes_text, disk_error, say
+from prep.extra.columns import add_columns, new_columns
 from prep.files import hold_lock
 from prep.inputs.names import name_text
 from prep.inputs.reader import InputReader, Source, UnpackingReader
-from prep.store.input_log import read_outcomes
 from prep.store.manifest import Settings, Store
 from prep.workers import NOT_STARTED, Counts, Runner, WorkerDied
 
@@ -71,6 +70,7 @@ class BuildEstimate:
     done: int  # inputs in finished shards
     decoded: int  # inputs that were decoded for the estimate
     is_built: bool  # whether the store already has the split, built from the same inputs and settings
+    new_fields: tuple[str, ...]  # extra fields that the build would add to a split that is built
     # Estimate for the remaining inputs; None if no inputs remain or the sample has no image.
     resources: ResourceEstimate | None
     free_bytes: int
@@ -86,6 +86,8 @@ def build_split(
 ) -> Store:
     """Build one split into the folder `store` and return the store. A finished split is not built again.
 
+    If a finished split lacks extra fields of `source`, only their columns are written.
+
     Raises UserError if the store or an unfinished build has other settings or inputs, if another build holds the lock,
     if `policy` does not allow the bad inputs, or if a worker process crashed. Raises DiskFull if the disk is full.
     """
@@ -99,7 +101,7 @@ def build_split(
                 remove_temporary_files(store)
                 progress.skip(len(source.inputs))
                 remove_work_dir(plan)
-                return existing
+                return add_columns(existing, source.split, new_columns(existing, source.split, plan.extra_columns()))
             runner.check_machines(store, source.reader.root, tool_versions)
             is_begun = (plan.work_dir / "plan.json").exists()  # every unfinished build has a plan.json
             if is_begun and (policy.restart or not (plan.has_finished_shards() or plan.has_recorded_faults())):
@@ -162,7 +164,8 @@ def estimate_build(
 
     If `progress` is given, all inputs are decoded and counted in `progress`. Without `progress`, a sample is decoded.
     """
-    plan, is_built, unfinished = open_plan(source, store, settings, policy)
+    plan, new_fields, unfinished = open_plan(source, store, settings, policy)
+    is_built = new_fields is not None
     remaining = plan.count_inputs(unfinished)
     if remaining:
         runner.check_machines(None, source.reader.root, tool_versions)
@@ -188,6 +191,7 @@ def estimate_build(
         done=len(source.inputs) - remaining,
         decoded=built.inputs,
         is_built=is_built,
+        new_fields=new_fields or (),
         resources=built.estimate(remaining, runner.jobs),
         free_bytes=free_bytes(store),
     )
@@ -195,17 +199,21 @@ def estimate_build(
 
 def open_plan(
     source: Source, store: Path, settings: Settings, policy: BuildPolicy
-) -> tuple[BuildPlan, bool, Sequence[int]]:
-    """Return three values: the plan, whether the store already has the split, and the numbers of the shards to build.
+) -> tuple[BuildPlan, tuple[str, ...] | None, Sequence[int]]:
+    """Return three values: the plan, the extra fields to add to a split that is built, and the shards to build.
+
+    The second value is None if the store does not have the split.
 
     Writes nothing. Raises UserError if build_split would refuse `store`.
     """
     refuse_store_in_source(source, store)
     plan = BuildPlan(source, store / source.split, settings, policy.skip_bad, policy.limits)
     existing = open_existing(store, plan)
-    is_built = existing is not None and source.split in existing.splits
+    new_fields: tuple[str, ...] | None = None
     unfinished: Sequence[int] = ()
-    if not is_built:
+    if existing is not None and source.split in existing.splits:
+        new_fields = tuple(new_columns(existing, source.split, plan.extra_columns()))
+    else:
         unfinished = range(plan.shard_count)
         is_begun = (plan.work_dir / "plan.json").exists()
         if not is_begun:
@@ -217,7 +225,7 @@ def open_plan(
                 for number in unfinished
                 if not plan.is_finished(number) or has_changed_input(plan, number, changed)
             ]
-    return plan, is_built, unfinished
+    return plan, new_fields, unfinished
 
 
 def _disk_full(error: Exception, store: Path, need: str = "") -> DiskFull:
@@ -225,64 +233,6 @@ def _disk_full(error: Exception, store: Path, need: str = "") -> DiskFull:
         f"{error}: the disk is full. {need}{bytes_text(free_bytes(store))} are free. "
         "Free disk space and run the same command again: finished shards are kept."
     )
-
-
-def open_existing(store: Path, plan: BuildPlan) -> Store | None:
-    """Return the open store, or None if the store has no split yet.
-
-    Raises UserError if settings or inputs differ from those in `plan`.
-    """
-    if not (store / "manifest.json").exists():
-        return None
-    existing, split = Store.open(store), plan.source.split
-    check_same_settings(plan.settings, asdict(existing.settings), store)
-    classes = plan.source.classes
-    if classes != existing.classes:
-        label = next(k for k, pair in enumerate(zip_longest(existing.classes, classes)) if pair[0] != pair[1])
-        old, new = (names[label] if label < len(names) else "no class" for names in (existing.classes, classes))
-        raise UserError(
-            f"{store} has {len(existing.classes)} classes, this split has {len(classes)}: label {label} is {old} in "
-            f"the store and {new} in the split. All splits of a store must have the same classes in the same order."
-        )
-    if split in existing.splits and existing.splits[split].account.get("plan") != plan.digest:
-        raise UserError(
-            f"{store} holds a split {split} of other inputs ({existing.splits[split].account.get('inputs', 0):,} "
-            f"inputs then, {len(plan.source.inputs):,} now) or other labels. "
-            "Choose another --store, or delete the store to rebuild it."
-        )
-    if split in existing.splits and plan.limits is not None:
-        _check_same_limits(existing, split, plan.limits)
-    return existing
-
-
-def _check_same_limits(store: Store, split: str, limits: InputLimits) -> None:
-    """Raise UserError if the new `limits` would keep other inputs than the complete split has."""
-    changed = ""
-    with suppress(OSError, ValueError, KeyError):  # alexprep verify reports a damaged inputs.jsonl
-        outcomes = read_outcomes(store.root / split / "inputs.jsonl")
-        changed = limits.find_changed(outcomes, store.split(split).account.get("largest_px", 0))
-    if changed:
-        raise UserError(
-            f"{store.root} holds a split {split} that was built with other values of --max-pixels, --on-warning or "
-            f"--time-limit. The values of this command would change the treatment of {changed}. Pass the same values "
-            "as before, or choose another --store."
-        )
-
-
-def refuse_store_in_source(source: Source, store: Path) -> None:
-    """Raise UserError if the build would write into the source.
-
-    The next build would list the new files as inputs.
-    """
-    root, store_path = source.reader.root.resolve(), store.resolve()
-    if root.is_dir():
-        is_inside = store_path.is_relative_to(root) or root == store_path / source.split
-    else:
-        is_inside = store_path == root.parent
-    if is_inside:
-        raise UserError(
-            f"--store {store}: the build would write into the source, {source.reader.root}. Choose another folder."
-        )
 
 
 def _run_tasks(

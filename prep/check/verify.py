@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -18,13 +19,14 @@ from prep.check.verify_shard import Fault, ShardCheck, ShardFindings, check_shar
 from prep.console import Progress, UserError
 from prep.images.color_stats import Moments, compute_color_stats
 from prep.schema import file_sha256
+from prep.store.extra import FOLDER, StoredColumns
 from prep.store.input_log import read_outcomes, summarize_outcomes
 from prep.store.manifest import (
-    SPLIT_FILES,
     ColorStats,
     Split,
     Store,
     StoreError,
+    split_files,
 )
 from prep.workers import Runner, WorkerDied
 
@@ -35,6 +37,7 @@ from prep.workers import Runner, WorkerDied
 # 1 %. The manifest's checksum detects a later change of the moments.
 MAX_MEAN_ERROR = 64.0  # largest error of a channel's mean, in grey levels
 MAX_COVARIANCE_ERROR = 1.1  # largest error of a covariance entry, relative to the largest entry of the covariance
+_ROWS_AT_ONCE = 65_536  # rows of the extra fields that are checked by one call
 _MIN_QUALITY = 50  # below this JPEG quality, mean and covariance are not compared
 
 
@@ -119,21 +122,41 @@ def same_color_stats(written: ColorStats, computed: ColorStats) -> bool:
 
 def _check_files(store: Store, name: str) -> Iterator[Fault]:
     """Compare the files next to the shards with the manifest's digests, and inputs.jsonl with the manifest's totals."""
-    account = store.split(name).account
-    for file in SPLIT_FILES:
+    split = store.split(name)
+    account, files = split.account, split_files(split.extra)
+    is_intact = True
+    for stray in sorted((store.root / name / FOLDER).glob("*.npy")):
+        if f"{FOLDER}/{stray.name}" not in files:
+            yield Fault(f"{name}/{FOLDER}/{stray.name}", "", "", "a column that the manifest does not name")
+    for file in files:
         where = f"{name}/{file}"
         try:
             digest = file_sha256(store.root / where)
         except OSError as error:
+            is_intact = False
             yield Fault(where, "", "", f"cannot be read: {error.strerror or error}")
             continue
         expected = account["files"][file]
         if digest != expected:
+            is_intact = False
             yield Fault(where, "", "", f"digest {digest}, the manifest says {expected}")
         elif file == "inputs.jsonl":
             for what, total in summarize_outcomes(read_outcomes(store.root / where)).items():
                 if total != account.get(what):
                     yield Fault(where, "", "", f"{what} {total}, the manifest says {account.get(what)}")
+
+    if is_intact and split.extra:
+        yield from _check_columns(store, name)
+
+
+def _check_columns(store: Store, name: str) -> Iterator[Fault]:
+    """Check types, shapes and offsets of all columns, that numbers are finite, and that texts are UTF-8."""
+    try:
+        with closing(StoredColumns(store, name)) as columns:
+            for first in range(0, store.split(name).records, _ROWS_AT_ONCE):
+                columns.take(np.arange(first, min(first + _ROWS_AT_ONCE, store.split(name).records)))
+    except StoreError as error:
+        yield Fault(f"{name}/{FOLDER}", "", "", str(error))
 
 
 def _check_totals(

@@ -70,6 +70,15 @@ if TYPE_CHECKING:  # run-time imports would load LMDB and Pillow, even for --hel
     help="File that names photographs to leave out, one on each line: a path, a name with or without its extension, or "
     "the number of a file such as ILSVRC2012_val_00000036.JPEG.",
 )
+@click.option(
+    "--extra",
+    multiple=True,
+    metavar="FIELD[:TYPE]=CSV",
+    help="CSV file with a further label of each image, such as age=ages.csv: a first row with the names of the "
+    "columns, a column with the paths of the images, and the value in the column FIELD, or in all other columns. TYPE "
+    "is int, float, vector (several columns of numbers) or text. May be given several times.  [default of TYPE: the "
+    "type that the values have]",
+)
 @click.option("--follow-links", is_flag=True, help="Follow symbolic links that lead out of SOURCE.")
 @click.option(
     "--dry-run",
@@ -101,6 +110,7 @@ def build_lmdb(
     allow_empty_classes: bool,
     layout: str | None,
     exclude: Path | None,
+    extra: tuple[str, ...],
     follow_links: bool,
     dry_run: bool,
     decode: str | None,
@@ -116,7 +126,8 @@ def build_lmdb(
     archive of such a folder (for example ILSVRC2012_img_train.tar). SOURCE is one split, or a folder that contains the
     splits train and val. SOURCE can also be a folder of class tars, Tiny ImageNet, Kaggle's ILSVRC, WebDataset shards,
     Parquet files of Hugging Face, or a CSV file of paths and labels (see --layout). Nothing in SOURCE is changed. After
-    an interruption the same command resumes the build.
+    an interruption the same command resumes the build. With --extra, the command also adds fields to a finished store,
+    without building its records again.
 
     Several machines can share the work: with --cluster on a Ray cluster, or with --part as separate commands, such as
     the tasks of a SLURM array. All machines must see SOURCE and the store at the same paths.
@@ -127,6 +138,7 @@ def build_lmdb(
       alexprep build-lmdb /data/ilsvrc --store store --dry-run
       alexprep build-lmdb /data/val --split val --devkit /data/ILSVRC2012_devkit_t12.tar.gz
       alexprep build-lmdb /data/photos --labels /data/labels.csv --classes /data/classes.txt
+      alexprep build-lmdb /data/photos --extra age=/data/ages.csv --extra caption:text=/data/captions.csv
       alexprep build-lmdb /nfs/ilsvrc --store /nfs/store --cluster auto
       alexprep build-lmdb /nfs/ilsvrc --store /nfs/store --part 3/16
     """
@@ -136,6 +148,8 @@ def build_lmdb(
     source, store = path_for(cluster, source), path_for(cluster, store)
     with make_runner(cluster, jobs, preload="prep.build.shard_task") as workers:
         from prep.build.split_checks import check_splits, check_store_folder
+        from prep.extra.csv_values import parse_extra
+        from prep.extra.match import with_extra
         from prep.inputs.reader import ListOptions
         from prep.inputs.selection import ExclusionList
         from prep.inputs.sources import find_splits
@@ -143,9 +157,10 @@ def build_lmdb(
         settings, policy = _settings_and_policy(options, store, allow_empty_classes)
         excluded = ExclusionList(exclude) if exclude else None
         list_options = ListOptions(labels, label_order, devkit, classes, allow_empty_classes, follow_links, excluded)
+        extra_options = parse_extra(extra)
         check_store_folder(store)
         found = find_splits(source, split, layout)
-        sources = _list_splits(found, list_options, store, policy.restart)
+        sources = with_extra(_list_splits(found, list_options, store, policy.restart), extra_options)
         if excluded is not None:
             excluded.report_unused()
         if dry_run:
@@ -250,10 +265,15 @@ def _build(source: Source, store: Path, settings: Settings, runner: Runner, poli
     from prep.build.split import build_split
 
     started = time.monotonic()
+    before = Store.open(store).splits if (store / "manifest.json").exists() else {}
     with progress(f"{source.split}: rescaling", len(source.inputs), "pictures") as build_progress:
         built = build_split(source, store, settings, runner, build_progress, policy)
     done = build_progress.done - build_progress.skipped
-    report_build(built, source.split, done, time.monotonic() - started, as_json)
+    text = ""
+    if source.split in before:
+        new = sorted(built.split(source.split).extra.keys() - before[source.split].extra.keys())
+        text = f"  added the extra fields {', '.join(new)}; no record was built again" if new else ""
+    report_build(built, source.split, done, time.monotonic() - started, as_json, text)
 
 
 def _build_part(

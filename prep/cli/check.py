@@ -128,12 +128,13 @@ def inspect(store: Path, split: str, key: str | None, out: Path | None, as_json:
 
 
 def _inspect_record(store: Store, split: str, key: str, out: Path | None, as_json: bool) -> None:
-    from prep.check.inspect import find_record
+    from prep.check.inspect import find_record, record_extra
     from prep.files import write_atomic
     from prep.workers import WorkerPool
 
     with WorkerPool(1) as workers:
-        shard, datum = find_record(store, split, key, workers)
+        shard, number, datum = find_record(store, split, key, workers)
+    extra = record_extra(store, split, number)
     if out is not None:
         try:
             write_atomic(out, datum.data)
@@ -151,9 +152,9 @@ def _inspect_record(store: Store, split: str, key: str, out: Path | None, as_jso
         "out": out and str(out),
     }
     if as_json:
-        print_json(facts)
+        print_json(facts | ({"extra": extra} if extra else {}))
         return
-    for name, value in facts.items():
+    for name, value in (facts | {f"extra {name}": value for name, value in extra.items()}).items():
         if value is not None:
             print_line(f"{name:10} {value}")
 
@@ -167,8 +168,9 @@ def _inspect_record(store: Store, split: str, key: str, out: Path | None, as_jso
 def export_files(out: Path, store: Path, split: str, jobs: int | None, as_json: bool) -> None:
     """Write the image of every record of a split to OUT/CLASS/NAME.
 
-    Each file has the bytes of the stored image. OUT must be empty or must not exist. After an interruption the same
-    command resumes the export.
+    Each file has the bytes of the stored image. If the split has extra fields, OUT/extra.csv has their values, in the
+    form that `build-lmdb --extra` reads. OUT must be empty or must not exist. After an interruption the same command
+    resumes the export.
 
     \b
     Example:

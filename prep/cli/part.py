@@ -43,8 +43,9 @@ def command_line(context: click.Context) -> str:
         given = context.get_parameter_source(name) in (ParameterSource.COMMANDLINE, ParameterSource.ENVIRONMENT)
         if not given or name in ("part", "jobs", "as_json"):
             continue
-        if isinstance(parameter, click.Option):
-            words.append(parameter.opts[-1])
-        if value is not True:
-            words.append(quote(str(value)))
+        for each in value if parameter.multiple and value else (value,):
+            if isinstance(parameter, click.Option):
+                words.append(parameter.opts[-1])
+            if each is not True:
+                words.append(quote(str(each)))
     return " ".join(words)

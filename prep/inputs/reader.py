@@ -5,6 +5,7 @@ Each format has a module with a function that lists the images and a class that 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -14,6 +15,7 @@ import numpy.typing as npt
 
 from prep.inputs.listing import Input, Listing
 from prep.inputs.selection import ExclusionList
+from prep.store.extra import Column
 
 Content = bytes | npt.NDArray[np.uint8]  # an encoded image file, or the RGB pixels (H, W, 3) of a Caffe Datum
 
@@ -81,6 +83,8 @@ class Source:
     labels_from: Path | None = None  # the label file that was read; None if class folders give the labels
     # Numbers of those lines of the label file whose input is on no other line. None: there is no label file.
     label_lines: npt.NDArray[np.int64] | None = field(default=None, compare=False)
+    # Extra fields by name: the value of each input, in the order of `inputs`.
+    extra: Mapping[str, Column] = field(default_factory=dict, compare=False)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from itertools import chain, pairwise
@@ -27,8 +27,14 @@ import numpy.typing as npt
 from prep.build.assemble import write_color_stats
 from prep.build.plan import BuildPlan
 from prep.build.preflight import free_bytes
-from prep.build.resume import discard_build, refuse_foreign_folder, remove_temporary_files, remove_work_dir
-from prep.build.split import disk_errors, open_existing
+from prep.build.resume import (
+    discard_build,
+    open_existing,
+    refuse_foreign_folder,
+    remove_temporary_files,
+    remove_work_dir,
+)
+from prep.build.split import disk_errors
 from prep.console import DiskFull, Progress, UserError, WrongArgument, bytes_text, count_noun, say
 from prep.files import hold_lock, save_array, sync_folder, unique_suffix, write_atomic
 from prep.images.color_stats import Moments
@@ -36,10 +42,13 @@ from prep.inputs.formats.shards import unpack_location
 from prep.inputs.listing import Listing
 from prep.inputs.names import name_text
 from prep.inputs.reader import Source
+from prep.merge.extra import merged_columns, refuse_other_fields
 from prep.merge.records import ADVICE, CopyTask, SourceShard, copy_shard, list_shard
+from prep.merge.totals import joined_tools, origin, sum_counts
 from prep.schema import ArrayShape, file_sha256, read_npy
+from prep.store.extra import save_columns
 from prep.store.input_log import read_outcomes, write_outcomes
-from prep.store.manifest import SPLIT_FILES, SPLITS, Settings, Shard, Split, Store, digest_json, split_fingerprint
+from prep.store.manifest import SPLITS, Settings, Shard, Split, Store, digest_json, split_files, split_fingerprint
 from prep.store.models import Account
 from prep.store.work_files import RESTART, MergeFile, read_work_file
 from prep.workers import Counts, Runner, WorkerDied
@@ -67,12 +76,14 @@ def merge_stores(
 
     `progress` counts records. With `restart`, an unfinished merge in `target` is discarded. Raises UserError if fewer
     than two stores are given, if one of the stores is `target`, or if two stores have the same records. Also raises
-    UserError if the settings of the stores differ in more than the seed, if `target` holds anything but this merge, or
-    if a record is damaged. The new store has the seed of the first store. Raises DiskFull if the disk is full.
+    UserError if the settings of the stores differ in more than the seed, if their extra fields differ, if `target`
+    holds anything but this merge, or if a record is damaged. The new store has the seed of the first store. Raises
+    DiskFull if the disk is full.
     """
     stores = _open_stores(sources, target)
     settings = _common_settings(stores)
     classes = tuple(dict.fromkeys(name for store in stores for name in store.classes))
+    refuse_other_fields(stores)
     with disk_errors(target):
         target.mkdir(parents=True, exist_ok=True)
         with hold_lock(target, "build"):
@@ -279,34 +290,31 @@ def _assemble(
     save_array(folder / "mean_image.npy", (_square_sum(plan, parts) / records).astype(np.float32))
     logs = [store.check_file(split, "inputs.jsonl") for store in parts]
     totals = write_outcomes(folder / "inputs.jsonl", chain.from_iterable(read_outcomes(log) for log in logs))
+    extra = save_columns(folder, merged_columns(parts, split, plan))
+    files = {name: file_sha256(folder / name) for name in split_files(extra)}
     account = {
-        **_sum_counts([part.account for part in merged]),
+        **sum_counts([part.account for part in merged]),
         **totals,
         "plan": plan.digest,
-        "files": {name: file_sha256(folder / name) for name in SPLIT_FILES},
-        "sources": [_origin(part) for part in merged],
+        "files": files,
+        "sources": [origin(part) for part in merged],
     }
     built = Split(
         records=records,
         bytes=sum(shard.bytes for shard in shards),
         pixels=moments.pixels,
-        fingerprint=split_fingerprint(plan.source.classes, shards),
+        fingerprint=split_fingerprint(plan.source.classes, shards, extra, files),
         label_counts=tuple(labels[label] for label in range(len(plan.source.classes))),
         shards=shards,
         moments=moments.to_json(),
         account=cast(Account, account),
+        extra=extra,
     )
     write_color_stats(folder, built)
     splits = {**(existing.splits if existing else {}), split: built}
-    store = Store(target, settings, _joined_tools(stores), plan.source.classes, splits)
+    store = Store(target, settings, joined_tools(stores), plan.source.classes, splits)
     store.save()
     return store
-
-
-def _origin(split: Split) -> dict[str, Any]:
-    """Return the item of `sources` in Split.account for one split, with the splits from which it was merged."""
-    origin = {"fingerprint": split.fingerprint, "records": split.records}
-    return {**origin, "sources": split.account["sources"]} if "sources" in split.account else origin
 
 
 def _square_sum(plan: BuildPlan, parts: Sequence[Store]) -> npt.NDArray[Any]:
@@ -327,23 +335,3 @@ def _square_sum(plan: BuildPlan, parts: Sequence[Store]) -> npt.NDArray[Any]:
     sums = [np.rint(mean * records) for mean, records in means]
     restored: npt.NDArray[Any] = np.sum(sums, axis=0)
     return restored
-
-
-def _sum_counts(accounts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the sums of all counts (numbers or objects of numbers) in the accounts. `largest_px` is the maximum."""
-    total: dict[str, Any] = {}
-    for account in accounts:
-        for name, value in account.items():
-            if name == "largest_px":
-                total[name] = max(total.get(name, 0), value)
-            elif isinstance(value, int):
-                total[name] = total.get(name, 0) + value
-            elif isinstance(value, Mapping) and all(isinstance(count, int) for count in value.values()):
-                total[name] = dict(Counter(total.get(name, {})) + Counter(value))
-    return total
-
-
-def _joined_tools(stores: Sequence[Store]) -> dict[str, str]:
-    """Return the versions of the software that made the records, such as `1.2` or, if they differ, `1.2, 1.3`."""
-    names = dict.fromkeys(name for store in stores for name in store.tools)
-    return {name: ", ".join(dict.fromkeys(store.tools.get(name, "none") for store in stores)) for name in names}

@@ -15,12 +15,13 @@ from prep.schema import file_sha256, read_regular
 from prep.store import lmdb_shard
 from prep.store.manifest import (
     MAX_COLOR_STATS_BYTES,
-    SPLIT_FILES,
     ColorStats,
     Shard,
     Store,
     StoreError,
+    extra_files,
     parse_color_stats,
+    split_files,
 )
 
 MANIFEST = "manifest.json"
@@ -63,9 +64,13 @@ def read_manifest(folder: Folder) -> tuple[Store, bytes]:
 def store_files(store: Store) -> list[StoreFile]:
     """Return all files of a store except its manifest. The shards come first."""
     files = [StoreFile(f"{shard.path}/data.mdb", shard) for split in store.splits.values() for shard in split.shards]
-    max_bytes = {"mean_image.npy": _MAX_NPY_HEADER_BYTES + 4 * 3 * store.settings.side_px**2}
     for split_name, split in store.splits.items():
-        digests = {file: split.account["files"][file] for file in SPLIT_FILES}
+        digests = {file: split.account["files"][file] for file in split_files(split.extra)}
+        max_bytes = {"mean_image.npy": _MAX_NPY_HEADER_BYTES + 4 * 3 * store.settings.side_px**2}
+        for name, field in split.extra.items():
+            sizes = (field.bytes, 8 * (split.records + 1))
+            names = extra_files(name, field.type)
+            max_bytes |= {file: _MAX_NPY_HEADER_BYTES + size for file, size in zip(names, sizes, strict=False)}
         stats = compute_color_stats(split.records, Moments.from_json(split.moments))
         files.append(StoreFile(f"{split_name}/colour.json", color_stats=stats, max_bytes=MAX_COLOR_STATS_BYTES))
         files += [

@@ -11,7 +11,7 @@ see also prep/schema/unknown_fields.py). Files of a run folder, work files and f
 number, so the models of such files ignore unknown fields.
 """
 
-from prep.schema.arrays import ArrayShape, decode_npy, read_npy, read_npz
+from prep.schema.arrays import ArrayShape, decode_npy, read_npy, read_npz, view_npy
 from prep.schema.check import convert, decode, parse_json, shown
 from prep.schema.fields import Count, Digest, Finite, NonNegative, Text, one_of, text_of
 from prep.schema.regular_file import (
@@ -47,4 +47,5 @@ __all__ = [
     "regular_descriptor",
     "shown",
     "text_of",
+    "view_npy",
 ]

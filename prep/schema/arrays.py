@@ -71,11 +71,25 @@ def decode_npy(
 ) -> npt.NDArray[Any]:
     """Return the array in the bytes of a .npy file; the array is a copy and can be written to.
 
+    Raises the errors of view_npy.
+    """
+    return view_npy(content, expected, name, advice, error).copy()
+
+
+def view_npy(
+    content: bytes | memoryview,
+    expected: ArrayShape,
+    name: str,
+    advice: str,
+    error: Callable[[str], UserError] = UserError,
+) -> npt.NDArray[Any]:
+    """Return the array in the bytes of a .npy file, without a copy.
+
     Raises `error`, with `name` and `advice` in its message, unless type, shape and number of bytes are as expected.
     Python objects are never read.
     """
     try:
-        dtype, shape, is_fortran, start = _header(content)
+        dtype, shape, is_fortran, start = _header(bytes(content[: _HEADER_BYTES + 12]))
     except (ValueError, TypeError) as invalid:
         raise error(escaped(f"{name}: cannot be read as a .npy file ({invalid}). {advice}")) from None
     if not expected.allows(dtype, shape):
@@ -87,7 +101,7 @@ def decode_npy(
     if size == 0:
         return np.empty(shape, dtype)
     flat = np.frombuffer(content, dtype, offset=start)
-    return flat.reshape(shape, order="F" if is_fortran else "C").copy()
+    return flat.reshape(shape, order="F" if is_fortran else "C")
 
 
 def read_npz(

@@ -10,15 +10,16 @@ import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from prep.schema import shown
-from prep.store.models import ColorStats, Manifest, MomentsJson, Settings, Shard, Split
+from prep.store.models import ColorStats, ExtraField, Manifest, MomentsJson, Settings, Shard, Split
 
 # A difference of at most this share of the sum of the variances counts as a rounding error.
 _ROUNDING = 1e-6
-SPLIT_FILES = ("mean_image.npy", "inputs.jsonl")  # files of a split whose digests are in Split.account
+SPLIT_FILES = ("mean_image.npy", "inputs.jsonl")  # files of every split whose digests are in Split.account
+_NUMBER_BYTES = {"int": 8, "float": 4, "vector": 4}  # size of one number of an extra field
 
 
 def digest_json(data: Any) -> str:
@@ -26,9 +27,38 @@ def digest_json(data: Any) -> str:
     return hashlib.sha256(json.dumps(data, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def split_fingerprint(classes: Sequence[str], shards: Sequence[Shard]) -> str:
-    """Return the SHA-256 (hex) of one split, over its class names and the digests of its shards, in order."""
-    return digest_json({"classes": list(classes), "shards": [shard.digest for shard in shards]})
+def extra_files(name: str, type_: str) -> tuple[str, ...]:
+    """Return the files of an extra field, relative to the folder of the split."""
+    return (f"extra/{name}.npy", f"extra/{name}.offsets.npy") if type_ == "text" else (f"extra/{name}.npy",)
+
+
+def split_files(extra: Mapping[str, ExtraField]) -> tuple[str, ...]:
+    """Return the files of a split whose digests are in Split.account: SPLIT_FILES and the files of `extra`."""
+    return (*SPLIT_FILES, *(file for name, field in extra.items() for file in extra_files(name, field.type)))
+
+
+def split_fingerprint(
+    classes: Sequence[str],
+    shards: Sequence[Shard],
+    extra: Mapping[str, ExtraField] | None = None,
+    files: Mapping[str, str] | None = None,
+) -> str:
+    """Return the SHA-256 (hex) of one split, over its class names and the digests of its shards, in order.
+
+    If the split has extra fields, the fingerprint also covers type and width of each field, and the digests of the
+    field's files, from `files` ({file: digest}).
+    """
+    content: dict[str, Any] = {"classes": list(classes), "shards": [shard.digest for shard in shards]}
+    if extra and files is not None:
+        content["extra"] = {
+            name: {
+                "type": field.type,
+                "width": field.width,
+                "files": [files[file] for file in extra_files(name, field.type)],
+            }
+            for name, field in extra.items()
+        }
+    return digest_json(content)
 
 
 def disagreements(manifest: Manifest, data: dict[str, Any]) -> Iterator[str]:
@@ -44,6 +74,7 @@ def disagreements(manifest: Manifest, data: dict[str, Any]) -> Iterator[str]:
             if not shard.path.startswith(f"{name}/"):
                 yield f"splits.{name}: a shard has the path {shown(shard.path)}, expected {name}/NAME"
         yield from (f"splits.{name}.moments: {text}" for text in impossible_moments(split.moments))
+    yield from _different_fields(manifest.splits)
     fingerprint = digest_json({name: split.fingerprint for name, split in manifest.splits.items()})
     if fingerprint != manifest.fingerprint:
         yield f"fingerprint of the store is {manifest.fingerprint}, expected {fingerprint}"
@@ -62,12 +93,31 @@ def _split_pairs(manifest: Manifest, name: str, split: Split) -> Iterator[tuple[
     yield "records of all classes", sum(split.label_counts), split.records
     yield "inputs kept", account["kept"], split.records
     yield "inputs kept or bad", account["kept"] + sum(account["bad"].values()), account["inputs"]
-    yield "files with a digest", sorted(account["files"]), sorted(SPLIT_FILES)
+    yield "files with a digest", sorted(account["files"]), sorted(split_files(split.extra))
+    for field_name, field in split.extra.items():
+        if field.type != "vector":
+            yield f"extra.{field_name}.width", field.width, 1
+        if field.type != "text":
+            size = split.records * field.width * _NUMBER_BYTES[field.type]
+            yield f"extra.{field_name}.bytes", field.bytes, size
     yield "pixels of the moments", split.moments["pixels"], split.pixels
     smallest = split.records * manifest.settings.side_px**2
     if split.pixels != smallest and not _allows_pixels(manifest.settings, split.pixels, smallest):
         yield "pixels", split.pixels, f"{smallest} or more" if manifest.settings.keep_aspect else smallest
-    yield "fingerprint", split.fingerprint, split_fingerprint(manifest.classes, shards)
+    if sorted(account["files"]) == sorted(split_files(split.extra)):
+        expected = split_fingerprint(manifest.classes, shards, split.extra, account["files"])
+        yield "fingerprint", split.fingerprint, expected
+
+
+def _different_fields(splits: Mapping[str, Split]) -> Iterator[str]:
+    """Yield a text for each extra field that has another type or width in another split."""
+    first: dict[str, tuple[str, ExtraField]] = {}
+    for split_name, split in splits.items():
+        for name, field in split.extra.items():
+            other_name, other = first.setdefault(name, (split_name, field))
+            if (field.type, field.width) != (other.type, other.width):
+                found = f"is {field.type} of width {field.width}, expected {other.type} of width {other.width}"
+                yield f"splits.{split_name}: extra.{name} {found}, as in {other_name}"
 
 
 def _allows_pixels(settings: Settings, pixels: int, smallest: int) -> bool:

@@ -11,9 +11,7 @@ reads.
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
-import mmap
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
@@ -24,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from prep.store import kernels
+from prep.store.guarded_map import GuardedMap
 from prep.store.lmdb_file import DATA_FILE, LmdbFile, LmdbPages, broken_error, open_data_file
 from prep.store.manifest import StoreError
 
@@ -100,7 +99,7 @@ class ShardReader:
     def __init__(self, folder: Path, records: int, advice: str = "Check the store with: alexprep verify") -> None:
         self.folder, self._advice = folder, advice
         self._path = os.path.join(folder, DATA_FILE)
-        self._map: _GuardedMap | None = None
+        self._map: GuardedMap | None = None
         self._inode = (0, 0)  # device and inode of the mapped file
         self._file: LmdbFile | None = None
         # The keys as numbers, if the keys are not consecutive numbers.
@@ -197,54 +196,9 @@ class ShardReader:
             with open_data_file(self.folder, self._advice) as file:
                 status = os.fstat(file.fileno())
                 size, self._inode = status.st_size, (status.st_dev, status.st_ino)
-                self._map = _GuardedMap.of(file.fileno(), size, kernels.native)
+                self._map = GuardedMap.of(file.fileno(), size, kernels.native)
             if self._map is not None:
                 view = self._map.view
                 return LmdbPages(self.folder, lambda offset, count: view[offset : offset + count], size, self._advice)
         self._file = LmdbFile(self.folder, self._advice)
         return self._file.pages
-
-
-_libc = ctypes.CDLL(None)
-_libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
-_libc.mmap.restype = ctypes.c_void_p
-_libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
-
-
-class _GuardedMap:
-    """A memory map of a file, which the C library protects against SIGBUS.
-
-    This class calls mmap itself, because Python's mmap objects would keep a file descriptor open for each shard.
-    """
-
-    def __init__(self, address: int, size: int, guard: int, native: kernels.NativeKernels) -> None:
-        self.address, self.size = address, size
-        self.view = memoryview((ctypes.c_ubyte * size).from_address(address)).cast("B").toreadonly()
-        self._guard, self._native = guard, native
-
-    @staticmethod
-    def of(descriptor: int, size: int, native: kernels.NativeKernels) -> _GuardedMap | None:
-        """Map a file of `size` bytes for reading. Returns None if the file cannot be mapped or protected."""
-        address: int | None = _libc.mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, descriptor, 0)
-        if address is None or address == ctypes.c_void_p(-1).value:
-            return None
-        guard = native.guard_map(address, size)
-        if guard is None:
-            _libc.munmap(address, size)
-            return None
-        return _GuardedMap(address, size, guard, native)
-
-    def is_broken(self) -> bool:
-        """Return whether a page of the map could not be read."""
-        return self._guard >= 0 and self._native.map_is_broken(self._guard)
-
-    def renew_protection(self) -> None:
-        """Protect the map again if other code has replaced the handler of SIGBUS."""
-        self._native.renew_protection()
-
-    def close(self) -> None:
-        """Unmap the file. A second call has no effect."""
-        if self._guard >= 0:
-            self._native.release_map(self._guard)
-            _libc.munmap(self.address, self.size)
-            self._guard = -1

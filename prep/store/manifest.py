@@ -7,6 +7,7 @@
       train/mean_image.npy        float32 (side_px, side_px, 3): the mean of the central squares of all images
       train/inputs.jsonl          one line for each input that was converted, was left out, has an EXIF orientation
                                   other than 1, or was kept although its decoder warned about it
+      train/extra/FIELD.npy …     only with extra fields: the value of each record (prep/store/extra.py)
       val/…
 
 Each time a split is complete, a new manifest.json replaces the old file by a rename. Every file that manifest.json
@@ -19,7 +20,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +34,9 @@ from prep.store.agreement import (
     differences_from_moments,
     digest_json,
     disagreements,
+    extra_files,
     inconsistent_statistics,
+    split_files,
     split_fingerprint,
 )
 from prep.store.models import (
@@ -43,6 +46,7 @@ from prep.store.models import (
     MAX_MANIFEST_BYTES,
     ChannelStats,
     ColorStats,
+    ExtraField,
     Manifest,
     Settings,
     Shard,
@@ -63,13 +67,16 @@ __all__ = [
     "SPLIT_FILES",
     "ChannelStats",
     "ColorStats",
+    "ExtraField",
     "Settings",
     "Shard",
     "Split",
     "Store",
     "StoreError",
     "digest_json",
+    "extra_files",
     "parse_color_stats",
+    "split_files",
     "split_fingerprint",
 ]
 
@@ -220,7 +227,7 @@ class Store:
         return mean
 
     def check_file(self, split: str, name: str) -> Path:
-        """Compare the digest of a file of a split, one of SPLIT_FILES, with the manifest. Returns the path of the file.
+        """Compare the digest of a file of a split, one of split_files, with the manifest. Returns the path of the file.
 
         Raises StoreError if the digests differ, and OSError if the file cannot be read.
         """
@@ -232,7 +239,7 @@ class Store:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 (hex) over the contents and the order of all records, and over the names of the classes."""
+        """SHA-256 (hex) over the contents and the order of all records, the names of the classes, and extra fields."""
         return digest_json({name: split.fingerprint for name, split in self.splits.items()})
 
     def save(self) -> None:
@@ -244,7 +251,7 @@ class Store:
             "settings": self.settings.to_json(),
             "tools": dict(self.tools),
             "classes": list(self.classes),
-            "splits": {name: asdict(split) for name, split in self.splits.items()},
+            "splits": {name: split.to_json() for name, split in self.splits.items()},
         }
         data["checksum"] = digest_json(data)
         write_atomic(self.root / "manifest.json", json.dumps(data, indent=1).encode())

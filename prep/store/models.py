@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, NotRequired, TypedDict
 
 from msgspec import Meta, Struct
@@ -25,6 +25,9 @@ MAX_CLASS_NAME = 4096  # characters
 MAX_RECORDS = 100_000_000  # keys have eight digits
 MAX_SHARDS = 100_000
 MAX_SIDE_PX = 4096
+MAX_EXTRA_FIELDS = 100
+MAX_WIDTH = 65_536  # numbers of a vector
+EXTRA_TYPES = ("int", "float", "vector", "text")
 DEFAULT_BACKGROUND = "white"
 DROPPED = "dropped"  # Settings.background of stores of older versions, which dropped the alpha channel of images
 _OLDER_SETTINGS = {"background": DROPPED, "reduce_above": 0}
@@ -33,6 +36,9 @@ Records = Annotated[int, Meta(ge=1, le=MAX_RECORDS)]
 ShardPath = Annotated[
     str,
     Meta(pattern=r"^(train|val)/[A-Za-z0-9_-]{1,100}(?![\s\S])", extra={"expected": "a path such as train/00000"}),
+]
+FieldName = Annotated[
+    str, Meta(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,63}(?![\s\S])", extra={"expected": "an identifier such as age"})
 ]
 ClassName = Annotated[str, Meta(min_length=1, max_length=MAX_CLASS_NAME)]
 _Reason = Annotated[str, Meta(max_length=65_536)]
@@ -110,7 +116,7 @@ class Origin(TypedDict):
 
 
 class Account(TypedDict):
-    """Outcome of the inputs of a split: digest of the build plan, counts, and digests of SPLIT_FILES."""
+    """Outcome of the inputs of a split: digest of the build plan, counts, and digests of files beside the shards."""
 
     plan: Digest
     inputs: Count  # `kept` plus the counts in `bad`
@@ -123,6 +129,17 @@ class Account(TypedDict):
     ignored: NotRequired[Counts]  # {reason: files that are no inputs}
     files: dict[str, Digest]
     sources: NotRequired[list[Annotated[Origin, REFUSES_UNKNOWN]]]
+
+
+@dataclass(frozen=True)
+class ExtraField:
+    """One extra field of a split: a value for each record (prep.store.extra)."""
+
+    refuses_unknown: ClassVar[bool] = True
+
+    type: Annotated[str, one_of(*EXTRA_TYPES)]
+    width: Annotated[int, Meta(ge=1, le=MAX_WIDTH)]  # numbers of each vector; 1 for the other types
+    bytes: Count  # size of the values of all records
 
 
 @dataclass(frozen=True)
@@ -140,6 +157,12 @@ class Split:
     shards: Annotated[tuple[Shard, ...], Meta(min_length=1, max_length=MAX_SHARDS)]
     moments: Annotated[MomentsJson, REFUSES_UNKNOWN]
     account: Annotated[Account, REFUSES_UNKNOWN]
+    # Extra fields by name; stores of older versions have none.
+    extra: Annotated[dict[FieldName, ExtraField], Meta(max_length=MAX_EXTRA_FIELDS)] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the split as JSON. A split without extra fields has the JSON of older versions."""
+        return {name: value for name, value in asdict(self).items() if name != "extra" or value}
 
 
 class Manifest(Struct, frozen=True, forbid_unknown_fields=True):

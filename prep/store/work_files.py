@@ -16,9 +16,12 @@ from prep.schema import Count, Digest, NonNegative, convert, decode, parse_json,
 from prep.store.agreement import impossible_moments
 from prep.store.models import (
     MAX_CLASSES,
+    MAX_EXTRA_FIELDS,
     MAX_RECORDS,
     MAX_SHARDS,
     ClassName,
+    ExtraField,
+    FieldName,
     MomentsJson,
     Outcome,
     Settings,
@@ -36,6 +39,13 @@ _Label = Annotated[int, Meta(ge=0, lt=MAX_CLASSES)]
 _Text = Annotated[str, Meta(max_length=65_536)]
 
 
+class BegunExtra(TypedDict):
+    """An extra field of an unfinished build. Its values are in the folder `extra` of the work folder."""
+
+    field: ExtraField
+    digest: Digest  # Column.digest of the values of all inputs, in record order
+
+
 class PlanFile(Struct, frozen=True):
     """The file plan.json: values that are the same in every run of the build, and inputs that the listing left out."""
 
@@ -49,6 +59,7 @@ class PlanFile(Struct, frozen=True):
     source: _Text = ""  # absolute path of the inputs
     refused: tuple[tuple[_Text, _Text], ...] = ()  # (name, reason) of inputs that are bad without being read
     ignored: tuple[tuple[_Text, _Text], ...] = ()  # (name, reason) of entries that are no inputs
+    extra: Annotated[dict[FieldName, BegunExtra], Meta(max_length=MAX_EXTRA_FIELDS)] = {}
 
 
 class BuiltShard(TypedDict):

@@ -233,7 +233,35 @@ def sign_manifest(path: Path, records: Records) -> None:
         split[name] += number - shard[name]
         shard[name] = number
     shard["digest"] = digest.hexdigest()
-    split["fingerprint"] = digest_of({"classes": data["classes"], "shards": [s["digest"] for s in split["shards"]]})
+    _write_signed(manifest, data)
+
+
+def sign_column(path: Path) -> None:
+    """Write the digest of a file in the folder `extra` of a split into manifest.json, with correct fingerprints."""
+    manifest = path.parents[2] / "manifest.json"
+    data = json.loads(manifest.read_bytes())
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    data["splits"][path.parts[-3]]["account"]["files"][f"extra/{path.name}"] = digest
+    _write_signed(manifest, data)
+
+
+def _write_signed(manifest: Path, data: dict[str, Any]) -> None:
+    """Write a manifest with the fingerprints and the checksum of its content (docs/store-format.md)."""
+    for split in data["splits"].values():
+        content = {"classes": data["classes"], "shards": [shard["digest"] for shard in split["shards"]]}
+        if split.get("extra"):
+            content["extra"] = {
+                name: {
+                    "type": field["type"],
+                    "width": field["width"],
+                    "files": [
+                        split["account"]["files"][f"extra/{name}{end}"]
+                        for end in ((".npy", ".offsets.npy") if field["type"] == "text" else (".npy",))
+                    ],
+                }
+                for name, field in split["extra"].items()
+            }
+        split["fingerprint"] = digest_of(content)
     data["fingerprint"] = digest_of({name: each["fingerprint"] for name, each in data["splits"].items()})
     data.pop("checksum")
     manifest.write_text(json.dumps({**data, "checksum": digest_of(data)}))

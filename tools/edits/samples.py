@@ -1,6 +1,7 @@
 """Makes one small example of every file that the commands read: stores, unfinished builds, and run folders.
 
     photos/ more/     photographs in class folders
+    photos.csv …      values of the extra fields of these photographs
     store/ other/     finished stores with the splits train and val
     parts/            an unfinished build in two parts: part 1 is built
     ready/            an unfinished build in two parts: both parts are built, and `alexprep join` can complete the store
@@ -99,6 +100,14 @@ def make_photographs(folder: Path, seed: int) -> Path:
     return folder
 
 
+def write_values(photos: Path) -> tuple[str, ...]:
+    """Write a CSV file with a number and a text for each file of `photos`, and return the options --extra."""
+    path = photos.with_suffix(".csv")
+    names = sorted(str(file.relative_to(photos)) for file in photos.rglob("*.*"))
+    path.write_text("path,weight,caption\n" + "".join(f"{name},{k}.5,text {k}\n" for k, name in enumerate(names)))
+    return "--extra", f"weight={path}", "--extra", f"caption={path}"
+
+
 def make_samples(folder: Path) -> None:
     """Write all examples into the empty folder `folder`. This takes about 15 s on one core."""
     use_small_networks()
@@ -114,8 +123,10 @@ def make_samples(folder: Path) -> None:
 def _make_stores() -> None:
     build = ("build-lmdb", "--on-bad", "skip", "--jobs", "1", "--side", "256")
     for photos, store, seed in (("photos", "store", 1), ("more", "other", 2)):
-        call_command("prep", *build, make_photographs(Path(photos), seed), "--store", store)
-    small = (*build[:-1], "32", "photos/train", "--split", "train", "--store", "parts", "--part", "1/2")
+        folder = make_photographs(Path(photos), seed)
+        call_command("prep", *build, folder, *write_values(folder), "--store", store)
+    extra = ("--extra", "weight=photos.csv", "--extra", "caption=photos.csv")
+    small = (*build[:-1], "32", "photos/train", *extra, "--split", "train", "--store", "parts", "--part", "1/2")
     call_command("prep", *small)
     for part in ("1/2", "2/2"):  # with --no-lock, the last part does not complete the store; `alexprep join` does
         call_command("prep", *small[:-3], "ready", "--part", part, "--no-lock")

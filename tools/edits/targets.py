@@ -95,7 +95,10 @@ _ENSEMBLE = (
 )
 _ABLATE = f"alextrain ablate {_ABLATION} --recipe released --only no-dropout --out ablations"
 _JOIN = ("alexprep join --store ready",)
-_BUILD = "alexprep build-lmdb --on-bad skip --jobs 1 --side 32 photos/train --split train --store parts"
+_BUILD = (
+    "alexprep build-lmdb --on-bad skip --jobs 1 --side 32 photos/train --split train --store parts "
+    "--extra weight=photos.csv --extra caption=photos.csv"
+)
 _PARTS = (f"{_BUILD} --part 2/2", _BUILD)
 _MERGE = ("alexprep merge store other --store merge --jobs 1",)
 _COPY = ("alexprep copy store copy --jobs 1",)
@@ -108,6 +111,10 @@ _READS_RECORDS = (
     *("alexstream inspect --store store --batch 70 --batches 1", *_OPENS_STORE[8:]),
     f"{_TRAINS_NEW.replace('--batch 16', '--batch 70')}",
     "alextrain features run --split train --store store --gpus cpu",
+)
+_READS_EXTRA = (
+    *(_VERIFY, _COPY_ALL, "alexprep inspect --store store --key 0", *_OPENS_STORE[2:5:2]),
+    f"{_OPENS_STORE[6]} --extra weight=photos.csv --extra caption=photos.csv",
 )
 
 
@@ -136,7 +143,7 @@ TARGETS = (
     *_in_build(
         "parts",
         {"plan.json": "json", "00000.json": "json", "00000.npy": "npy", "inputs.npz": "npz"},
-        ("photos",),
+        ("photos", "photos.csv"),
         _PARTS,
     ),
     *_in_build(
@@ -144,6 +151,16 @@ TARGETS = (
         {"plan.json": "json", "parts.json": "json", "00001.json": "json", "00001.npy": "npy", "inputs.npz": "npz"},
         (),
         _JOIN,
+    ),
+    *_in_build(
+        "ready",
+        {f"extra/{name}.npy": "npy" for name in ("weight", "caption", "caption.offsets")},
+        (),
+        _JOIN,
+    ),
+    *(
+        Target(f"store/train/extra/{name}.npy", "npy", ("store", "other", "photos", "photos.csv"), _READS_EXTRA)
+        for name in ("weight", "caption", "caption.offsets")
     ),
     *_in_build("merge", {"merge.json": "json", "00000.json": "json", "00000.npy": "npy"}, ("store", "other"), _MERGE),
     Target("copy/.copy/source.json", "json", ("store", "copy"), (*_COPY, "alexprep inspect --store copy")),

@@ -7,38 +7,21 @@ class folders therefore gives the same records as these folders.
 
 from __future__ import annotations
 
-import csv
 import os
 import stat
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from io import TextIOWrapper
 from pathlib import Path
 
 from prep.console import UserError, count_noun, progress, say
 from prep.inputs.classes import examples, has_image_name
 from prep.inputs.folder import FolderReader
 from prep.inputs.formats.labelled import LabelledRows
+from prep.inputs.labels.csv_table import LABEL_NAMES, PATH_NAMES, SPLIT_NAMES, SPLITS_BY_NAME, ragged_row, read_rows
 from prep.inputs.names import name_text
 from prep.inputs.reader import FoundInputs, ListOptions
-from prep.schema import open_regular
 from prep.store.manifest import SPLITS
 
-_PATH_NAMES = ("path", "file", "filename", "file_name", "filepath", "file_path", "image", "image_path", "img", "images")
-_LABEL_NAMES = (
-    "label",
-    "labels",
-    "class",
-    "class_name",
-    "category",
-    "target",
-    "y",
-    "class_id",
-    "class_index",
-    "synset",
-)
-_SPLIT_NAMES = ("split", "set", "subset", "partition", "fold")
-_SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val"}
 _NO_CSV = "Expected rows of `path,label`, for example `cat/1.jpg,cat`, with or without a header."
 
 
@@ -49,7 +32,7 @@ def csv_splits(path: Path) -> list[str]:
     or val.
     """
     counts = Counter(split for _, _, _, split in _rows(path, tell=True))
-    others = {name: count for name, count in counts.items() if name not in ("", *_SPLITS.values())}
+    others = {name: count for name, count in counts.items() if name not in ("", *SPLITS_BY_NAME.values())}
     if others and len(others) == len(counts):
         raise UserError(
             f"{path}: the column of the splits has the values {examples(list(others))}; expected train and val. "
@@ -109,48 +92,24 @@ def _rows(path: Path, tell: bool = False) -> Iterator[tuple[int, bytes, str, str
 
     If `tell` is true, prints a message if a header is recognized.
     """
-    try:
-        with TextIOWrapper(open_regular(path), "utf-8-sig", "surrogateescape", newline="") as file:
-            first_line = next((line for line in file if line.strip() and not line.startswith("#")), "")
-            file.seek(0)
-            delimiter = max("\t;,", key=first_line.count)
-            reader = csv.reader(file, delimiter=delimiter, skipinitialspace=True)
-            columns, width = None, 0
-            for row in reader:
-                cells = [cell.strip() for cell in row]
-                if not any(cells) or _is_comment(cells[0]):
-                    continue
-                if columns is None:
-                    columns, is_header = _columns(path, cells)
-                    width = len(cells)
-                    if is_header:
-                        if tell:
-                            paths, labels = cells[columns[0]], cells[columns[1]]
-                            say(f"{path}: header recognized; paths in column {paths}, labels in column {labels}.")
-                        continue
-                if len(cells) <= max(columns) or any(cells[width:]):
-                    raise UserError(
-                        f"{path}, line {reader.line_num}: {len(cells)} columns, but the first row has {width}. "
-                        f"{_NO_CSV} Put quotes around a text that contains the separator."
-                    )
-                split = cells[columns[2]].lower() if columns[2] >= 0 else ""
-                if columns[2] >= 0 and not split:
-                    raise UserError(f"{path}, line {reader.line_num}: no split in this row; expected train or val.")
-                label = name_text(os.fsencode(cells[columns[1]]))
-                yield reader.line_num, os.fsencode(cells[columns[0]]), label, _SPLITS.get(split, split)
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}.") from None
-    except csv.Error as error:
-        raise UserError(f"{path}: {error}. {_NO_CSV}") from None
-
-
-def _is_comment(cell: str) -> bool:
-    """Return whether a row is a comment: its first cell begins with `#` and names neither an image nor a column."""
-    return (
-        cell.startswith("#")
-        and not has_image_name(os.fsencode(cell))
-        and cell.strip("# ").lower() not in (*_PATH_NAMES, *_LABEL_NAMES)
-    )
+    columns, width = None, 0
+    for line, row in read_rows(path, str(path), _NO_CSV):
+        cells = [cell.strip() for cell in row]
+        if columns is None:
+            columns, is_header = _columns(path, cells)
+            width = len(cells)
+            if is_header:
+                if tell:
+                    paths, labels = cells[columns[0]], cells[columns[1]]
+                    say(f"{path}: header recognized; paths in column {paths}, labels in column {labels}.")
+                continue
+        if len(cells) <= max(columns) or any(cells[width:]):
+            raise ragged_row(str(path), line, len(cells), width, _NO_CSV)
+        split = cells[columns[2]].lower() if columns[2] >= 0 else ""
+        if columns[2] >= 0 and not split:
+            raise UserError(f"{path}, line {line}: no split in this row; expected train or val.")
+        label = name_text(os.fsencode(cells[columns[1]]))
+        yield line, os.fsencode(cells[columns[0]]), label, SPLITS_BY_NAME.get(split, split)
 
 
 def _columns(path: Path, cells: Sequence[str]) -> tuple[tuple[int, int, int], bool]:
@@ -164,7 +123,7 @@ def _columns(path: Path, cells: Sequence[str]) -> tuple[tuple[int, int, int], bo
     def find(wanted: Sequence[str]) -> int:
         return next((names.index(name) for name in wanted if name in names), -1)
 
-    columns = find(_PATH_NAMES), find(_LABEL_NAMES), find(_SPLIT_NAMES)
+    columns = find(PATH_NAMES), find(LABEL_NAMES), find(SPLIT_NAMES)
     if columns[0] >= 0 and columns[1] >= 0:
         return columns, True
     is_image = [has_image_name(os.fsencode(cell)) for cell in cells]

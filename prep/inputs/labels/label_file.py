@@ -21,7 +21,7 @@ from prep.inputs.classes import examples, has_image_name, is_number
 from prep.inputs.names import composed, name_text
 
 _SAMPLED_LINES = 2000  # number of lines from which the separator and the columns are found
-_NAME_HEADERS = {
+NAME_HEADERS = {
     *("name", "names", "file", "files", "filename", "filenames", "file_name", "file name", "filepath", "file_path"),
     *("path", "paths", "image", "images", "img", "image_id", "imageid", "image_name", "imagename", "image_path", "id"),
     *("photo", "photograph", "picture", "filename/path", "image_file", "key"),
@@ -76,13 +76,13 @@ class ImageNames:
             if name in self._by_name:
                 return name
         found = self._by_stem.get(base) or self._by_name.get(os.path.splitext(base)[0])
-        return found or self._by_spelling.get(_spelling(base))
+        return found or self._by_spelling.get(common_spelling(base))
 
     @cached_property
     def _by_spelling(self) -> dict[str, bytes | None]:
         by_spelling: dict[str, bytes | None] = {}
         for name in self._by_name:
-            by_spelling[_spelling(name)] = None if _spelling(name) in by_spelling else name
+            by_spelling[common_spelling(name)] = None if common_spelling(name) in by_spelling else name
         return by_spelling
 
     @cached_property
@@ -96,7 +96,7 @@ class ImageNames:
         return 0 if found is None else 1 + (os.path.splitext(found)[1] in os.fsencode(text)[-8:])
 
 
-def _spelling(name: bytes) -> str:
+def common_spelling(name: bytes) -> str:
     """Return the name in a common spelling: Unicode's composed form, `.jpg` for `.JPEG`, `.tif` for `.TIFF`."""
     stem, extension = os.path.splitext(name)
     extension = extension.lower()
@@ -133,7 +133,7 @@ def parse_label_file(file: Path, content: bytes, images: ImageNames) -> Rows:
 def _is_comment(line: str) -> bool:
     """Return whether a line begins with `#` and is not a header such as `#filename label`."""
     words = re.split(r"[\s,;|]+", line.strip("# \t").lower())
-    return line.lstrip().startswith("#") and not all(word in _NAME_HEADERS | _LABEL_HEADERS for word in words)
+    return line.lstrip().startswith("#") and not all(word in NAME_HEADERS | _LABEL_HEADERS for word in words)
 
 
 def _class_text(text: str) -> str:
@@ -297,7 +297,7 @@ def _is_header(rows: Sequence[Sequence[str]], name_column: int, images: ImageNam
     name, others = first[name_column], first[:name_column] + first[name_column + 1 :]
     if images.find(rows[0][name_column]) is not None or has_image_name(name.encode(errors="replace")):
         return False
-    if name in _NAME_HEADERS or any(field in _LABEL_HEADERS for field in others):
+    if name in NAME_HEADERS or any(field in _LABEL_HEADERS for field in others):
         return True
     if "." not in name and len(rows) > 1 and all(has_image_name(os.fsencode(row[name_column])) for row in rows[1:]):
         return True  # all other names have the extension of an image

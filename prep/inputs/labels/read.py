@@ -110,10 +110,7 @@ def _of_split(file: Path, rows: Sequence[Row], split: str, root: Path) -> list[R
     others: list[Row] = []
     own_folder = root.resolve().name
     for row in rows:
-        folders = re.split(r"[\\/]", row.name)[:-1]
-        splits = {SPLIT_OF_FOLDER[folder.lower()] for folder in folders if folder.lower() in SPLIT_OF_FOLDER}
-        is_other = splits and split not in splits and own_folder not in folders
-        (others if is_other else kept).append(row)
+        (others if is_of_other_split(row.name, split, own_folder) else kept).append(row)
     if others and not kept:
         raise UserError(
             f"--labels {file}: the names are those of another split ({others[0].name}), expected images of {split} in "
@@ -122,6 +119,16 @@ def _of_split(file: Path, rows: Sequence[Row], split: str, root: Path) -> list[R
     if others:
         say(f"{file}: left out {count_noun(len(others), 'line')} of another split (first: {others[0].name}).")
     return kept
+
+
+def is_of_other_split(name: str, split: str, own_folder: str) -> bool:
+    """Return whether a folder in a path names another split than `split`, as in `train/1.jpg` for val.
+
+    `own_folder` is the name of the folder of the split, which may be the name of another split.
+    """
+    folders = re.split(r"[\\/]", name)[:-1]
+    splits = {SPLIT_OF_FOLDER[folder.lower()] for folder in folders if folder.lower() in SPLIT_OF_FOLDER}
+    return bool(splits) and split not in splits and own_folder not in folders
 
 
 def _refuse_other_year(file: Path, name: bytes) -> None:

@@ -1,0 +1,1 @@
+"""Extra fields of a build: values from CSV files, and the columns of a split."""

@@ -1,0 +1,67 @@
+"""Rows of a CSV file, and the usual names of its columns. The separator is a comma, a tab or a semicolon."""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Iterator
+from io import TextIOWrapper
+from pathlib import Path
+
+from prep.console import UserError
+from prep.inputs.classes import has_image_name
+from prep.schema import open_regular
+
+PATH_NAMES = ("path", "file", "filename", "file_name", "filepath", "file_path", "image", "image_path", "img", "images")
+LABEL_NAMES = (
+    "label",
+    "labels",
+    "class",
+    "class_name",
+    "category",
+    "target",
+    "y",
+    "class_id",
+    "class_index",
+    "synset",
+)
+SPLIT_NAMES = ("split", "set", "subset", "partition", "fold")
+SPLITS_BY_NAME = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val"}
+
+
+def read_rows(path: Path, where: str, expected: str) -> Iterator[tuple[int, list[str]]]:
+    """Yield the number of the last line and the cells of each row, without empty rows and comments.
+
+    A byte that is not UTF-8 becomes a surrogate. `where` names the file in errors, and `expected` is the last sentence
+    of an error. Raises UserError if the file cannot be read, or is no CSV.
+    """
+    try:
+        with TextIOWrapper(open_regular(path), "utf-8-sig", "surrogateescape", newline="") as file:
+            first_line = next((line for line in file if line.strip() and not line.startswith("#")), "")
+            file.seek(0)
+            delimiter = max("\t;,", key=first_line.count)
+            reader = csv.reader(file, delimiter=delimiter, skipinitialspace=True)
+            for row in reader:
+                if any(cell.strip() for cell in row) and not _is_comment(row[0].strip()):
+                    yield reader.line_num, row
+    except OSError as error:
+        raise UserError(f"{where}: {error.strerror or error}.") from None
+    except csv.Error as error:
+        raise UserError(f"{where}: {error}. {expected}") from None
+
+
+def ragged_row(where: str, line: int, found: int, width: int, expected: str) -> UserError:
+    """Return the error for a row that has another number of columns than the first row."""
+    return UserError(
+        f"{where}, line {line}: {found} columns, but the first row has {width}. {expected} Put quotes around a text that "
+        "contains the separator."
+    )
+
+
+def _is_comment(cell: str) -> bool:
+    """Return whether a row is a comment: its first cell begins with `#` and names neither an image nor a column."""
+    return (
+        cell.startswith("#")
+        and not has_image_name(os.fsencode(cell))
+        and cell.strip("# ").lower() not in (*PATH_NAMES, *LABEL_NAMES)
+    )
