@@ -53,8 +53,8 @@ def read_rows(path: Path, where: str, expected: str) -> Iterator[tuple[int, list
 def ragged_row(where: str, line: int, found: int, width: int, expected: str) -> UserError:
     """Return the error for a row that has another number of columns than the first row."""
     return UserError(
-        f"{where}, line {line}: {found} columns, but the first row has {width}. {expected} Put quotes around a text that "
-        "contains the separator."
+        f"{where}, line {line}: {found} columns, but the first row has {width}. {expected} Put quotes around a text "
+        "that contains the separator."
     )
 
 
