@@ -113,8 +113,8 @@ class Records:
             header_bytes = 3 * width if self._is_raw else 0  # the PPM header is as long as a row (codec.ppm_header)
             if self._is_raw and end - start - header_bytes != 3 * width * height:
                 raise DatumError(f"{end - start - header_bytes:,} bytes of pixels, expected {width}×{height}×3")
-            if min(height, width) != self._side_px:
-                raise DatumError(f"{width}×{height} px, the shorter side of this store's images is {self._side_px} px")
+            if fault := self.store.settings.size_fault(height, width):
+                raise DatumError(fault)
             if self.check:
                 verify_checksum(value)
             content = value[start:end]
@@ -189,7 +189,8 @@ class Records:
         height, width, size = found["height"], found["width"], found["bytes"]
         labels = np.ascontiguousarray(found["label"])
         valid = (found["image"] != 0) & (np.minimum(height, width) == self._side_px)
-        valid &= (labels < len(self.store.classes)) & (np.maximum(height, width) <= _MAX_SIDE_PX)
+        most_px = _MAX_SIDE_PX if self.store.settings.keep_aspect else self._side_px
+        valid &= (labels < len(self.store.classes)) & (np.maximum(height, width) <= most_px)
         # sizes of the PPM headers (see __getitem__)
         header_bytes = 3 * width if self._is_raw else np.zeros(count, np.int64)
         if self._is_raw:

@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from prep.images.codec import BadImage, decode_image, ppm_header
+from prep.images.codec import BadImage, checked_datum, decode_image
 from prep.images.color_stats import Moments, PixelSums
-from prep.images.jpeg import check_jpeg, encode_jpeg, quantization_tables
+from prep.images.jpeg import encode_jpeg, quantization_tables
 from prep.inputs.names import name_text
 from prep.store import lmdb_shard
 from prep.store.datum import CRC32_BYTES, SOURCE, Datum, DatumError, parse_fields
@@ -133,31 +133,16 @@ def _check_record(task: ShardCheck, value: bytes) -> tuple[Datum, npt.NDArray[np
 
     Raises DatumError or BadImage if the record is damaged or contradicts `task`.
     """
-    datum = Datum.decode(value)
+    settings, datum = task.settings, checked_datum(value, task.settings, task.classes)
     if datum.encode() != value:
         raise DatumError("the record has other fields, or another order of fields, than alexprep writes")
-    side, shape = task.settings.side_px, (datum.height, datum.width)
-    if min(shape) != side or (not task.settings.keep_aspect and max(shape) != side):
-        raise DatumError(
-            f"{shape[1]}×{shape[0]} px, the store's shorter side is {side}; only --keep-aspect allows a longer side"
-        )
-    if datum.channels != 3:
-        raise DatumError(f"{datum.channels:,} channels, expected 3")
-    if not 0 <= datum.label < task.classes:
-        raise DatumError(f"label {datum.label}, the store has {task.classes} classes")
-    if task.settings.format == "jpeg":
-        if reason := check_jpeg(datum.data, *shape):
-            raise DatumError(reason)
-        if quantization_tables(datum.data) != _tables_of(task.settings.quality):
-            raise DatumError(f"a JPEG file that was not encoded with quality {task.settings.quality} of the manifest")
+    if settings.format == "jpeg" and quantization_tables(datum.data) != _tables_of(settings.quality):
+        raise DatumError(f"a JPEG file that was not encoded with quality {settings.quality} of the manifest")
     if not task.decode:
         return datum, None
-    if task.settings.format == "ppm":
-        header = ppm_header(*shape)
-        if not datum.data.startswith(header) or len(datum.data) != len(header) * (shape[0] + 1):
-            raise DatumError("not a PPM whose header fills one row")
-        pixels = np.frombuffer(datum.data, np.uint8).reshape(shape[0] + 1, shape[1], 3)[1:]
-        return datum, pixels
+    shape = datum.height, datum.width
+    if settings.format == "ppm":
+        return datum, np.frombuffer(datum.data, np.uint8).reshape(shape[0] + 1, shape[1], 3)[1:]
     image = decode_image(datum.data)
     if image.pixels.shape[:2] != shape or image.converted:
         raise DatumError(

@@ -325,9 +325,8 @@ def checked_datum(value: bytes, settings: Settings, classes: int) -> Datum:
     field is wrong, or if the image is not of the format and size that the settings and the record promise.
     """
     datum = Datum.decode(value)
-    if min(datum.height, datum.width) != settings.side_px:
-        size = f"{datum.width:,}×{datum.height:,} px"
-        raise DatumError(f"{size}, the shorter side of this store's images is {settings.side_px} px")
+    if fault := settings.size_fault(datum.height, datum.width):
+        raise DatumError(fault)
     if datum.channels != 3:
         raise DatumError(f"{datum.channels:,} channels, expected 3")
     if datum.label >= classes:

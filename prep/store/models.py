@@ -82,6 +82,14 @@ class Settings:
         """Return the JSON object of settings with the fields that older versions did not write."""
         return {**_OLDER_SETTINGS, **data} if isinstance(data, dict) else data
 
+    def size_fault(self, height: int, width: int) -> str:
+        """Return why an image of this size, px, cannot be in a store with these settings; empty if it can be."""
+        if not self.keep_aspect and (height, width) != (self.side_px, self.side_px):
+            return f"{width:,}×{height:,} px, the images of this store have {self.side_px}×{self.side_px} px"
+        if min(height, width) != self.side_px:
+            return f"{width:,}×{height:,} px, the shorter side of this store's images is {self.side_px} px"
+        return ""
+
     def to_json(self) -> dict[str, Any]:
         """Return the settings as JSON. A newer field is left out if its value describes what older versions did."""
         return {name: value for name, value in asdict(self).items() if _OLDER_SETTINGS.get(name) != value}

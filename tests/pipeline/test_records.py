@@ -18,6 +18,7 @@ from PIL import Image
 from pipeline.loader import eval_loader, train_loader
 from pipeline.records import RecordBatch, Records
 from prep.images.codec import ppm_header
+from prep.images.jpeg import encode_jpeg
 from prep.store import kernels, lmdb_shard
 from prep.store.datum import Datum
 from prep.store.manifest import Shard, Store, StoreError, split_fingerprint
@@ -255,6 +256,12 @@ def longer(value: bytes) -> bytes:
     return replace(datum, data=datum.data + b"\0").encode()
 
 
+def wider(value: bytes) -> bytes:
+    """Make the image wider than the images of the store, which was built without --keep-aspect."""
+    jpeg = encode_jpeg(np.full((256, 300, 3), 90, np.uint8), 90)
+    return replace(Datum.decode(value), width=300, data=jpeg).encode()
+
+
 DAMAGE: dict[str, tuple[str, Change, str]] = {
     "label too large": ("jpeg", datum_with(label=3), "label 3, the store has 3 classes"),
     "label beyond 32 bits": ("jpeg", datum_with(label=2**40), "label 1099511627776, the store has 3 classes"),
@@ -264,6 +271,7 @@ DAMAGE: dict[str, tuple[str, Change, str]] = {
     "pixels too few": ("ppm", datum_with(data=bytes(100)), "bytes of pixels"),
     "pixels too many": ("ppm", longer, r"bytes of pixels, expected 256×256×3"),
     "another height": ("ppm", datum_with(height=255), r"bytes of pixels, expected 256×255×3"),
+    "a longer side": ("jpeg", wider, "300×256 px, the images of this store have 256×256 px"),
     "sides too large": ("ppm-whole", datum_with(height=2**20, width=2**30), "bytes of pixels"),
 }
 

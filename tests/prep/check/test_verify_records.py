@@ -86,7 +86,7 @@ CONTRADICTIONS: dict[str, tuple[tuple[Callable[[bytes], bytes], str], ...]] = {
         (lambda v: changed_record(v, data=jpeg_of(32, 40), width=40), "40×32 px"),
         (lambda v: changed_record(v, width=31), "31×32 px"),
         (lambda v: changed_record(v, height=64, width=64), "64×64 px"),
-        (lambda v: changed_record(v, label=3), "label 3, the store has 3 classes"),
+        (lambda v: changed_record(v, label=3), "label 3, expected 0 to 2"),
         (lambda v: with_checksum(b""), "no encoded image"),
         (lambda v: with_checksum(v[:-17]), " at byte "),
         (lambda v: v[:-6], "no checksum"),
@@ -100,7 +100,7 @@ CONTRADICTIONS: dict[str, tuple[tuple[Callable[[bytes], bytes], str], ...]] = {
         (lambda v: changed_record(v, data=jpeg_of(32, 32)), "PPM"),
         (lambda v: changed_record(v, height=33), "32×33 px"),
         (lambda v: changed_record(v, channels=0), "0 channels, expected 3"),
-        (lambda v: changed_record(v, label=2**40), f"label {2**40}"),
+        (lambda v: changed_record(v, label=2**40), f"label {2**40:,}"),
     ),
 }
 

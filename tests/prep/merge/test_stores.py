@@ -166,7 +166,7 @@ def test_a_record_with_another_payload_than_promised_is_refused(
     for changes, expected in (
         ({"data": png.getvalue()}, "a PNG file, expected a "),
         ({"data": b""}, "expected a "),
-        ({"height": 1, "width": 1}, f"1×1 px, the shorter side of this store's images is {side} px"),
+        ({"height": 1, "width": 1}, f"1×1 px, the images of this store have {side}×{side} px"),
     ):
         replace_records(folder, [(records[0][0], changed_record(records[0][1], **changes)), *records[1:]])
         with pytest.raises(UserError, match=f"train/00000, record 0: .*{expected}"):
