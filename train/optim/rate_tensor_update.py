@@ -1,9 +1,9 @@
 """The update rule (paper_sgd.py) of all parameters on one device, with the learning rates in a tensor.
 
-A CUDA graph repeats the Python numbers that were recorded. A tensor therefore holds the learning rate of each parameter
-group. On a GPU, one Triton kernel updates all parameters of all groups. The kernel reads a table with the addresses of
-the parameters, velocities and gradients. For a recorded step, the table is written after the recording, when the
-addresses of the gradients are known.
+A CUDA graph repeats the Python numbers that were recorded, but learning rates change. A tensor therefore holds the
+learning rate of each parameter group. On a GPU, one Triton kernel updates all parameters of all groups. The kernel
+reads a table with the addresses of the parameters, velocities and gradients. If a step is recorded as a CUDA graph, the
+table is written after the recording, when the addresses of the gradients are known.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Trio(NamedTuple):
 
 @torch.no_grad()
 def update_with_rate(w: Tensor, v: Tensor, gradient: Tensor, momentum: float, rate: Tensor, decay: float) -> None:
-    """Make the update of RateTensorUpdate for one parameter, by PyTorch operators. `rate` has the shape ()."""
+    """Update one parameter by the formula of RateTensorUpdate, with PyTorch operators. `rate` has the shape ()."""
     v.mul_(momentum).sub_(rate * (gradient + decay * w if decay else gradient))
     w.add_(v)
 
@@ -67,7 +67,8 @@ class RateTensorUpdate:
     def run(self, scales: Mapping[nn.Parameter, Tensor] | None = None) -> None:
         """Update every parameter that has a gradient.
 
-        scales  {parameter with a gradient: factor of its learning rate, (), on the device}; None: all factors are 1
+        scales  for each parameter with a gradient, the factor of its learning rate: a tensor of shape () on the device;
+                None: all factors are 1
         """
         if scales is not None:
             unscaled = torch.ones((), dtype=torch.float64, device=self._device)
@@ -81,13 +82,13 @@ class RateTensorUpdate:
 
     @torch.no_grad()
     def run_operators(self) -> None:
-        """Make the same update as `run` by PyTorch operators, on any device."""
+        """Make the same update as `run`, but with PyTorch operators, on any device."""
         for (w, v, group, decay), scale in zip(self._trios, self._scales, strict=True):
             if w.grad is not None:
                 update_with_rate(w, v, w.grad, self._momentum, self._rates[group] * scale, decay)
 
     def write_addresses(self) -> None:
-        """Write the address of each parameter that has a gradient, and the size 0 for all other parameters."""
+        """Write the kernel's table. A parameter without a gradient gets the size 0, so that it is not updated."""
         rows = []
         for w, v, group, _ in self._trios:
             if w.grad is None:
@@ -96,7 +97,7 @@ class RateTensorUpdate:
             if not same_dense_layout(w, v, w.grad):
                 raise ValueError("a gradient has another memory layout than its parameter")
             if any(t.data_ptr() % 16 for t in (w, v, w.grad)):  # for example, a view into a larger tensor
-                raise ValueError("a tensor's address is not a multiple of 16 bytes, which the kernel assumes")
+                raise ValueError("a tensor's address is not a multiple of 16 bytes, but the kernel needs a multiple")
             rows.append((w.data_ptr(), v.data_ptr(), w.grad.data_ptr(), w.numel(), group))
         self._table.copy_(torch.tensor(rows, dtype=torch.int64))
 

@@ -83,7 +83,9 @@ class Schedule:
         return colour
 
     def apply(self, optimizer: PaperSGD, epochs_done: float) -> float:
-        """Set the learning rates of an optimizer from make_optimizer. Returns the rate of the weights of conv2 to fc8.
+        """Set the learning rates of an optimizer that make_optimizer returned.
+
+        Returns the rate of the weights of conv2 to fc8.
 
         A learning rate of 0 for conv1 freezes the layer: conv1's weights and biases get no gradient.
         """
@@ -99,8 +101,8 @@ class Schedule:
     def record_validation(self, error: float) -> None:
         """Record the validation top-1 error (0..1) of an epoch.
 
-        After `patience_epochs` epochs without a new lowest error, a plateau schedule reduces the learning rate, or sets
-        `finished` if no reduction is left. Schedules other than the plateau schedule ignore the validation error.
+        After `patience_epochs` epochs without a new lowest error, a plateau schedule reduces the learning rate. If no
+        reduction is left, the schedule sets `finished` instead. All other schedules ignore the validation error.
         """
         plateau = self.recipe.schedule
         if not isinstance(plateau, Plateau):

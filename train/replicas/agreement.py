@@ -1,8 +1,8 @@
 """Lets all replicas stop after the same step, whichever replica received the signal to stop.
 
 If a replica stopped alone, the other replicas would wait for its gradients. The replicas exchange one number per step,
-after the step was launched. The host of a replica waits for the other hosts, but not for a GPU, because the hosts are
-ahead of the GPUs by some steps.
+after the step was launched. In this exchange, a host waits for the other hosts, but not for its GPU. The hosts can
+therefore stay some steps ahead of the GPUs.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ class Agreement:
         self._group, self._uses_service = group, uses_service
 
     def stop(self, requested: BaseException | None) -> BaseException | None:
-        """Return the stop request of any rank, as the same kind of exception on all ranks.
+        """Return the exception with which this rank must stop, or None if no rank was asked to stop.
 
-        None means that training continues.
+        If this rank was not asked to stop, but another rank was, the exception corresponds to the other rank's signal.
 
-        requested  KeyboardInterrupt or Terminated, if this rank was asked to stop
+        requested  KeyboardInterrupt or Terminated, if this rank was asked to stop; otherwise None
         """
         if self._group.size == 1:
             return requested
@@ -45,7 +45,8 @@ class Agreement:
     def batches(self, loader: TrainLoader) -> Iterator[Batch]:
         """Yield the batches of `loader`. If a rank lacks its next batch, all ranks raise the ServiceError of this rank.
 
-        Only a service can fail to give a batch. The ranks exchange a number per step if the run uses a service.
+        If the run uses a service, the ranks exchange one number per step. Without a service, no batch can be missing,
+        and the ranks exchange nothing.
         """
         if self._group.size == 1 or not self._uses_service:
             yield from loader

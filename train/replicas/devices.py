@@ -8,10 +8,10 @@ from train.replicas.group import ReplicaGroup
 
 
 def devices_of_replica(gpus: str | None, columns: int, group: ReplicaGroup) -> Devices:
-    """Return the devices that a value of `--gpus` gives to this process for a network of `columns` columns.
+    """Return the devices of this process's columns, for a network of `columns` columns.
 
-    Under torchrun, `gpus` is the number of GPUs of each process. Raises the errors of parse_devices and
-    parse_replica_devices.
+    `gpus` is the value of `--gpus`. Under torchrun, this value is the number of GPUs of each process. Raises the errors
+    of parse_devices and parse_replica_devices.
     """
     if group.launched:
         return parse_replica_devices(gpus, columns, group.local_rank, group.local_size)

@@ -13,7 +13,7 @@ class ReplicaLost(UserError):
 
 
 def is_stop(kind: str) -> bool:
-    """Return whether a signal raises the exception class of this name."""
+    """Return whether `kind` is the name of an exception class that a signal raises."""
     return kind in (Terminated.__name__, KeyboardInterrupt.__name__)
 
 

@@ -6,8 +6,9 @@ number of images of the whole step. The sum is therefore the gradient of the mea
 
 Each kind of exchange gives the same bits on every rank:
 
-SharedMemory    CPU replicas on one machine. Each rank writes into its own part of a shared memory. Rank r sums the r-th
-                range of all parts. On two cores, this exchange takes a tenth of the time of gloo's exchange over TCP.
+SharedMemory    CPU replicas on one machine. Each rank copies its gradients into its own part of shared memory. Each
+                part is divided into one range per rank, and rank r sums range r over all parts. On two cores, this
+                exchange takes a tenth of the time of gloo's exchange over TCP.
 Gloo            CPU replicas on several machines.
 Nccl            GPUs. The exchange is queued on the GPU's current stream, so a CUDA graph can contain it.
 """
@@ -40,9 +41,11 @@ class GradientSum:
     """Replaces the gradients of parameters by their sums over the ranks."""
 
     def __init__(self, parameters: Iterable[nn.Parameter], link: Link, over_tcp: bool = False) -> None:
-        """Connect the devices of the parameters. All ranks call this method at the same time, with equal parameters.
+        """Open an exchange for each device that holds parameters.
 
-        over_tcp  True: CPU replicas exchange over TCP, also on one machine
+        All ranks call this method at the same time, with parameters of the same shapes in the same order.
+
+        over_tcp  True: CPU replicas exchange gradients over TCP, even if all replicas are on one machine
         """
         by_device: dict[torch.device, list[nn.Parameter]] = {}
         for parameter in parameters:
@@ -56,9 +59,9 @@ class GradientSum:
     def run(self) -> None:
         """Sum the gradients.
 
-        Parameters without a gradient still have no gradient after the exchange. The host waits only for CPU replicas.
-        After this call, the gradients are views of memory that all replicas of a machine may share. Do not change the
-        gradients.
+        Parameters without a gradient still have no gradient after the exchange. On CPUs, the host waits for the sum. On
+        GPUs, the sum is queued, and the host does not wait. After this call, the gradients are views of memory that all
+        replicas of a machine may share. Do not change the gradients.
         """
         for exchange in self._exchanges:
             exchange.run()
@@ -126,13 +129,13 @@ class Nccl:
 
         self.own = self.total = torch.zeros(size, device=device)
         options = ProcessGroupNCCL.Options()
-        # The exchanges of host values detect a rank whose host hangs. NCCL's own time-out would end a process without a
-        # message, so NCCL's time-out is set to a longer time.
+        # If a rank hangs, the exchanges of `link` end after link.timeout, with an error that names the rank. NCCL would
+        # end the process without a message, so NCCL's time-out is longer.
         options._timeout = 2 * link.timeout
         self._group: Any = ProcessGroupNCCL(PrefixStore(link.new_name(), link.store), link.rank, link.size, options)
         link.at_end(self._group.abort)
-        with link.exchange(), torch.cuda.device(device):  # the first sum connects; a CUDA graph cannot contain this
-            self.sum()
+        with link.exchange(), torch.cuda.device(device):
+            self.sum()  # the first sum opens the connection, which is not possible while a CUDA graph is recorded
             torch.cuda.synchronize(device)
 
     def sum(self) -> None:

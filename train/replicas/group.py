@@ -1,4 +1,4 @@
-"""The group of replicas of a training: rank and size from torchrun's environment, and exchange of host values.
+"""The group of replicas of a training: rank and size from torchrun's environment, and exchange of arrays and JSON.
 
 torchrun starts one process for each replica. A process without torchrun is a group of one replica. A group of one
 replica exchanges nothing and does not load torch.distributed.
@@ -32,7 +32,7 @@ from train.replicas.torchrun import note_joined, wait_for_message
 
 Value = TypeVar("Value")
 
-_LINGER_S = 1.0  # longest time for which a rank that ends as planned waits until the other ranks end, too
+_LINGER_S = 1.0  # longest time for which a rank that ends without an error waits for the other ranks to end
 # Environment variables that torchrun sets. If another program starts the processes, the user sets the variables.
 _NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _ALSO_NEEDED = ("LOCAL_RANK", "LOCAL_WORLD_SIZE")
@@ -40,13 +40,13 @@ _ALSO_NEEDED = ("LOCAL_RANK", "LOCAL_WORLD_SIZE")
 
 @dataclass(frozen=True)
 class ReplicaGroup:
-    """Rank and size of a group. The methods exchange host values. In a group of size 1, they return their argument."""
+    """Rank and size of a group. In a group of size 1, the methods exchange nothing."""
 
     rank: int = 0  # number of this replica in the group, 0 to size - 1
     size: int = 1  # number of replicas
     local_rank: int = 0  # number of this replica on its machine, 0 to local_size - 1
     local_size: int = 1  # number of replicas on this machine
-    launched: bool = False  # whether torchrun started this process, also for a group of size 1
+    launched: bool = False  # whether torchrun started this process; a group of size 1 can have either value
     # None: the group is not connected, or has size 1.
     link: Link | None = field(default=None, repr=False, compare=False)
 
@@ -162,14 +162,14 @@ def group_from_environment(environ: Mapping[str, str] | None = None) -> ReplicaG
     """Return the group in which torchrun started this process, without connecting to it.
 
     Without torchrun, returns a group of one. Raises WrongArgument if the variables of torchrun are incomplete or are
-    not whole numbers. Incomplete variables of a single process are no error, unless torchrun has set them.
+    not whole numbers. If torchrun did not start the process and WORLD_SIZE is 1, incomplete variables are no error.
     """
     environ = os.environ if environ is None else environ
     if "TORCHELASTIC_RUN_ID" not in environ and not all(name in environ for name in _NEEDED):
         return ReplicaGroup()
     missing = [name for name in (*_NEEDED, *_ALSO_NEEDED) if name not in environ]
     if missing and "TORCHELASTIC_RUN_ID" not in environ and environ["WORLD_SIZE"] == "1":
-        return ReplicaGroup()  # some job schedulers and notebooks set the other variables for every job
+        return ReplicaGroup()  # some job schedulers and notebooks set the variables of _NEEDED for every job
     if missing:
         raise WrongArgument(
             f"the environment has RANK and WORLD_SIZE but no {missing[0]}. Start the replicas with torchrun, which "
@@ -199,7 +199,7 @@ def group_from_environment(environ: Mapping[str, str] | None = None) -> ReplicaG
 def joined(group: ReplicaGroup, timeout_s: float = REPLICA_TIMEOUT_S) -> Iterator[ReplicaGroup]:
     """Connect a group to its other ranks during a `with` block. A group of size 1 is returned unchanged.
 
-    timeout_s  seconds for which a rank waits for another rank, when it connects and in each exchange
+    timeout_s  longest time in seconds for which a rank waits for another rank: to connect, and in each exchange
 
     At the end of the block, all ranks wait for each other. If the block raises an error, the other ranks receive the
     error in their next exchange. If rank 1 or a higher rank raises a UserError, the rank is added to the message.
@@ -216,7 +216,8 @@ def joined(group: ReplicaGroup, timeout_s: float = REPLICA_TIMEOUT_S) -> Iterato
     except BaseException as caught:
         error = caught
         stopped = isinstance(error, KeyboardInterrupt | Terminated)
-        if stopped and (told := link.roll_call.error_of_other()):  # after an error, torchrun terminates the other ranks
+        # If one rank ends with an error, torchrun terminates the other ranks.
+        if stopped and (told := link.roll_call.error_of_other()):
             error = OtherReplicaFailed(**{**told, "code": description_of(error)["code"]})
         is_of_group = isinstance(error, ReplicaLost | OtherReplicaFailed)
         link.leave(None if is_of_group else description_of(error), _LINGER_S if stopped else 0.0)

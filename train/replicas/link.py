@@ -27,8 +27,8 @@ class Link:
     def __init__(self, rank: int, size: int, host: str, port: int, hosts_store: bool, timeout_s: float) -> None:
         """Connect to all other ranks.
 
-        host, port   address of the store
-        hosts_store  whether this process runs the server of the store; False if torchrun runs the server
+        host, port   address of the TCPStore through which the ranks find each other
+        hosts_store  whether this process runs the server of the TCPStore; False if torchrun runs the server
         timeout_s    longest time in seconds for which an exchange waits for another rank
         """
         from torch.distributed import (  # type: ignore[attr-defined]  # torch does not list the stores in __all__
@@ -129,10 +129,10 @@ class Link:
         self.gather_equal(np.zeros(1, dtype=np.int64))
 
     def new_name(self) -> str:
-        """Return a prefix for entries of the store. Each call returns another prefix, the same on all ranks.
+        """Return a prefix for keys of the store. Each call returns another prefix. All ranks get the same prefixes.
 
-        All trainings of `alextrain ablate` use the same link. A connection of GPUs must not read the entries of an
-        earlier connection.
+        `alextrain ablate` uses one link for all its trainings. With another prefix, the NCCL connection of a training
+        does not read what the connection of an earlier training wrote.
         """
         self._names += 1
         return f"connection/{self._names}"
@@ -143,9 +143,9 @@ class Link:
 
     @contextmanager
     def exchange(self) -> Iterator[None]:
-        """A block that waits for other ranks. The block counts as one exchange.
+        """Return a context for one exchange: an operation of torch that waits for the other ranks.
 
-        If torch's operation fails, raises ReplicaLost, or OtherReplicaFailed if another rank prints the error.
+        If the operation fails, raises ReplicaLost, or OtherReplicaFailed if another rank prints the error.
         """
         self.roll_call.begun += 1
         started = time.monotonic()

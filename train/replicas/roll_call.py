@@ -66,7 +66,7 @@ class RollCall:
         Returns the error to raise. The result is OtherReplicaFailed if another rank prints the error.
 
         waited_s  seconds for which this rank has waited for the other ranks
-        cause     message of the exchange that failed
+        cause     error message of the failed exchange
         """
         try:
             answers = self._ask()
@@ -75,7 +75,11 @@ class RollCall:
         return self._error(*answers, waited_s, cause)
 
     def _ask(self) -> tuple[dict[int, int], dict[int, Any]]:
-        """Return the number of exchanges that each living rank has begun, and the entries of ended ranks."""
+        """Return two dicts by rank.
+
+        The first dict has the number of exchanges that each rank has begun, for ranks that answered. The second dict
+        has, for ranks that have called `leave`, the error that the rank prints, or None.
+        """
         with self._lock:
             self._store.set("roll call", b"1")
         self._answer()
@@ -95,7 +99,7 @@ class RollCall:
         printed = [error for error in left.values() if error is not None]
         if printed:
             return OtherReplicaFailed(**printed[0])
-        waiting = sorted(begun)  # includes ranks that have left after a roll call
+        waiting = sorted(begun)  # ranks that answered; some of them may have left afterwards
         silent = [rank for rank in range(len(self._places)) if rank not in begun and rank not in left]
         furthest = max(begun[rank] for rank in waiting)
         late = [rank for rank in waiting if begun[rank] < furthest]
@@ -103,8 +107,8 @@ class RollCall:
         gone = [rank for rank in left if rank not in waiting]
         if timed_out and (silent or late):
             text = (
-                f"{self._named(silent or late)} did not come within {self._timeout_s:g} s, so the other replicas stop. "
-                "Look for what that process waits for, or pass a larger --replica-timeout."
+                f"{self._named(silent or late)} did not take part in an exchange within {self._timeout_s:g} s, so the "
+                "other replicas stop. Find out what that process waits for, or pass a larger --replica-timeout."
             )
         elif silent or gone:
             text = (

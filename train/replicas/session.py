@@ -46,7 +46,8 @@ def begin_session(store: Any, rank: int, size: int, timeout_s: float) -> Session
     session: dict[str, Any] = {}
     while True:
         found = [_read(store, f"process/{other}") for other in range(size)]
-        if found != processes and None not in found:  # `found` changes if it named a process of an earlier group
+        # `found` changes when a process of this group overwrites the name of a process of an earlier group.
+        if found != processes and None not in found:
             processes, session = found, {"name": secrets.token_hex(8), "processes": found}
             store.set("session", json.dumps(session))
         accepted = [_read(store, f"accepted/{other}") for other in range(1, size)]

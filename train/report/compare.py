@@ -30,7 +30,7 @@ _NOT_IN_LEGEND = (
     "settings.service_fallback",
     "environment",
 )
-_LEGEND_FIELDS = 4  # largest number of fields in a label; if more fields differ, the label is only the folder
+_LEGEND_FIELDS = 4  # largest number of fields in a label; if more fields differ, the label is only the run's name
 _CELL_CHARS = 40
 
 

@@ -93,8 +93,9 @@ def _figures_without_images(trained: TrainedRun) -> Iterator[RunFigure]:
     yield RunFigure(
         "kernels",
         "First kernels",
-        f"The {len(parameters['conv1.weight'])} kernels of conv1, 11×11×3 each, scaled to their own range"
-        + (": column 0 above column 1. The paper's figure 3." if columns > 1 else ". The paper's figure 3."),
+        f"The {len(parameters['conv1.weight'])} kernels of conv1, 11×11×3. Each kernel is scaled to its own range. "
+        + ("Column 0 is above column 1. " if columns > 1 else "")
+        + "The paper's figure 3.",
         kernels_inches(parameters, columns),
         lambda figure: draw_kernels(figure, parameters, columns),
     )
@@ -124,13 +125,13 @@ def _figures_of_images(trained: TrainedRun, split: str, seed: int, index_records
         yield RunFigure(
             "guesses",
             "Test images and their most probable labels",
-            f"{len(predicted)} images of {split}, drawn at random, with the {min(5, len(names))} most probable labels "
-            "and their probabilities by ten views; the correct label in orange. The paper's figure 4, left.",
+            f"{len(predicted)} randomly chosen images of {split}, with the {min(5, len(names))} most probable labels "
+            "and their probabilities by ten views. The correct label is orange. The paper's figure 4, left.",
             predictions_inches(len(predicted)),
             lambda figure: draw_predictions(figure, predicted, names),
         )
         if "train" in store.splits:
-            # If `split` has enough images, the images differ from the images of the previous figure.
+            # If `split` has enough images, the previous figure does not show the queries.
             queries = indices[-QUERIES:]
             training_images = stack.enter_context(StoredImages(store, "train"))
             neighbor_index = load_or_build_index(
@@ -147,9 +148,9 @@ def _figures_of_images(trained: TrainedRun, split: str, seed: int, index_records
             yield RunFigure(
                 "nearest",
                 "Nearest training images",
-                f"Left: images of {split}. Right: for each image, the {len(rows[0].neighbors)} of "
-                f"{len(neighbor_index.labels):,} training images with the nearest {LAYER} activations "
-                f"({neighbor_index.features.shape[1]:,} units, centre crop), with class and distance. A class is "
+                f"Left: images of {split}. Right: the {len(rows[0].neighbors)} nearest of "
+                f"{len(neighbor_index.labels):,} training images, with class and distance. The distance is that of the "
+                f"{LAYER} activations ({neighbor_index.features.shape[1]:,} units, centre crop). A class is "
                 "orange if it is the class of the image at the left. The paper's figure 4, right.",
                 neighbors_inches(len(rows), len(rows[0].neighbors)),
                 lambda figure: draw_neighbors(figure, rows, names),
@@ -159,8 +160,8 @@ def _figures_of_images(trained: TrainedRun, split: str, seed: int, index_records
         yield RunFigure(
             "feature-maps",
             "Feature maps",
-            "Feature maps of one image in the convolutional layers: the maps with the highest activations of each "
-            "column, each scaled to its own range.",
+            "Feature maps of one image. For each convolutional layer and each column, the maps with the highest "
+            "activations are shown. Each map is scaled to its own range.",
             FEATURE_MAPS_INCHES,
             lambda figure: draw_feature_maps(figure, square, maps),
         )
@@ -189,8 +190,9 @@ def _figures_of_errors(trained: TrainedRun, split: str) -> Iterator[RunFigure]:
     yield RunFigure(
         "confusion",
         "Confusion of the worst classes",
-        "Predicted classes of the images of the classes with the highest errors. A cell has the number of images; the "
-        "shade is their share of the class. The correct class is framed.",
+        "Each row is a class with a high error, and each column is a predicted class. A cell has the number of images "
+        "of the row's class for which the column's class is predicted. The shade is the share of these images in the "
+        "row's class. The correct class is framed.",
         CONFUSION_INCHES,
         lambda figure: draw_confusion_matrix(figure, confusion, names),
     )

@@ -162,7 +162,7 @@ def _results(trained: TrainedRun, split: str) -> str:
     table = (
         _table(heads, rows, {0, *range(4, len(heads))})
         if rows
-        else '<p class="quiet">Not evaluated yet: alextrain evaluate.</p>'
+        else '<p class="quiet">Not evaluated yet. To evaluate the run, use alextrain evaluate.</p>'
     )
     return _facts(facts) + "<h3>Evaluations</h3>" + table + '<p class="quiet">Intervals: 95 %, Wilson.</p>'
 
@@ -208,8 +208,8 @@ def _network(trained: TrainedRun) -> str:
     total = [sum(layer.parameters for layer in layers), sum(layer.multiply_adds for layer in layers)]
     rows.append(["total", "", "", *(f"{n:,}" for n in total)])
     heads = ("Layer", "Output", "Sees", "Parameters", "Multiply-adds an image")
-    # The source comes from this version of the program. In a checkpoint of version 0.1.0, the text of the source names
-    # the number of parameters for 1000 classes.
+    # The source comes from this version of the program, not from the checkpoint. In a checkpoint of version 0.1.0, the
+    # text of the source has the number of parameters for 1000 classes, even if the run has another number of classes.
     source = ARCHITECTURES.get(network.architecture.name, network.architecture).source
     size = size_text(layers, len(trained.classes))
     return f'<p class="quiet">{_shown(size)}. Source: {_shown(source)}</p>' + _table(heads, rows, {3, 4})
@@ -251,7 +251,7 @@ def _environment(trained: TrainedRun) -> str:
 
 
 def _shown(text: object) -> str:
-    """Return text as HTML that shows the text: markup and control characters are escaped."""
+    """Return text as HTML, with escaped markup and control characters."""
     return html.escape(escaped(str(text)))
 
 

@@ -75,7 +75,7 @@ def draw_class_errors(figure: Any, confusion: Confusion, names: Sequence[str]) -
         bars.text(x, errors[k], f"{images[k] - confusion.counts[k, k]}", ha="center", va="bottom", fontsize=8)
     bars.axhline(overall, color=ORANGE, lw=1, label=f"all: {overall:.1f} %")
     _set_class_ticks(bars.set_xticks, named, names, rotation=60, ha="right")
-    bars.set(ylabel="top-1 error, %\nabove: images missed")
+    bars.set(ylabel="top-1 error, %\nnumbers: images with errors")
     bars.legend()
 
 
@@ -87,10 +87,10 @@ def _set_class_ticks(set_ticks: Any, classes: Sequence[int], names: Sequence[str
 def draw_confusion_matrix(figure: Any, confusion: Confusion, names: Sequence[str]) -> None:
     """Draw the confusion matrix of the worst classes.
 
-    Each row is one of the worst classes, and each column is a predicted class. The shade of a cell is the share of the
-    images of the row's class for which the column's class is predicted. The scale of the shades is at the right. The
-    number in a cell is the number of images with the row's class and the column's predicted class. The columns are the
-    worst classes, and the classes that are most often wrongly predicted for images of the worst classes.
+    Each row is one of the worst classes, and each column is a predicted class. The columns are the worst classes, and
+    the classes that are most often wrongly predicted for images of the worst classes. A cell has the number of images
+    of the row's class for which the column's class is predicted. The shade is the share of these images in the row's
+    class. The scale of the shades is at the right.
     """
     from matplotlib.patches import Rectangle
 

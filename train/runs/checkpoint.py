@@ -43,7 +43,7 @@ class UnreadableCheckpoint(UserError):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The state of a run after `step`, which is all that is needed to continue the run and to use the network.
+    """The state of a run after `step`: everything that is needed to continue the run and to use the network.
 
     The file holds a dict with the key "format" and a key for each field except `digest`. Tensors are on the CPU.
     """
@@ -111,8 +111,8 @@ def write(run_dir: Path, state: Checkpoint) -> Path:
             raise
         raise disk_error(
             cause,
-            f"{path}: cannot be written ({cause.strerror or cause}). Earlier checkpoints are intact: free disk "
-            "space and run the same command again.",
+            f"{path}: cannot be written ({cause.strerror or cause}). Earlier checkpoints are intact. Free disk space, "
+            "and run the same command again.",
         ) from None
     finally:
         temporary.unlink(missing_ok=True)
@@ -122,8 +122,8 @@ def write(run_dir: Path, state: Checkpoint) -> Path:
 def read(path: Path) -> Checkpoint:
     """Read a checkpoint file that `write` wrote. The tensors are on the CPU.
 
-    The content is checked before a tensor is allocated (train/formats/checkpoint_file.py): types and ranges of all
-    values, and names, shapes and types of the tensors, which must be those of the checkpoint's architecture.
+    The content is checked before a tensor is allocated (train/formats/checkpoint_file.py). The types and ranges of all
+    values must be valid. The names, shapes and types of the tensors must be those of the checkpoint's architecture.
 
     Raises UnreadableCheckpoint if any bit differs from the written file, or if the file cannot be read. Raises
     UserError for another format, for content that no run writes, for a missing read permission, and if torch cannot
@@ -225,7 +225,10 @@ class CheckpointKeeper:
             self._failures += 1
             if is_last or self._failures == MAX_DISK_FULL:
                 raise
-            say(f"Warning: {error} Training continues; failure {self._failures} of {MAX_DISK_FULL} before it stops.")
+            say(
+                f"Warning: {error} Training continues. This is failure {self._failures} in a row; training stops at "
+                f"failure {MAX_DISK_FULL}."
+            )
             return
         self._failures = 0
         self._tidy(state.step)

@@ -56,8 +56,8 @@ def read_ensemble(folder: Path) -> Ensemble | None:
     """
     path = folder / ENSEMBLE
     advice = (
-        "To write it again, repeat the alextrain run command with --members, and with --seed and --stream-seed if they "
-        "were given."
+        f"To write {ENSEMBLE} again, repeat the alextrain run command with --members, and with --seed and "
+        "--stream-seed if they were given."
     )
     try:
         content = read_regular(path, MAX_BYTES, advice)

@@ -87,12 +87,14 @@ def _load_mean_image(run_dir: Path, side_px: int) -> npt.NDArray[np.float32]:
 
 
 def training_store(run_dir: Path, description: Mapping[str, Any]) -> Store | None:
-    """Return the training store of a run, found by the paths in run.json.
+    """Return the training store of a run, found by the paths in run.json. Three paths are tried in this order:
 
-    Returns None if the store was moved, removed or rebuilt. The first path is the path as given to --store, relative to
-    the working directory. The second path is the absolute path at the time when the run was created. The third path is
-    the path as given, relative to the folder to which --run-dir was relative. The third path finds a store that was
-    moved together with its runs.
+    1. the path as given to --store, relative to the working directory;
+    2. the absolute path at the time when the run was created;
+    3. the path as given to --store, relative to the folder to which --run-dir was relative. This path finds a store
+       that was moved together with its runs.
+
+    Returns None if there is no store at these paths, or only a store with another fingerprint.
     """
     settings = description["settings"]
     given, saved_dir, folder = path_of(settings["store"]), path_of(settings["run_dir"]), run_dir.resolve()

@@ -107,7 +107,7 @@ def make_run_dir(run_dir: Path) -> None:
         names = [path.name for path in run_dir.iterdir() if path.name != ".lock"]
     except OSError as error:
         raise UserError(f"--run-dir {run_dir}: {error.strerror or error}. Name another folder.") from None
-    # A killed process may have left these files.
+    # Temporary files, which a killed process may have left, do not count.
     names = [name for name in names if not (name.startswith(".") and name.endswith(".tmp"))]
     if names and DESCRIPTION not in names and newest_checkpoint(run_dir) is None:
         raise UserError(f"{run_dir}: the folder holds files but no run. Name another --run-dir.")

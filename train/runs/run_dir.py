@@ -58,7 +58,7 @@ _LATER_SETTINGS = {
 
 
 def has_description(run_dir: Path) -> bool:
-    """Return whether a folder has an entry run.json, even if the entry is a link to a missing file."""
+    """Return whether a folder contains run.json. A link to a missing file counts, too."""
     return os.path.lexists(run_dir / DESCRIPTION)
 
 

@@ -28,7 +28,7 @@ from train.runs.run_dir import has_description, read_description
 
 # Options of `alextrain run` that set the RunConfig field of the same name, without conversion.
 _PLAIN = ("accumulate", "seed", "stream_seed", "deterministic", "steps", "log_every", "checkpoint_every", "keep")
-# Settings outside of the identity whose changes are printed before the training.
+# Settings that are not part of the run's identity. Changes of these settings are also printed before the training.
 _SHOWN = ("epochs", "steps", "devices", "deterministic", "log_every", "checkpoint_every", "keep")
 
 
@@ -128,7 +128,10 @@ def _devices(gpus: str | None, columns: int, saved: RunConfig | None, group: Rep
         return devices_of_replica(saved_gpus, columns, group)
     except UserError as error:
         devices = devices_of_replica(None, columns, group)
-        say(f"{saved.run_dir} was trained on {' and '.join(names)} ({error}) It continues on {' and '.join(devices)}.")
+        say(
+            f"{saved.run_dir} was trained on {' and '.join(names)} ({error}) The run continues on "
+            f"{' and '.join(devices)}."
+        )
         return devices
 
 

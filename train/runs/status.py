@@ -161,6 +161,6 @@ def status_lines(status: Mapping[str, Any]) -> list[str]:
     else:
         lines.append("no checkpoint yet")
     if not status["alive"] and not status["finished"]:
-        effect = f"resumes after step {saved['step']:,}" if saved else "starts it again from step 0"
+        effect = f"resumes after step {saved['step']:,}" if saved else "starts the run again from step 0"
         lines.append(f"The same alextrain run command {effect}.")
     return lines

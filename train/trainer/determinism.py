@@ -15,10 +15,11 @@ def use_deterministic_algorithms() -> None:
     repeat without this setting if the number of threads is the same. PyTorch raises RuntimeError if an operator has no
     deterministic algorithm.
     """
-    # cuBLAS reads this variable when it is first used. Without the variable, PyTorch refuses matrix products on a GPU.
+    # cuBLAS reads this variable at its first use. Without the variable, PyTorch's deterministic mode refuses matrix
+    # products on a GPU.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.backends.cudnn.benchmark = False
-    # Without this setting, PyTorch would also fill new memory with NaN, which takes time and changes no result of a
-    # correct program.
+    # By default, PyTorch's deterministic mode also fills new memory with NaN. That takes time, and changes no result of
+    # a correct program.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.use_deterministic_algorithms(True)

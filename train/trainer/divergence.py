@@ -40,7 +40,7 @@ class Diverged(UserError):
 
 
 class DivergenceCheck:
-    """Collects loss and labels of every step, and checks them before each training line of metrics.jsonl."""
+    """Checks losses, labels and norms before each training line of metrics.jsonl."""
 
     def __init__(self, run: Run, network: AlexNet, warn: Callable[[str], None] = say) -> None:
         """`warn` prints a warning. Each kind of warning is printed at most once."""
@@ -56,11 +56,11 @@ class DivergenceCheck:
         counts        the counts of the steps, over all replicas (counts_of_all)
         augmentation  the stream's augmentation in the steps
 
-        With several replicas, all ranks call `check` and get the same values, so all ranks end together. Rank 0 writes
-        the batch of the whole step. Raises UserError if the norms of the replicas differ.
-
         If a loss is NaN or infinite, writes the batch of its step into the run folder and raises Diverged. If the norm
         of a gradient or parameter is NaN or infinite, writes the batch of `step` and raises Diverged.
+
+        With several replicas, all ranks call `check` and get the same values, so all ranks end together. Rank 0 writes
+        the batch of the whole step. Raises UserError if the norms of the replicas differ.
         """
         losses = counts.losses
         norms = norms_of_all(parameter_norms(self.network), self._group)
@@ -132,8 +132,8 @@ class DivergenceCheck:
         raise Diverged(
             f"step {step:,}: {what}: training has diverged. {batch} "
             + (f"{kept[-1].name} is kept. " if kept else "")
-            + "A lower learning rate usually helps: --set lr=…, another --recipe, or a larger --batch at the same "
-            "rate. --fork NEW_DIR continues from the checkpoint with the new setting."
+            + "A lower learning rate (--set lr=…), another --recipe, or a larger --batch at the same learning rate "
+            "usually helps. --fork NEW_DIR continues from the checkpoint with the new setting."
         )
 
 

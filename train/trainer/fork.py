@@ -31,13 +31,12 @@ from train.trainer.loop import training_stream, without_service
 
 
 def fork(run: Run, new_dir: Path, group: ReplicaGroup = ALONE) -> Run:
-    """Start a new run in `new_dir`, and return this run. The new run has the settings of `run`.
-
-    With several replicas, only rank 0 reads and writes the folders.
+    """Start a new run in `new_dir` with the settings of `run`. Returns the new run.
 
     The new run begins with the newest checkpoint in the folder of `run`. If `new_dir` already holds the same fork,
-    nothing is written. Raises UserError if the folder of `run` has no checkpoint, if the shape of a parameter would
-    change, or if `new_dir` holds another run or other files.
+    nothing is written. With several replicas, only rank 0 reads and writes the folders. Raises UserError if the folder
+    of `run` has no checkpoint, if the shape of a parameter would change, or if `new_dir` holds another run or other
+    files.
     """
     with group.together():
         forked = _moved_to(run, new_dir)
@@ -69,8 +68,8 @@ def preview_fork(run: Run, new_dir: Path | None) -> list[str]:
         changed = _differences(planned, run.run_dir, origin)
         step = _position(planned, origin).step
         return [
-            f"{new_dir}: would begin with the checkpoint of {run.run_dir} after step {origin.step:,}, here step "
-            f"{step:,}; {_count_text(changed)}",
+            f"{new_dir}: would begin with the checkpoint of {run.run_dir} after step {origin.step:,}, which is step "
+            f"{step:,} of the fork; {_count_text(changed)}",
             *difference_lines(changed),
             *_no_step_left(planned, step),
         ]
@@ -163,8 +162,8 @@ def _begin(run: Run, origin: Path) -> None:
     )
     shown = _differences(run, origin, parent)
     say(
-        f"{run.run_dir}: begins with the checkpoint of {origin} after step {parent.step:,}, here step "
-        f"{position.step:,}; {_count_text(shown)}"
+        f"{run.run_dir}: begins with the checkpoint of {origin} after step {parent.step:,}, which is step "
+        f"{position.step:,} of the fork; {_count_text(shown)}"
     )
     for line in difference_lines(shown):
         say(line)
@@ -179,7 +178,11 @@ class _Position(NamedTuple):
 
 
 def _position(run: Run, parent: Checkpoint) -> _Position:
-    """Return the first position of a fork: the epochs of `parent` with their fraction, rounded down to a step."""
+    """Return the position at which a fork begins.
+
+    The position is the number of epochs that `parent` has completed, with a fraction that is rounded down to a step of
+    the fork.
+    """
     epoch, parent_step_of_epoch = divmod(parent.step, parent.steps_per_epoch)
     step_of_epoch = parent_step_of_epoch * run.steps_per_epoch // parent.steps_per_epoch
     return _Position(epoch * run.steps_per_epoch + step_of_epoch, epoch, step_of_epoch)

@@ -130,7 +130,7 @@ class _Loop:
     def _train(self, step: int) -> None:
         """Train from `step` on, until checkpoints have been written."""
         stop, config, first_step, epoch_ends = self._stop, self._run.config, step, False
-        stopped: BaseException | None = None  # the exception is of the same kind on all replicas
+        stopped: BaseException | None = None  # an exception on all replicas, or None on all replicas
         loader = self._stream.move_to(step)
         waits = StreamWaits(loader)
         current = [training for training in self._active if training.step == step]

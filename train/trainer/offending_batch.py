@@ -1,4 +1,4 @@
-"""Writes the batch at which a training diverged into the run folder, for inspection."""
+"""If a training diverges, writes the batch of the diverged step into the run folder, for inspection."""
 
 from __future__ import annotations
 

@@ -59,7 +59,8 @@ def restore_state(
     """Load a checkpoint into network, optimizer, schedule and random generators.
 
     If `config` has other devices than the checkpoint, the generators are seeded again from seed and step. With several
-    replicas, the devices of rank 0 are compared, and all ranks have the same generators.
+    replicas, the devices of rank 0 are compared with those of the checkpoint, and all ranks seed the generators in the
+    same way or restore the same states.
     """
     network.load_joined_tensors(state.parameters)
     network.load_joined_tensors(state.velocity, optimizer.velocity)
@@ -91,7 +92,7 @@ class Generators:
     """
 
     def __init__(self, devices: Sequence[str]) -> None:
-        """`devices` are the devices of all trainings."""
+        """`devices` are the devices of the columns, which are the same for every training run."""
         self._devices = [torch.device(device) for device in devices]
         self._states: dict[int, tuple[Tensor, list[Tensor]]] = {}  # id of a training run -> its generator states
         self._training: object = None  # the training run that uses the generators

@@ -19,7 +19,7 @@ class StopRequests:
     """The signal handler of a training. `requested` is the exception to raise after the current step, or None."""
 
     def __init__(self, repeats_within_s: float = 0.0) -> None:
-        """A further signal within `repeats_within_s` after the first counts as a repetition, and is ignored."""
+        """A second signal within `repeats_within_s` after the first counts as a repetition, and is ignored."""
         self.requested: BaseException | None = None
         self._repeats_within_s, self._requested_at = repeats_within_s, 0.0
         self.on_request: Callable[[], None] = lambda: None  # called in another thread when a stop is requested

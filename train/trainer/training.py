@@ -174,7 +174,7 @@ class Training:
         if self._keeper is not None:
             self._keeper.record_validation(self.step, result.top1_error)
         self.validation_due = False
-        if self.is_done:  # the validation has changed the state, and no later checkpoint can hold the state
+        if self.is_done:  # the validation has changed the state, and the loop writes no later checkpoint of this run
             self._save(is_last=True)
 
     @property

@@ -74,9 +74,8 @@ def test_a_signal_ends_the_command_with_its_exit_code_and_a_checkpoint_to_resume
     fork_options = ["--batch", "8", "--fork", str(fork_dir), "--epochs", "1"]
     result = run(store, run_dir, *fork_options, "--dry-run")
     assert result.exit_code == 0 and not fork_dir.exists()
-    assert (
-        f"into {fork_dir}" in result.stderr and "run after step 2, here step 2; 1 difference: epochs" in result.stderr
-    )
+    assert f"into {fork_dir}" in result.stderr
+    assert "run after step 2, which is step 2 of the fork; 1 difference: epochs" in result.stderr
     result = run(store, run_dir, *fork_options)
     assert result.exit_code == 0, result.output
     assert "begins with" in result.stderr and "\n  epochs: 3 -> 1\n" in result.stderr

@@ -152,7 +152,7 @@ def test_the_rank_that_hangs_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
     _, printed, quiet = run_ranks(monkeypatch, 3, work, timeout_s=3)
     assert isinstance(printed, ReplicaLost) and isinstance(quiet, OtherReplicaFailed)
-    assert "rank 0 of 3 (host " in str(printed) and "did not come within 3 s" in str(printed)
+    assert "rank 0 of 3 (host " in str(printed) and "did not take part in an exchange within 3 s" in str(printed)
 
 
 def test_a_process_of_this_machine_that_has_ended_is_recognized() -> None:

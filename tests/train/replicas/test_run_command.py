@@ -72,7 +72,8 @@ def test_a_process_that_hangs_is_named_after_the_time_out(start: Start, tmp_path
     os.kill(hanging, signal.SIGKILL)
     job.wait()
     (error,) = (line for line in job.messages if "Error" in line)
-    assert f"Error: rank 1 of 2 (host {os.uname().nodename}, process {hanging}) did not come within 2 s" in error
+    assert f"Error: rank 1 of 2 (host {os.uname().nodename}, process {hanging}) did not take part" in error
+    assert "in an exchange within 2 s" in error
     assert "Traceback" not in job.stderr.partition("ChildFailedError")[0].rpartition("Traceback")[0]
 
 

@@ -123,7 +123,7 @@ def test_a_run_that_was_killed_before_its_first_line_starts_again_from_step_0(ru
     assert status["seconds_left"] is None and status["seconds_since"] is None
     assert status_lines(status)[-2:] == [
         "no checkpoint yet",
-        "The same alextrain run command starts it again from step 0.",
+        "The same alextrain run command starts the run again from step 0.",
     ]
 
 

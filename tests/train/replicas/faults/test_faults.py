@@ -70,7 +70,7 @@ def test_rank_0_that_hangs_is_named_after_the_time_out(
     os.kill(pid, signal.SIGKILL)  # without this kill, torchrun would kill the rank 30 s later
     assert job.wait() == 1
     (error,) = [line for line in job.messages if line.startswith("Error: ")]
-    assert re.search(rf"rank 0 of 2 \(host .*, process {pid}\) did not come within 3 s", error)
+    assert re.search(rf"rank 0 of 2 \(host .*, process {pid}\) did not take part in an exchange within 3 s", error)
     assert error in job.stderr.rpartition("Root Cause")[2]
     resume(torchrun, stores["ppm"], tmp_path / "run", undisturbed_pair)
 
