@@ -1,8 +1,7 @@
 """Append-only log files. A killed process or a full disk leaves no partly written entry in the file.
 
-A power cut can leave a partly written last entry. Readers of lines leave out a partly written entry
-(train/formats/lines.py). MetricsLog removes a partly written entry from metrics.jsonl, and `remove_cut_line` removes a
-partly written entry from evaluations.jsonl.
+A power cut can leave a partly written last entry. `read_lines` (train/formats/lines.py) leaves out such an entry.
+MetricsLog removes it from metrics.jsonl, and `remove_cut_line` removes it from evaluations.jsonl.
 """
 
 from __future__ import annotations
