@@ -14,84 +14,9 @@
 #endif
 #define INLINE static inline __attribute__((always_inline))
 
-#include "resample.h"
-
-typedef struct {
-    const uint8_t *pixels; /* address of the crop's upper left pixel, RGB */
-    int64_t stride;        /* number of bytes from one row to the next */
-    const float *mean;     /* upper left pixel of the mean to subtract, in the layout of the output; null: no mean */
-    float shift[3];        /* numbers that are added to R, G, B */
-    int32_t flip;          /* 1: the crop is mirrored left to right */
-} crop;
-
-/* Split a row of RGB `pixels` into three rows of bytes: R, G, B. */
-INLINE void split(const uint8_t *restrict pixels, int64_t side, uint8_t *restrict rows) {
-    for (int64_t j = 0; j < side; j++)
-        rows[j] = pixels[3 * j], rows[side + j] = pixels[3 * j + 1], rows[2 * side + j] = pixels[3 * j + 2];
-}
-
-/* The product is the last operation, so no compiler fuses it with an addition: every compiler gives the same bits. */
-INLINE float augment(uint8_t pixel, float shift, float mean, float scale) { return (pixel + shift - mean) * scale; }
-
-/* Write `count` crops of side * side pixels to `out` (count, 3, side, side). R, G and B are multiplied by scales[0],
- * scales[1] and scales[2]. In the mean image, rows are mean_side floats apart and channels mean_side * mean_side. */
-EACH_CPU void crop_nchw(const crop *crops, int64_t count, int64_t side, int64_t mean_side, const float *scales,
-                        float *restrict out) {
-    uint8_t rows[3 * side];
-    for (const crop *cur = crops; cur < crops + count; cur++, out += 3 * side * side)
-        for (int64_t i = 0; i < side; i++) {
-            split(cur->pixels + i * cur->stride, side, rows);
-            for (int64_t c = 0; c < 3; c++) {
-                const uint8_t *restrict row = rows + c * side;
-                const float shift = cur->shift[c], scale = scales[c], *restrict mean = cur->mean + (c * mean_side + i) * mean_side;
-                float *restrict line = out + (c * side + i) * side;
-                if (cur->mean && cur->flip)
-                    for (int64_t j = 0; j < side; j++)
-                        line[j] = augment(row[side - 1 - j], shift, mean[j], scale);
-                else if (cur->mean)
-                    for (int64_t j = 0; j < side; j++)
-                        line[j] = augment(row[j], shift, mean[j], scale);
-                else if (cur->flip)
-                    for (int64_t j = 0; j < side; j++)
-                        line[j] = augment(row[side - 1 - j], shift, 0, scale);
-                else
-                    for (int64_t j = 0; j < side; j++)
-                        line[j] = augment(row[j], shift, 0, scale);
-            }
-        }
-}
-
-/* Write `count` crops to `out` (count, side, side, 3). In the mean image, rows are 3 * mean_side floats apart. */
-EACH_CPU void crop_nhwc(const crop *crops, int64_t count, int64_t side, int64_t mean_side, const float *scales,
-                        float *restrict out) {
-    uint8_t rows[3 * side], mirrored[3 * side];
-    float shifts[3 * side], scale[3 * side];
-    for (int64_t j = 0; j < 3 * side; j++)
-        scale[j] = scales[j % 3];
-    for (const crop *cur = crops; cur < crops + count; cur++) {
-        for (int64_t j = 0; j < 3 * side; j++)
-            shifts[j] = cur->shift[j % 3];
-        for (int64_t i = 0; i < side; i++, out += 3 * side) {
-            const uint8_t *restrict row = cur->pixels + i * cur->stride;
-            const float *restrict mean = cur->mean + 3 * i * mean_side;
-            if (cur->flip) { /* Mirroring the three split rows takes half the time of mirroring pixel by pixel. */
-                split(row, side, rows);
-                for (int64_t j = 0; j < side; j++)
-                    for (int64_t c = 0; c < 3; c++)
-                        mirrored[3 * j + c] = rows[c * side + side - 1 - j];
-                row = mirrored;
-            }
-            if (cur->mean)
-                for (int64_t j = 0; j < 3 * side; j++)
-                    out[j] = augment(row[j], shifts[j], mean[j], scale[j]);
-            else
-                for (int64_t j = 0; j < 3 * side; j++)
-                    out[j] = augment(row[j], shifts[j], 0, scale[j]);
-        }
-    }
-}
-
 #include "effects.h"
+#include "normalize.h"
+#include "resample.h"
 
 /* The part of libjpeg's programming interface that this file uses (API version 6.2, which libjpeg-turbo has). Pillow's
  * wheels contain the library but not its header. jpeg_CreateDecompress compares version and size of the struct with the
@@ -251,12 +176,13 @@ static const uint8_t *find_pixels(worker *self, const batch *b, int64_t k, int64
     return decode(self, b->payload[k], b->payload_bytes[k], *top, bottom, *left, right, stride);
 }
 
-/* Resize crop n, whose upper left pixel is at `pixels`, to `out` (side, side, 3). Returns 0 if there is no memory. */
-static int resize_crop(worker *self, const batch *b, int64_t n, const uint8_t *pixels, int64_t stride, uint8_t *out) {
+/* Resize the rows of crop n, whose upper left pixel is at `pixels`. Returns 0 if there is no memory. */
+static int start_resize(worker *self, const batch *b, int64_t n, const uint8_t *pixels, int64_t stride,
+                        resized_rows *out) {
     const int64_t height = height_of(b, n), width = width_of(b, n);
     if (!reserve(&self->resizing, resize_bytes(height, width, b->side)))
         return 0;
-    resize(pixels, stride, height, width, b->side, self->resizing.at, out);
+    *out = resize_rows(pixels, stride, height, width, b->side, self->resizing.at);
     return 1;
 }
 
@@ -270,6 +196,32 @@ static int add_effects(worker *self, const batch *b, int64_t n, crop *window) {
     return 1;
 }
 
+enum { LINES = 16 }; /* number of lines that are resized and then normalized while they are in the L1 cache */
+
+/* Write image n. `window` is its crop, which is resized before anything else. Returns 0 if there is no memory. */
+static int make_image(worker *self, const batch *b, int64_t n, crop window) {
+    const int64_t step = b->extent && !b->effects ? LINES : b->side; /* effects need a complete window */
+    float *image = b->out + 3 * b->side * b->side * n;
+    resized_rows rows;
+    if (b->extent) {
+        if (!reserve(&self->window, 3 * b->side * step) ||
+            !start_resize(self, b, n, window.pixels, window.stride, &rows))
+            return 0;
+        window.pixels = self->window.at, window.stride = 3 * b->side;
+    }
+    for (int64_t first = 0; first < b->side; first += step) {
+        const int64_t end = first + step < b->side ? first + step : b->side;
+        if (b->extent)
+            resize_columns(&rows, b->side, first, end, self->window.at);
+        if (b->effects && !add_effects(self, b, n, &window))
+            return 0;
+        (b->channels_last ? rows_nhwc : rows_nchw)(&window, first, end, b->side, b->mean_side, b->scale, image);
+    }
+    if (b->box)
+        erase_box(image, b->side, b->channels_last, b->box + 4 * n);
+    return 1;
+}
+
 /* Make the images of record k. Returns 0 if the record cannot be decoded. */
 static int make_record(worker *self, const batch *b, int64_t k) {
     const int32_t *position = b->position + 2 * b->views * k;
@@ -279,26 +231,15 @@ static int make_record(worker *self, const batch *b, int64_t k) {
         return 0;
     for (int64_t v = 0, n = k * b->views; b->out && v < b->views; v++, n++) {
         const float *shift = b->shift + 3 * k;
-        const uint8_t *start = pixels + (position[2 * v] - top) * stride + 3 * (position[2 * v + 1] - left);
-        float *image = b->out + 3 * b->side * b->side * n;
-        if (b->extent) {
-            if (!reserve(&self->window, 3 * b->side * b->side) ||
-                !resize_crop(self, b, n, start, stride, self->window.at))
-                return 0;
-            start = self->window.at;
-        }
-        crop one = {
-            .pixels = start,
-            .stride = b->extent ? 3 * b->side : stride,
+        const crop window = {
+            .pixels = pixels + (position[2 * v] - top) * stride + 3 * (position[2 * v + 1] - left),
+            .stride = stride,
             .mean = b->mean ? b->mean[n] : 0,
             .shift = {shift[0], shift[1], shift[2]},
             .flip = b->flip[n],
         };
-        if (b->effects && !add_effects(self, b, n, &one))
+        if (!make_image(self, b, n, window))
             return 0;
-        (b->channels_last ? crop_nhwc : crop_nchw)(&one, 1, b->side, b->mean_side, b->scale, image);
-        if (b->box)
-            erase_box(image, b->side, b->channels_last, b->box + 4 * n);
     }
     return 1;
 }
@@ -314,8 +255,10 @@ static int copy_record(worker *self, const batch *b, int64_t k) {
         const uint8_t *pixels = image + (b->position[2 * n] - top) * stride + 3 * (b->position[2 * n + 1] - left);
         uint8_t *square = (uint8_t *)b->out + n * b->side * row_bytes;
         if (b->extent) {
-            if (!resize_crop(self, b, n, pixels, stride, square))
+            resized_rows rows;
+            if (!start_resize(self, b, n, pixels, stride, &rows))
                 return 0;
+            resize_columns(&rows, b->side, 0, b->side, square);
             continue;
         }
         for (int64_t i = 0; i < b->side; i++)
