@@ -1,6 +1,6 @@
 """Version of this software, from the installed package or from the checkout.
 
-This module also knows the packages that optional functions need.
+This module also lists the packages that optional features need.
 """
 
 from __future__ import annotations

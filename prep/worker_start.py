@@ -1,6 +1,6 @@
 """Start of a worker process: its signal mask, its number of BLAS threads, and the output that it prints as it starts.
 
-A worker does not import the main program. If a worker does not start, an error repeats what the worker has printed.
+A worker does not import the main program. If a worker does not start, the error has the last line that it printed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from prep.console import UserError, address_space_text, is_memory_error
 
 @contextmanager
 def start_options() -> Iterator[None]:
-    """Processes that are started in a `with` block ignore Ctrl-C, use one BLAS thread and import no main program."""
+    """Processes started in a `with` block ignore Ctrl-C, use one BLAS thread and do not import the main program."""
     with _main_module_hidden(), _one_blas_thread(), _ctrl_c_blocked():
         yield
 
@@ -80,7 +80,7 @@ def _one_blas_thread() -> Iterator[None]:
 class SharedIntegers:
     """64-bit integers in memory that this process and its workers share. A worker gets the object as an argument.
 
-    Unlike multiprocessing.RawArray, the memory needs no folder for temporary files.
+    Unlike the memory of a multiprocessing.RawArray, this memory needs no folder for temporary files.
     """
 
     def __init__(self, count: int, descriptor: int | None = None) -> None:
@@ -158,7 +158,7 @@ class StartOutput:
             self._kept = -1
 
     def reason(self) -> str:
-        """Return the error that kept the process from starting: the last line of its output, or the system's error.
+        """Return the error that kept the process from starting: the last line of its output, or an OS error.
 
         Returns "" if the error is not known.
         """

@@ -1,12 +1,12 @@
 """Pool of worker processes on this machine, with progress counters and crash detection.
 
-Every worker is a fresh interpreter with one BLAS thread, because an LMDB environment must not be used across a fork.
-Workers ignore Ctrl-C, which the parent handles. Workers exit when the parent ends, even if SIGKILL ends the parent. An
-exception in a task is raised again in the parent. If a worker crashes, the other workers continue. The result of the
-crashed task is a WorkerDied with the index of the input that the worker was processing. The caller decides whether the
-task is tried again. In a build, prep/build/split.py and plan.py decide whether a task is tried again. A worker that
-uses more CPU time for an input than the task allows is killed. The result of its task is also a WorkerDied. If a worker
-ends before its first task, the parent raises WorkerNotStarted, whose message contains the error of the worker.
+Every worker is a fresh interpreter, because an LMDB environment must not be used across a fork. A worker has one BLAS
+thread. Workers ignore Ctrl-C, which the parent handles. Workers exit when the parent ends, even if SIGKILL ends the
+parent. An exception in a task is raised again in the parent. If a worker crashes, the other workers continue. The
+result of the crashed task is a WorkerDied with the index of the input that the worker was processing. The caller
+decides whether the task is tried again (in a build: prep/build/split.py and plan.py). A worker that uses more CPU time
+for an input than the task allows is killed. The result of its task is also a WorkerDied. If a worker ends before its
+first task, the parent raises WorkerNotStarted, whose message contains the error of the worker.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ from prep.worker_start import SharedIntegers, StartOutput, WorkerNotStarted, sta
 T = TypeVar("T")
 R = TypeVar("R")
 
-_KEEP_BYTES = 256_000_000  # freed memory that a worker keeps for reuse; more memory is returned to the system
+_KEEP_BYTES = 256_000_000  # a worker keeps this much freed memory for reuse, and returns the rest to the system
 _POLL_S = 0.2
-# Time between two checks of the workers' CPU time; time by which the limit may be exceeded.
+# Seconds between two checks of the workers' CPU time, and CPU seconds by which a worker may exceed its limit.
 _CHECK_CPU_S, _CPU_GRACE_S = 1.0, 2.0
 NOT_STARTED = -1  # TaskProgress.index of a worker that has not begun its task
 
@@ -67,8 +67,8 @@ class TaskProgress:
     def begin(self, index: int, cpu_limit_s: float = 0) -> None:
         """Record that the worker begins input `index` of the task. The parent reports `index` if the worker crashes.
 
-        If the worker then uses `cpu_limit_s` and two more seconds of CPU time before it counts the input, the parent
-        ends the worker. 0 means no limit.
+        The parent kills the worker if the worker uses more than `cpu_limit_s` plus two seconds of CPU time before it
+        calls `count`. 0 means no limit.
         """
         self._counters[self._first] = index
         end_s = time.process_time() + cpu_limit_s if cpu_limit_s else 0
@@ -277,8 +277,7 @@ class WorkerPool:
             args = worker_end, self._counters, slot, self._preload, output
             process = self._context.Process(target=_serve, args=args, daemon=True)
             with output.keep():
-                # Start the resource tracker now. Without this call, process.start() would start the resource tracker,
-                # which unblocks SIGINT.
+                # The resource tracker unblocks SIGINT when it starts. Start it now, before start_options blocks SIGINT.
                 multiprocessing.resource_tracker.ensure_running()
                 with start_options():
                     process.start()

@@ -55,20 +55,20 @@ _CLUSTER_TESTS = (
 )
 
 
-# Files with few tests that take long. xdist begins with the largest group, so these files join that group. Otherwise
-# one process would run them at the end, while the other process waits.
+# Files with few tests that take long. xdist begins with the group that has the most tests, the cluster tests, so these
+# files join that group. Otherwise one process would run these files at the end, while the other process waits.
 _LONG_TESTS = ("tests/train/trainer/test_kill_and_resume.py", "tests/test_wheel.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Give the tests of the soak a limit of one hour instead of five minutes."""
+    """Give the tests with the marker `soak` (`make soak`) a time limit of one hour instead of five minutes."""
     for item in items:
         if item.get_closest_marker("soak"):
             item.add_marker(pytest.mark.timeout(3600))
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Run all tests that start Ray clusters in the same process. Also keep the tests of every other file together."""
+    """Run all _CLUSTER_TESTS and _LONG_TESTS in one process, and never divide another file between two processes."""
     from xdist.scheduler import LoadScopeScheduling
 
     class ByFile(LoadScopeScheduling):

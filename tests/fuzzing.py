@@ -1,4 +1,4 @@
-"""Fuzzing with hypothesis: makes changed files, and checks that readers accept or refuse each file without a fault.
+"""Fuzzing with hypothesis: changes files at random. A reader must accept each file, or raise an error of one line.
 
 Hypothesis draws the changes from a fixed seed, so a test always tries the same files. A long test (marker `soak`) tries
 more files. If a file makes a reader fail, write a separate test that makes the same change to an intact file.
@@ -31,7 +31,7 @@ def examples(quick: int, soak: int) -> pytest.MarkDecorator:
 
 
 def changed_bytes(content: bytes) -> st.SearchStrategy[bytes]:
-    """Return a hypothesis strategy that draws changed copies of a file. A copy is cut, or changed in up to 6 places."""
+    """Return a hypothesis strategy that draws changed copies of a file. Each copy has one to six changes."""
     end = len(content)
     # Two thirds of the places are within 200 bytes of the beginning or the end, where file formats have their headers.
     place = st.one_of(st.integers(0, end), st.integers(0, min(end, 200)), st.integers(max(0, end - 200), end))

@@ -1,18 +1,20 @@
 """Python interface of kernels.c, which looks up the records of a batch in mapped LMDB files without the GIL.
 
-`native` is None if the library cannot be used (prep/compiled.py). Without the library, lmdb_file.py looks up records
-one by one, and no file is mapped.
+`native` is None if the compiled kernels.c cannot be used (prep/compiled.py). lmdb_file.py then looks up records one by
+one, and no file is mapped.
 
 kernels.c reads the files of LMDB 0.9 (MDB_DATA_VERSION 1) on little-endian machines: a B+ tree of pages. Numbers are
 little-endian. Every offset is compared with the size of the map before it is used.
 
-    header page  pages 0 and 1. The page of the later transaction is valid, and has the number of the root page
-    page header  16 bytes: number, flags at byte 10 (1 branch, 2 leaf), end of the list of nodes at byte 12. The list
-                 follows the header: the offset of each node in the page, 2 bytes, in ascending order of the keys
+    header page  pages 0 and 1. The page with the larger transaction number is valid, and has the number of the root
+                 page
+    page header  16 bytes: number of the page, flags at byte 10 (1 branch, 2 leaf), end of the list of nodes at byte 12.
+                 The list follows the header. It has the offset of each node in the page (2 bytes), in ascending order
+                 of the keys
     node         in a branch page: number of the child page (6 bytes), size of the key (2), key
                  in a leaf page: size of the value (4), flags (2), size of the key (2), key, value. If the flags are 1,
-                 a page number (8) takes the place of the value. The value then begins in this page, after one page
-                 header, and continues in the following pages
+                 a page number (8) takes the place of the value. The value is then in the page with this number, after
+                 one page header, and in the pages that follow
 
 kernels.c also protects the maps. If a page of a mapped file cannot be read, because the file was truncated or the disk
 has an error, the operating system sends SIGBUS, which would end the process. A signal handler puts a page of zeros in
@@ -76,9 +78,9 @@ class NativeKernels:
         `keys` (N,) are the keys of the records, `shard_of` (N,) the indices of their shards in `shards`. `shards` is
         (S,) of SHARD_DTYPE. The result is (N,) of FOUND_DTYPE. The files must stay mapped during the call.
 
-        With a `format` of FORMATS, a record is found only if its image begins as a file of this format. A JPEG file
-        must also have the height and width of the record (prep.images.jpeg.check_jpeg). With `check`, a record is found
-        only if its checksum is correct.
+        If `format` is "jpeg" or "ppm", a record is found only if its image begins like a file of this format. A JPEG
+        file must also have the height and width that the record states (prep.images.jpeg.check_jpeg). With `check`, a
+        record is found only if its checksum is correct.
         """
         found = np.empty(len(keys), FOUND_DTYPE)
         arrays = [np.ascontiguousarray(array, np.int64) for array in (shard_of, keys)]
@@ -94,7 +96,10 @@ class NativeKernels:
         self._install_handler()
 
     def guard_map(self, address: int, size_bytes: int) -> int | None:
-        """Protect the memory map of a file against SIGBUS. Returns a handle for the next two functions, or None."""
+        """Protect the memory map of a file against SIGBUS.
+
+        Returns a handle for `release_map` and `map_is_broken`, or None if the map cannot be protected.
+        """
         with _lock:
             handle: int | None = self._guard_map(address, size_bytes)
         return handle
@@ -137,7 +142,7 @@ def is_correct(kernels: NativeKernels) -> bool:
     if any(kernels.crc32_of(message[k:], 502 - k) != zlib.crc32(message[k:]) for k in (0, 1, 300, 440, 497, 502)):
         return False
     page = 512
-    head = b"\x08\x03\x10\x80\x02\x18\xac\x02\x22"  # height 256 and width 300, then the size of the image
+    head = b"\x08\x03\x10\x80\x02\x18\xac\x02\x22"  # 3 channels, height 256, width 300, tag of the image
     short, long = head + b"\x03abc\x28\x07", head + b"\xbc\x05" + bytes(700) + b"\x28\x81\x01"
     values = [(0, short), (1, short.replace(b"\x28", b"\x29")), (2, long)]
     leaves = [_page(2, [_leaf_node(key, value, 3) for key, value in part]) for part in (values[:1], values[1:])]

@@ -2,10 +2,11 @@
 
 The lmdb library trusts its files: a damaged page makes the library read outside of its memory map, which can end the
 process. This module reads files of LMDB 0.9 (MDB_DATA_VERSION 1) of little-endian machines, as alexprep and Caffe write
-them: one database with unique keys. kernels.py describes the pages. Numbers of a header page, from its beginning:
+them: one database with unique keys. kernels.py describes the pages. A header page has these numbers, each after its
+offset in bytes:
 
-    16 magic number   20 version   40 page size   92 flags of the main database   120 number of its records
-    128 number of the page at the root of its tree   136 number of the last page   144 number of the transaction
+    16 magic number   20 version   40 page size   92 flags of the main database   120 number of records
+    128 number of the root page of the tree   136 number of the last page   144 number of the transaction
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ _MAX_DEPTH = 32
 _MAX_VALUE_BYTES = 400_000_000
 
 Bytes = bytes | memoryview
-ReadAt = Callable[[int, int], Bytes]  # read_at(offset, size): the bytes of the file; fewer bytes at the end of the file
+ReadAt = Callable[[int, int], Bytes]  # read_at(offset, size); at the end of the file, returns fewer bytes than `size`
 
 
 class ShardBroken(StoreError):
@@ -56,12 +57,12 @@ def broken_error(folder: Path, expected_bytes: int, advice: str) -> ShardBroken:
 
 
 def store_error(text: str) -> StoreError:
-    """Return the error with the text that another process has sent: ShardBroken, or another StoreError."""
+    """Return the error for a text that another process has sent: ShardBroken if the text is that of a ShardBroken."""
     return ShardBroken(text) if _BROKEN in text else StoreError(text)
 
 
 class Tree(NamedTuple):
-    """The tree of the main database, after the last transaction."""
+    """Numbers of the tree of the main database, from the header page of the last transaction."""
 
     page_bytes: int
     pages: int  # number of pages of the file that are in use
@@ -218,7 +219,7 @@ def open_data_file(folder: Path, advice: str) -> BinaryIO:
     """
     try:
         return open_regular(folder / DATA_FILE, advice, StoreError)
-    except (OSError, ValueError) as error:  # a path with a zero byte is a ValueError
+    except (OSError, ValueError) as error:  # a path with a zero byte raises ValueError
         text = error.strerror if isinstance(error, OSError) else str(error)
         raise StoreError(f"{folder}: {DATA_FILE} cannot be opened: {text}. {advice}") from None
 

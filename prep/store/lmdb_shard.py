@@ -90,8 +90,8 @@ class ShardReader:
     """Random access to the records of one shard by index, from 0 to records − 1.
 
     If the C library can be used, the file is mapped into memory, and a record is a view of the map, without a copy.
-    Without the C library, records are read with system calls, because a file that is truncated while it is mapped would
-    end the process (SIGBUS).
+    Without the C library, records are read with system calls. Nothing would protect a map then: SIGBUS would end the
+    process if the mapped file were truncated.
 
     Raises StoreError, with `advice` in its message, if the LMDB is damaged or does not have `records` records.
     """

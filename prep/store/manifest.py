@@ -10,9 +10,9 @@
       train/extra/FIELD.npy …     only with extra fields: the value of each record (prep/store/extra.py)
       val/…
 
-Each time a split is complete, a new manifest.json replaces the old file by a rename. Every file that manifest.json
-names therefore exists. The files that manifest.json names are never changed in place. Store.open raises StoreError for
-a store whose schema number is not SCHEMA. The error message has both numbers.
+When all files of a split are complete, a new manifest.json replaces the old manifest.json by a rename. manifest.json
+therefore names only complete files. These files are never changed in place. Store.open raises StoreError for a store
+whose schema number is not SCHEMA. The error message has both numbers.
 """
 
 from __future__ import annotations
@@ -136,8 +136,8 @@ class Store:
     def parse(root: Path, content: bytes, name: str = "") -> Store:
         """Return the store whose manifest.json has these bytes.
 
-        `name` is the name of the store in errors, by default `root`. Raises StoreError unless the manifest has this
-        schema version and all of its fields.
+        `name` is the name of the store in errors, by default `root`. Raises StoreError if the manifest has another
+        schema version, or if a field is missing or wrong.
         """
         name = name or str(root)
         path = f"{name.rstrip('/')}/manifest.json"
@@ -206,7 +206,7 @@ class Store:
                 raise StoreError(f"{path}: {what} is {found:,}, expected {expected:,}, as in manifest.json. {hint}")
         wrong = next(differences_from_moments(stats, entry.moments), "")
         if wrong:
-            raise StoreError(f"{path}: {wrong}, as the moments in manifest.json give. {hint}")
+            raise StoreError(f"{path}: {wrong} from the moments in manifest.json. {hint}")
         return stats
 
     def mean_image(self, split: str = "train") -> npt.NDArray[np.float32]:

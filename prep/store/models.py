@@ -1,8 +1,8 @@
 """Typed models of the files of a store: manifest.json, colour.json and inputs.jsonl, with the bounds of each field.
 
 `prep.schema` compares a file with its model. Rules between fields, such as sums that must agree, are in
-`prep.store.agreement`. All objects of manifest.json and colour.json refuse unknown fields, because the number in
-`schema` changes with the fields. Lines of inputs.jsonl ignore unknown fields.
+`prep.store.agreement`. All objects of manifest.json and colour.json refuse unknown fields, because the value of
+`schema` determines the fields. Lines of inputs.jsonl ignore unknown fields.
 """
 
 from __future__ import annotations
@@ -64,10 +64,10 @@ class Settings:
     filter: Annotated[str, one_of("area", "bilinear", "bicubic", "lanczos")]  # rescaling filter
     seed: Count  # seed of the record order
     # Manifests of older versions lack the following fields. For each of these fields, from_json sets the value that
-    # describes the older versions.
+    # describes what the older versions did.
     # colour behind transparent pixels
     background: Annotated[str, one_of("white", "black", "grey", "dropped")] = DEFAULT_BACKGROUND
-    # JPEGs with more pixels are decoded at 1/2, 1/4 or 1/8 of their size, to save memory; 0: never
+    # JPEGs with more pixels than this number are decoded at 1/2, 1/4 or 1/8 of their size, to save memory; 0: never
     reduce_above: Count = 0
 
     @staticmethod
@@ -116,7 +116,7 @@ class MomentsJson(TypedDict):
 
 
 class Origin(TypedDict):
-    """A split that was merged into another split. If the split was itself merged, `sources` lists its own origins."""
+    """A split that was merged into another split. `sources` lists its own origins if it came from a merge itself."""
 
     fingerprint: Digest
     records: Records
@@ -130,11 +130,12 @@ class Account(TypedDict):
     inputs: Count  # `kept` plus the counts in `bad`
     kept: Count
     largest_px: NotRequired[Count]  # pixels of the largest input kept; older versions did not write this field
-    converted: Counts  # {conversion: inputs}
-    exif_orientation: Counts  # {orientation: inputs}
-    warnings: NotRequired[Counts]  # {first warning: inputs kept}; older versions did not write this field
-    bad: Counts  # {reason: inputs left out}
-    ignored: NotRequired[Counts]  # {reason: files that are no inputs}
+    converted: Counts  # {conversion: number of inputs}
+    exif_orientation: Counts  # {orientation: number of inputs}
+    # {first warning of an input: number of inputs that were kept}; older versions did not write this field
+    warnings: NotRequired[Counts]
+    bad: Counts  # {reason: number of inputs that were left out}
+    ignored: NotRequired[Counts]  # {reason: number of files that are no inputs}
     files: dict[str, Digest]
     sources: NotRequired[list[Annotated[Origin, REFUSES_UNKNOWN]]]
 
@@ -192,8 +193,8 @@ class Manifest(Struct, frozen=True, forbid_unknown_fields=True):
 class ColorStats:
     """Mean and principal components of the RGB pixels of a split, on the scale 0..255.
 
-    The square roots of `eigenvalues` are standard deviations in grey levels. Krizhevsky's code multiplies each of them
-    by a random number from N(0, 0.1²). For pixels in [0, 1], divide `eigenvalues` by 255². The eigenvalues in
+    The square roots of `eigenvalues` are standard deviations in grey levels. Krizhevsky's code multiplies each square
+    root by a random number from N(0, 0.1²). For pixels in [0, 1], divide `eigenvalues` by 255². The eigenvalues in
     fb.resnet.torch are for pixels in [0, 1].
     """
 
@@ -205,7 +206,7 @@ class ColorStats:
     covariance: Annotated[tuple[Annotated[tuple[Finite, ...], _OF_3], ...], _OF_3]  # grey levels squared
     eigenvalues: Annotated[tuple[_Variance, ...], _OF_3]  # in descending order
     stdevs: Annotated[tuple[_Level, ...], _OF_3]  # grey levels
-    # column j for eigenvalue j, with first nonzero entry > 0
+    # Column j belongs to eigenvalue j. The first nonzero value of each column is positive.
     eigenvectors: Annotated[tuple[Annotated[tuple[_Unit, ...], _OF_3], ...], _OF_3]
     pixel_scale: Annotated[int, Meta(ge=255, le=255)]  # always 255
 
@@ -241,8 +242,10 @@ class Outcome(TypedDict):
 
 
 def outcome_fault(outcome: Mapping[str, Any]) -> str:
-    """Return an error text if a line of inputs.jsonl lacks a field that its fate or limit requires, otherwise ""."""
+    """Return an error text if `outcome` lacks a field that its `fate` or its `limit` requires, otherwise ""."""
     needed = {"bad": "why", "ignored": "why", "kept, with warnings": "warnings"}.get(outcome["fate"], "source")
     also = {"max_pixels": "pixels", "time_limit": "seconds"}.get(outcome.get("limit", ""), "source")
-    missing = next((name for name in (needed, also) if name not in outcome), "")
-    return f"has no field {missing}, expected one for the fate {outcome['fate']}" if missing else ""
+    for missing, cause in (needed, "fate"), (also, "limit"):
+        if missing not in outcome:
+            return f"has no field {missing}, which is required if {cause} is {outcome[cause]!r}"
+    return ""

@@ -57,13 +57,13 @@ class PlanFile(Struct, frozen=True):
     # BuildPlan.digest: settings, classes and inputs; older versions did not write the digest
     digest: Digest | None = None
     source: _Text = ""  # absolute path of the inputs
-    refused: tuple[tuple[_Text, _Text], ...] = ()  # (name, reason) of inputs that are bad without being read
-    ignored: tuple[tuple[_Text, _Text], ...] = ()  # (name, reason) of entries that are no inputs
+    refused: tuple[tuple[_Text, _Text], ...] = ()  # (name, reason) of bad inputs that the listing left out
+    ignored: tuple[tuple[_Text, _Text], ...] = ()  # (name, reason) of files and folders that are no inputs
     extra: Annotated[dict[FieldName, BegunExtra], Meta(max_length=MAX_EXTRA_FIELDS)] = {}
 
 
 class BuiltShard(TypedDict):
-    """A shard in its summary, with the fields of prep.store.models.Shard. Unlike a Shard, a BuiltShard may be empty."""
+    """The field `shard` of a Summary. It has the fields of prep.store.models.Shard, but may have 0 records."""
 
     path: ShardPath
     records: Annotated[int, Meta(ge=0, le=MAX_RECORDS)]
@@ -120,7 +120,7 @@ def read_plan(work_dir: Path, advice: str = RESTART) -> PlanFile:
 
 
 def read_summary(path: Path, split: str, classes: int) -> Summary:
-    """Return the summary of a shard, whose file name is the number of the shard.
+    """Return the summary of a shard from `path`. The stem of the file name is the number of the shard.
 
     Raises OSError if the file cannot be read. Raises UserError if the file is damaged, if the file names another shard,
     or if the counts of its labels do not fit the shard.
@@ -146,5 +146,5 @@ def read_summary(path: Path, split: str, classes: int) -> Summary:
 
 
 def read_work_file(type_: type[T], path: Path, advice: str = RESTART, max_bytes: int = _MAX_SMALL_BYTES) -> T:
-    """Return the content of a file of a work folder, checked against `type_`. Raises the errors of read_plan."""
+    """Return the content of a file of a work folder, checked against `type_`. Raises the same errors as read_plan."""
     return decode(type_, read_regular(path, max_bytes, advice), str(path), advice)

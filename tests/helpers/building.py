@@ -1,4 +1,4 @@
-"""Builds for tests: runners that run tasks in the process of the test, quickly made images, and builds to kill."""
+"""Builds for tests: runners in the process of the test, small images, and a build command that a test can kill."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ def change_manifest(store: Path, change: Callable[[dict[str, Any]], object]) -> 
 
 
 def sign_again(store: Path) -> None:
-    """Compute the fingerprints in manifest.json, of the splits and of the store, from the other fields of the file."""
+    """Write correct fingerprints of the splits and of the store into manifest.json."""
 
     def sign(data: dict[str, Any]) -> None:
         for split in data["splits"].values():
@@ -66,7 +66,7 @@ def sign_again(store: Path) -> None:
 
 
 def cut_after_tree(shard: Path) -> None:
-    """Cut data.mdb after the root page of its tree, which is the only page of the tree. Longer values are lost."""
+    """Cut data.mdb after the only page of its tree. Values that do not fit into this page are lost."""
     with LmdbFile(shard, "") as file:
         root = file.pages.tree.root
     assert root == 2, "the tree has more than one page"
@@ -102,7 +102,7 @@ def with_checksum(body: bytes) -> bytes:
 
 
 def changed_record(value: bytes, **fields: Any) -> bytes:
-    """Return the record `value` with other values of `fields`, and with a correct checksum."""
+    """Return the record `value` with the new values `fields`, and with a correct checksum."""
     return replace(Datum.decode(value), **fields).encode()
 
 
@@ -130,10 +130,10 @@ def store_with_records(store: Path, copy: Path, records: Records, classes: list[
 
 
 def describe_shards(store: Path, shards: list[Records], classes: list[str] | None = None) -> None:
-    """Write a manifest.json whose fields agree, for a store whose training shards hold `shards`.
+    """Write a consistent manifest.json for a store whose training shards hold `shards`.
 
-    The labels of the records may be wrong. Only the sum of the label counts is therefore right. Every shard gets the
-    digest that the first shard had before.
+    All records are counted under label 0, because the labels of the records may be wrong. Every shard gets the digest
+    that the first shard had before.
     """
     manifest = json.loads((store / "manifest.json").read_bytes())
     split, settings = manifest["splits"]["train"], manifest["settings"]

@@ -36,7 +36,7 @@ class Expected:
 
 
 def decoder_warns(content: bytes) -> bool:
-    """Return whether libjpeg-turbo warns about a JPEG. It warns about a bad ICC marker since version 3.1."""
+    """Return whether libjpeg-turbo warns about a JPEG. Only versions since 3.1 warn about a bad ICC marker."""
     try:
         simplejpeg.decode_jpeg(content, strict=True)
     except ValueError:

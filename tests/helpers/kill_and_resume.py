@@ -2,8 +2,8 @@
 
     kill_and_resume.py STORE RUN_DIR SEED WHEN [MEMBERS]
 
-MEMBERS is the number of networks of an ensemble, and RUN_DIR is then the folder of the ensemble. Without MEMBERS, a
-single run is trained.
+With MEMBERS, the program trains an ensemble of MEMBERS networks, and RUN_DIR is the folder of the ensemble. Without
+MEMBERS, the program trains a single run.
 
 Each attempt is a fork of this process, which has imported all modules and started no threads. The first attempt
 trains in the folder `uninterrupted` next to RUN_DIR and is not killed. The next ten attempts train in RUN_DIR and are

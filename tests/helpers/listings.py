@@ -46,7 +46,7 @@ def label_file(folder: Path, text: str, name: str = "labels.txt") -> Path:
 def list_labelled(
     folder: Path, labels: Path | None = None, order: str | None = None, store_classes: tuple[str, ...] = ()
 ) -> Source:
-    """Return the listing of a folder without class folders, as the split val. The split may lack some classes."""
+    """Return the listing of a folder without class folders as split val, which may lack some of `store_classes`."""
     options = ListOptions(labels, order, allow_empty_classes=bool(store_classes))
     return list_source(folder, "val", options, store_classes)
 

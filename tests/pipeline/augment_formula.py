@@ -83,7 +83,7 @@ def formula_shift(store: Store, augmentation: Augmentation, z: np.ndarray) -> np
         return np.zeros(3)
     if augmentation.colour == "stdev":
         return vectors @ (augmentation.strength * np.sqrt(variances) * z)
-    # The formula of the paper, for pixels in 0..1.
+    # The formula of the paper is for pixels in 0..1.
     return 255 * (vectors @ (augmentation.strength * variances / 255**2 * z))
 
 

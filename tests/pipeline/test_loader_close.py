@@ -29,7 +29,7 @@ from tests.pipeline.streaming import batches_equal, take_batches
 
 @pytest.mark.parametrize("times", [100, pytest.param(1000, marks=pytest.mark.soak)])
 def test_closed_loaders_leave_no_files_threads_or_memory(numbered_store: Path, times: int) -> None:
-    """The test closes each loader after 0 to 2 batches, while it prefetches more. Twenty batches take 24 MB."""
+    """The test closes each loader after 0 to 2 batches, while the loader prefetches more. Twenty batches take 24 MB."""
     script = (
         "import gc, os, sys, threading\n"
         "from pipeline.loader import eval_loader, train_loader\n"
@@ -159,9 +159,9 @@ def second_epoch(store: Path) -> Batch:
 
 
 def in_forked_child(work: Callable[[], object]) -> tuple[int, str]:
-    """Run `work` in a forked child. The child then ends as a Python program ends.
+    """Run `work` in a forked child, which then ends without exit handlers.
 
-    Returns the wait status of the child, and the text of the exception that `work` raised.
+    Returns the wait status of the child, and the text of the exception that `work` raised, or "".
     """
     read_end, write_end = os.pipe()
     child = os.fork()
@@ -217,7 +217,7 @@ def test_a_forked_child_may_open_the_same_store(numbered_store: Path) -> None:
 
 
 def test_a_forked_child_ends_without_a_crash(numbered_store: Path) -> None:
-    """When the child ends, Python destroys all objects of the child. One of them is the loader of the parent."""
+    """Before the child ends, it deletes its copy of the parent's loader."""
     script = (
         "import os, signal, sys\n"
         "from pipeline.loader import train_loader\n"
@@ -245,7 +245,7 @@ def test_pickling_or_copying_a_loader_says_so(numbered_store: Path) -> None:
 
 
 def test_a_loader_closed_by_another_thread_during_next_says_so(numbered_store: Path) -> None:
-    """The other thread closes the loader exactly while the consumer waits for a batch."""
+    """Another thread closes the loader exactly while the consumer waits for a batch."""
     with train_loader(numbered_store, batch_size=8) as loader:
         iterator = iter(loader)
         next(iterator)

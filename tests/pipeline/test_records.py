@@ -335,7 +335,7 @@ def test_sides_that_overflow_64_bits_are_refused(stores: dict[str, Path], tmp_pa
 def test_a_wrong_checksum_is_refused_if_records_are_checked(
     stores: dict[str, Path], tmp_path: Path, check: bool
 ) -> None:
-    """One bit of the compressed pixels is changed. find_damage verifies the checksum in both cases."""
+    """One bit of the compressed pixels is changed. find_damage verifies the checksum even if `check` is false."""
     store = Store.open(Path(shutil.copytree(stores["jpeg"], tmp_path / "store")))
     path, key, _ = stored(store, "val")[2]
     with lmdb.open(path, map_size=1 << 28, lock=False) as env, env.begin(write=True) as txn:

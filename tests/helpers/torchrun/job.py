@@ -86,7 +86,7 @@ class Job:
 
     def ranks(self) -> list[int]:
         """Return the process IDs of the living ranks, in the order of the ranks; none after torchrun has ended."""
-        parent = _stat(self.pid)[1]  # the starter, which has forked torchrun and also forks the ranks
+        parent = _stat(self.pid)[1]  # the starter of server.py, which forks torchrun and the ranks
         if not parent:
             return []
         children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()

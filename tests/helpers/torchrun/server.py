@@ -1,10 +1,10 @@
 """Program that starts torchrun quickly; tests/helpers/torchrun/job.py starts it and sends it requests.
 
 The import of torch, DALI and alextrain takes a process several seconds. This program imports these three packages only
-once. For each request, this program forks a process that calls torchrun's `main`. Arguments, environment, rendezvous,
-monitoring, signals, restarts and reports work as in the command torchrun. Only the start of a rank differs from the
-command torchrun. Instead of executing `python -m MODULE ARGUMENTS` or `python FILE ARGUMENTS`, a fork of this program
-runs the module or the file.
+once. For each request, a fork of this program calls torchrun's `main`. Arguments, environment, rendezvous, monitoring,
+signals, restarts and reports work as in the command torchrun. Only the start of a rank differs from the command
+torchrun. Instead of executing `python -m MODULE ARGUMENTS` or `python FILE ARGUMENTS`, a fork of this program runs the
+module or the file.
 
 For each request, this program forks a process that is called the starter. The starter forks torchrun. When torchrun
 asks for ranks, the starter also forks the ranks, because torchrun has threads and therefore cannot fork safely.

@@ -1,4 +1,4 @@
-"""`alextrain` with a small network under the name alexnet, and with a fault if the variable FAULT requests one.
+"""`alextrain` with a small network under the name alexnet. The environment variable FAULT can request a fault.
 
     torchrun --nproc-per-node 2 small_alextrain.py run --store STORE --run-dir RUN_DIR …
 
@@ -90,7 +90,7 @@ def counted_exchange(self: Link, real: Any = Link.exchange) -> Iterator[None]:
 
 
 def step_with_fault(self: TrainingStep, *batch: torch.Tensor, real: Any = TrainingStep.__call__) -> Any:
-    """Make and count a step, and perform the action that FAULT requests. This replaces TrainingStep.__call__."""
+    """Make and count a step, and perform the action that FAULT requests. Replaces TrainingStep.__call__."""
     global steps_done
     result = real(self, *batch)
     steps_done += 1

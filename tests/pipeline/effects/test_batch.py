@@ -1,4 +1,4 @@
-"""Effects of a batch: compared with torchvision's formulas, and equal to the bit in PyTorch and in C."""
+"""Effects of a batch: comparison with torchvision's formulas. PyTorch and the C kernel give the same bits."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Pixels = npt.NDArray[np.uint8]
 needs_kernel = pytest.mark.skipif(kernels.native is None, reason="no C compiler was there at installation")
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 FACTORS = (0, 819, 2048, 3500, 4095, 4096, 4500, 7373, 4096 * 11)  # in units of 1/4096
-TURNS = (0, 1, 300, 819, 2048, 4095)  # of the hue, in units of 1/4096
+TURNS = (0, 1, 300, 819, 2048, 4095)  # shifts of the hue, in units of 1/4096 of a full turn
 
 
 def windows(count: int, side: int) -> Pixels:
@@ -69,7 +69,7 @@ def difference(images: Pixels, expected: Pixels) -> npt.NDArray[np.int64]:
 
 @pytest.mark.parametrize("factor", FACTORS)
 def test_brightness_and_saturation_have_the_bits_of_torchvision(factor: int) -> None:
-    """Products of 8 and 16 bits are exact in float32, so torchvision does not round before its last step."""
+    """A product of 8 bits and 16 bits is exact in float32, so torchvision rounds only in its last step."""
     images = windows(4, 48)
     for image, bright, saturated in zip(
         images, jittered(images, BRIGHTNESS, factor), jittered(images, SATURATION, factor), strict=True
@@ -106,7 +106,7 @@ def test_a_factor_of_one_and_a_full_turn_change_nothing() -> None:
 
 
 def test_grey_is_the_exact_floor_of_the_weighted_sum_of_all_colours() -> None:
-    """0.2989 r + 0.587 g + 0.114 b in integers. torchvision's float32 gives one level less for few colours."""
+    """0.2989 r + 0.587 g + 0.114 b in integers. For a few colours, torchvision's float32 gives one grey level less."""
     green, blue = np.meshgrid(np.arange(256), np.arange(256), indexing="ij")
     effects = no_effects(1, 256)
     effects.steps["grey"] = 1
@@ -166,7 +166,7 @@ def nearly_flat(side: int) -> Pixels:
 
 
 def test_contrast_rounds_down_where_the_offset_is_a_negative_fraction() -> None:
-    """2 · 101 − 100.0004 is 101.9996."""
+    """A pixel of 101 with factor 2 and mean grey level 100.0004 gives 2 · 101 − 100.0004 = 101.9996."""
     assert jittered(nearly_flat(50)[None], CONTRAST, 8192)[0, 0, 0].tolist() == [101] * 3
 
 

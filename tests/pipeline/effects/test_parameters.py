@@ -1,4 +1,4 @@
-"""Parameters of the effects: distributions of torchvision's get_params, shares, and exact bits."""
+"""Parameters of the effects: torchvision's distributions, the share of images with each effect, and exact bits."""
 
 from __future__ import annotations
 

@@ -93,7 +93,7 @@ def test_raw_records_on_a_gpu_have_the_bits_of_the_c_kernel(stores: dict[str, Pa
 
 
 def test_jpeg_records_on_a_gpu_get_their_effects_after_dali(stores: dict[str, Path]) -> None:
-    """Runs DALI on the CPU and the device's work on the stand-in. The pixels before the effects are DALI's own."""
+    """DALI runs on the CPU, and a DeferredStream takes the place of the GPU. DALI also gives the expected windows."""
     augmenter, (records, crops) = batch_of(stores["jpeg"], replace(SETTINGS, window="resized"), 6)
     placement, stream = Placement.parse("cpu"), DeferredStream()
     output = OutputFormat(1, "NHWC", 2.0, torch.float32, SIZE_PX, is_resized=True, has_effects=True)
@@ -152,7 +152,7 @@ def test_a_state_keeps_the_settings_of_the_effects_and_resumes(stores: dict[str,
 
 
 def test_each_view_of_a_record_has_its_own_effects(stores: dict[str, Path]) -> None:
-    """View v of image n of a step has the parameters of image 2n + v."""
+    """View v of image n in a batch of two views has the parameters of image 2n + v in a batch of one view."""
     settings = replace(SETTINGS, colour="off", mean="none", divisor=1.0, flip=0.0, erase=0.0)
     plain = Augmentation(size_px=SIZE_PX, mean="none", colour="off", flip=0.0)
     with (

@@ -59,7 +59,10 @@ def test_batches_are_those_of_the_cpu(
     streams: list[DeferredStream],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Compares training batches of two epochs, a resumed stream, and all views. The last view batch has two images."""
+    """Compares two epochs of training, a resumed stream, and evaluation with all views.
+
+    The last evaluation batch has two images.
+    """
 
     def batches() -> list[list[Batch]]:
         with train_loader(stores[kind], 8, seed=3, threads=2, **options) as loader:
@@ -103,7 +106,7 @@ def test_the_finisher_is_at_most_one_batch_ahead_of_the_gpu(
 ) -> None:
     """Four batches are finished, and the consumer takes only the first batch.
 
-    The finisher has waited for the second and the third batch, but not for the fourth.
+    The finisher thread has waited until the GPU had made the second and the third batch, but not the fourth.
     """
     monkeypatch.setattr(prefetch, "FINISHED_AHEAD", 4)
     streams.append(DeferredStream())

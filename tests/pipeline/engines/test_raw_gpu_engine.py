@@ -126,7 +126,7 @@ def test_the_triton_kernel_has_the_bits_of_the_operators(
 def test_the_triton_kernel_is_used_if_it_has_the_bits_of_the_operators(
     sources: Any, views: int, layout: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Triton's interpreter rounds bfloat16 differently from a GPU, so the operators are used for bfloat16."""
+    """Triton's interpreter rounds bfloat16 differently from a GPU, so PyTorch operators are used for bfloat16."""
     triton = pytest.importorskip("pipeline.engines.finish_crops_triton")
     monkeypatch.setattr(finish_crops, "_ELEMENTS", 1 << 16)
     monkeypatch.setattr(finish_crops, "_can_try_triton", lambda device: not torch.cuda.is_available())

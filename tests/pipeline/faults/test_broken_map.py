@@ -104,7 +104,7 @@ def test_the_name_of_a_source_file_that_cannot_be_read_is_not_empty(copied: Path
 
 
 def test_a_file_that_is_cut_within_its_last_page_is_noticed(copied: Path) -> None:
-    """The missing rest of the page reads as zeros, without SIGBUS. Checksums of raw records are off by default."""
+    """The missing rest of the page reads as zeros, without SIGBUS. This test turns the checksums of records off."""
     file = copied / "val" / "00000" / "data.mdb"
     shards = len(Store.open(copied).split("val").shards)
     with closing(Records(Store.open(copied), "val", check=False)) as records:

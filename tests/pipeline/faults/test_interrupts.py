@@ -22,7 +22,7 @@ from pipeline.windows import WindowMaker, WindowRequest, Windows
 from prep.store.manifest import Store
 from tests.helpers.project import ROOT
 
-BATCHES = 37  # number of batches of one image in an epoch of `numbered_store`, where labels identify images
+BATCHES = 37  # number of batches in an epoch of `numbered_store`; a batch has one image, whose label identifies it
 # Beginnings of the names of the bytecode instructions after which Python calls signal handlers.
 SIGNAL_POINTS = ("CALL", "RESUME", "JUMP_BACKWARD")
 

@@ -79,7 +79,7 @@ def test_a_damaged_record_is_an_error_with_its_location(stores: dict[str, Path],
 
 
 def test_a_data_loader_of_torch_reads_the_records_in_another_process(store: Path) -> None:
-    """A data set of a spawned process is a pickled copy."""
+    """A spawned process gets a pickled copy of the data set."""
     with train_loader(store, 4, threads=1) as loader:
         dataset = loader.dataset
         expected = dataset[5]

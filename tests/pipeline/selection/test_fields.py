@@ -45,7 +45,7 @@ def test_the_fields_of_training_batches(
 
 
 def test_a_changed_field_changes_no_later_batch(numbered_store: Path) -> None:
-    """The loader keeps the order of the epoch, and serves the changed batches again."""
+    """The test changes the fields of five batches. When it reads these batches again, they have the original values."""
     with train_loader(numbered_store, 1, threads=1, fields=("index", "draws")) as loader:
         for batch in itertools.islice(loader, 5):
             batch["index"].fill_(99)
@@ -102,7 +102,7 @@ def test_a_name_that_is_no_field_is_refused(numbered_store: Path, fields: Any, m
 
 @pytest.mark.parametrize(("make", "options"), [(train_loader, TrainOptions), (eval_loader, EvalOptions)])
 def test_the_types_of_the_options_are_those_of_the_function(make: Callable[..., Any], options: type) -> None:
-    """The overloads of a loader function name the arguments that users give by name in a TypedDict."""
+    """The overloads of a loader function declare its keyword-only arguments in a TypedDict."""
     named = inspect.signature(make).parameters.values()
     expected = {argument.name for argument in named if argument.kind is argument.KEYWORD_ONLY} - {"fields"}
     assert set(get_type_hints(options)) == expected

@@ -45,7 +45,7 @@ def pairs(stores: list[Path], *shares: float) -> list[tuple[str | Path, float]]:
 
 
 def test_an_epoch_takes_the_passes_of_each_store_in_turn() -> None:
-    """Store s serves its passes one after another. Only the positions of the stores are random."""
+    """Each store serves one permutation of its records after another, also across epochs."""
     sizes, counts, epochs = (7, 100, 3), (20, 30, 60), 12
     orders = [mixed_order(sizes, counts, 5, epoch) for epoch in range(epochs)]
     first = 0
@@ -60,7 +60,7 @@ def test_an_epoch_takes_the_passes_of_each_store_in_turn() -> None:
 
 
 def test_the_stores_of_an_epoch_are_in_random_order() -> None:
-    """Chi-squared: over 400 epochs, each position of an epoch comes equally often from each of the stores."""
+    """Chi-squared test over 400 epochs: each position of an epoch has a record of store 1 with probability 1/4."""
     of_store_1 = np.array([mixed_order((50, 50), (15, 5), 0, epoch) >= 50 for epoch in range(400)])
     chi2 = ((of_store_1.sum(0) - 100) ** 2 / (400 * 0.25 * 0.75)).sum() * (19 / 20)
     assert chi2 < 43.8  # 99.9 % quantile of chi-squared, 19 degrees of freedom

@@ -23,7 +23,7 @@ NUMBERS = [30, 2, 3, 5, 36, 7, 11, 13, 17, 19, 23, 29]
 
 
 def epochs(store: Path, count: int, batch_size: int = 4, **options: Any) -> list[list[int]]:
-    """Return the record numbers of the first epochs."""
+    """Return the record numbers of the first `count` epochs."""
     with train_loader(store, batch_size, threads=1, fields=INDEX, **options) as loader:
         return [[n for batch in loader for n in batch["index"].tolist()] for _ in range(count)]
 
@@ -139,7 +139,7 @@ def test_only_loaders_with_the_same_selection_share_a_stream_of_a_service(
 
 
 def test_weighted_draws_invert_the_cumulative_sum() -> None:
-    """The expected draws come from a search in Python with numbers of NumPy's Philox generator."""
+    """The expected draws are found by a linear search in Python. NumPy's Philox generator gives the uniform numbers."""
     weights = np.random.default_rng(4).random(50) ** 4
     weights[[0, 7, 49]] = 0
     weights /= weights.max()
@@ -197,7 +197,7 @@ def test_weights_are_given_for_all_records_and_used_for_the_subset(numbered_stor
 
 
 def test_class_names_and_balanced_weights_need_the_records(store: Path, tmp_path: Path) -> None:
-    """With a service, the folder of a store may lack the shards. Record numbers need no shard."""
+    """With a service, the folder of a store may lack the shards. A subset of record numbers does not read a shard."""
     shutil.copytree(store, tmp_path / "store", ignore=shutil.ignore_patterns("[0-9]*"))
     for selection in ({"subset": CLASSES[:1]}, {"weights": "balanced"}):
         with pytest.raises(StoreError, match="train/00000"):

@@ -21,7 +21,7 @@ MAX_TRIES = 3
 HOST = "127.0.0.1"
 # Values of Ray's environment variables for a cluster of simulated machines.
 TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "a-token-of-thirty-two-characters"}
-RAY_FOLDER = Path(tempfile.gettempdir()) / "ray"  # Ray's folder for its own files and for the address of `auto`
+RAY_FOLDER = Path(tempfile.gettempdir()) / "ray"  # Ray's files; `--cluster auto` reads an address here
 RAY = str(Path(sys.executable).with_name("ray"))
 
 

@@ -150,7 +150,7 @@ def test_a_store_that_differs_on_all_nodes_ends_the_start_with_the_reason(
 def test_wrong_options_are_refused_before_a_cluster_starts(
     store: Path, options: list[str], code: int, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # If a command tried to start Ray, this error would replace the expected error.
+    # With this value, `import ray` fails. If a command tried to start Ray, it would print an error about the import.
     monkeypatch.setitem(sys.modules, "ray", None)
     result = CliRunner().invoke(main, ["serve", "--store", str(store), *options])
     assert result.exit_code == code and message in result.output

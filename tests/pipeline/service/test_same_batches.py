@@ -84,7 +84,7 @@ def test_evaluation_batches(store: Path, service: Service, views: int | str) -> 
 
 
 def test_the_ranks_of_a_step(store: Path, service: Service) -> None:
-    """Together, the ranks serve the batches of a loader with the batch size of all ranks."""
+    """Together, the ranks serve the batches of one loader whose batch size is the sum of their batch sizes."""
     ranks = []
     for shard in range(2):
         with train_loader(store, 4, seed=3, shard=shard, world_size=2, service=service.at, threads=1) as remote:

@@ -48,7 +48,7 @@ TOLERANCE = 1e-3  # grey levels
 
 @pytest.fixture(params=["kernel", "python"])
 def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run a test with the C kernel, and without: then Pillow resizes, and DALI or Python crops."""
+    """Run a test with the C kernel, and without it. Without it, Pillow resizes the images, and DALI or Python crops."""
     if request.param == "python":
         monkeypatch.setattr(kernels, "native", None)
     elif kernels.native is None:
@@ -98,7 +98,7 @@ def test_resized_images_equal_the_formula(stores: dict[str, Path], kind: str) ->
 
 @pytest.mark.usefixtures("engine")
 def test_large_records_that_are_not_square_are_shrunk_as_by_pillow(photo_folder: Path, build: Build) -> None:
-    """The shorter side has 500 px, and images have 40 px, so each pixel is a mean of up to 26 × 26 pixels."""
+    """Records of 500 px are resized to images of 40 px. A pixel is then a mean of up to 26 × 26 pixels."""
     store = Store.open(build(photo_folder, "--split", "train", "--side", "500", "--keep-aspect", "--format", "ppm"))
     settings = replace(RESIZED, size_px=40, scale=(0.5, 1.0), ratio=(0.4, 2.5))
     images = served(train_loader(store.root, 10, seed=1, augmentation=settings))
@@ -149,7 +149,7 @@ def test_the_engine_for_raw_records_on_a_gpu_has_the_bits_of_the_c_kernel(stores
 def test_the_dali_graph_of_a_gpu_resizes_almost_as_pillow(
     stores: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """DALI's filter has other weights. On a CPU, the graph decodes as on a GPU, except for the decoder."""
+    """DALI's filter has other weights than Pillow's. The graph of a GPU runs on a CPU here, with another decoder."""
 
     def dali_engine(augmenter: Augmenter, stream: DeferredStream, output: OutputFormat, threads: int) -> DaliEngine:
         return DaliEngine(augmenter, Placement.parse("cpu"), output, stream)
@@ -181,7 +181,7 @@ def test_crops_of_other_sizes_equal_the_formula(stores: dict[str, Path], kind: s
 
 @pytest.mark.usefixtures("engine")
 def test_training_on_centre_crops_and_std_equal_the_formula(stores: dict[str, Path]) -> None:
-    """Three levels as the mean, and std, have the same meaning in training and in evaluation."""
+    """A mean of three grey levels and a std have the same meaning in training and in evaluation."""
     store = Store.open(stores["jpeg"])
     settings = Augmentation((1.0, 2.0, 3.0), "off", window="centre", size_px=100, flip=1.0, std=(2.0, 4.0, 8.0))
     order, squares = epoch_permutation(30, 0, 0), stored_squares(store, "train")

@@ -1,4 +1,4 @@
-"""Builds with bad inputs, which are not images. A build finds and counts bad inputs, and refuses or skips them."""
+"""Builds with bad inputs, such as files that are not images. A build counts bad inputs, and refuses or skips them."""
 
 from __future__ import annotations
 
@@ -103,9 +103,9 @@ def test_probe_accepts_every_format_that_can_be_decoded(tmp_path: Path) -> None:
 
 
 def test_all_obviously_bad_inputs_are_named_before_the_build(with_bad: Path, tmp_path: Path) -> None:
-    """The error counts the bad files that the probe finds, and the entries that are not files.
+    """The error counts the bad files that the probe finds, the folder, and the link out of the source.
 
-    The probe does not find the truncated file, because it reads only the first bytes of a file.
+    The probe does not find the truncated file, because the probe reads only the first bytes of a file.
     """
     (with_bad / "n2" / "folder.JPEG").mkdir()
     (with_bad / "n2" / "link").symlink_to("/etc/hostname")

@@ -269,8 +269,8 @@ def test_sigterm_stops_the_tasks_before_the_lock_is_released(
 def other_machine(nodes: tuple[Any, ModuleType], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder whose content a third node sees differently, because this node has its own mounts.
 
-    On the third node, the folder `hidden` is empty, and the file `file` is longer. The file `pillow` gives the third
-    node another version of Pillow.
+    On the third node, the folder `hidden` is empty, and the file `file` is longer. There, the file `pillow` takes the
+    place of the METADATA of Pillow, so a test can change the version of Pillow.
     """
     folder = tmp_path_factory.mktemp("machine")
     installed = Path(str(distribution("pillow")._path)) / "METADATA"  # type: ignore[attr-defined]

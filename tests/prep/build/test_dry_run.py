@@ -49,7 +49,7 @@ class CrashingRunner(InlineRunner):
 
 @pytest.fixture
 def odd_pictures(tmp_path: Path) -> Path:
-    """100 good images, and many kinds of bad inputs, conversions and warnings. Only decoding shows most faults."""
+    """100 good images, and many kinds of bad inputs, conversions and warnings. Most faults appear only in decoding."""
     root = make_pictures(tmp_path / "odd", 100, (40, 60), distinct=2)
     jpeg = next((root / "n1").iterdir()).read_bytes()
     contents = {
@@ -80,7 +80,10 @@ def _png(image: Image.Image) -> bytes:
 def test_a_dry_run_that_decodes_all_gives_the_account_of_the_build(
     is_warning_bad: bool, is_begun: bool, odd_pictures: Path, tmp_path: Path
 ) -> None:
-    """--dry-run also finds the bad inputs after an interrupted build, and if workers crash or exceed the CPU time."""
+    """--dry-run finds the same bad inputs as the build.
+
+    This also holds after an interrupted build, and if workers crash or exceed the limit of CPU time.
+    """
     limits = InputLimits(max_pixels=5000, keep_warned=not is_warning_bad)
     policy = BuildPolicy(skip_bad=True, limits=limits)
     store, settings = tmp_path / "store", replace(PPM, keep_aspect=True)
@@ -157,4 +160,4 @@ def test_parquet_rows_are_decoded_without_writing(tmp_path: Path) -> None:
     parquet._row_group.cache_clear()
     estimate = estimate_build(source, tmp_path / "s", PPM, InlineRunner(), STRICT, Progress(1, "pictures"))
     assert estimate.decoded == 6 and not estimate.bad and snapshot(tmp_path) == before
-    assert parquet._row_group.cache_info().misses == 4  # each of two files has two groups: of two rows and one row
+    assert parquet._row_group.cache_info().misses == 4  # two files, each with row groups of two rows and of one row

@@ -161,7 +161,7 @@ def test_a_program_without_a_main_guard_works(photos: Path, by_folder: Store, tm
 
 
 def test_pil_images_that_cannot_be_used_are_bad_inputs(tmp_path: Path, records_of: Records) -> None:
-    """Pillow decodes an opened file only when its pixels are needed. A data set therefore also yields damaged files."""
+    """Pillow decodes an opened file only when its pixels are needed, so a program can yield images of damaged files."""
 
     def opened(image: Image.Image, size_bytes: int = 10**6, **options: Any) -> Image.Image:
         out = io.BytesIO()

@@ -41,7 +41,7 @@ def expectations() -> dict[str, Expected]:
 def photos(tmp_path_factory: pytest.TempPathFactory, expectations: dict[str, Expected]) -> Iterator[Path]:
     """Two class folders, a and b.
 
-    Each class folder holds half of the files, and some entries that are not readable files.
+    Each class folder holds half of the files, and also links, sockets and other names that are not readable files.
     """
     root = tmp_path_factory.mktemp("hostile") / "photos"
     for folder in ("a", "b"):

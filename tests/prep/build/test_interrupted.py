@@ -77,7 +77,7 @@ def start() -> Iterator[Start]:
 def ended(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     """Kill each of several builds before a different disk operation, and run each build again.
 
-    The fixture is the folder of the stores, and the outcomes.
+    The fixture is (folder of the stores, JSON objects that interrupted_builds.py has printed).
     """
     work = tmp_path_factory.mktemp("interrupted")
     photos = make_pictures(work / "photos", 66, (32, 34))  # 66 images fill two shards

@@ -158,7 +158,7 @@ def test_the_record_order_is_a_permutation_that_depends_on_the_seed_alone(
 def test_the_record_order_mixes_the_classes(small_store: Path, records_of: Records) -> None:
     """For each class, the mean position of its records is near the middle of the split.
 
-    In a random order, the middle is the expected value. The distance must be less than 5 standard deviations.
+    In a random order, the expected value of this mean is the middle. The test allows 5 standard deviations.
     """
     labels = np.array([datum.label for _, datum in records_of(small_store, "train")])
     n = len(labels)

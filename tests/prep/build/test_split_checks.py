@@ -1,4 +1,4 @@
-"""A build and --dry-run check all splits before a split is built. Some tests have classes that lose all photographs."""
+"""A build and --dry-run check all splits before the first split is built, and refuse classes without photographs."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def test_a_class_that_loses_its_photographs_is_refused_at_the_end(source: Path, 
 
 
 def test_both_splits_must_fit_on_the_disk(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each of the two splits needs 98 KB: 24 records of one page."""
+    """Each of the two splits needs 98 KB: 24 records, each of one page of 4096 bytes."""
     monkeypatch.setattr("shutil.disk_usage", lambda path: Usage(10**9, 0, 120_000))
     with pytest.raises(DiskFull, match=r"196\.6 KB needed for 48 images of all splits, 120\.0 KB free"):
         check(source, tmp_path / "store")
@@ -301,7 +301,7 @@ def test_one_label_file_may_label_images_of_both_splits_on_lines_of_their_own(tm
 
 
 def test_numbers_alone_are_not_read_for_both_splits(tmp_path: Path) -> None:
-    """Line k of such a file is the label of the k-th image of a split. In each split, this is a different image."""
+    """In a file of numbers, line k is the label of the k-th image of a split. The two splits have different images."""
     for split, prefix in (("train", "a"), ("val", "b")):
         touch(tmp_path / "in" / split, f"{prefix}1.jpg", f"{prefix}2.jpg")
     (tmp_path / "labels.txt").write_text("0\n1\n")

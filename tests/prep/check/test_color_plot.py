@@ -272,7 +272,10 @@ def test_the_spectrum_is_drawn_with_that_of_ilsvrc(figure: Any, store: Path) -> 
 
 
 def test_the_photographs_are_shifted_by_the_papers_formula(figure: Any, natural: ColorStats) -> None:
-    """A cell adds [p1, p2, p3][α1 σ1, α2 σ2, α3 σ3]ᵀ to all pixels, as the stream does. In a cell, two α are zero."""
+    """The panel is a grid of cells. A cell is the photograph plus [p1, p2, p3][α1 σ1, α2 σ2, α3 σ3]ᵀ at each pixel.
+
+    The stream uses the same formula. In a cell, two of the three α are zero.
+    """
     photograph = noise(2, 64, 64)
     draw_figure(figure, "train", natural, noise(1).reshape(-1, 3), photograph)
     axes = panels(figure)[2]
@@ -410,7 +413,7 @@ def test_a_full_disk_leaves_the_existing_file(store: Path, tmp_path: Path, monke
 
 
 def damage_record(store: Store, number: int, change: Callable[[bytes], bytes | None]) -> None:
-    """Replace the value of the second record of shard `number` by change(value). If this is None, delete the record."""
+    """Replace the value of the second record of shard `number` by change(value); delete the record if that is None."""
     folder = store.root / f"train/{number:05d}"
     with lmdb.open(str(folder), lock=False) as env, env.begin(write=True) as txn:
         key, value = list(txn.cursor())[1]

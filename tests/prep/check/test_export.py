@@ -276,7 +276,7 @@ def test_the_export_of_a_damaged_store_names_the_record(stores: dict[str, Path],
 def test_a_full_disk_has_exit_code_3(
     number: int, kind: type[UserError], store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The exit code is that of --help, and no incomplete file is left."""
+    """The error has the exit code that --help documents, and no incomplete file is left."""
 
     def full(*paths: object) -> None:
         raise OSError(number, os.strerror(number))

@@ -130,7 +130,7 @@ def test_a_shard_without_a_good_input_is_not_a_fault(tmp_path: Path, build: Buil
 
 
 def test_the_command_names_each_fault_on_a_line(copy_store: MakeStore) -> None:
-    """The store has four faulty shards: with a too long record, truncated, with a bad record, and missing."""
+    """Shard 0 has a record that is too long, shard 1 is truncated, shard 2 has a bad record, and shard 3 is missing."""
     store = copy_store(300)
     lengthen_first_record(store)
     file = store / "train" / "00001" / "data.mdb"

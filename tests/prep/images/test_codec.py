@@ -1,4 +1,4 @@
-"""prep.images.codec: decoding is compared with Pillow, files that are not images are refused, and PPM headers.
+"""prep.images.codec: decoding compared with Pillow, refusal of files that are not images, and PPM headers.
 
 The tests make every file in memory, from seeded random pixels.
 """

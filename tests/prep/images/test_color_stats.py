@@ -133,7 +133,7 @@ def test_eigenvalues_descend_and_red_is_positive(seed: int) -> None:
 
 
 def test_an_eigenvector_without_red_has_its_first_component_positive() -> None:
-    """If one channel varies and the others are constant, the components are the R, G and B axes, each positive."""
+    """The channels are uncorrelated, and B varies most. The components are the axes of B, G and R, each positive."""
     pixels = np.zeros((3, 100, 3), np.uint8)
     for channel, amplitude in enumerate((10, 40, 90)):
         pixels[channel, :50, channel] = amplitude
@@ -222,7 +222,7 @@ def test_a_build_writes_the_statistics_of_its_moments(photo_folder: Path, tmp_pa
 def test_a_damaged_record_is_named_by_shard_and_key(photo_folder: Path, tmp_path: Path) -> None:
     """In one case, the damaged record is not an image. In the other case, the damaged record has a wrong checksum."""
     store = build(photo_folder, tmp_path / "store", "jpeg")
-    # The record of the new shard is larger than the whole shard before.
+    # The new shard has a single record, which is larger than the whole old shard.
     good = Datum(1, 1, b"not a image" * 100_000, 0, b"x").encode()
     for value in (good, good[:-1] + bytes([good[-1] ^ 1])):
         folder = tmp_path / "store" / "train" / "00000"

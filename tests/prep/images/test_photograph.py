@@ -1,6 +1,6 @@
-"""prep.images.photograph: photographs are prepared in a separate process. Some files crash this process or hang.
+"""prep.images.photograph: photographs are prepared in a separate process, which some files crash or block.
 
-The worker process imports this module.
+The separate process imports this test module.
 """
 
 from __future__ import annotations

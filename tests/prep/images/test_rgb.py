@@ -48,7 +48,10 @@ def words(*values: int) -> bytes:
 @pytest.mark.parametrize("background", LEVELS)
 @pytest.mark.parametrize("mode", ["RGBA", "LA"])
 def test_pixels_are_blended_with_the_background(mode: str, background: str) -> None:
-    """All pairs of a pixel value and an alpha are compared with a computation in float64. The image has 300 rows."""
+    """All pairs of a pixel value and an alpha are compared with a computation in float64.
+
+    The image has 300 rows, because prep.images.rgb computes blocks of 256 rows.
+    """
     value, alpha = np.meshgrid(np.arange(256, dtype=np.uint8), np.arange(300, dtype=np.uint8))
     channels = [value, 255 - value, value // 3, alpha] if mode == "RGBA" else [value, alpha]
     image = decode_image(

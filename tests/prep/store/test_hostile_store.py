@@ -232,5 +232,5 @@ def test_an_outcome_without_its_reason_in_a_summary_is_named(tmp_path: Path) -> 
     shard = {"path": "train/00000", "records": 1, "bytes": 9, "digest": "0" * 64}
     summary = {"shard": shard, "labels": [[0, 1]], "fates": [{"source": "a.jpg", "fate": "bad"}]}
     (tmp_path / "00000.json").write_text(json.dumps(summary))
-    with pytest.raises(UserError, match=r"00000\.json: fates\.0 has no field why, expected one for the fate bad"):
+    with pytest.raises(UserError, match=r"00000\.json: fates\.0 has no field why, .* if fate is 'bad'"):
         read_summary(tmp_path / "00000.json", "train", 1)

@@ -1,7 +1,7 @@
 """Test with Ray's autoscaler: a service under load makes the cluster grow, and without load the cluster shrinks again.
 
-The cluster is a simulated machine. The head node of the cluster has no cores. Ray's fake provider adds nodes with one
-core each.
+The cluster is a simulated machine. The head node of the cluster has no cores. Ray's node provider `fake_multinode` adds
+nodes with one core each.
 """
 
 from __future__ import annotations

@@ -61,7 +61,7 @@ def test_parts_in_any_order_with_repetitions_give_the_same_store(
     rng = np.random.default_rng(seed)
     count = (1, 3, 11)[seed]  # the build has eight shards, so three of 11 parts have no shard
     numbers = [*rng.permutation(np.repeat(np.arange(1, count + 1), 2)).tolist()]
-    last = max(numbers.index(number) for number in set(numbers))  # index of the run with which all parts have run
+    last = max(numbers.index(number) for number in set(numbers))  # after the run with this index, every part has run
     for position, number in enumerate(numbers):
         result = run_part(photos, tmp_path / "store", number, count)
         has_run = set(numbers[: position + 1])
