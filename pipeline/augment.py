@@ -22,11 +22,11 @@ before the box is erased. The window W, before its effects, depends on the setti
     centre      S[y + i, x + j] with y = x = (side_px − size_px) // 2
     resized     a random region of the complete record, resized to size_px × size_px. pipeline.sampling.choose_regions
                 draws the region as torchvision's RandomResizedCrop.get_params does, with the settings `scale` and
-                `ratio`. The resizing is Pillow's antialiased bilinear filter (pipeline/engines/resample.h): rows first,
-                then columns, each rounded to bytes
+                `ratio`. The resizing is Pillow's antialiased bilinear filter (pipeline/engines/resample.h): a pass
+                along the rows, then a pass along the columns. Each pass rounds to bytes
 
 - shift = P·diag(σ)·z with z ~ N(0, I) is one RGB offset for all pixels of an image. The columns of P are the
-  eigenvectors of the covariance matrix of the RGB values. Augmentation.colour gives σ.
+  eigenvectors of the covariance matrix of the RGB values. Augmentation.colour names the formula of σ.
 - std is 1 if Augmentation.std is None.
 - If a record is not square (`alexprep build-lmdb --keep-aspect`), S begins at row (height − side_px) // 2 and column
   (width − side_px) // 2 of the record.
@@ -52,8 +52,8 @@ computed from M, the mean of the central squares of the training split:
 
 pipeline.sampling draws the random numbers. Three engines compute the formula: pipeline.engines.cpu_engine (C, on a
 CPU), pipeline.engines.raw_gpu_engine (Triton, raw records on a GPU) and pipeline.engines.dali_engine (DALI, JPEG
-records on a GPU). On a CPU without the compiled kernel, DALI computes crops, and raw_gpu_engine computes images from
-resized regions.
+records on a GPU). If the C kernel cannot read the records on a CPU, raw_gpu_engine computes images with resized regions
+or effects, and dali_engine computes other images.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ class Crops(NamedTuple):
     offset: npt.NDArray[np.int32]
     flip: npt.NDArray[np.int32]  # (N, V): 0 or 1
     shift: npt.NDArray[np.float32]  # (N, 3): colour noise, minus the channel means if the mean is one value per channel
-    extent: npt.NDArray[np.int32] | None = None  # (N, V, 2): height and width of the resized regions; None: none
+    extent: npt.NDArray[np.int32] | None = None  # (N, V, 2): height and width of the resized regions; None: no regions
     effects: Effects | None = None  # of the N · V images; None: no effects
 
 
@@ -173,8 +173,8 @@ class Augmenter:
     ) -> Crops:
         """Return crops of a training batch: one random crop of each record.
 
-        `regions` are the random numbers of pipeline.sampling.draw_regions if regions of the records are resized.
-        `effect_numbers` are those of draw_effects if the images can have effects.
+        `regions` are the random numbers of pipeline.sampling.draw_regions, or None if no regions are resized.
+        `effect_numbers` are the random numbers of draw_effects, or None if no image can have effects.
         """
         shift = (draws.normal @ self.noise.T - self.mean_rgb).astype(np.float32)
         flip, offset = draws.flip[:, None], draws.offset[:, None]

@@ -284,9 +284,9 @@ def train_loader(
     subset        records to serve: class names, record numbers, or a mask with a bool for each record of the split.
                   Labels stay indices into the classes of the store. Class names need the labels of all records, which
                   are read from the local store. None: all records
-    weights       one weight for each record of the split, or "balanced": the inverse number of records of its class.
-                  An epoch draws as many records as the subset has, with replacement (pipeline.sampling.weighted_draws).
-                  None: an epoch serves each record at most once
+    weights       one weight for each record of the split, or "balanced": a weight of 1 / (number of records of
+                  the class). An epoch draws as many records as the subset has, with replacement
+                  (pipeline.sampling.weighted_draws). None: an epoch serves each record at most once
     fields        names of the values to serve: "images", "labels", "keys" (source paths), "index" (record numbers) and
                   "draws" (random numbers of the images). Batches are then dicts (FieldBatch). None: Batch(images,
                   labels)
@@ -308,8 +308,8 @@ def train_loader(
                   records as one loader with batch size batch_size · world_size
     service       "NAME" or "NAME@HOST:PORT": workers of this service decode and crop the images (`alexstream serve`).
                   The batches are the same as without a service, bit for bit, with one exception: without a service, a
-                  GPU decodes JPEG records with DALI, whose pixels differ slightly. The loader then reads only
-                  manifest.json, colour.json and mean_image.npy of its store
+                  GPU decodes JPEG records with DALI, whose pixels differ slightly from libjpeg-turbo's. With a service,
+                  the loader reads only manifest.json, colour.json and mean_image.npy of its store
     service_fallback  "local": if the service is lost, the loader continues with the local store and the same batches
     check         whether the checksum of each record is verified as it is read. A damaged record then always raises
                   StoreError; without `check`, damage of single pixels can go unnoticed. None: True for JPEG records,

@@ -63,7 +63,8 @@ os.register_at_fork(after_in_child=_keep_loaders_of_parent)
 def grey_levels(normalize: ChannelStats, augmentation: Augmentation) -> tuple[list[float], list[float]]:
     """Return the mean and the standard deviation of `normalize`, in grey levels.
 
-    Raises WrongArgument for numbers that are not allowed, and if `augmentation` has another mean or divisor.
+    Raises WrongArgument for numbers that are not allowed, and if the mean or a divisor of `augmentation` is not the
+    default.
     """
     try:
         mean, std, max_value = normalize
@@ -300,7 +301,7 @@ class Loader(Generic[AnyBatch]):
             self._windows.finish()
 
     def _serves(self, field: FieldName) -> bool:
-        """Return whether the batches have a field that only the argument `fields` can request."""
+        """Return whether the batches have `field`, which only the argument `fields` can request."""
         return self._fields is not None and field in self._fields
 
     def _read(self, numbers: npt.NDArray[np.int64], position: int) -> RecordBatch:

@@ -1,10 +1,10 @@
 """Prefetch queue: reads records before the engine needs them, returns batches in order, and reports damaged records.
 
 A batch passes through three queues. The first queue holds records that are being read from disk (READ_AHEAD). The
-second queue holds batches in the engine (ENGINE_AHEAD, or DALI_AHEAD or DALI_GPU_AHEAD if the engine uses DALI). The
-third queue holds finished batches (FINISHED_AHEAD). An engine that uses DALI gets its images from a DALI pipeline. An
-engine without DALI is started directly. A separate thread, the finisher, takes the images and calls Engine.finish while
-the engine works on the next batch.
+second queue holds batches in the engine (ENGINE_AHEAD; with DALI: DALI_AHEAD or DALI_GPU_AHEAD). The third queue holds
+finished batches (FINISHED_AHEAD). For an engine that uses DALI, the prefetcher runs a DALI pipeline. For another
+engine, the prefetcher calls Engine.start. A separate thread, the finisher, takes the images and calls Engine.finish
+while the engine works on the next batch.
 
 Only the finisher changes the queues. A KeyboardInterrupt, which Python raises in the main thread, can therefore end a
 call of `get` or `start` at any point: no batch is lost, and a repeated call gives the same batch.
@@ -185,8 +185,8 @@ class Prefetcher:
         """Wait until the GPU has at most CONSUMER_AHEAD batches left to process. Call this method before each `next`.
 
         The consumer's thread only queues work for the GPU. Without this wait, the thread could request batches far
-        ahead of the GPU, and all these batches would need memory. The time for which the consumer's thread waits for
-        the GPU would then also be counted as time for which it waits for the loader.
+        ahead of the GPU, and all these batches would need memory. The loader would also count the thread's waits for
+        the GPU as waits for the loader.
         """
         self._requests.append(self._engine.stream.record_consumer())
         if len(self._requests) > CONSUMER_AHEAD:
@@ -263,7 +263,8 @@ class Prefetcher:
         """Queue the division by `divisor` and the copies of labels and `arrays`, and record the event of a batch.
 
         The finisher then waits until the previous batch is complete. The finisher is therefore at most one batch ahead
-        of the GPU. If the stream is too slow, the consumer's thread waits in `get`, and the loader measures this time.
+        of the GPU. If the GPU needs long for a batch, the consumer's thread therefore waits in `get`, where the loader
+        measures the time.
         """
         stream = self._engine.stream
         if self._divisor is not None:
@@ -332,7 +333,7 @@ class Prefetcher:
     def _damage_of(self, numbers: Sequence[int], otherwise: str) -> StoreError:
         """Return the error for the first damaged record of `numbers`.
 
-        If all records are intact, the message contains the text `otherwise`, and the record if there is only one.
+        If all records are intact, the message has the text `otherwise`, and names the record if `numbers` has only one.
         """
         records = self._records
         try:

@@ -88,7 +88,7 @@ class Records:
         self._shards = store.split(split).shards
         self._ends = list(accumulate(shard.records for shard in self._shards))
         self._readers: dict[int, ShardReader] = {}
-        self._size_checks = 0  # number of files whose size check_maps has compared
+        self._size_checks = 0  # number of calls of check_maps that have compared a file size
         self._is_raw, self._side_px = store.settings.format == "ppm", store.settings.side_px
         self._last_numbers = np.array(self._ends, np.int64) - 1  # (S,): number of the last record of each shard
         self._clear_index()
@@ -171,9 +171,10 @@ class Records:
 
         Raises the same StoreError as `self[number]` for the first bad record.
 
-        With the C library, one call without the GIL finds and checks all records, and NumPy compares their sizes. If
-        the library does not find a record, or if the fields of a record are not valid, the record is read with
-        `self[number]`, whose error gives the reason. Without the C library, every record is read with `self[number]`.
+        With the C library, one call without the GIL finds and checks all records, and NumPy compares their sizes and
+        labels with the manifest. If the library does not find a record, or if the fields of a record are not valid, the
+        record is read with `self[number]`, whose error gives the reason. Without the C library, every record is read
+        with `self[number]`.
         """
         if numbers.size and not 0 <= numbers.min() <= numbers.max() < len(self):
             raise IndexError(f"records {numbers.min()} to {numbers.max()}: expected 0 to {len(self) - 1}")

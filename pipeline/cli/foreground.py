@@ -38,7 +38,7 @@ def serve_until_stopped(ray: ModuleType, config: ServiceConfig, as_json: bool) -
 
 
 def _stop(ray: ModuleType, name: str) -> None:
-    """Stop the service, and wait until its consumers have left the cluster.
+    """Stop the service, and give its consumers _LEAVE_S to leave the cluster.
 
     When the cluster ends, Ray kills the processes of consumers that have not left.
     """

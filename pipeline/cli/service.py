@@ -70,7 +70,7 @@ _running_cluster_option = _cluster_option(
     type=click.IntRange(1),
     default=1,
     show_default=True,
-    help="Number of decoding threads in each worker. Ray reserves the same number of cores for each worker.",
+    help="Number of decoding threads in each worker. Ray reserves one core for each thread.",
 )
 @click.option(
     "--ahead",
@@ -99,7 +99,7 @@ def serve(
     consumers: int,
     as_json: bool,
 ) -> None:
-    """Start a service: workers on the nodes of a Ray cluster that decode and crop images for training runs.
+    """Start a service: workers on the nodes of a Ray cluster decode and crop images for training runs.
 
     With --cluster local, the command runs until Ctrl-C or SIGTERM, then stops the service and exits with code 0. With
     --cluster auto or HOST:PORT, the command returns when the workers are ready, and the service runs until `alexstream

@@ -1,15 +1,15 @@
-"""Effects of a batch with PyTorch, on any device, with the bits of pipeline/engines/effects.h.
+"""Effects of a batch with PyTorch, on any device. The pixels equal those of pipeline/engines/effects.h.
 
-The arithmetic uses 32-bit integers. Of the images that need a step, all are computed together.
+The arithmetic uses 32-bit integers. Each step computes all images that need this step together.
 
 **Hue.** For a pixel with maximum M, minimum m and chroma C = M − m, the hue h in sextants is (g − b) / C if red is the
 maximum, otherwise 2 + (b − r) / C if green is, otherwise 4 + (r − g) / C. After a rotation by d sextants, a channel is
 M − C · max(0, min(k, 4 − k, 1)) with k = (h + d + n) mod 6 and n = 5, 3, 1 for R, G, B. This formula equals
 torchvision's adjust_hue (_rgb2hsv and _hsv2rgb in _functional_tensor.py). C · k is a multiple of 1/4096, so no division
-is needed. torchvision then multiplies by 255.999 / 255 and rounds down. Here the factor is 1 + 257 / 65536, and both
-products are rounded down to multiples of 1/4096.
+is needed. torchvision then multiplies by 255.999 / 255 and rounds down. Here the factor is 1 + 257 / 65536. The product
+with 257 / 65536 is rounded down to a multiple of 1/4096, and the sum is rounded down to a whole number.
 
-**Blur.** A row pass and a column pass with the weights of pipeline.effects.parameters. Products and sums are multiples
+**Blur.** A row pass and a column pass use the weights of pipeline.effects.parameters. Products and sums are multiples
 of 1/128. The last step rounds to nearest, as torchvision's gaussian_blur does. Pixels outside the image are reflected
 at its edge pixels, as in gaussian_blur.
 """
@@ -71,7 +71,7 @@ def erase_boxes(images: Tensor, box: Tensor, layout: str) -> None:
 def _grey_level(pixels: Tensor) -> Tensor:
     """Return floor(0.2989 r + 0.587 g + 0.114 b), int32 (M, side, side, 1).
 
-    The weights are times 2^22. Adding 272 corrects the rounding of the weights.
+    The code has the weights times 2^22, rounded. Adding 272 corrects this rounding.
     """
     red, green, blue = pixels.unbind(3)
     return (1253677 * red + 2462056 * green + 478151 * blue + 272 >> 22).unsqueeze(3)
@@ -130,8 +130,9 @@ def _blur(pixels: Tensor, weights: Tensor) -> Tensor:
 def _blur_along(values: Tensor, weights: Tensor, axis: int) -> Tensor:
     """Return the weighted sum along an axis. Each product is divided by 65536 and rounded down.
 
-    The added half of the number of weights corrects the mean of this rounding. Products need 32 bits without a sign. A
-    product that int32 makes negative has the right bits, and the mask takes the upper 16 of them.
+    On average, rounding down makes a product too small by one half. The sum therefore begins with half the number of
+    products. A product needs 32 bits without a sign. If int32 makes a product negative, its bits are still right, and
+    the mask takes the upper 16 bits.
     """
     side, radius = values.shape[axis], weights.shape[1] - 1
     positions = torch.arange(-radius, side + radius, device=values.device).abs()

@@ -1,6 +1,6 @@
 """Parameters of the effects of each image, from uniform random numbers.
 
-Factors are multiples of 1/4096, so the formulas of torchvision need only integers:
+The factor f is a multiple of 1/4096, so torchvision's formulas for the new value of a pixel value x need only integers:
 
     brightness  floor(f · x), at most 255
     contrast    floor(f · x + (1 − f) · mean of the grey levels), within 0..255
@@ -8,8 +8,8 @@ Factors are multiples of 1/4096, so the formulas of torchvision need only intege
     grey level  floor(0.2989 r + 0.587 g + 0.114 b)
 
 torchvision (_functional_tensor.py: _blend, rgb_to_grayscale) computes the same formulas in float32. A result differs
-only where float32 rounding crosses a whole number, and then by one grey level. pipeline.effects.batch has the formulas
-of hue and blur.
+from torchvision's by at most one grey level, and only where float32 rounding crosses a whole number.
+pipeline.effects.batch has the formulas of hue and blur.
 """
 
 from __future__ import annotations
@@ -58,7 +58,8 @@ class Effects(NamedTuple):
     def for_kernel(self) -> tuple[npt.NDArray[Any] | None, npt.NDArray[Any] | None, npt.NDArray[Any] | None]:
         """Return steps, blur weights and boxes for kernels.c; None for an array that no image needs.
 
-        A middle weight of 65536 becomes 0. kernels.c does not use the weights of an image without blur.
+        The weights become uint16, so a middle weight of 65536 becomes 0. Only images without blur have this weight, and
+        kernels.c does not use their weights.
         """
         box = self.box if self.box.any() else None
         return (self.steps, self.weights.astype(np.uint16), box) if self.change_pixels else (None, None, box)
@@ -102,7 +103,7 @@ def _draw_jitter(
 ) -> None:
     """Set the fields `order` and `factor`, as ColorJitter.get_params draws them.
 
-    All 24 orders are equally probable. An operation whose range is a single value, which changes nothing, is left out.
+    All 24 orders are equally probable. An operation whose setting in `jitter` is 0 changes nothing, and is left out.
     """
     *blends, hue = jitter
     low = np.array([*(max(0.0, 1 - value) for value in blends), -hue])
@@ -119,7 +120,7 @@ def blur_weights(sigma_px: Numbers, radius: int) -> Integers:
     """Return the blur weights (N, radius + 2) for standard deviations (N,).
 
     The weight at distance x is 2^16 · exp(−x² / (2 sigma²)) / sum, rounded to nearest. The middle weight is 2^16 minus
-    the weights of both sides. The last number is 0, which ends the loop of the C code.
+    the weights of both sides. The last number of each row is 0. At this 0, the C code stops adding weights.
     """
     density = np.exp(-0.5 * (np.arange(radius + 1) / sigma_px[:, None]) ** 2)
     density /= density[:, :1] + 2 * density[:, 1:].sum(axis=1, keepdims=True)
@@ -131,9 +132,9 @@ def blur_weights(sigma_px: Numbers, radius: int) -> Integers:
 def erased_boxes(tries: Numbers, position: Numbers, settings: EffectSettings, size_px: int) -> Integers:
     """Return the boxes (N, 4) of RandomErasing.get_params: row, column, height and width.
 
-    A try has a uniform area and a log-uniform ratio of height to width. The first try that is less high and less wide
-    than the image gives the box. If no try is, the box is empty. `tries` is (N, 2, TRIES) and `position` is (N, 2),
-    uniform in [0, 1).
+    A try has a uniform area and a log-uniform ratio of height to width. The box is the first try whose height and width
+    are less than `size_px`. If there is no such try, the box is empty. `tries` is (N, 2, TRIES) and `position` is
+    (N, 2), uniform in [0, 1).
     """
     (smallest, largest), (low, high) = settings.erase_scale, np.log(settings.erase_ratio)
     area = size_px**2 * (smallest + (largest - smallest) * tries[:, 0])

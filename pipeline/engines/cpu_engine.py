@@ -131,10 +131,10 @@ class CpuEngine:
         self._memory.close()
 
     def _mean_addresses(self, crops: Crops) -> npt.NDArray[np.uint64]:
-        """Return addresses (N, V): for each crop, where the part of the mean image that is subtracted begins.
+        """Return (N, V): for each crop, the address of the part of the mean image that is subtracted from the crop.
 
-        An address points to the upper left pixel of this part. If the mean is "aligned", the mirrored mean is
-        subtracted from a mirrored crop.
+        The address is that of the part's upper left pixel. If the mean is "aligned", the mirrored mean is subtracted
+        from a mirrored crop.
         """
         assert self._mean is not None
         y = x = np.full(crops.flip.shape, self._max_offset_px // 2)
@@ -155,10 +155,7 @@ class _BlockPool:
         self._open = True
 
     def array(self, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
-        """Return an uninitialized, contiguous float32 array.
-
-        The block is not reused while a tensor refers to its memory.
-        """
+        """Return an uninitialized, contiguous float32 array."""
         size = int(np.prod(shape))
         spare = _ALIGNMENT_BYTES // 4
         block = self._free.pop() if self._free else None

@@ -153,7 +153,7 @@ def _can_try_triton(device: torch.device) -> bool:
 def _positions(windows: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
     """Return the rows (M, side, 1) and columns (M, 1, side) of the pixels of M crops.
 
-    The argument (M, 3) has row, column and flip of each crop.
+    `windows` (M, 3) has row, column and flip of each crop.
     """
     side = len(steps)
     rows = windows[:, :1] + steps

@@ -1,12 +1,12 @@
 """Python interface of kernels.c, the C kernel that decodes, crops or resizes, flips and normalizes images on a CPU.
 
-`native` is None if the library is not compiled, fails its self-test or is switched off (prep/compiled.py). Streams on a
-CPU then use DALI, whose operator crop_mirror_normalize takes two to three times as long as the C kernel.
+`native` is None if the library is not compiled, fails its self-test or is switched off (prep/compiled.py). Streams of
+crops on a CPU then use DALI, whose operator crop_mirror_normalize takes two to three times as long as the C kernel.
 
 The libjpeg-turbo in Pillow's wheels decodes JPEG files. kernels.c calls the functions of this library directly. With
 simplejpeg, a thread would need Python's GIL before and after each image, and would decode complete images.
 `NativeKernels.jpeg` is None if libjpeg-turbo is not found, or if it fails the self-test `_decodes_correctly`. Streams
-of JPEG records on a CPU then also use DALI.
+of crops of JPEG records on a CPU then also use DALI.
 """
 
 from __future__ import annotations

@@ -43,8 +43,8 @@ class _Started(NamedTuple):
 class RawGpuEngine:
     """Computes the formula of pipeline.augment with a DeviceStream.
 
-    On a CPU without the C kernel, this engine also serves streams with resized regions. The threads then decode JPEG
-    records with simplejpeg, and resize with Pillow.
+    On a CPU whose C kernel cannot read the records, this engine also serves streams with resized regions or effects.
+    The threads then decode JPEG records with simplejpeg, and resize with Pillow.
     """
 
     uses_dali = False
@@ -138,7 +138,7 @@ def _copy_squares(
 
     `corner` is (N, 2): row and column of the square in its record. If `extent` (N, 2) is given, it is the height and
     width of a region, which is resized to the square. A future returns the index of a record that cannot be decoded, or
-    None if all records can be decoded. With the C kernel, all records are raw.
+    None if all records can be decoded. The C kernel copies only raw records.
     """
     if kernels.native is not None and records.is_raw:
         job = BatchJob.of_squares(

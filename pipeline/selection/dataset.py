@@ -33,7 +33,7 @@ class RecordDataset(Dataset[StoredRecord]):
 
     The data set can be pickled, and can be used in forked and spawned processes and in several threads. The checksum of
     each record is verified. The files of the store are opened when they are first used. `close`, a `with` statement or
-    the end of the data set closes the files.
+    the deletion of the data set closes the files.
     """
 
     def __init__(self, store: Store | str | Path, split: str = "train") -> None:

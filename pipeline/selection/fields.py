@@ -50,9 +50,9 @@ class FieldBatch(TypedDict, total=False):
     draws: dict[str, Tensor]
     """The random numbers of the images, from pipeline.sampling.Draws: `offset` int32 (N, 2), row and column of the crop
     in the central square; `flip` int32 (N,), 1 if the image is mirrored; `normal` float64 (N, 3), the standard normal
-    numbers of the colour noise; `regions` float64 (N, 11, 2), for resized regions alone, from draw_regions; `effects`
-    float64 (N, 32), for effects alone, from draw_effects. For several views, the shapes begin with (N, views). Only
-    training loaders have random numbers."""
+    numbers of the colour noise; `regions` float64 (N, 11, 2), from draw_regions, only if regions are resized; `effects`
+    float64 (N, 32), from draw_effects, only if images can have effects. For several views, the shapes begin with
+    (N, views). Only training loaders have random numbers."""
 
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""Several stores as one stream: the stores and their shares of an epoch, and their records with common numbers."""
+"""Several stores as one stream: the stores, their shares of an epoch, and one numbering of all their records."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Stores = Sequence[tuple[str | Path, float]]
 
 @dataclass(frozen=True)
 class Mixture:
-    """Stores with the same settings and classes, and the share of each store in the records of an epoch."""
+    """Stores with the same side, format and classes, and the number of records that an epoch takes from each store."""
 
     stores: tuple[Store, ...]
     counts: tuple[int, ...]  # number of records that an epoch takes from each store
@@ -55,7 +55,7 @@ class Mixture:
         for (path, share), count in zip(pairs, counts, strict=True):
             if not count:
                 raise WrongArgument(
-                    f"share {share} of store {path}: an epoch of {records:,} records takes no record of it."
+                    f"share {share} of store {path}: an epoch of {records:,} records takes no record of this store."
                 )
         return Mixture(opened, tuple(counts))
 
@@ -144,8 +144,8 @@ def open_stores(
 ) -> tuple[Store, Mixture | None]:
     """Return the store whose settings and colour statistics a loader uses, and the mixture if there is one.
 
-    Raises WrongArgument unless exactly one of `store` and `stores` is given, and if an argument of `others`, which a
-    mixture does not allow, is not None. Also raises the errors of Mixture.open.
+    Raises WrongArgument unless exactly one of `store` and `stores` is given. With `stores`, all arguments in `others`
+    must be None; otherwise WrongArgument is raised. Also raises the errors of Mixture.open.
     """
     if stores is None:
         if store is None:

@@ -1,4 +1,4 @@
-"""Subset of a split, and the weights of its records: class names, record numbers or a mask; one weight per record."""
+"""Subset of a split (class names, record numbers or a mask), and one weight for each record."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def subset_numbers(store: Store, split: str, subset: Subset | None) -> Integers 
     - record numbers, integers (n,) in any order, each number at most once
     - a mask, bool (records,): True for each record of the subset
 
-    Raises WrongArgument for an unknown class, a wrong number, a mask of another length, and an empty subset. Raises
+    Raises WrongArgument for an unknown class, a wrong number, a mask of the wrong length, and an empty subset. Raises
     StoreError if the labels are needed and a record is damaged.
     """
     if subset is None:
@@ -65,7 +65,7 @@ def record_weights(store: Store, split: str, numbers: Integers | None, weights: 
     `numbers` are the numbers of the subset, from subset_numbers. `weights` has one weight for each record of the split.
     "balanced" means 1 / (number of the subset's records of the same class), so that each class is drawn equally often.
 
-    Raises WrongArgument for another number of weights, for a weight that is negative or not finite, and if all weights
+    Raises WrongArgument for a wrong number of weights, for a weight that is negative or not finite, and if all weights
     of the subset are 0.
     """
     if weights is None:
@@ -110,7 +110,7 @@ def record_labels(store: Store, split: str) -> Integers:
 
 
 def digest_of(values: npt.NDArray[Any]) -> str:
-    """Return the first 128 bits of the SHA-256 (hex) of an array's values, as little-endian bytes of its type."""
+    """Return the first 128 bits of the SHA-256 of an array's bytes, in little-endian order, as hex digits."""
     return hashlib.sha256(values.astype(values.dtype.newbyteorder("<")).tobytes()).hexdigest()[:32]
 
 
@@ -132,6 +132,6 @@ def _checked(numbers: npt.NDArray[Any], split: str, records: int) -> npt.NDArray
     twice = numbers[:-1][numbers[1:] == numbers[:-1]]
     if len(twice):
         raise WrongArgument(
-            f"subset: record {twice[0]} is given twice. The argument weights of train_loader repeats records."
+            f"subset: record {twice[0]} is given twice. To repeat records, use weights of train_loader."
         )
     return numbers

@@ -90,7 +90,8 @@ def check_cores(ray: ModuleType, config: ServiceConfig, address: str) -> None:
 def await_workers(ray: ModuleType, config: ServiceConfig, address: str) -> dict[str, Any]:
     """Wait up to READY_S until `min_workers` workers are ready. Returns the state of the service.
 
-    Raises ServiceError if no node of the cluster can serve the store. The error names each node and the reason.
+    Raises ServiceError if no node of the cluster can serve the store. The error names each node and the reason. Also
+    raises ServiceError if no worker is ready after FAULT_S and the last start of a worker failed.
     """
     begun_s = time.monotonic()
     while True:

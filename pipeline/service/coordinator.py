@@ -196,7 +196,7 @@ class Coordinator:
     def _block(self, stream: StreamKey, fetch: Fetch) -> _Block:
         """Return the block of a request.
 
-        If no consumer has requested the block before, the block is put into the queue.
+        A block that is new, or whose pixels were lost, is put into the queue.
         """
         key = stream, fetch.position, fetch.digest
         block = self._blocks.get(key)

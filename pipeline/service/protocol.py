@@ -33,7 +33,7 @@ class ServiceConfig:
     fingerprints: Mapping[str, str]  # name of a split -> fingerprint
     min_workers: int = 1  # number of workers that always run
     max_workers: int = 1  # largest number of workers
-    threads: int = 1  # number of decoding threads in each worker; Ray reserves the same number of cores for a worker
+    threads: int = 1  # number of decoding threads in each worker; Ray reserves one core for each thread
     ahead: int = 16  # number of steps by which the fastest consumer of a stream may be ahead of the slowest
     # The first batch of a stream is made when this number of consumers have connected, or after patience_s.
     consumers: int = 1
@@ -66,8 +66,7 @@ class StreamKey(NamedTuple):
     batch_size: int  # number of windows of a batch
     shard: int
     world_size: int
-    # Part of an image that is used: "random", "centre" or "square". For other settings of the windows of a training
-    # stream, all these settings (pipeline.loader).
+    # For evaluation: "centre" or "square", the part of an image that is used. For training: Augmentation.window_text.
     window: str
     shared_by: int  # Augmentation.shared_by; 0 for evaluation
     records: str = ""  # digests of the subset and of the weights; empty if the stream has neither
@@ -87,8 +86,8 @@ class Call(NamedTuple):
 def block_steps(batch_size: int, ahead: int, max_workers: int) -> int:
     """Return the number of consecutive batches in a block. With each call, a loader requests one block.
 
-    A block has at most 512 images, but at least one batch. If `ahead` is at least 2 · `max_workers`, `ahead` batches
-    make at least two blocks for each worker. With two blocks for each worker, all workers have work.
+    A block has at most 512 images, but at least one batch. If `ahead` is at least 2 · `max_workers`, the next `ahead`
+    batches are at least two blocks for each worker, so all workers have work.
     """
     return max(1, min(_BLOCK_IMAGES // batch_size, ahead // (2 * max_workers)))
 

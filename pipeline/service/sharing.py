@@ -83,7 +83,7 @@ class Sharing:
     def may_have(self, consumer: str, position: int, now_s: float) -> bool:
         """Return whether a consumer may receive the batch at a position now.
 
-        If False is returned, the consumer must wait for slower consumers.
+        If False is returned, the consumer must wait for slower consumers, or for consumers that have not connected yet.
         """
         known = self.consumers[consumer]
         group = [other for other in self._group(known.stream) if other is not known]

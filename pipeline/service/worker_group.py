@@ -70,7 +70,8 @@ class WorkerGroup:
         wanted = max(least, min(most, -(-load // CONCURRENCY)))
         self.bad_nodes = {node: bad for node, bad in self.bad_nodes.items() if now - bad[2] < _BAD_NODE_S}
         for actor, (task, excluded) in list(self.starting.items()):
-            # A node that the worker must avoid can be used again. Start the worker anew, so that Ray may choose it.
+            # A node that the worker must avoid can be used again. Start the worker anew, so that Ray may choose this
+            # node.
             if excluded - self.bad_nodes.keys():
                 self._cancel_start(actor, task)
         for _ in range(wanted - len(self.ready) - len(self.starting)):

@@ -21,8 +21,8 @@ Levels = tuple[float, float, float]  # grey levels of R, G and B, 0..255
 # Mean and standard deviation of ImageNet's pixels in [0, 1]: IMAGENET_DEFAULT_MEAN and IMAGENET_DEFAULT_STD of timm
 # (timm/data/constants.py), and the values in torchvision's references/classification/presets.py.
 IMAGENET = ChannelStats((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), 1.0)
-# Settings that every state of a stream contains. Other settings are in a state only if they differ from their default,
-# so states of versions without these settings stay valid.
+# Settings that every state of a stream contains. A state contains another setting only if its value differs from the
+# default. A state that was saved before this setting existed therefore stays valid.
 _ALWAYS_IN_STATES = ("mean", "colour", "strength", "divisor", "shared_by")
 
 
@@ -97,7 +97,7 @@ class Augmentation(EffectSettings):
         }
 
     def window_text(self, views: int) -> str:
-        """Return the settings of the windows for StreamKey.window. "random" is a crop of CROP_PX, with one view."""
+        """Return the settings of the windows for StreamKey.window. "random" means one random crop of CROP_PX."""
         if (self.window, self.size_px, views) == ("random", CROP_PX, 1):
             return "random"
         region = f" scale {self.scale} ratio {self.ratio}" if self.window == "resized" else ""

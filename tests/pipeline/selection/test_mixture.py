@@ -79,7 +79,7 @@ def test_shares_are_rounded_to_records_of_an_epoch(
 ) -> None:
     """The largest remainder is rounded up: 17 · (2/3, 1/3) is (11.33, 5.67)."""
     if counts is None:
-        with pytest.raises(WrongArgument, match=r"share 1 of store .*: an epoch of 17 records takes no record of it"):
+        with pytest.raises(WrongArgument, match=r"share 1 of store .*: an epoch of 17 records takes no record of"):
             Mixture.open(pairs(two, *shares), "train")
     else:
         assert Mixture.open(pairs(two, *shares), "train").counts == counts
