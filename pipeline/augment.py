@@ -111,12 +111,12 @@ class Crops(NamedTuple):
 
     origin: npt.NDArray[np.int32]  # (N, 2): row and column at which the central square begins; 0 for resized regions
     # (N, V, 2): row and column of the crop in the square, 0..side_px − size_px; 0 if the crop is the complete square;
-    # row and column of a resized region in its record
+    # for a resized region: its row and column in the record
     offset: npt.NDArray[np.int32]
     flip: npt.NDArray[np.int32]  # (N, V): 0 or 1
     shift: npt.NDArray[np.float32]  # (N, 3): colour noise, minus the channel means if the mean is one value per channel
     extent: npt.NDArray[np.int32] | None = None  # (N, V, 2): height and width of the resized regions; None: no regions
-    effects: Effects | None = None  # of the N · V images; None: no effects
+    effects: Effects | None = None  # effects of the N · V images; None: no effects
 
 
 def eval_offsets(views: int | str, max_offset_px: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:

@@ -167,7 +167,7 @@ def eval_loader(
     The loader yields Batch(images, labels). Images are RGB in grey levels (0 to 255) minus the mean. The shape of the
     images is (N, 3, size_px, size_px) for one view and (N, 10, 3, size_px, size_px) for ten views; size_px is 224 by
     default. For views="square" the shape is (N, 3, side, side), where `side` is the side of the store's images in px.
-    Ten views of 224 px take 6 MB in float32, so choose a small batch_size for ten views. Labels are int64 (N,). The
+    The ten views of one record take 6 MB at 224 px in float32, so choose a small batch_size. Labels are int64 (N,). The
     last batch can be smaller.
     """
     return EvalLoader(

@@ -205,7 +205,7 @@ class Loader(Generic[AnyBatch]):
         return None if self._windows is None else self._windows.status
 
     def stop_waiting(self) -> None:
-        """Stop waiting for the service. Batches that have not arrived raise ServiceError.
+        """Stop waiting for the service. For a batch that has not arrived, the iteration raises ServiceError.
 
         Another thread may call this method. Without a service, this method does nothing.
         """
@@ -284,7 +284,7 @@ class Loader(Generic[AnyBatch]):
         self._windows = WindowSource(*source, self._window_request)
 
     def _window_request(self, position: int) -> WindowRequest | None:
-        """Return the windows that the batch at a position needs; None after the last batch."""
+        """Return the request for the windows of the batch at a position; None after the last batch."""
         raise NotImplementedError
 
     def _start(self, jobs: Iterator[Job], position: int) -> None:

@@ -211,7 +211,7 @@ class Records:
 
         Bytes that cannot be read appear as zeros. Call check_maps after the payloads of a batch were used.
 
-        If a file was cut within a page, the rest of this page appears as zeros without a signal. Each call therefore
+        If a file was cut within a page, the rest of this page appears as zeros without a SIGBUS. Each call therefore
         also compares the present size of one file with the mapped size. To compare all files in each call would take
         too long, so each call takes the next file.
         """

@@ -49,21 +49,20 @@ _running_cluster_option = _cluster_option(
 
 @click.command("serve")
 @store_option
-@_name_option("default", "Name of the service. Training runs use the name as: alextrain run --service NAME.")
+@_name_option("default", "Name of the service. Training runs select the service with: alextrain run --service NAME.")
 @_cluster_option(
     "local",
     "local|auto|HOST:PORT",
-    "Ray cluster of the workers: a new cluster of this machine alone, which ends with this command (local), the "
-    "cluster that this machine belongs to (auto), or the cluster at this address.",
+    "Ray cluster of the workers. local: a new cluster of this machine alone, which ends with this command. auto: the "
+    "cluster that this machine belongs to. HOST:PORT: the cluster at this address.",
 )
 @click.option(
     "--workers",
     callback=_parse_workers,
     metavar="MIN:MAX",
     help="Smallest and largest number of workers, for example 2:32. A single number keeps the number of workers "
-    "fixed. With a "
-    "range, the number of workers follows the load.  [default: 1 to the number of workers for which the cluster "
-    "has cores]",
+    "fixed. With a range, the number of workers follows the load.  [default: 1 to the number of workers for which the "
+    "cluster has cores]",
 )
 @click.option(
     "--threads",

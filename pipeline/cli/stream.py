@@ -150,8 +150,9 @@ def inspect(
         )
     if quality.share_of_ideal < LEAST_SHARE:
         say(
-            f"Warning: batches have {quality.share_of_ideal:.2f} of a perfect shuffle's classes, below {LEAST_SHARE}. "
-            "The records may be in the order of their classes. Build the store with alexprep, which shuffles records."
+            f"Warning: a batch has {quality.share_of_ideal:.2f} times as many classes as with a perfect shuffle, "
+            f"expected at least {LEAST_SHARE}. The records may be in the order of their classes. Build the store with "
+            "alexprep, which shuffles records."
         )
 
 

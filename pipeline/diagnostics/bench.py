@@ -134,8 +134,9 @@ def result_json(result: BenchResult) -> dict[str, Any]:
 def limit_stages(rates: dict[str, list[float]]) -> None:
     """Limit the rate of each stage to the rate of the previous stage in the same round.
 
-    Each stage includes the previous stage, so it cannot be faster. The stages of a round are measured one after
-    another. If the machine becomes faster between two measurements, a stage can seem faster than the previous stage.
+    Each stage includes the previous stage, so no stage can be faster than the previous stage. The stages of a round are
+    measured one after another. If the machine becomes faster between two measurements, a stage can seem faster than the
+    previous stage.
     """
     for before, stage in pairwise(name for name in STAGES if name in rates):
         rates[stage] = [min(pair) for pair in zip(rates[before], rates[stage], strict=True)]

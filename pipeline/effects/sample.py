@@ -23,7 +23,7 @@ def sample_windows() -> npt.NDArray[np.uint8]:
 
 
 def sample_effects() -> Effects:
-    """Return effects of the four windows: each order of the jitter begins with another operation."""
+    """Return effects of the four windows. The jitter of each window begins with a different operation."""
     steps = np.zeros(4, STEPS_DTYPE)
     steps["order"], steps["factor"] = (np.arange(4)[:, None] + np.arange(4)) % 4, (5000, 6500, 2500, 10_000)
     steps["grey"], steps["radius"] = (0, 0, 1, 0), (0, 2, 2, 1)

@@ -172,7 +172,7 @@ class DaliEngine:
         return self._subtract_centre(image)
 
     def _ten_views(self) -> Node:
-        """Return the ten views (10, …) of each record. All records have the same positions in the central square."""
+        """Return the ten views (10, …) of each record, at the same positions in every central square."""
         square, views = self._image(self._augmenter.side_px), []
         offsets, flips = eval_offsets(self._views, self._max_offset_px)
         for (y, x), flip in zip(offsets.tolist(), flips.tolist(), strict=True):

@@ -1,12 +1,12 @@
-"""Work of the loader on its device, in order: one interface for a CUDA stream and for a CPU.
+"""One interface for the loader's work on a CUDA stream and on a CPU. The work is done in order.
 
 On a GPU, the loader queues copies and kernels on its own CUDA stream (a side stream). The copies and kernels of the
 side stream run while the consumer's kernels run. Two rules keep the results correct:
 
 - The user of a result first waits for an event that was recorded after the work. With `Event.wait`, a thread of the
   host waits. With `Event.order`, all kernels that the consumer queues later wait on the GPU.
-- `Event.order` also tells torch that the consumer's stream uses the memory of the tensors. Without `Event.order`, torch
-  could give the memory to the loader's next batch while the consumer's kernels still read it.
+- The consumer passes its tensors to `Event.order`, which tells torch that the consumer's stream uses their memory.
+  Otherwise, torch could give the memory to the loader's next batch while the consumer's kernels still read it.
 
 On a CPU, InOrderStream does all work immediately. The stream in tests/pipeline/engines/deferred_stream.py, which tests
 use on a CPU, does work only when the code waits for an event that was recorded after the work. If the code lacks a

@@ -61,7 +61,7 @@ class CropFinisher:
     def make_images(self, squares: Tensor, crops: Crops, stream: DeviceStream) -> Tensor:
         """Queue the computation of the images from `squares`, which the effects change, and return the images.
 
-        The order of the work is jitter, grey, blur (pipeline.effects.batch), `finish`, erase.
+        Jitter, grey and blur come first (pipeline.effects.batch), then `finish`, then erase.
         """
         if crops.effects is not None:
             steps = effect_steps(crops.effects, stream.upload)

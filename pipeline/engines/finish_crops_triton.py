@@ -1,4 +1,4 @@
-"""Triton kernel that finishes raw crops on a GPU; finish_crops.py launches it."""
+"""Triton kernel that flips and normalizes crops on a GPU; finish_crops.py launches it."""
 
 # mypy: disable-error-code="no-untyped-def"
 # Triton compiles the type annotations along with the functions, and accepts only its own types.
@@ -27,7 +27,7 @@ def finish_elements(
     y = tl.load(window) + row
     x = tl.load(window + 1) + tl.where(tl.load(window + 2) != 0, mirrored, column)
     pixel = squares + record * (SQUARE * SQUARE * 3) + (y * SQUARE + x) * 3 + channel
-    # The product is the last operation, so the compiler cannot fuse it with an addition: kernels.c gives the same bits.
+    # The product is the last operation, so the compiler cannot fuse it with an addition. kernels.c gives the same bits.
     value = tl.load(pixel, mask=inside, other=0).to(tl.float32)
     value += tl.load(shift + record * 3 + channel, mask=inside, other=0.0)
     if MEAN_SIDE != 0:

@@ -316,7 +316,7 @@ def find_libjpeg() -> JpegLibrary | None:
 
 
 def _decodes_correctly(kernel: NativeKernels, jpeg: JpegLibrary) -> bool:
-    """Return True if the kernel decodes parts of a small image as simplejpeg does, and finds a damaged file."""
+    """Return True if the kernel decodes parts of a small image as simplejpeg does, and reports damaged files."""
     rng, side = np.random.default_rng(1), 33
     smooth = rng.integers(0, 256, (12, 14, 3)).repeat(8, 0).repeat(8, 1)[:91, :109]
     content = encode_jpeg(np.clip(smooth + rng.integers(-9, 10, smooth.shape), 0, 255).astype(np.uint8), 90)

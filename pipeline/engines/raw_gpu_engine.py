@@ -3,7 +3,7 @@
 For one crop of each record, the threads copy or resize only this crop. For ten views, the threads copy the complete
 central square. A side stream (device_stream.py) copies the pixels to the GPU and computes the images from them
 (finish_crops.py), while the consumer's kernels run. Blocks of pinned memory are reused, because allocating pinned
-memory takes longer than a batch.
+memory takes longer than making a batch.
 """
 
 from __future__ import annotations

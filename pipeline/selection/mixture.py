@@ -74,7 +74,7 @@ class Mixture:
 
 
 class MixedRecords:
-    """The records of a split in several stores. The numbers of a store follow the numbers of the store before it.
+    """The records of a split in several stores, numbered one store after another.
 
     The methods are those of Records.
     """
@@ -166,7 +166,9 @@ def compare_stores(first: Store, other: Store) -> None:
         values = getattr(first.settings, name), getattr(other.settings, name)
         if values[0] != values[1]:
             ours, theirs = (text.format(value) for value in values)
-            raise WrongArgument(f"stores: {first.root} has {ours}, {other.root} has {theirs}. Mix stores of one kind.")
+            raise WrongArgument(
+                f"stores: {first.root} has {ours}, {other.root} has {theirs}. All stores need the same side and format."
+            )
     for label in range(max(len(first.classes), len(other.classes))):
         ours, theirs = (
             repr(store.classes[label]) if label < len(store.classes) else "missing" for store in (first, other)

@@ -46,8 +46,8 @@ class ServiceConfig:
         """Raises UserError for a value outside of its allowed range."""
         if not 0 <= self.min_workers <= self.max_workers or self.max_workers < 1:
             raise UserError(
-                f"workers {self.min_workers}:{self.max_workers}: expected MIN:MAX with MIN at least 0 and MAX at least "
-                "1 and at least MIN."
+                f"workers {self.min_workers}:{self.max_workers}: expected MIN:MAX with MIN of 0 to MAX, and MAX of at "
+                "least 1."
             )
         if self.threads < 1 or not 1 <= self.ahead <= MAX_AHEAD or self.consumers < 1:
             raise UserError(

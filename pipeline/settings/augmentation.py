@@ -40,12 +40,12 @@ class Augmentation(EffectSettings):
     divisor: float = 1.0  # every finished image is divided by this number; 1 + strength in the authors' code
     shared_by: int = 1  # number of consecutive images that share window and flip; 32 in the authors' code (crop_chunk)
     eval_divisor: float | None = None  # divisor of evaluation images; None: same as `divisor`; 1 in the authors' code
-    size_px: int = CROP_PX  # side of the images: MIN_SIZE_PX to the side of the store
+    size_px: int = CROP_PX  # side of the images: MIN_SIZE_PX to the side of the store's images
     # Part of a record that becomes a training image. "random": a random crop of size_px from the central square.
     # "centre": the centre crop. "resized": a random region of the record, resized to size_px, as torchvision's
     # RandomResizedCrop.
     window: str = "random"
-    # Smallest and largest share of the record's area in a resized region, more than 0 and at most 1.
+    # Smallest and largest area of a resized region, as a share of the record's area: more than 0 and at most 1.
     scale: tuple[float, float] = (0.08, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)  # smallest and largest width / height of a resized region
     flip: float = 0.5  # probability with which a training image is mirrored left to right
