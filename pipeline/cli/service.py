@@ -98,7 +98,7 @@ def serve(
     consumers: int,
     as_json: bool,
 ) -> None:
-    """Start a service: workers on the nodes of a Ray cluster decode and crop images for training runs.
+    """Start a service in a Ray cluster. Its workers decode and crop images for training runs.
 
     With --cluster local, the command runs until Ctrl-C or SIGTERM, then stops the service and exits with code 0. With
     --cluster auto or HOST:PORT, the command returns when the workers are ready, and the service runs until `alexstream

@@ -159,14 +159,12 @@ def test_stores_that_differ_are_refused_with_the_first_difference(two: list[Path
         (replace(first, classes=("a",)), r"class 1 is 'b' in .*, and missing in"),
         (
             replace(first, settings=replace(settings, side_px=288)),
-            r"has a side of 256 px, .* has a side of 288 px\. Mix",
+            r"has a side of 256 px, .* has a side of 288 px\. All",
         ),
     ):
         with pytest.raises(WrongArgument, match=message):
             compare_stores(first, other)
-    with pytest.raises(
-        WrongArgument, match=r"has records of format ppm, .* has records of format jpeg\. Mix stores of"
-    ):
+    with pytest.raises(WrongArgument, match=r"has records of format ppm, .* has records of format jpeg\. All stores"):
         train_loader(stores=pairs([two[0], store], 1, 1), batch_size=1)
 
 

@@ -213,7 +213,7 @@ def test_class_names_and_balanced_weights_need_the_records(store: Path, tmp_path
         ({"subset": "cat"}, r"has no class 'cat'\. loader\.classes has the names"),
         ({"subset": [0, 30]}, r"record 30, split train has the records 0 to 29"),
         ({"subset": [-1, 3]}, r"record -1, split train has the records 0 to 29"),
-        ({"subset": [4, 5, 4]}, r"record 4 is given twice\. The argument weights"),
+        ({"subset": [4, 5, 4]}, r"record 4 is given twice\. To repeat records"),
         ({"subset": [True] * 29}, r"mask of 29 bools, split train has 30 records"),
         ({"subset": [False] * 30}, "subset selects no record of split train"),
         ({"subset": []}, "subset selects no record of split train"),
