@@ -48,7 +48,7 @@ def test_a_run_trains_on_while_the_disk_is_full_and_has_the_same_result(
     monkeypatch.setattr(MetricsLog, "train", fill_disk)
     fit(Run.open(small_config(stores["jpeg"], run_dir)))
     messages = capsys.readouterr().err
-    assert messages.count("Warning: ") == 2 and "failure 2 of 3" in messages
+    assert messages.count("Warning: ") == 2 and "failure 2 in a row; training stops at failure 3" in messages
     assert_same_result(run_dir, uninterrupted_run)
 
 
