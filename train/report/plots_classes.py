@@ -75,7 +75,7 @@ def draw_class_errors(figure: Any, confusion: Confusion, names: Sequence[str]) -
         bars.text(x, errors[k], f"{images[k] - confusion.counts[k, k]}", ha="center", va="bottom", fontsize=8)
     bars.axhline(overall, color=ORANGE, lw=1, label=f"all: {overall:.1f} %")
     _set_class_ticks(bars.set_xticks, named, names, rotation=60, ha="right")
-    bars.set(ylabel="top-1 error, %\nnumbers: images with errors")
+    bars.set(ylabel="top-1 error, %\nabove a bar: images with errors")
     bars.legend()
 
 
