@@ -125,7 +125,7 @@ class StartOutput:
 
     def __init__(self) -> None:
         self._kept = os.memfd_create("start")
-        self._stderr = -1  # in the started process: the standard error of its parent
+        self._stderr = -1  # in the started process: descriptor of the standard error of the parent
 
     @contextmanager
     def keep(self) -> Iterator[None]:

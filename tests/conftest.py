@@ -157,7 +157,7 @@ def stores(photo_folder: Path, store: Path, build: Build) -> dict[str, Path]:
 
 @pytest.fixture(scope="session")
 def numbered_store(tmp_path_factory: pytest.TempPathFactory, build: Build) -> Path:
-    """A store of 37 training and 23 validation images. In each split the images have the labels 0, 1, 2 and so on."""
+    """A store of 37 training and 23 validation images. In each split, every image has its own label: 0, 1, 2, …"""
     source = tmp_path_factory.mktemp("numbered")
     rng = np.random.default_rng(0)
     for split, n in (("train", TRAIN_RECORDS), ("val", VAL_RECORDS)):

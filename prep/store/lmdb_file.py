@@ -1,9 +1,9 @@
 """Reads LMDB data files (data.mdb) page by page. Every number of the file is checked before it is used.
 
 The lmdb library trusts its files: a damaged page makes the library read outside of its memory map, which can end the
-process. This module reads files of LMDB 0.9 (MDB_DATA_VERSION 1) of little-endian machines, as alexprep and Caffe write
-them: one database with unique keys. kernels.py describes the pages. A header page has these numbers, each after its
-offset in bytes:
+process. This module reads files that LMDB 0.9 (MDB_DATA_VERSION 1) wrote on little-endian machines. A file must have
+one database with unique keys, as alexprep and Caffe write it. kernels.py describes the pages. A header page has these
+numbers, each after its offset in bytes:
 
     16 magic number   20 version   40 page size   92 flags of the main database   120 number of records
     128 number of the root page of the tree   136 number of the last page   144 number of the transaction

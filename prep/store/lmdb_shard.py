@@ -102,7 +102,7 @@ class ShardReader:
         self._map: GuardedMap | None = None
         self._inode = (0, 0)  # device and inode of the mapped file
         self._file: LmdbFile | None = None
-        # The keys as numbers, if the keys are not consecutive numbers.
+        # The keys as numbers and as bytes. Both stay None if the keys are consecutive numbers.
         self._numbers: npt.NDArray[np.int64] | None = None
         self._keys: list[bytes] | None = None
         try:

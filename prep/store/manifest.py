@@ -227,7 +227,7 @@ class Store:
         return mean
 
     def check_file(self, split: str, name: str) -> Path:
-        """Compare the digest of a file of a split, one of split_files, with the manifest. Returns the path of the file.
+        """Compare the digest of the file `name` of a split (see split_files) with the manifest. Returns the path.
 
         Raises StoreError if the digests differ, and OSError if the file cannot be read.
         """

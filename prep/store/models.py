@@ -79,7 +79,7 @@ class Settings:
 
     @staticmethod
     def with_older(data: object) -> object:
-        """Return the JSON object of settings with the fields that older versions did not write."""
+        """Return the JSON object `data` of settings, with values for the fields that older versions did not write."""
         return {**_OLDER_SETTINGS, **data} if isinstance(data, dict) else data
 
     def size_fault(self, height: int, width: int) -> str:

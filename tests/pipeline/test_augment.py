@@ -232,8 +232,8 @@ def test_nhwc_is_nchw_transposed(stores: dict[str, Path], loader: str, mean: str
 def test_half_precision_is_float32_rounded(stores: dict[str, Path], loader: str, layout: str, mean: str) -> None:
     """bfloat16 pixels are equal to the float32 pixels after torch has rounded them to bfloat16.
 
-    float16 pixels may differ from the float32 pixels that NumPy has rounded to float16, by at most the distance to the
-    next float16 number.
+    float16 pixels differ from NumPy's rounding of the float32 pixels by at most the distance to the next float16
+    number.
     """
     options = {"augmentation": Augmentation(mean=mean, divisor=1.1), "layout": layout}
     whole = batches(stores["jpeg"], loader, **options)

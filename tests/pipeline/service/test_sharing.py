@@ -1,4 +1,4 @@
-"""Tests of the rules by which consumers wait for each other, with a simulated clock, and of random histories.
+"""Tests of the rules by which consumers wait for each other: single cases and random histories, on a simulated clock.
 
 A random history consists of consumers of different speeds and a model of the coordinator. The model keeps the batches
 that Sharing.is_needed names, and counts how often each batch is made.
