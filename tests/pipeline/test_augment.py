@@ -230,7 +230,7 @@ def test_nhwc_is_nchw_transposed(stores: dict[str, Path], loader: str, mean: str
 @pytest.mark.parametrize(("mean", "layout"), [("channel", "NCHW"), ("aligned", "NHWC")])
 @pytest.mark.parametrize("loader", LOADERS)
 def test_half_precision_is_float32_rounded(stores: dict[str, Path], loader: str, layout: str, mean: str) -> None:
-    """bfloat16 pixels are equal to the float32 pixels after torch has rounded them to bfloat16.
+    """bfloat16 pixels equal torch's rounding of the float32 pixels.
 
     float16 pixels differ from NumPy's rounding of the float32 pixels by at most the distance to the next float16
     number.

@@ -28,7 +28,7 @@ SIGNAL_POINTS = ("CALL", "RESUME", "JUMP_BACKWARD")
 
 
 class LocalClient:
-    """A replacement of ServiceClient that makes the windows in this process, without a cluster."""
+    """A replacement for ServiceClient that makes the windows (decoded crops) in this process, without a cluster."""
 
     read_ahead, block_steps = 4, 2
     store: Path

@@ -1,4 +1,4 @@
-"""Fields of batches: their values, their types, fields of ranks, and names that are refused."""
+"""Fields of batches: their values, their types, the fields of each rank, and names that are refused."""
 
 from __future__ import annotations
 

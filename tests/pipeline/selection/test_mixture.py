@@ -77,7 +77,7 @@ def test_two_stores_of_the_same_size_have_different_orders() -> None:
 def test_shares_are_rounded_to_records_of_an_epoch(
     two: list[Path], shares: Any, counts: tuple[int, ...] | None
 ) -> None:
-    """The largest remainder is rounded up: 17 · (2/3, 1/3) is (11.33, 5.67)."""
+    """The largest remainder is rounded up: 17 · (2/3, 1/3) is (11.33, 5.67), which gives (11, 6)."""
     if counts is None:
         with pytest.raises(WrongArgument, match=r"share 1 of store .*: an epoch of 17 records takes no record of"):
             Mixture.open(pairs(two, *shares), "train")

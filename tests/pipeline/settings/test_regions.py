@@ -38,7 +38,7 @@ def fallback(height: int, width: int, ratio: tuple[float, float]) -> tuple[int, 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_regions_have_the_distribution_of_torchvision(size: tuple[int, int]) -> None:
-    """Kolmogorov-Smirnov tests of two samples, for share of the area, aspect ratio and position. The level is 0.1 %."""
+    """Two-sample Kolmogorov-Smirnov tests of area, aspect ratio and position. The significance level is 0.1 %."""
     count, rng = 10_000, random.Random(1)
     theirs = np.array([get_params(*size, SCALE, RATIO, rng) for _ in range(count)], float)
     numbers = np.concatenate([draw_regions(2, 0, step, 1000, SCALE, RATIO) for step in range(count // 1000)])
@@ -58,7 +58,7 @@ def test_regions_have_the_distribution_of_torchvision(size: tuple[int, int]) -> 
 
 
 def test_a_region_is_the_first_try_that_fits_or_the_central_rectangle() -> None:
-    """Each region is computed again in Python from the same numbers. Small and long records make tries fail."""
+    """Each region is computed again in Python from the same numbers. With small and long records, some tries fail."""
     sizes = [(256, 256), (32, 33), (32, 200), (400, 32), (35, 64)] * 60
     numbers = draw_regions(0, 3, 1, len(sizes), (0.3, 1.0), (0.5, 2.5))
     boxes = choose_regions(numbers, np.array(sizes, np.int32), (0.5, 2.5))
