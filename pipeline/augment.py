@@ -45,7 +45,7 @@ computed from M, the mean of the central squares of the training split:
 
     channel     the mean of M over all pixels: one value for each channel
     image       M[m + i, m + j, c] with m = (side_px − size_px) // 2: the centre crop of M, which is the same for every
-                window and is never mirrored, as in convdata_jpeg.py. If the crop is all of S, m = 0
+                window and is never mirrored, as in convdata_jpeg.py. With views="square", m = 0
     aligned     M[y + i, x + j', c]: the part of M at the position of the crop. If the crop is mirrored, this part is
                 mirrored too, as in Caffe's data_transformer.cpp. A resized region has no aligned part
     none        0

@@ -155,8 +155,8 @@ def eval_loader(
                   mirrored (section 4.1 of the paper). "square": the complete central square, for dense evaluation
     fields        names of the values to serve, as for train_loader, except "draws": evaluation draws no random numbers
     augmentation  only the settings `size_px`, `mean`, `std`, `divisor` and `eval_divisor` are used. Images are divided
-                  as in training, unless `eval_divisor` is a number. The mean is computed from the training split. If
-                  `window` is "resized", evaluation also uses crops of `size_px`
+                  as in training, unless `eval_divisor` is a number. The mean is computed from the training split. For
+                  every `window`, evaluation uses crops of `size_px`, without resizing
     shard         rank of this process. Each of `world_size` loaders serves one contiguous range of records, and the
                   loaders together serve every record
 

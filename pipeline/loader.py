@@ -285,7 +285,7 @@ def train_loader(
                   Labels stay indices into the classes of the store. Class names need the labels of all records, which
                   are read from the local store. None: all records
     weights       one weight for each record of the split, or "balanced": a weight of 1 / (number of records of
-                  the class). An epoch draws as many records as the subset has, with replacement
+                  its class). An epoch draws as many records as the subset has, with replacement
                   (pipeline.sampling.weighted_draws). None: an epoch serves each record at most once
     fields        names of the values to serve: "images", "labels", "keys" (source paths), "index" (record numbers) and
                   "draws" (random numbers of the images). Batches are then dicts (FieldBatch). None: Batch(images,

@@ -51,7 +51,7 @@ _loaders: weakref.WeakSet[Loader[Any]] = weakref.WeakSet()
 def _keep_loaders_of_parent() -> None:
     """In a forked child, keep the parent's loaders until the child ends.
 
-    A deletion of the loaders would wait for threads that do not exist in the child.
+    The deletion of a loader would wait for threads that do not exist in the child.
     """
     for loader in list(_loaders):
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(loader))

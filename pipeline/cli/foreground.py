@@ -1,4 +1,4 @@
-"""Runs a service in a Ray cluster of this machine alone, until the user interrupts the command."""
+"""Runs a service in a Ray cluster of this machine alone, until Ctrl-C, SIGTERM or `alexstream stop`."""
 
 from __future__ import annotations
 

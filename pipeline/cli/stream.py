@@ -143,7 +143,9 @@ def inspect(
         loaders = "" if world_size == 1 else f" × {world_size} loaders"
         print_line(f"{split}: {records:,} records of {len(opened.classes):,} classes")
         print_line(f"epoch: {steps:,} batches of {batch}{loaders}; {left_out:,} records left out")
-        print_line(f"shuffle: blocks of {BLOCK_RECORDS} records, then records within windows of {WINDOW_RECORDS:,}")
+        print_line(
+            f"shuffle: first blocks of {BLOCK_RECORDS} records, then records within each {WINDOW_RECORDS:,} records"
+        )
         print_line(
             f"distinct classes in a batch: {quality.distinct_classes:.1f} ({quality.share_of_ideal:.1%} of a perfect "
             f"shuffle's {quality.ideal_distinct_classes:.1f}), mean of {quality.batches:,} batches of epoch {epoch}"

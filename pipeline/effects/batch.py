@@ -6,9 +6,9 @@ The arithmetic uses 32-bit integers. Each step computes all images that need thi
 maximum. Otherwise, h is 2 + (b − r) / C if green is the maximum, and 4 + (r − g) / C if blue is. After a rotation by d
 sextants, a channel is M − C · max(0, min(k, 4 − k, 1)) with k = (h + d + n) mod 6 and n = 5, 3, 1 for R, G, B. This
 formula equals torchvision's adjust_hue (_rgb2hsv and _hsv2rgb in _functional_tensor.py). The code computes C · k, which
-is a multiple of 1/4096, and therefore does not divide by C. torchvision then multiplies by 255.999 / 255 and rounds
-down. Here the factor is 1 + 257 / 65536. The product with 257 / 65536 is rounded down to a multiple of 1/4096, and the
-sum is rounded down to a whole number.
+is a multiple of 1/4096, and therefore does not divide by C. torchvision multiplies the channel by 255.999 / 255 and
+rounds down. Here the factor is 1 + 257 / 65536. The product with 257 / 65536 is rounded down to a multiple of 1/4096,
+and the sum is rounded down to a whole number.
 
 **Blur.** A row pass and a column pass use the weights of pipeline.effects.parameters. Products and sums are multiples
 of 1/128. The last step rounds to nearest, as torchvision's gaussian_blur does. Pixels outside the image are reflected

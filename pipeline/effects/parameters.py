@@ -44,9 +44,8 @@ class Effects(NamedTuple):
     # factor of the hue is a rotation of 0..6 sextants. `grey` is 0 or 1. `radius` is the largest distance from the
     # middle with a blur weight above 0; 0: no blur.
     steps: npt.NDArray[np.void]
-    weights: (
-        Integers  # (N, R + 2): blur weights at the distances 0..R px, then 0; both sides together sum to WEIGHT_ONE
-    )
+    # (N, R + 2): blur weights at the distances 0..R px, then 0. All 2 · R + 1 weights of a blur sum to WEIGHT_ONE.
+    weights: Integers
     box: Integers  # (N, 4): row, column, height and width of the erased box in the finished image; 0: no box
 
     @property

@@ -3,8 +3,9 @@
 On a GPU, the loader queues copies and kernels on its own CUDA stream (a side stream). The copies and kernels of the
 side stream run while the consumer's kernels run. Two rules keep the results correct:
 
-- The user of a result first waits for an event that was recorded after the work. With `Event.wait`, a thread of the
-  host waits. With `Event.order`, all kernels that the consumer queues later wait on the GPU.
+- Before a result is used, its user waits for an event that was recorded after the work that computes the result. With
+  `Event.wait`, a thread of the host waits. With `Event.order`, all kernels that the consumer queues later wait on the
+  GPU.
 - The consumer passes its tensors to `Event.order`, which tells torch that the consumer's stream uses their memory.
   Otherwise, torch could give the memory to the loader's next batch while the consumer's kernels still read it.
 

@@ -40,8 +40,8 @@ from prep.version import package_version
 
 _POLL_S = 0.5  # interval at which a waiting call checks whether the loader was closed
 _ALIVE_S = 2.0  # interval at which the client tells the service that the consumer is still running
-# Longest time that one call of `ray.get` waits for an object. If a call reaches this limit, Ray restarts the object's
-# transfer from the other node.
+# Longest time that one call of `ray.get` waits for an object. If a call reaches this limit, Ray restarts the transfer
+# of an object from another node.
 _GET_S = 4.0
 _TRANSFER_S = 12.0  # if the pixels of a block do not arrive within this time, the client requests the block again
 # A service that gives no answer for this time counts as lost. Ray needs up to 30 s to detect that a node has died, and

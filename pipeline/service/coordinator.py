@@ -87,7 +87,7 @@ class Coordinator:
         self._made = 0  # number of images made since the start
         self._retried = 0  # number of batches made again since the start
         self._started_s = time.time()
-        # Last time at which a worker was ready, no block was waiting for a worker, or no start of a worker had failed.
+        # Last time at which a worker was ready, the queue was empty, or no start of a worker had failed.
         self._worked_s = time.monotonic()
         self._group: WorkerGroup | None = None
         self._tasks: set[asyncio.Task[None]] = set()

@@ -79,7 +79,7 @@ class Call(NamedTuple):
     stream: StreamKey
     first_needed: int  # lowest position whose batch the consumer has not received yet
     waited_s: float  # time for which the training loop waited for batches since the consumer's previous call
-    # Number of the call, counted by the consumer. Calls can arrive in another order than they were sent.
+    # Number of the call, counted by the consumer. Calls can arrive out of order.
     number: int = 0
 
 

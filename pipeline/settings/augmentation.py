@@ -59,9 +59,9 @@ class Augmentation(EffectSettings):
         resnet   RandomResizedCrop(224) with scale 0.08..1 and ratio 3/4..4/3, flip with probability one half, and
                  ImageNet's mean and standard deviation: references/classification/presets.py of torchvision and
                  timm's transforms_imagenet_train, both without colour jitter
-        simclr   the same windows and flip, jitter of strength 1 for 80 % of the images, 20 % grey images, 50 % blurred
-                 images, and pixels in [0, 1]: SimCLR, appendix A, and google-research/simclr, tf2/data_util.py, which
-                 resizes by a bicubic filter
+        simclr   the windows and flip of resnet, jitter of strength 1 for 80 % of the images, 20 % grey images, 50 %
+                 blurred images, and pixels in [0, 1]: SimCLR, appendix A, and google-research/simclr,
+                 tf2/data_util.py, which resizes by a bicubic filter
         """
         check_choice("preset", name, PRESETS)
         if name == "alexnet":
