@@ -74,7 +74,7 @@ def test_inspect_warns_if_records_are_in_the_order_of_their_classes(
     quality = measure_shuffle_quality(store, "train", 32, 0, 0, 100, Progress(10, "batches"))
     assert quality.distinct_classes == 4
     assert quality.share_of_ideal == pytest.approx(4 / ideal_distinct(np.full(40, 8), 32))
-    assert "classes, below 0.95" in inspect(many_classes, "--batch", "32")[1]
+    assert "perfect shuffle, expected at least 0.95" in inspect(many_classes, "--batch", "32")[1]
 
 
 def test_inspect_refuses_a_batch_larger_than_the_split(many_classes: Path) -> None:
