@@ -1,6 +1,7 @@
-"""The connection of a rank to the other ranks of its group: gloo's exchanges of host memory.
+"""The connection of a rank to the other ranks of its group.
 
-gloo sends over TCP. GPUs have a second connection for gradients (train/replicas/gradients.py).
+Arrays in host memory are exchanged through gloo, which sends over TCP. GPUs have a second connection for gradients
+(train/replicas/gradients.py).
 """
 
 from __future__ import annotations

@@ -119,7 +119,7 @@ def saved_store_path(description: Mapping[str, Any]) -> Path:
 
 
 def missing_store_text(run_dir: Path, store: Path) -> str:
-    """Return an error with the last known path of the training store of a run, and with advice."""
+    """Return the text of the error for a missing training store: its last known path, and what to do."""
     return f"{run_dir}: its training store {store} was moved, removed or rebuilt. Name a store with --store."
 
 

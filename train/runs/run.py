@@ -77,7 +77,7 @@ class Run:
     def training_facts(self) -> dict[str, Any]:
         """Return architecture, recipe with its sources, classes and software versions, as JSON values.
 
-        Both run.json and every checkpoint contain these values. A checkpoint is therefore usable without run.json, and
+        Both run.json and every checkpoint contain these values. A checkpoint is therefore usable without run.json, even
         after the recipes in the program have changed.
         """
         facts: dict[str, Any] = as_json(

@@ -136,7 +136,7 @@ def _devices(gpus: str | None, columns: int, saved: RunConfig | None, group: Rep
 
 
 def changed_settings(before: RunConfig, run: Run, theirs: Mapping[str, Any]) -> list[Difference]:
-    """Return the settings in which `run` differs from the configuration `before` with the identity `theirs`."""
+    """Return the settings in which `run` differs from an earlier run: its configuration `before`, identity `theirs`."""
     changed = differences(theirs, run.identity)
     pairs = ((name, getattr(before, name), getattr(run.config, name)) for name in _SHOWN)
     return changed + [Difference(name, there, here) for name, there, here in pairs if there != here]

@@ -11,8 +11,8 @@ from prep.console import UserError
 from train.config.run_config import RunConfig
 from train.runs import checkpoint
 
-# An out-of-memory error that is a plain RuntimeError is recognized by a part of its message. The first
-# part comes from torch's CPU allocator, the second from the CUDA driver and from DALI, and the third from cuBLAS.
+# An out-of-memory error that is a plain RuntimeError is recognized by one of these texts in its message. The first text
+# comes from torch's CPU allocator, the second from the CUDA driver and from DALI, and the third from cuBLAS.
 _MESSAGES = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 

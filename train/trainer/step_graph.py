@@ -47,7 +47,7 @@ class CudaGraph:
         self._graph: torch.cuda.CUDAGraph | None = None
 
     def run_unrecorded(self, work: Callable[[], None]) -> None:
-        """Run `work` on the stream of the recording, between the earlier and the later work of the current stream."""
+        """Run `work` on the recording's stream, after the earlier and before the later work of the current stream."""
         current = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
