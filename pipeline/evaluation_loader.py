@@ -30,7 +30,8 @@ _FIELDS: tuple[FieldName, ...] = ("images", "labels", "keys", "index")
 class EvalLoader(Loader[AnyBatch]):
     """Serves every image of a split once in each iteration. Create an evaluation loader with eval_loader.
 
-    If world_size is more than 1, each rank serves only its range of the split. The last batch can be smaller.
+    If world_size is more than 1, each rank serves only its range of the split, in the same number of batches as the
+    other ranks. The last two batches can be smaller.
     """
 
     def __init__(
@@ -55,6 +56,8 @@ class EvalLoader(Loader[AnyBatch]):
         self._iteration = object()  # identity of the iterator that began last
         first, end = (self.records * part // self.world_size for part in (self.shard, self.shard + 1))
         self._record_numbers = np.arange(first, end) if self._subset is None else self._subset[first:end]
+        longest = -(-self.records // self.world_size)  # number of records in the largest range of a rank
+        self._batches = min(-(-longest // batch_size), end - first)
         self._connect(None, "centre" if views == 1 else "square", 0)
         divisor = self.augmentation.divisor_in_evaluation
         if isinstance(views, str):
@@ -68,8 +71,11 @@ class EvalLoader(Loader[AnyBatch]):
         return len(self._record_numbers)
 
     def __len__(self) -> int:
-        """Return the number of batches in one iteration."""
-        return -(-len(self._record_numbers) // self.batch_size)
+        """Return the number of batches in one iteration. The number is the same on all ranks.
+
+        The number can differ by 1 if batch_size is 1, or if the split has fewer records than there are ranks.
+        """
+        return self._batches
 
     def __iter__(self) -> Iterator[AnyBatch]:
         """Serve this rank's range of the split once, from the beginning of the range, in the order of the store.
@@ -107,8 +113,14 @@ class EvalLoader(Loader[AnyBatch]):
         return WindowRequest(self.split, record_numbers, offset, window_px, self._serves("keys"))
 
     def _step_records(self, step: int) -> npt.NDArray[np.int64]:
-        """Return the record numbers of the batch of a step. Returns no numbers after the last step."""
-        return self._record_numbers[step * self.batch_size : (step + 1) * self.batch_size]
+        """Return the record numbers of the batch of a step. Returns no numbers after the last step.
+
+        Each range is divided into full batches and the rest. If the largest range has one batch more than this range,
+        the last record of this range becomes a batch of its own.
+        """
+        records = len(self._record_numbers)
+        first, end = (min(k * self.batch_size, records - 1) if k < self._batches else records for k in (step, step + 1))
+        return self._record_numbers[first:end]
 
 
 @overload
@@ -158,7 +170,7 @@ def eval_loader(
                   as in training, unless `eval_divisor` is a number. The mean is computed from the training split. For
                   every `window`, evaluation uses crops of `size_px`, without resizing
     shard         rank of this process. Each of `world_size` loaders serves one contiguous range of records, and the
-                  loaders together serve every record
+                  loaders together serve every record. All loaders serve the same number of batches
 
     The docstring of train_loader describes the other arguments and the errors.
 

@@ -76,7 +76,7 @@ def test_several_ranks_together_evaluate_every_image_once(
 ) -> None:
     with eval_loader(numbered_store, VAL_RECORDS) as loader:
         expected = next(iter(loader))
-    images, labels, sizes = [], [], []
+    images, labels, sizes, lengths = [], [], [], set()
     for rank in range(world_size):
         with eval_loader(numbered_store, batch_size, shard=rank, world_size=world_size, threads=1) as loader:
             for _ in range(2):
@@ -85,8 +85,11 @@ def test_several_ranks_together_evaluate_every_image_once(
         images += [batch.images for batch in batches]
         labels += [batch.labels for batch in batches]
         sizes.append(sum(len(batch.labels) for batch in batches))
+        lengths.add(len(batches))
+        assert all(0 < len(batch.labels) <= batch_size for batch in batches)
     assert torch.equal(torch.cat(labels), expected.labels) and torch.equal(torch.cat(images), expected.images)
     assert max(sizes) - min(sizes) <= 1
+    assert len(lengths) == 1 or world_size > VAL_RECORDS
 
 
 # ---- epochs
