@@ -25,6 +25,7 @@ from PIL import Image
 
 import tools.compile_native
 from prep.cli import main
+from tests.helpers.torchrun.job import TorchrunServer
 from tools.compile_native import compile_native
 
 CLASSES = ("n00000011", "n00000022", "n00000033")
@@ -238,6 +239,13 @@ def c_compiler() -> str:
     if path is None:
         pytest.skip("no C compiler")
     return path
+
+
+@pytest.fixture(scope="session")
+def torchrun(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TorchrunServer]:
+    """torchrun(*arguments) starts torchrun with real processes, in a fraction of a second, and returns a Job."""
+    with TorchrunServer(tmp_path_factory.mktemp("torchrun")) as server:
+        yield server
 
 
 @pytest.fixture

@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.small_training import SMALL_ALEXNET, small_config
-from tests.helpers.torchrun.job import TorchrunServer
 from train.config.recipes import SHORT
 from train.config.run_config import RunConfig
 from train.runs.run import Run
@@ -39,13 +38,6 @@ def small_run(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def trained_run(small_run: Path, tmp_path: Path) -> Path:
     """A copy of `small_run`, into which a test may write."""
     return Path(shutil.copytree(small_run, tmp_path / "trained"))
-
-
-@pytest.fixture(scope="session")
-def torchrun(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TorchrunServer]:
-    """torchrun(*arguments) starts torchrun with real processes, in a fraction of a second, and returns a Job."""
-    with TorchrunServer(tmp_path_factory.mktemp("torchrun")) as server:
-        yield server
 
 
 LimitFileSize = Callable[[int | None], None]

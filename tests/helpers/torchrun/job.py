@@ -3,7 +3,7 @@
     job = torchrun("--nproc-per-node", 2, "-m", "train", "run", "--gpus", "cpu", …)
     assert job.wait() == 0, job.stderr
 
-`torchrun` is a fixture of tests/train/conftest.py.
+`torchrun` is a fixture of tests/conftest.py.
 """
 
 from __future__ import annotations
