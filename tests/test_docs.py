@@ -70,7 +70,7 @@ def test_files_and_modules_of_the_project_that_are_named_exist() -> None:
     named = set()
     for page in [*ROOT.glob("*.md"), *PAGES]:
         text = page.read_text("utf-8")
-        named |= set(re.findall(r"\b(?:prep|pipeline|train|tools|tests)/[\w/]+\.(?:py|c)\b", text))
+        named |= set(re.findall(r"\b(?:prep|pipeline|train|tools|examples|tests)/[\w/]+\.(?:py|c)\b", text))
         named |= {f"{name.replace('.', '/')}.py" for name in re.findall(r"python -m (tools(?:\.\w+)+)", text)}
     assert named and [name for name in sorted(named) if not (ROOT / name).is_file()] == []
 
@@ -215,7 +215,9 @@ def test_comments_document_the_fields_of_classes() -> None:
 def test_no_path_of_one_machine_is_in_the_project() -> None:
     pattern = re.compile(r"/(?:root|tmp|home)/\w")
     sources = [
-        path for folder in ("prep", "pipeline", "train", "tools", "tests") for path in (ROOT / folder).rglob("*.py")
+        path
+        for folder in ("prep", "pipeline", "train", "tools", "examples", "tests")
+        for path in (ROOT / folder).rglob("*.py")
     ]
     for path in [*ROOT.glob("*.md"), *PAGES, *sources, ROOT / "Makefile"]:
         assert not pattern.search(path.read_text("utf-8")), path

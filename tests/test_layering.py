@@ -15,7 +15,7 @@ import pytest
 
 from tests.helpers.project import ROOT
 
-PROJECT = {"prep", "pipeline", "train", "tools", "tests"}
+PROJECT = {"prep", "pipeline", "train", "tools", "examples", "tests"}
 
 # {package: packages and rooms of the project that it may import}. `pipeline` and `train` read stores, but write none.
 ALLOWED = {
@@ -75,7 +75,7 @@ ROOMS = {
     ),
 }
 # Largest number of Python files in a folder of each package.
-MAX_FILES = {"prep": 12, "pipeline": 12, "train": 12, "tools": 12, "tests": 14}
+MAX_FILES = {"prep": 12, "pipeline": 12, "train": 12, "tools": 12, "examples": 12, "tests": 14}
 FORBIDDEN_LIBRARIES = {"prep": {"torch", "nvidia"}, "pipeline": set(), "train": {"nvidia", "lmdb", "PIL"}}
 
 
@@ -163,6 +163,14 @@ def test_no_folder_has_too_many_files(package: str) -> None:
     for folder in {path.parent for path in python_files(package)}:
         count = len(list(folder.glob("*.py")))
         assert count <= MAX_FILES[package], f"{folder.relative_to(ROOT)}: {count} Python files"
+
+
+def test_examples_import_only_public_names() -> None:
+    """A user who copies an example can import the same names. `from pipeline import …` imports no submodule."""
+    for path in python_files("examples"):
+        for module in imported_modules(path):
+            is_public = module in ("pipeline", "prep.store.manifest") or is_within(module, "examples")
+            assert is_public or module.split(".")[0] not in PROJECT, f"{path.relative_to(ROOT)} imports {module}"
 
 
 def test_peers_of_the_benchmarks_run_without_the_packages() -> None:

@@ -1,0 +1,91 @@
+"""Train ResNet-18 with Hugging Face accelerate, in one process or in several.
+
+    python -m examples.accelerate_resnet store checkpoints
+    accelerate launch -m examples.accelerate_resnet store checkpoints
+
+The same command resumes from the newest checkpoint, with the next batch.
+"""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import click
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast
+from torch import nn
+
+from examples.networks import resnet18
+from pipeline import Augmentation, EvalLoader, eval_loader, train_loader
+
+
+def save(accelerator: Accelerator, folder: Path, step: int) -> None:
+    """Save the states in FOLDER/STEP, and remove older checkpoints. A kill leaves the earlier checkpoint complete."""
+    accelerator.save_state(str(folder / "partial"))
+    accelerator.wait_for_everyone()  # each process has saved the states of its random generators
+    if accelerator.is_main_process:
+        (folder / "partial").rename(folder / f"{step:08d}")
+        for older in sorted(folder.glob("[0-9]*"))[:-1]:
+            shutil.rmtree(older)
+
+
+@torch.no_grad()
+def accuracy(accelerator: Accelerator, net: nn.Module, loader: EvalLoader) -> float:
+    """Return the share of images that are classified correctly. The processes share the images; each counts once."""
+    broadcast(list(net.buffers()))  # BatchNorm statistics differ between processes; this uses those of process 0
+    net.eval()
+    correct = torch.zeros(1, dtype=torch.int64, device=accelerator.device)
+    for images, labels in loader:  # the last batch can be smaller
+        correct += (net(images).argmax(1) == labels).sum()
+    net.train()
+    return float(accelerator.reduce(correct, "sum")) / loader.records
+
+
+@click.command(context_settings={"show_default": True})
+@click.argument("store", type=click.Path(exists=True, file_okay=False))
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--epochs", default=90, help="Number of epochs.")
+@click.option("--batch-size", default=256, help="Images in a step of each process.")
+@click.option("--lr", default=0.1, help="First learning rate; 0.1 suits 256 images in a step of all processes.")
+@click.option("--size-px", default=224, help="Side of the images in px.")
+@click.option("--width", default=64, help="Channels in the first stage of the network.")
+@click.option("--save-every", default=1000, help="Steps between checkpoints. An epoch also ends with a checkpoint.")
+def main(
+    store: str, folder: Path, epochs: int, batch_size: int, lr: float, size_px: int, width: int, save_every: int
+) -> None:
+    """Train ResNet-18 on STORE, or resume from the newest checkpoint in FOLDER."""
+    accelerator = Accelerator(mixed_precision="bf16" if torch.cuda.is_available() else "no")
+    device, rank, ranks = accelerator.device, accelerator.process_index, accelerator.num_processes
+    settings = replace(Augmentation.preset("resnet"), size_px=size_px)
+    # `prepare` does not take the loaders: they share the records by `shard`, and serve tensors on the device.
+    training = train_loader(store, batch_size, device, augmentation=settings, shard=rank, world_size=ranks)
+    validation = eval_loader(store, batch_size, device, augmentation=settings, shard=rank, world_size=ranks)
+    torch.manual_seed(0)
+    net = resnet18(len(training.classes), width)
+    sgd = torch.optim.SGD(net.parameters(), lr, momentum=0.9, weight_decay=1e-4)
+    # A schedule from `prepare` would make one step for each process.
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(sgd, epochs * len(training))
+    replica, optimizer = accelerator.prepare(net, sgd)
+    accelerator.register_for_checkpointing(schedule, training)
+    if saved := sorted(folder.glob("[0-9]*")):
+        accelerator.load_state(str(saved[-1]))
+    with training, validation:
+        while training.epoch < epochs:
+            for images, labels in training:  # one epoch, or its rest after a resumption
+                with accelerator.autocast():
+                    loss = nn.functional.cross_entropy(replica(images), labels)
+                optimizer.zero_grad()
+                accelerator.backward(loss)
+                optimizer.step()
+                schedule.step()
+                if training.step % save_every == 0:  # `step` is 0 after the last batch of an epoch
+                    save(accelerator, folder, training.epoch * len(training) + training.step)
+            with accelerator.autocast():
+                top_1 = accuracy(accelerator, net, validation)
+            accelerator.print(f"epoch {training.epoch}: loss {loss:.3f}, top-1 accuracy {top_1:.1%}")
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()
