@@ -1,4 +1,4 @@
-"""Tar archives for tests.
+"""Tar archives for tests, and what alexprep lists of them.
 
 Python's tarfile writes most of the archives. This module writes the headers of archives that no library would write.
 """
@@ -8,7 +8,11 @@ from __future__ import annotations
 import io
 import tarfile
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
+
+from prep.inputs.archive import list_archive
+from prep.inputs.reader import FoundInputs
 
 BLOCK = 512
 Member = tuple[str, bytes] | tuple[str, bytes, dict[str, Any]]
@@ -97,3 +101,18 @@ DAMAGED: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "pax size of 20 digits": (lambda tar: pax_with_size("9" * 20), "truncated"),
     "pax size of words": (lambda tar: pax_with_size("many"), "damaged"),
 }
+
+
+def train_members(root: Path) -> list[Member]:
+    """Return the training images as (class/name, content), not sorted by name."""
+    paths = sorted((root / "train").glob("*/*"), key=lambda path: path.name[::-1])
+    return [(f"{path.parent.name}/{path.name}", path.read_bytes()) for path in paths]
+
+
+def list_tar(content: bytes, path: Path) -> FoundInputs:
+    path.write_bytes(content)
+    return list_archive(path, False)
+
+
+def names_of(found: FoundInputs) -> list[str]:
+    return [item.path.decode("utf-8", "backslashreplace") for item in found.listing]

@@ -1,4 +1,4 @@
-"""Helpers of the loaders' tests: take, compare and concatenate batches, and read the labels of a store.
+"""Helpers of the tests of streams: take, compare and concatenate batches, read labels, and skip tests without C kernel.
 
 In the fixture `numbered_store` the images of a split have different labels, so labels identify the records of a batch.
 """
@@ -8,12 +8,16 @@ from __future__ import annotations
 import itertools
 from pathlib import Path
 
+import pytest
 import torch
 
+from pipeline.engines import kernels
 from pipeline.loader import Batch, EvalLoader, TrainLoader
 from prep.store import lmdb_shard
 from prep.store.datum import Datum
 from prep.store.manifest import Store
+
+needs_kernel = pytest.mark.skipif(kernels.native is None, reason="no C compiler was there at installation")
 
 
 def labels_by_batch(loader: TrainLoader | EvalLoader) -> list[list[int]]:

@@ -14,7 +14,6 @@ import pytest
 import torch
 
 from pipeline.augment import Augmentation, noise_matrix
-from pipeline.engines import kernels
 from pipeline.loader import eval_loader, train_loader
 from pipeline.sampling import draw_params
 from prep.console import UserError
@@ -40,16 +39,6 @@ CHOICES = [
     Augmentation(mean="channel", colour="off", divisor=2.5, shared_by=32),
 ]
 TOLERANCE = 1e-3  # grey levels
-
-
-@pytest.fixture(params=["kernel", "graph"])
-def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Run a test with both engines of a CPU: with the C kernel, and with the DALI graph instead of the C kernel."""
-    if request.param == "graph":
-        monkeypatch.setattr(kernels, "native", None)
-    elif kernels.native is None:
-        pytest.skip("the C kernel was not compiled")
-    return request.param
 
 
 def name_of(augmentation: Augmentation) -> str:

@@ -25,9 +25,9 @@ from pipeline.engines.kernels import BatchJob, address
 from pipeline.sampling import draw_effects
 from pipeline.settings.effects import EffectSettings
 from tests.pipeline.effects import torchvision_formulas as torchvision
+from tests.pipeline.streaming import needs_kernel
 
 Pixels = npt.NDArray[np.uint8]
-needs_kernel = pytest.mark.skipif(kernels.native is None, reason="no C compiler was there at installation")
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 FACTORS = (0, 819, 2048, 3500, 4095, 4096, 4500, 7373, 4096 * 11)  # in units of 1/4096
 TURNS = (0, 1, 300, 819, 2048, 4095)  # shifts of the hue, in units of 1/4096 of a full turn

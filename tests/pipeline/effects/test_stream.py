@@ -27,9 +27,8 @@ from prep.console import UserError
 from prep.store.manifest import Store
 from tests.pipeline.augment_formula import formula_shift
 from tests.pipeline.engines.deferred_stream import DeferredStream
-from tests.pipeline.streaming import batches_equal, concatenate_ranks, take_batches
+from tests.pipeline.streaming import batches_equal, concatenate_ranks, needs_kernel, take_batches
 
-needs_kernel = pytest.mark.skipif(kernels.native is None, reason="no C compiler was there at installation")
 EFFECTS: dict[str, Any] = {
     "jitter": (0.8, 0.8, 0.8, 0.2),
     "jitter_share": 0.8,

@@ -22,8 +22,8 @@ from pipeline.records import RecordBatch, Records
 from pipeline.sampling import draw_params
 from prep.store.manifest import Store
 from tests.pipeline.engines.deferred_stream import DeferredStream
+from tests.pipeline.streaming import needs_kernel
 
-needs_kernel = pytest.mark.skipif(kernels.native is None, reason="no C compiler was there at installation")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 Input = tuple[RecordBatch, Crops]
 

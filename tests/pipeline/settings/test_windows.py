@@ -38,21 +38,11 @@ from tests.pipeline.augment_formula import (
     ten_views,
 )
 from tests.pipeline.engines.deferred_stream import DeferredStream
-from tests.pipeline.streaming import batches_equal, concatenate_ranks, take_batches
+from tests.pipeline.streaming import batches_equal, concatenate_ranks, needs_kernel, take_batches
 
-needs_kernel = pytest.mark.skipif(kernels.native is None, reason="no C compiler was there at installation")
 KINDS = ["jpeg", "jpeg-whole", "ppm", "ppm-whole"]
 RESIZED = Augmentation((9.5, 20.0, 30.0), size_px=96, window="resized", flip=0.3, std=(50.0, 60.0, 70.0), divisor=1.1)
 TOLERANCE = 1e-3  # grey levels
-
-
-@pytest.fixture(params=["kernel", "python"])
-def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run a test with the C kernel, and without it. Without it, Pillow resizes the images, and DALI or Python crops."""
-    if request.param == "python":
-        monkeypatch.setattr(kernels, "native", None)
-    elif kernels.native is None:
-        pytest.skip("the C kernel was not compiled")
 
 
 def pillow(image: Image.Image, box: list[int], size: int) -> np.ndarray:
