@@ -19,6 +19,9 @@ Each check prints ok or FAILED, the measured value and the limit. The checks:
     The batches are in NCHW and NHWC, with each kind of mean (channel, image, aligned). A larger difference is allowed
     for JPEG records, because nvJPEG and libjpeg-turbo upsample chroma differently. For PPM records, only differences
     by the rounding of float32 are allowed.
+-   Resized windows (RandomResizedCrop), with and without jitter, grey, blur and erase, are compared with windows of the
+    CPU. For PPM records, the bits must be equal. For JPEG records, larger differences are allowed, because DALI resizes
+    with other weights.
 -   The batches of a resumed stream on the GPU must be equal, bit for bit, to those of an uninterrupted stream.
 -   Logits and gradients of the network in each precision are compared with logits and gradients in float64 on the CPU.
     The network runs on one GPU, and on two GPUs if there are two.

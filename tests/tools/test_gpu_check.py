@@ -36,7 +36,7 @@ def test_the_report_of_a_cpu_has_all_checks_and_timings(
     assert result.exit_code == 0, result.output
     report = json.loads(out.read_text())
     assert report["failed"] == [] and report["machine"]["torch"] == torch.__version__
-    assert all(check["ok"] for check in report["checks"]) and len(report["checks"]) == 5 + 5 + 2 + 4 + 10 + 1
+    assert all(check["ok"] for check in report["checks"]) and len(report["checks"]) == 5 + 5 + 4 + 4 + 2 + 4 + 10 + 1
     names = ["stream of jpeg", "stream of ppm", "fp32", "bf16", "bf16 from jpeg", "bf16 from ppm"]
     assert [row["name"] for row in report["rates"] if row["name"] != "decoder of jpeg"] == names
     assert {row["ours"] for row in report["rates"] if row["name"].startswith("bf16")} == {"bf16"}
@@ -49,7 +49,7 @@ def test_the_report_of_a_cpu_has_all_checks_and_timings(
     for kinds in report["kernels"].values():
         assert {"convolution", "pooling", "update"} < set(kinds) and min(kinds.values()) >= 0
     assert list(report["seconds"]) == [name for name in PART_NAMES if name not in ("resume", "runs", "graph")]
-    for line in ("ok ", "rates, batch 2", "bf16 from ppm", "fp32  ms a step: ", "All 27 checks are ok."):
+    for line in ("ok ", "rates, batch 2", "bf16 from ppm", "fp32  ms a step: ", "All 35 checks are ok."):
         assert line in result.output, line
     assert table.read_text() in result.output and table.read_text().startswith(HEAD[0])
 
@@ -65,14 +65,21 @@ def test_a_failed_check_gives_exit_code_1_and_the_other_checks_still_run(
         return iter([Check("nothing", True, "0", "0")])
 
     timings = ("rates", "batches", "kernels", "memory_gib", "runs")
-    for name in ("stream_checks", "network_checks", "epilogue_checks", "repeat_checks", "resume_checks"):
+    for name in (
+        "stream_checks",
+        "window_checks",
+        "network_checks",
+        "epilogue_checks",
+        "repeat_checks",
+        "resume_checks",
+    ):
         monkeypatch.setattr(parts, name, passing_check)
     monkeypatch.setattr(parts, "lrn_checks", failing_check)
     monkeypatch.setattr("tools.gpu_check.run_timings", lambda *_: iter([(name, "not measured") for name in timings]))
     result = run("--store", stores["jpeg"], "--json")
     report = json.loads(result.stdout)
     assert result.exit_code == 1 and report["failed"] == ["local response normalization"]
-    assert [check["ok"] for check in report["checks"]] == [True, True, False, True, True, True]
+    assert [check["ok"] for check in report["checks"]] == [True, True, True, False, True, True, True]
     assert "FAILED  local response normalization: RuntimeError: no kernel image (wanted: no error)" in result.stderr
 
 

@@ -8,7 +8,14 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from tools.gpu.checks import lrn_checks, network_checks, repeat_checks, stream_checks, synchronization_checks
+from tools.gpu.checks import (
+    lrn_checks,
+    network_checks,
+    repeat_checks,
+    stream_checks,
+    synchronization_checks,
+    window_checks,
+)
 from tools.gpu.epilogue_times import measure_epilogues
 from tools.gpu.epilogues import epilogue_checks
 from tools.gpu.runs import resume_checks, run_rates
@@ -36,6 +43,7 @@ class Part:
 
 CHECKS = (
     Part("stream", 25, "batches of the stream on the GPU against batches on the CPU; resumed streams"),
+    Part("windows", 10, "resized windows, and windows with effects, on the GPU against the CPU"),
     Part("network", 20, "logits and gradients in each precision against float64"),
     Part("lrn", 5, "local response normalization against float64"),
     Part("epilogues", 30, "the kernels between the convolutions, at full size, against float64"),
@@ -50,7 +58,7 @@ TIMINGS = (
     Part("kernels", 8, "time that a step spends in each kind of kernel"),
     Part("memory_gib", 4, "memory of a step's tensors"),
     Part("host_us", 3, "time for which a step occupies the host"),
-    Part("runs", 55, "images/s of `alextrain run`"),
+    Part("runs", 46, "images/s of `alextrain run`"),
     Part("graph", 5, "a step launched kernel by kernel, and replayed from a CUDA graph"),
 )
 STORES = Part("stores", 40, "making photographs and two stores (--make-stores)")
@@ -95,6 +103,7 @@ def run_checks(
     streams = settings.stores_by_format().items()
     functions: dict[str, list[tuple[str, Callable[[], Iterator[Check]]]]] = {
         "stream": [(f"stream of {f} records", partial(stream_checks, settings, store, f)) for f, store in streams],
+        "windows": [(f"windows of {f} records", partial(window_checks, settings, store, f)) for f, store in streams],
         "network": [("network", lambda: network_checks(settings))],
         "lrn": [("local response normalization", lambda: lrn_checks(settings))],
         "epilogues": [("epilogues", lambda: epilogue_checks(settings))],

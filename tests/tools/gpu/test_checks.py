@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,15 @@ import pytest
 import torch
 
 import tools.gpu.checks as checks
+from pipeline import loader_base
+from pipeline.augment import Augmenter
+from pipeline.engines.dali_engine import DaliEngine, OutputFormat
+from pipeline.engines.dali_window_engine import DaliWindowEngine
+from pipeline.engines.device_stream import open_stream
+from pipeline.engines.engine import Engine
+from pipeline.engines.raw_gpu_engine import RawGpuEngine
 from pipeline.loader import Batch, TrainLoader
+from pipeline.placement import Placement
 from tools.gpu.settings import GpuCheckSettings
 from train.model import alexnet
 from train.model.alexnet import AlexNet
@@ -48,6 +57,54 @@ def test_other_images_or_labels_on_the_device_fail_the_stream_checks(
     monkeypatch.setattr(checks, "read_batches", read_with_fault)
     failed = failed_checks(settings, checks.stream_checks, stores[format], format)
     assert len(failed) == 4 and not any("resumed" in name for name in failed)
+
+
+@pytest.mark.parametrize(("fault", "failures"), [("regions", 4), ("jitter", 2), ("one level", 4)])
+def test_other_windows_or_effects_on_the_device_fail_the_window_checks(
+    settings: GpuCheckSettings, stores: dict[str, Path], monkeypatch: pytest.MonkeyPatch, fault: str, failures: int
+) -> None:
+    calls, read_batches = [], checks.read_batches
+
+    def read_with_fault(*arguments: Any) -> Any:
+        """Add the fault to every second call, which reads the stream on the device."""
+        calls.append(arguments)
+        if len(calls) % 2:
+            return read_batches(*arguments)
+        *others, augmentation = arguments
+        if fault == "regions":
+            augmentation = replace(augmentation, scale=(0.5, 1.0))
+        elif fault == "jitter":
+            augmentation = replace(augmentation, jitter=None)
+        batches, state = read_batches(*others, augmentation)
+        if fault == "one level":
+            batches[1].images[1, 2, 3, 2] += 1
+        return batches, state
+
+    monkeypatch.setattr(checks, "read_batches", read_with_fault)
+    assert len(failed_checks(settings, checks.window_checks, stores["ppm"], "ppm")) == failures
+    if fault != "one level":
+        assert len(failed_checks(settings, checks.window_checks, stores["jpeg"], "jpeg")) == failures
+
+
+@pytest.mark.parametrize("format", ["jpeg", "ppm"])
+def test_the_engines_of_a_gpu_pass_the_window_checks_on_a_cpu(
+    settings: GpuCheckSettings, stores: dict[str, Path], monkeypatch: pytest.MonkeyPatch, format: str
+) -> None:
+    """Every second loader, which is the loader of the device, has the engine of a GPU. Its operators run on the CPU."""
+    calls, choose_engine = [], loader_base.choose_engine
+
+    def choose(augmenter: Augmenter, placement: Placement, output: OutputFormat, threads: int) -> Engine:
+        calls.append(output)
+        if len(calls) % 2:
+            return choose_engine(augmenter, placement, output, threads)
+        stream = open_stream(placement)
+        if augmenter.is_raw:
+            return RawGpuEngine(augmenter, stream, output, threads)
+        return (DaliWindowEngine if output.has_effects else DaliEngine)(augmenter, placement, output, stream)
+
+    monkeypatch.setattr(loader_base, "choose_engine", choose)
+    found = list(checks.window_checks(replace(settings, batch=8), stores[format], format))
+    assert len(found) == 4 and all(check.ok for check in found), found
 
 
 def test_a_stream_that_resumes_at_another_position_fails(
