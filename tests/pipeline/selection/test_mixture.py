@@ -11,7 +11,6 @@ from typing import Any
 import lmdb
 import numpy as np
 import pytest
-from PIL import Image
 
 from pipeline import Augmentation, RecordDataset, train_loader
 from pipeline.sampling import epoch_permutation, mixed_order
@@ -19,25 +18,8 @@ from pipeline.selection.fields import FIELDS
 from pipeline.selection.mixture import Mixture, compare_stores
 from prep.console import UserError, WrongArgument
 from prep.store.manifest import Store, StoreError
-from tests.conftest import Build
+from tests.pipeline.selection.conftest import RECORDS
 from tests.pipeline.streaming import batches_equal, concatenate_ranks, take_batches
-
-RECORDS = (12, 5)  # numbers of training records of the two stores
-
-
-@pytest.fixture(scope="module")
-def two(tmp_path_factory: pytest.TempPathFactory, build: Build) -> list[Path]:
-    """Two stores with raw records and the classes a and b."""
-    stores = []
-    for number, count in enumerate(RECORDS):
-        source, rng = tmp_path_factory.mktemp("source"), np.random.default_rng(number)
-        for k in range(count):
-            folder = source / "train" / "ab"[k % 2]
-            folder.mkdir(parents=True, exist_ok=True)
-            picture = Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8))
-            picture.resize((256, 256)).save(folder / f"{number}-{k}.png", compress_level=1)
-        stores.append(build(source, "--format", "ppm"))
-    return stores
 
 
 def pairs(stores: list[Path], *shares: float) -> list[tuple[str | Path, float]]:

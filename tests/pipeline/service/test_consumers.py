@@ -7,14 +7,17 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from pipeline.augment import Augmentation
 from pipeline.loader import TrainLoader, train_loader
 from tests.pipeline.service.conftest import Serve, Service
 from tests.pipeline.service.consumer import ConsumerProcess, digests
-from tests.pipeline.streaming import take_batches
+from tests.pipeline.streaming import batches_equal, take_batches
 
 BATCH, SEED = 4, 21
 # Number of batches that a loader with one worker requests before its consumer takes them: READ_AHEAD of the service,
@@ -88,6 +91,20 @@ def test_five_consumers_wait_for_each_other_and_share_what_is_decoded(
         assert batches * BATCH <= status["images_made"] <= (batches + PREFETCHED) * BATCH
         assert len(status["consumers"]) == 5 and all(consumer["shares"] for consumer in status["consumers"])
         at_end.callback(lambda: [process.do("close") for process in processes])
+
+
+def test_loaders_with_other_effects_share_the_windows(store: Path, serve: Serve, loaders: list[TrainLoader]) -> None:
+    """The service decodes each window once. Each loader adds its own effects, flips, colours and mean."""
+    batches, service = 30, serve(store, 1, consumers=2, ahead=8, patience_s=NEVER_S)
+    settings = [replace(Augmentation.preset(name), size_px=64) for name in ("resnet", "simclr")]
+    with ThreadPoolExecutor(2) as pool, closed_on_failure(loaders):
+        options: dict[str, Any] = {"seed": SEED, "threads": 1}
+        loaders += [train_loader(store, BATCH, service=service.at, augmentation=one, **options) for one in settings]
+        streams = [pool.submit(take_batches, loader, batches) for loader in loaders]
+        for one, stream in zip(settings, streams, strict=True):
+            with train_loader(store, BATCH, augmentation=one, **options) as local:
+                assert batches_equal(stream.result(), take_batches(local, batches))
+    assert batches * BATCH <= service.status()["images_made"] <= (batches + PREFETCHED) * BATCH < 2 * batches * BATCH
 
 
 @pytest.mark.soak

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,10 @@ def test_training_batches_of_any_store_by_any_number_of_workers(
         {"split": "val", "augmentation": Augmentation(divisor=255.0)},
         {"augmentation": Augmentation(size_px=64, window="resized", std=(9.0, 8.0, 7.0)), "views": 2},
         {"augmentation": Augmentation(size_px=100, window="centre", flip=0.2)},
+        {"augmentation": Augmentation.preset("resnet")},
+        {"augmentation": replace(Augmentation.preset("simclr"), erase=0.5), "layout": "NHWC"},
+        {"augmentation": Augmentation.preset("simclr"), "views": 2},
+        {"augmentation": Augmentation(size_px=64, jitter=(0.4, 0.4, 0.4, 0.1)), "views": 2, "weights": "balanced"},
     ],
     ids=str,
 )
@@ -129,17 +134,31 @@ def test_fields_of_a_subset_with_weights(store: Path, service: Service) -> None:
             assert same_fields(ours, theirs)
 
 
-def test_a_state_continues_with_and_without_a_service(store: Path, service: Service) -> None:
+SMALL = {name: replace(Augmentation.preset(name), size_px=64) for name in ("resnet", "simclr")}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"augmentation": SMALL["resnet"]},
+        {"augmentation": SMALL["simclr"], "views": 2},
+        {"augmentation": SMALL["simclr"], "views": 2, "weights": "balanced", "subset": CLASSES[:2]},
+    ],
+    ids=["default", "resnet", "simclr", "weights"],
+)
+def test_a_state_continues_with_and_without_a_service(store: Path, service: Service, options: dict[str, Any]) -> None:
     """A loader with a service continues from a state that a loader without a service has saved, and vice versa.
 
     The states are saved in the middle of an epoch.
     """
     at = {"remote": service.at, "local": None}
+    options = {"seed": 5, "threads": 1, **options}
     for saved_by, loaded_by in (("remote", "local"), ("local", "remote"), ("remote", "remote")):
-        with train_loader(store, 4, seed=5, service=at[saved_by], threads=1) as first:
+        with train_loader(store, 4, service=at[saved_by], **options) as first:
             take_batches(first, 9)
             state, expected = first.state_dict(), take_batches(first, 8)
-        with train_loader(store, 4, seed=5, service=at[loaded_by], threads=1) as second:
+        with train_loader(store, 4, service=at[loaded_by], **options) as second:
             second.load_state_dict(state)
             assert batches_equal(take_batches(second, 8), expected)
 
