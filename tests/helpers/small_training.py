@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from train.config.recipe import Recipe, ScheduleChange
 from train.config.recipes import SHORT
 from train.config.run_config import RunConfig
 from train.model.alexnet import AlexNet
+from train.model.summary import summarize
 from train.runs import checkpoint
 from train.runs.checkpoint import Checkpoint
 from train.runs.run_dir import CLOCK_DEPENDENT
@@ -120,6 +122,15 @@ def tiny_description(
         "length": {"steps_per_epoch": 10, "steps": 100},
         "ancestry": [],
     }
+
+
+def load_modules_of_a_training() -> None:
+    """Import what torch and TensorBoard import when a process trains for the first time, which takes three seconds.
+
+    A program calls this function before it forks processes that train. No thread is started.
+    """
+    import_module("tensorboard.summary.writer.record_writer")
+    summarize(3, SMALL_ALEXNET, SHORT)  # makes torch import its modules for the device `meta`
 
 
 def metrics_without_clock(run_dir: Path) -> list[dict]:

@@ -36,14 +36,7 @@ from torch.distributed import run as torchrun
 from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
 
 import pipeline.placement
-import train.cli
-import train.evaluation.predictions
-import train.experiments.ablate
-import train.model.summary
-import train.trainer.fork
-import train.trainer.loop
-from tests.helpers.small_training import SMALL_ALEXNET
-from train.config.recipes import SHORT
+from tests.helpers.small_training import load_modules_of_a_training
 
 _PR_SET_PDEATHSIG = 1
 starter: Any = None  # in the process of torchrun: a file for requests to the starter
@@ -177,7 +170,7 @@ def start(request: dict[str, Any]) -> int:
 
 def main() -> None:
     pipeline.placement.dali()
-    train.model.summary.summarize(3, SMALL_ALEXNET, SHORT)  # makes torch import its modules for the device `meta`
+    load_modules_of_a_training()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the starters leave no zombie processes
     for line in sys.stdin:
         pid = start(json.loads(line))

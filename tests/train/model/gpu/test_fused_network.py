@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
+from tests.train.model.gpu.test_epilogue import expected_output
 from train.config.architecture import ARCHITECTURES, Widths
 from train.config.recipes import RECIPES
 from train.model.alexnet import AlexNet
+from train.model.gpu import fused_network
 from train.model.gpu.conv1_blocks import block_weights, image_blocks
+from train.model.gpu.epilogue import Epilogue
 from train.model.gpu.fused_network import FusedNetwork
 
 pytest.importorskip("triton", reason="Triton is not installed")
@@ -31,27 +36,49 @@ def small_network(model: str, recipe: str, **changes: object) -> AlexNet:
     return network
 
 
-@pytest.mark.parametrize(
-    ("model", "recipe", "changes"),
-    [
-        ("alexnet", "paper", {}),
-        ("alexnet", "released", {}),
-        pytest.param("alexnet", "caffe", {"activation": "tanh"}, marks=pytest.mark.soak),
-        ("alexnet", "paper", {"pool_px": 2, "activation": "sigmoid"}),
-        pytest.param("alexnet", "paper", {"crossing": False}, marks=pytest.mark.soak),
-        ("alexnet", "modern", {}),
-        ("joined", "released", {}),
-        ("half", "paper", {}),
-        ("torchvision", "modern", {}),
-    ],
-    ids=str,
-)
-def test_maps_and_gradients_equal_those_of_the_layers(model: str, recipe: str, changes: dict[str, object]) -> None:
-    """The test compares the maps of pool5 and the gradients of all convolutions.
+CASES: list[tuple[str, str, dict[str, object]]] = [
+    ("alexnet", "paper", {}),
+    ("joined", "released", {}),
+    ("alexnet", "released", {}),
+    ("alexnet", "caffe", {"activation": "tanh"}),
+    ("alexnet", "paper", {"pool_px": 2, "activation": "sigmoid"}),
+    ("alexnet", "paper", {"crossing": False}),
+    ("alexnet", "modern", {}),
+    ("half", "paper", {}),
+    ("torchvision", "modern", {}),
+]
+
+
+def operators_for_epilogue(
+    x: Sequence[Tensor], bias: Sequence[Tensor], epilogue: Epilogue, joined: bool = False, channels_first: bool = False
+) -> list[Tensor]:
+    """Compute the same as apply_epilogue with PyTorch operators."""
+    parts = x if len(x) == len(bias) else torch.split(x[0], [len(b) for b in bias], 1)
+    outputs = [expected_output(part, b, epilogue) for part, b in zip(parts, bias, strict=True)]
+    return [torch.cat(outputs, 1)] if joined else outputs
+
+
+@pytest.mark.parametrize(("model", "recipe", "changes"), CASES, ids=str)
+def test_maps_and_gradients_equal_those_of_the_layers(
+    model: str, recipe: str, changes: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Operators replace the Triton kernels, which test_epilogue.py compares with the same operators."""
+    monkeypatch.setattr(fused_network, "apply_epilogue", operators_for_epilogue)
+    compare_with_layers(small_network(model, recipe, **changes))
+
+
+@pytest.mark.parametrize(("model", "recipe", "changes"), CASES[:2], ids=str)
+def test_the_triton_kernels_give_the_maps_and_gradients_of_the_layers(
+    model: str, recipe: str, changes: dict[str, object]
+) -> None:
+    compare_with_layers(small_network(model, recipe, **changes))
+
+
+def compare_with_layers(network: AlexNet) -> None:
+    """Compare the maps of pool5 and the gradients of all convolutions.
 
     The sides of the image are not multiples of 4 px, which is the stride of conv1.
     """
-    network = small_network(model, recipe, **changes)
     images = torch.randn(1, 3, SIDE_PX, SIDE_PX + 2) * 3
     results = []
     for maps in (network._convolutional, network._fused.maps):
