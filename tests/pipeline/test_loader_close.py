@@ -27,7 +27,7 @@ from tests.conftest import TRAIN_RECORDS, VAL_RECORDS
 from tests.pipeline.streaming import batches_equal, take_batches
 
 
-@pytest.mark.parametrize("times", [100, pytest.param(1000, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("times", [50, pytest.param(1000, marks=pytest.mark.soak)])
 def test_closed_loaders_leave_no_files_threads_or_memory(numbered_store: Path, times: int) -> None:
     """The test closes each loader after 0 to 2 batches, while the loader prefetches more. Twenty batches take 24 MB."""
     script = (
