@@ -1,6 +1,6 @@
-/* Effects on one window: colour jitter, grey and blur in place of the pixels; erase on the finished image. Included by
- * kernels.c. pipeline/effects/ has the parameters, the formulas and their sources, and pipeline/effects/batch.py computes
- * the same bits with PyTorch. All arithmetic is on integers, so every compiler gives the same bits. */
+/* Effects: colour jitter, grey and blur of one window, and erasing a box of the finished image. kernels.c includes this
+ * file. pipeline/effects/ has the parameters, the formulas and their sources. pipeline/effects/batch.py computes the
+ * same bits with PyTorch. All arithmetic is on integers, so every compiler gives the same bits. */
 
 enum { BRIGHTNESS = 0, CONTRAST = 1, SATURATION = 2, HUE = 3 };
 enum { FACTOR_BITS = 12, ROW_BITS = 7, BLOCK = 64 };
@@ -14,8 +14,8 @@ typedef struct {
 
 INLINE uint8_t clip(int32_t value) { return value < 0 ? 0 : value > 255 ? 255 : value; }
 
-/* The floor of 0.2989 r + 0.587 g + 0.114 b, exactly, for 0..255. The weights are times 2^22. Adding 272 corrects the
- * rounding of the weights. */
+/* The floor of 0.2989 r + 0.587 g + 0.114 b, exactly, for 0..255. The weights in the code are multiplied by 2^22 and
+ * rounded. Adding 272 corrects this rounding. */
 INLINE int32_t grey_level(int32_t r, int32_t g, int32_t b) {
     return (1253677 * r + 2462056 * g + 478151 * b + 272) >> 22;
 }
@@ -26,7 +26,7 @@ INLINE void blend_constant(uint8_t *restrict x, int64_t count, int32_t factor, i
         x[i] = clip((factor * x[i] + offset) >> FACTOR_BITS);
 }
 
-/* The floor of (4096 - factor) times the mean grey level. */
+/* `offset` of blend_constant for contrast: the floor of (4096 - factor) times the mean grey level. */
 INLINE int32_t contrast_offset(const uint8_t *r, const uint8_t *g, const uint8_t *b, int64_t count, int32_t factor) {
     int64_t sum = 0;
     for (int64_t first = 0; first < count; first += 1 << 16) { /* the sum of 65,536 grey levels fits in 32 bits */
@@ -49,14 +49,14 @@ INLINE void blend_grey(uint8_t *restrict r, uint8_t *restrict g, uint8_t *restri
     }
 }
 
-/* A channel after the rotation of the hue: max - chroma * max(0, min(k, 4 - k, 1)), with k = (hue + n) mod 6. `angle` is
- * chroma * (hue + n) * 4096, from 0 to less than 12 * unit, and `unit` is chroma * 4096. */
+/* A channel after the rotation of the hue: max - chroma * max(0, min(k, 4 - k, 1)), with k = (hue + n) mod 6 and n = 5,
+ * 3, 1 for R, G, B. `angle` is chroma * (hue + n) * 4096, from 0 to less than 12 * unit. `unit` is chroma * 4096. */
 INLINE uint8_t hue_channel(int32_t max, int32_t unit, int32_t angle) {
     int32_t k = angle >= 6 * unit ? angle - 6 * unit : angle;
     k = k < 4 * unit - k ? k : 4 * unit - k;
     k = k < unit ? k : unit;
     const int32_t level = (max << FACTOR_BITS) - (k > 0 ? k : 0);
-    return (level + (level * 257 >> 16)) >> FACTOR_BITS; /* level * (1 + 257 / 65536); torchvision: * 255.999 / 255 */
+    return (level + (level * 257 >> 16)) >> FACTOR_BITS; /* about level * 255.999 / 255, as in torchvision */
 }
 
 INLINE void rotate_hue(uint8_t *restrict r, uint8_t *restrict g, uint8_t *restrict b, int64_t count, int32_t sextants) {
@@ -90,7 +90,7 @@ INLINE int64_t reflect(int64_t i, int64_t side) { return i < 0 ? -i : i >= side 
 INLINE uint16_t multiply_high(uint16_t a, uint16_t b) { return (uint16_t)((uint32_t)a * b >> 16); }
 
 /* Weighted sums of BLOCK columns: middle * weights[0] plus (first[k] + second[k]) * weights[k] for k = 1..radius. Each
- * product is divided by 65536 and rounded down. `bias` corrects the mean of this rounding. */
+ * product is divided by 65536 and rounded down. `bias` corrects the mean error of this rounding. */
 INLINE void weighted_sums(const uint16_t *middle, const uint16_t *const *first, const uint16_t *const *second, int64_t column,
                           const uint16_t *weights, uint16_t bias, uint16_t *out) {
     const uint16_t weight = weights[0], *m = middle + column;
@@ -108,7 +108,7 @@ INLINE void weighted_sums(const uint16_t *middle, const uint16_t *const *first, 
 }
 
 /* Blur one channel: a row pass to `rows`, then a column pass, both with 7 bits after the binary point. The last step
- * rounds to nearest. Positions outside the image are reflected at its edge pixels. */
+ * rounds to nearest. Pixels outside the image are reflections of the image at its edge pixels. */
 INLINE void blur_channel(uint8_t *restrict x, int64_t side, const uint16_t *weights, int64_t radius, uint16_t *restrict rows) {
     const int64_t width = row_width(side);
     const uint16_t bias = (radius + 1) / 2, *first[radius + 1], *second[radius + 1];
@@ -140,8 +140,8 @@ INLINE void blur_channel(uint8_t *restrict x, int64_t side, const uint16_t *weig
 /* Size of the memory that apply_effects needs: rows of the blur, the three channels, and the result. */
 static int64_t effect_bytes(int64_t side) { return 2 * side * row_width(side) + 6 * side * side; }
 
-/* Read a window of side * side pixels, rows `stride` bytes apart. Returns the address of the window with its effects,
- * which is in `memory` and has no gaps. */
+/* Apply the effects to a window of side * side pixels, whose rows are `stride` bytes apart. Writes the result to
+ * `memory`, without gaps between rows, and returns the address of the result. */
 EACH_CPU const uint8_t *apply_effects(const uint8_t *pixels, int64_t stride, int64_t side, const effects *e,
                                       const uint16_t *weights, uint8_t *memory) {
     const int64_t count = side * side;

@@ -74,7 +74,7 @@ static int reserve(memory *self, int64_t bytes) {
     return self->at != 0;
 }
 
-/* Decoder of one thread, and its memory: for decoded pixels, for the window of one image, and for resizing. */
+/* Decoder of one thread, and its memory: for decoded pixels, the window of one image, resizing and effects. */
 typedef struct {
     const jpeg_library *jpeg;
     jpeg_errors errors;
@@ -144,7 +144,7 @@ typedef struct {
     const int64_t *payload_bytes;  /* (N) */
     const int32_t *size;           /* (N, 2): height and width */
     const int32_t *position;       /* (N, V, 2): row and column of each crop in its image */
-    const int32_t *extent;         /* (N, V, 2): height and width of each crop, which is resized; null: side * side */
+    const int32_t *extent;         /* (N, V, 2): height and width of crops to resize; null: all are side * side */
     const int32_t *flip;           /* (N, V) */
     const float *shift;            /* (N, 3) */
     const float *const *mean;      /* (N, V): mean to subtract, as in `crop`; null: no mean */
@@ -160,8 +160,8 @@ typedef struct {
 INLINE int64_t height_of(const batch *b, int64_t n) { return b->extent ? b->extent[2 * n] : b->side; }
 INLINE int64_t width_of(const batch *b, int64_t n) { return b->extent ? b->extent[2 * n + 1] : b->side; }
 
-/* Decode the part of record k that its crops need. Returns the address of the pixel at row *top and column *left of the
- * image, and sets *stride. Raw records are not copied. Returns null if the record cannot be decoded. */
+/* Decode the part of record k that its crops need. Sets *top, *left and *stride. Returns the address of the pixel at row
+ * *top and column *left of the image; null if the record cannot be decoded. Raw records are not copied. */
 static const uint8_t *find_pixels(worker *self, const batch *b, int64_t k, int64_t *top, int64_t *left, int64_t *stride) {
     const int32_t *position = b->position + 2 * b->views * k;
     *stride = 3 * (int64_t)b->size[2 * k + 1], *top = 0, *left = 0;
@@ -198,7 +198,8 @@ static int add_effects(worker *self, const batch *b, int64_t n, crop *window) {
 
 enum { LINES = 16 }; /* number of lines that are resized and then normalized while they are in the L1 cache */
 
-/* Write image n. `window` is its crop, which is resized before anything else. Returns 0 if there is no memory. */
+/* Write image n. `window` is the crop of the image, which is first resized if b->extent is not null. Returns 0 if there
+ * is no memory. */
 static int make_image(worker *self, const batch *b, int64_t n, crop window) {
     const int64_t step = b->extent && !b->effects ? LINES : b->side; /* effects need a complete window */
     float *image = b->out + 3 * b->side * b->side * n;

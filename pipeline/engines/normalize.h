@@ -1,4 +1,4 @@
-/* Mirror crops, add the colour noise, subtract the mean and multiply by the scale. Included by kernels.c. */
+/* Mirror crops, add the colour noise, subtract the mean and multiply by the scale. kernels.c includes this file. */
 
 typedef struct {
     const uint8_t *pixels; /* address of the crop's upper left pixel, RGB */
@@ -18,7 +18,7 @@ INLINE void split(const uint8_t *restrict pixels, int64_t side, uint8_t *restric
 INLINE float augment(uint8_t pixel, float shift, float mean, float scale) { return (pixel + shift - mean) * scale; }
 
 /* Write rows first to end - 1 of a crop to `out` (3, side, side). R, G and B are multiplied by scales[0], scales[1] and
- * scales[2]. In the mean image, rows are mean_side floats apart and channels mean_side * mean_side. */
+ * scales[2]. In the mean image, rows are mean_side floats apart, and channels are mean_side * mean_side floats apart. */
 EACH_CPU void rows_nchw(const crop *cur, int64_t first, int64_t end, int64_t side, int64_t mean_side,
                         const float *scales, float *restrict out) {
     uint8_t rows[3 * side];
@@ -73,7 +73,7 @@ EACH_CPU void rows_nhwc(const crop *cur, int64_t first, int64_t end, int64_t sid
     }
 }
 
-/* Write `count` crops to `out`, each as rows_nchw or rows_nhwc. */
+/* Write `count` complete crops to `out`, with rows_nchw or rows_nhwc. */
 void crop_nchw(const crop *crops, int64_t count, int64_t side, int64_t mean_side, const float *scales, float *out) {
     for (int64_t k = 0; k < count; k++)
         rows_nchw(crops + k, 0, side, side, mean_side, scales, out + 3 * side * side * k);

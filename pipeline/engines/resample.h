@@ -2,9 +2,10 @@
  * Image.resize((side, side), Image.Resampling.BILINEAR), in src/libImaging/Resample.c of Pillow up to version 12. Later
  * versions resize columns before rows if the height shrinks and the width does not.
  *
- * With scale = max(1, in / out), pixel i of a row or column is Σ w[x] · pixel[x]. The weight w[x] is proportional to
- * max(0, 1 − |x + 0.5 − (i + 0.5) · in / out| / scale). The sum of the weights of a pixel is 1. The weights are rounded
- * to multiples of 2^-22. Rows are resized first. Each of the two passes rounds to bytes.
+ * A row or column of `in` pixels becomes `out` pixels. With scale = max(1, in / out), output pixel i is
+ * Σ w[x] · pixel[x]. The weight w[x] is proportional to max(0, 1 − |x + 0.5 − (i + 0.5) · in / out| / scale). The sum of
+ * the weights of an output pixel is 1. The weights are rounded to multiples of 2^-22. Rows are resized first. Each of
+ * the two passes rounds to bytes.
  *
  * There are two versions of each pass, which compute the same integers: one for all CPUs, and one for x86 CPUs with
  * AVX2. The instructions of AVX2 multiply numbers of 16 bits, so a weight is stored as high · 2^11 + low. */
@@ -16,25 +17,26 @@ typedef struct {
     int16_t high[2], low[2];
 } weight_pair;
 
-/* The weights of a resized row or column. Pixel i is the sum of the 2 * pairs pixels that begin at pixel first[i], each
- * multiplied by its weight. The weights of pixel i begin at weights[most_pairs * i]. Pixels after the end of the row or
- * column have the weight 0. */
+/* The weights of a resized row or column. Output pixel i is a weighted sum of 2 * pairs input pixels, which begin at input
+ * pixel first[i]. Their weights begin at weights[most_pairs * i]. Pixels after the end of the row or column have the
+ * weight 0. */
 typedef struct {
     int64_t pairs, most_pairs;
     int32_t *first;
     weight_pair *weights;
 } resize_weights;
 
-/* Return x. The compiler cannot fuse the product x with a sum, so every compiler gives the same bits. */
+/* Return the product x. Because x is volatile, no compiler fuses the product with a sum: every compiler gives the same
+ * bits. */
 INLINE double rounded(volatile double x) { return x; }
 
-/* The number of pairs of weights of a pixel in memory, if `length` pixels are resized to `side` pixels. */
+/* The number of pairs of weights that are stored for each output pixel, if `length` pixels become `side` pixels. */
 INLINE int64_t most_pairs(int64_t length, int64_t side) { return length <= side ? 2 : (length + side - 1) / side + 1; }
 
 static void find_weights(int64_t length, int64_t side, resize_weights *out) {
     const double scale = (double)length / (double)side, support = scale < 1 ? 1 : scale, inverse = 1 / support;
     double weight[2 * out->most_pairs];
-    int64_t used = 1; /* the largest number of weights of a pixel, without the zeros at the end */
+    int64_t used = 1; /* the largest number of weights of an output pixel, without the zeros at the end */
     memset(out->weights, 0, side * out->most_pairs * sizeof *out->weights);
     for (int64_t i = 0; i < side; i++) {
         const double centre = rounded((i + 0.5) * scale);
@@ -208,7 +210,8 @@ INLINE int64_t line_bytes(int64_t side) { return (3 * side + 16 + VECTOR - 1) / 
 /* Number of bytes of ROWS copied rows. After its pixels, a row has bytes that are read and multiplied by 0. */
 INLINE int64_t copy_bytes(int64_t width, int64_t pairs) { return ROWS * (3 * width + 6 * pairs + 16); }
 
-/* Number of bytes of the weights of a row or column. Four pixels are resized at a time, so there can be three more. */
+/* Number of bytes of the weights of a row or column. Four pixels are resized at a time, so there is room for the weights
+ * of three more pixels. */
 INLINE int64_t weight_bytes(int64_t pairs, int64_t side) {
     return (side + 3) * (4 + pairs * (int64_t)sizeof(weight_pair));
 }

@@ -7,7 +7,7 @@
 #include <stdint.h>
 #include <string.h>
 
-#ifdef CLONES /* each function is compiled twice, and the loader picks the version for this CPU */
+#ifdef CLONES /* each function is compiled twice, and the dynamic linker picks the version for this CPU */
 #define EACH_CPU __attribute__((target_clones("arch=x86-64-v3", "default")))
 #else
 #define EACH_CPU
@@ -122,7 +122,7 @@ EACH_CPU void NAME(rescale)(const uint8_t *restrict pixels, int64_t width, pass 
     for (int64_t row = 0; row < down.outputs; row++, out += 3 * across.outputs) {
         NAME(down_rows)(pixels + 3 * (down.first_inputs[row] * width + left), 3 * width, down.taps,
                         (const NUMBER *)down.weights + row * down.taps, 3 * columns, between);
-        if (across.taps == 3) /* most photographs; the compiler unrolls a loop of constant length */
+        if (across.taps == 3) /* the usual case; the compiler unrolls a loop of constant length */
             NAME(across_row)(between, across, 3, sums);
         else
             NAME(across_row)(between, across, across.taps, sums);

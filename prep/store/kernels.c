@@ -107,7 +107,8 @@ static int64_t varint(const uint8_t **at, const uint8_t *end) {
     return -1;
 }
 
-/* Find the image in a record, as locate_image in datum.py does. Returns 0 if the record has another format. */
+/* Find the image in a record, as locate_image in datum.py does. Returns 0 if the record does not begin with the Datum
+ * fields channels (3), height, width, data and label. */
 static int parse(const uint8_t *value, int64_t size, record *out) {
     const uint8_t *at = value, *end = value + size;
     if (size < 4 || memcmp(at, "\x08\x03\x10", 3) != 0)
@@ -163,7 +164,7 @@ __attribute__((target("pclmul,sse4.1"))) static inline __m128i fold(__m128i bits
     return _mm_xor_si128(_mm_xor_si128(low, high), next);
 }
 
-/* The same as crc_by_table, 64 bytes at a time. The last 16 bytes are the remainder of all bytes before the tail. */
+/* The same as crc_by_table, 64 bytes at a time. `rest` has the same CRC as all complete blocks of 64 bytes. */
 __attribute__((target("pclmul,sse4.1"))) static uint32_t crc_by_multiplication(uint32_t crc, const uint8_t *p,
                                                                                int64_t size) {
     if (size < 64)
@@ -203,7 +204,7 @@ static int has_checksum(const uint8_t *value, int64_t size) {
 /* Return 1 if a file begins as a JPEG file of height * width pixels, 3 channels and 8 bits, with at most MAX_SCANS
  * scans: the same rule as check_jpeg in prep/images/jpeg.py. The pixels are not decoded. */
 static int is_jpeg_of(const uint8_t *file, int64_t size, int64_t height, int64_t width) {
-    int frame = 0; /* the marker of the frame header; 0 before it */
+    int frame = 0; /* the marker of the frame header; 0 until a frame header is found */
     if (size < 4 || file[0] != 0xff || file[1] != 0xd8)
         return 0;
     for (int64_t at = 2, segments = 0; at + 4 <= size && segments < MAX_SEGMENTS; segments++) {
@@ -215,7 +216,7 @@ static int is_jpeg_of(const uint8_t *file, int64_t size, int64_t height, int64_t
             if (!frame || length < 3)
                 return 0;
             if (frame != 0xc2 && segment[4] == 3)
-                return 1; /* a baseline file whose first scan has all channels has one scan */
+                return 1; /* a baseline file whose first scan has all channels has only this scan */
             int64_t scans = 0;
             for (const uint8_t *p = segment; (p = memchr(p, 0xff, (size_t)(file + size - 1 - p))); p++)
                 if (p[1] == 0xda && ++scans > MAX_SCANS)
@@ -273,7 +274,7 @@ enum { FIRST_MAPS = 64, MAP_LISTS = 40 };
 static guarded_map first_maps[FIRST_MAPS], *map_lists[MAP_LISTS] = {first_maps}; /* list k has FIRST_MAPS << k entries */
 static int64_t list_count = 1, page_bytes;
 static struct sigaction action_before;
-static int is_passed_on; /* whether another fault was passed on to action_before since the handler was installed */
+static int is_passed_on; /* 1: since the handler was installed, a fault was passed on to action_before */
 int64_t broken_pages;    /* number of pages that the handler has replaced in this process */
 
 static void on_sigbus(int number, siginfo_t *info, void *context) {
@@ -317,8 +318,8 @@ int64_t install_handler(void) {
     return sigaction(SIGBUS, &action, 0) == 0;
 }
 
-/* Protect a map. Returns its entry in map_lists, which release_map and map_is_broken take, or null if there is no
- * memory. Only one thread at a time may call this function. */
+/* Protect a map. Returns its entry in map_lists, which release_map and map_is_broken take. Returns null if the handler
+ * cannot be installed or if there is no memory. Only one thread at a time may call this function. */
 guarded_map *guard_map(uintptr_t address, uint64_t bytes) {
     if (!install_handler())
         return 0;

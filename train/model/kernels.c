@@ -7,7 +7,7 @@
 #include <stdint.h>
 #include <string.h>
 
-#ifdef CLONES /* compile each function twice; the loader picks the faster one that this CPU can run */
+#ifdef CLONES /* compile each function twice; the dynamic linker picks the faster one that this CPU can run */
 #define EACH_CPU __attribute__((target_clones("arch=x86-64-v3", "default")))
 #else
 #define EACH_CPU
@@ -21,7 +21,7 @@ typedef struct {
     float alpha, k;
 } norm_params;
 
-/* Parameters of 3 by 3 max-pooling with stride 2: of b if `normalize`, else of x. */
+/* Parameters of 3 by 3 max-pooling with stride 2. b is pooled if `normalize`, and otherwise x. */
 typedef struct {
     int64_t rows, columns; /* of x, at least 3 */
     int64_t normalize, relu_after;
@@ -80,7 +80,8 @@ INLINE void normalize(const float *x, int64_t count, norm_params norm, float *sq
         normalize_with_reach(x, count, norm, norm.reach, squares, out);
 }
 
-/* dL/dx_i = g_i s_i^-3/4 - 2 alpha 3/4 a_i sum over the window of g_j a_j s_j^-7/4, and 0 where ReLU gave 0. */
+/* dL/dx_i = g_i s_i^-3/4 - 2 alpha 3/4 a_i sum over the window of g_j a_j s_j^-7/4, and 0 where ReLU gave 0.
+ * g is dL/db, and s_i = k + alpha * sum over the window of a_j². */
 INLINE void normalize_backward_with_reach(const float *restrict x, const float *restrict grad, int64_t count,
                                           norm_params norm, int64_t reach, float *restrict squares,
                                           float *restrict terms, float *restrict out) {
@@ -161,7 +162,7 @@ INLINE void pool_row(const float *const rows[3], int64_t windows, int64_t maps, 
 typedef struct {
     const float *grad; /* the gradient of the pooled row */
     const uint8_t *argmax;
-    int32_t first_index; /* index, in a window, of the row's left position: 0, 3 or 6; NO_WINDOWS if not covered */
+    int32_t first_index; /* index, in a window, of the row's left position: 0, 3 or 6; NO_WINDOWS: row in no window */
 } window_row;
 
 #define NO_WINDOWS 10 /* larger than every value of argmax, which is at most 9 */
