@@ -160,8 +160,8 @@ typedef struct {
 INLINE int64_t height_of(const batch *b, int64_t n) { return b->extent ? b->extent[2 * n] : b->side; }
 INLINE int64_t width_of(const batch *b, int64_t n) { return b->extent ? b->extent[2 * n + 1] : b->side; }
 
-/* Decode the part of record k that its crops need. Sets *top, *left and *stride. Returns the address of the pixel at row
- * *top and column *left of the image; null if the record cannot be decoded. Raw records are not copied. */
+/* Decode the part of record k that its crops need. Sets *top, *left and *stride. Returns the address of the pixel at
+ * row *top and column *left of the image; null if the record cannot be decoded. Raw records are not copied. */
 static const uint8_t *find_pixels(worker *self, const batch *b, int64_t k, int64_t *top, int64_t *left, int64_t *stride) {
     const int32_t *position = b->position + 2 * b->views * k;
     *stride = 3 * (int64_t)b->size[2 * k + 1], *top = 0, *left = 0;

@@ -18,7 +18,7 @@ INLINE void split(const uint8_t *restrict pixels, int64_t side, uint8_t *restric
 INLINE float augment(uint8_t pixel, float shift, float mean, float scale) { return (pixel + shift - mean) * scale; }
 
 /* Write rows first to end - 1 of a crop to `out` (3, side, side). R, G and B are multiplied by scales[0], scales[1] and
- * scales[2]. In the mean image, rows are mean_side floats apart, and channels are mean_side * mean_side floats apart. */
+ * scales[2]. In the mean image, rows are mean_side floats apart. Channels are mean_side * mean_side floats apart. */
 EACH_CPU void rows_nchw(const crop *cur, int64_t first, int64_t end, int64_t side, int64_t mean_side,
                         const float *scales, float *restrict out) {
     uint8_t rows[3 * side];

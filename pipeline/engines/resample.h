@@ -3,9 +3,9 @@
  * versions resize columns before rows if the height shrinks and the width does not.
  *
  * A row or column of `in` pixels becomes `out` pixels. With scale = max(1, in / out), output pixel i is
- * Σ w[x] · pixel[x]. The weight w[x] is proportional to max(0, 1 − |x + 0.5 − (i + 0.5) · in / out| / scale). The sum of
- * the weights of an output pixel is 1. The weights are rounded to multiples of 2^-22. Rows are resized first. Each of
- * the two passes rounds to bytes.
+ * Σ w[x] · pixel[x]. The weight w[x] is proportional to max(0, 1 − |x + 0.5 − (i + 0.5) · in / out| / scale). The sum
+ * of the weights of an output pixel is 1. The weights are rounded to multiples of 2^-22. Rows are resized first. Each
+ * of the two passes rounds to bytes.
  *
  * There are two versions of each pass, which compute the same integers: one for all CPUs, and one for x86 CPUs with
  * AVX2. The instructions of AVX2 multiply numbers of 16 bits, so a weight is stored as high · 2^11 + low. */
@@ -17,9 +17,9 @@ typedef struct {
     int16_t high[2], low[2];
 } weight_pair;
 
-/* The weights of a resized row or column. Output pixel i is a weighted sum of 2 * pairs input pixels, which begin at input
- * pixel first[i]. Their weights begin at weights[most_pairs * i]. Pixels after the end of the row or column have the
- * weight 0. */
+/* The weights of a resized row or column. Output pixel i is a weighted sum of 2 * pairs input pixels, which begin at
+ * input pixel first[i]. Their weights begin at weights[most_pairs * i]. Pixels after the end of the row or column have
+ * the weight 0. */
 typedef struct {
     int64_t pairs, most_pairs;
     int32_t *first;
@@ -210,8 +210,8 @@ INLINE int64_t line_bytes(int64_t side) { return (3 * side + 16 + VECTOR - 1) / 
 /* Number of bytes of ROWS copied rows. After its pixels, a row has bytes that are read and multiplied by 0. */
 INLINE int64_t copy_bytes(int64_t width, int64_t pairs) { return ROWS * (3 * width + 6 * pairs + 16); }
 
-/* Number of bytes of the weights of a row or column. Four pixels are resized at a time, so there is room for the weights
- * of three more pixels. */
+/* Number of bytes of the weights of a row or column. Four pixels are resized at a time, so there is room for the
+ * weights of three more pixels. */
 INLINE int64_t weight_bytes(int64_t pairs, int64_t side) {
     return (side + 3) * (4 + pairs * (int64_t)sizeof(weight_pair));
 }
