@@ -4,13 +4,13 @@
 
 FAULT is one of
 
-`kill SEED KILLS`
-    In each of the first KILLS attempts of torchrun, at most ten, one rank kills itself with SIGKILL just before an
-    operation, and appends a line to the file RUN_DIR.kills. SEED and the number k of the attempt, counted from 0,
-    determine the rank and the operation. There are three kinds of operations: operations of rank 0 on files (opening a
-    file for writing, computing a digest, fsync, rename, link, removal of a file), exchanges between ranks, and ends of
-    training steps. Operations are counted after the run has made k steps. All KILLS attempts are killed, because a
-    finished run that is started again also makes exchanges and works on files.
+`kill SEED`
+    In each of the first ten attempts of torchrun, one rank kills itself with SIGKILL just before an operation, and
+    appends a line to the file RUN_DIR.kills. SEED and the number k of the attempt, counted from 0, determine the rank
+    and the operation. There are three kinds of operations: operations of rank 0 on files (opening a file for writing,
+    computing a digest, fsync, rename, link, removal of a file), exchanges between ranks, and ends of training steps.
+    Operations are counted after the run has made k steps. All ten attempts are killed, because a finished run that is
+    started again also makes exchanges and works on files.
 `ACTION RANK STEP`
     After step STEP of the run, rank RANK performs an action, once. If RANK is `any`, every rank performs the action.
     ACTION is one of: SIGSTOP, SIGTERM (send this signal to the rank itself), stop-all (send SIGTERM to torchrun, and
@@ -132,7 +132,7 @@ def prepare_kill() -> None:
     kinds = ["exchange"] + ["file"] * (victim == 0) + ["step"] * (attempt < 8)  # the run has 9 steps
     exchanges = {8: 8, 9: 4}.get(attempt, 20)  # in the last two attempts, only few exchanges are left
     chosen, operations = generator.choice(kinds), {"file": 8, "exchange": exchanges, "step": 1}
-    if victim != rank or attempt >= int(numbers[1]):
+    if victim != rank or attempt >= 10:
         return
     kind, operations_left = chosen, generator.randrange(operations[chosen])
     os.fsync, checkpoint.append_digest = counted("fsync", os.fsync), counted("digest", checkpoint.append_digest)

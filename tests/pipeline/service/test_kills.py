@@ -87,10 +87,9 @@ def shuffled(seed: int, workers: int, coordinators: int, nodes: int) -> list[str
     return victims
 
 
-def test_five_kills(store: Path, serve: Serve) -> None:
-    """A worker is killed before and after the kills of the coordinator and of a node."""
+def test_twenty_kills(store: Path, serve: Serve) -> None:
     service = serve(store, 3)
-    assert stream_during_kills(service, store, ["worker", "coordinator", "worker", "node", "worker"], 20) > 0
+    assert stream_during_kills(service, store, shuffled(20, 16, 3, 1), 20) > 0
     assert service.wait_for("an empty queue", lambda status: not status["queue"])["min_workers"] == 3
 
 
