@@ -68,7 +68,7 @@ def tar_of_tars(root: Path) -> bytes:
 
 
 def make_ilsvrc_download(photo_folder: Path, root: Path) -> Path:
-    """Write two archives and a devkit, as downloaded from image-net.org. The devkit numbers the classes differently."""
+    """Write two archives and a devkit, as downloaded from image-net.org. The class numbers do not follow the names."""
     data = root / "ILSVRC2012_devkit_t12" / "data"
     data.mkdir(parents=True)
     (root / "ILSVRC2012_img_train.tar").write_bytes(tar_of_tars(photo_folder))
@@ -290,7 +290,10 @@ def test_what_lies_beside_class_tars_is_left_out_and_named(tmp_path: Path) -> No
 def test_tars_of_class_folders_are_no_class_tars(
     tars: dict[str, list[str]], classes: tuple[str, ...] | None, nested: bool, tmp_path: Path
 ) -> None:
-    """Tars that contain class folders are refused, because the names of the tars would become the classes."""
+    """Tars with class folders are refused, because the names of the tars would become the classes.
+
+    A folder is no class folder if it has the name of its tar, or if all tars have the same single folder.
+    """
     folder = tmp_path / "tars"
     folder.mkdir()
     content = {f"{name}.tar": tar_of([(member, A) for member in members]) for name, members in tars.items()}

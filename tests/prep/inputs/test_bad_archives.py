@@ -107,7 +107,7 @@ def test_a_damaged_inner_tar_is_one_line_that_names_the_archive(damage: str, tmp
 
 
 def test_every_cut_of_an_archive_is_an_error(tmp_path: Path) -> None:
-    """A flat tar, a tar of tars, and tars with long names are truncated to each multiple of 256 bytes.
+    """A tar of folders, a tar of tars, and tars with long names are truncated to each multiple of 256 bytes.
 
     A truncated tar is an error, unless nothing but padding is missing.
     """
@@ -128,7 +128,7 @@ def test_every_cut_of_an_archive_is_an_error(tmp_path: Path) -> None:
 
 
 def test_one_changed_byte_never_loses_an_image(tmp_path: Path) -> None:
-    """After a change of one byte, there is an error, or the numbers of images and refused members stay the same."""
+    """After a change of one byte, there is an error, or each of the three images is listed or refused."""
     rng = np.random.default_rng(3)
     for content in (tar_of(THREE), tar_of([("n1.tar", tar_of(THREE[:2])), ("n2.tar", tar_of(THREE[2:]))])):
         for _ in range(300):
@@ -184,7 +184,7 @@ def test_the_command_counts_and_names_refused_members(photo_folder: Path, tmp_pa
     odd = [member for name, (member, _) in ODD.items() if "folder" not in name]
     double: Member = (members[0][0], b"no picture at all")
     (tmp_path / "x.tar").write_bytes(tar_of([double, *odd, *members]))
-    # In this archive, the class n1 has only links, so the class is empty.
+    # In this archive, the class n1 has only links and special files, so the class is empty.
     options = (tmp_path / "x.tar", "--store", tmp_path / "store", "--allow-empty-classes")
     result = alexprep(*options)
     assert result.exit_code == 1

@@ -172,10 +172,9 @@ def test_encoded_images_of_any_format_are_decoded(
 def test_the_same_images_as_files_give_the_same_records(
     photo_folder: Path, datum: Callable[..., bytes], records_of: Records, tmp_path: Path
 ) -> None:
-    """Colour moments and classes of the two stores are equal.
+    """A store from Caffe's LMDB and a store from files have equal colour moments and classes.
 
-    The sources of the records differ. A record from Caffe has its LMDB key as its source, and a record from a file has
-    its path.
+    In the first store, the source of a record is its key in Caffe's LMDB. In the second, it is the path of the file.
     """
     paths = sorted((photo_folder / "train").glob("*/*"))
     classes = sorted({path.parent.name for path in paths})

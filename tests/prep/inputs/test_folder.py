@@ -244,7 +244,7 @@ def test_names_that_differ_in_case_are_different(tmp_path: Path) -> None:
 
 
 def test_an_unreadable_class_folder_is_a_one_line_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The test replaces os.scandir by a function that fails, because root can read every folder."""
+    """The test replaces os.scandir by a function that fails, because the user root can read every folder."""
     root = touch(tmp_path / "t", "n1/a.JPEG", "n2/a.JPEG", "n3/a.JPEG")
     scandir = os.scandir
 
@@ -308,7 +308,7 @@ def test_a_fifo_that_replaced_a_file_does_not_block(tmp_path: Path) -> None:
         with pytest.raises(BadImage, match=f"a {kind}, not a file|Is a directory"):
             reader.head(item, 4)
         status = path.stat()
-        # `same` has the size and time of the new FIFO or folder, as if the file system did not store times
+        # `same` has the size and time of the new FIFO or folder, so only the kind of file shows the change.
         same = replace(item, size=status.st_size, mtime_ns=status.st_mtime_ns)
         with pytest.raises(BadImage, match=f"a {kind}, not a file|Is a directory"):
             reader.read(same)

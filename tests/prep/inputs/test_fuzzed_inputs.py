@@ -1,6 +1,6 @@
 """Fuzzing of the readers of inputs: archives, label files, lists and the devkit.
 
-The intact files are those of the tests of the formats. A reader must list the inputs, or raise an error of one line.
+The tests change bytes of valid files. A reader must list the inputs, or raise an error of one line.
 """
 
 from __future__ import annotations

@@ -198,7 +198,7 @@ from prep.build.plan import BuildPlan
 from prep.inputs.sources import FolderReader, Source
 
 def peak_mb():
-    status = Path("/proc/self/status").read_text()  # ru_maxrss of a child begins with its parent's
+    status = Path("/proc/self/status").read_text()  # in a child process, ru_maxrss starts at the value of the parent
     return int(status.partition("VmHWM:")[2].split()[0]) / 1000
 
 count, before = int(sys.argv[1]), peak_mb()

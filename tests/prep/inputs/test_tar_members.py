@@ -1,4 +1,4 @@
-"""prep.inputs.tar_members reads damaged and truncated archives, other files, and headers with a false, huge size.
+"""prep.inputs.tar_members: damaged and truncated archives, files of other types, headers with a false, huge size.
 
 The behaviour of tarfile depends on the Python version. Of the project, these tests import only tar_members and
 prep.console, so that the tests run with every supported Python.
@@ -71,7 +71,7 @@ def test_a_damaged_archive_is_one_line_that_names_it(damage: str, tmp_path: Path
 
 
 def test_every_cut_of_an_archive_is_an_error(tmp_path: Path) -> None:
-    """A flat tar, a tar of tars, and tars with long names are truncated to each multiple of 256 bytes.
+    """A tar of folders, a tar of tars, and tars with long names are truncated to each multiple of 256 bytes.
 
     A truncated tar is an error, unless nothing but padding is missing.
     """
@@ -131,7 +131,7 @@ def test_a_long_name_below_the_bound_is_read(tmp_path: Path) -> None:
 
 
 def test_members_are_not_kept(tmp_path: Path) -> None:
-    """Of 2,000 TarInfo objects, fewer than 10 are in memory at the end. Those of ImageNet would take 1 GB."""
+    """Of 2,000 TarInfo objects, fewer than 10 are in memory at the end. All objects of ImageNet would take 1 GB."""
     members: list[Member] = [(f"n1/{number}.JPEG", b"") for number in range(2000)]
     path = written(tar_of(members), tmp_path)
     size = path.stat().st_size
@@ -140,7 +140,7 @@ def test_members_are_not_kept(tmp_path: Path) -> None:
         for member in iterate_members(file, path, 0, size, Progress(size, "bytes")):
             if member.name == "n1/1999.JPEG":
                 break
-        # isinstance() would read __class__ of each object. torch.distributed.reduce_op then prints a warning.
+        # Not isinstance(): it reads __class__, for which torch.distributed.reduce_op prints a warning.
         alive = sum(type(each) is tarfile.TarInfo for each in gc.get_objects())
     assert 1 <= alive < 10
 

@@ -125,7 +125,7 @@ def test_classes_are_joined_by_name_and_no_image_changes(
 
 
 class CutsTheShard(TaskProgress):
-    """Cuts a shard when record 1 begins. The pages of the tree remain in the file, but no values of the records."""
+    """Truncates a shard when the work on record 1 begins. Only the pages of LMDB's tree remain, without the values."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__()
@@ -140,7 +140,7 @@ class CutsTheShard(TaskProgress):
 def test_a_shard_that_is_cut_during_a_merge_gives_its_own_error(
     make_store: MakeStore, tmp_path: Path, work: str
 ) -> None:
-    """Pages that are missing in the file read as zeros. The error must not call this a damaged record."""
+    """Missing pages of the file read as zeros. The error must name the shard, and not call the record damaged."""
     store = Store.open(shutil.copytree(make_store("two"), tmp_path / "two"))
     folder = Path(store.shard_paths("train")[0])
     shard = SourceShard(folder, store.split("train").shards[0].records, tuple(range(len(store.classes))))

@@ -109,7 +109,7 @@ def test_a_server_that_answers_503_and_429_is_asked_again(
 def test_a_server_that_is_away_for_a_while_delays_the_copy(
     small_store: Path, copy: Copy, proxy: Proxy, url: str, monkeypatch: pytest.MonkeyPatch, prefix: str
 ) -> None:
-    """Beginning with the tenth request, the proxy resets every connection for 1.5 s."""
+    """During 1.5 s from the tenth request, the proxy resets every connection."""
     monkeypatch.setattr(object_store, "WAITS_S", (0.1, 0.2, 0.4, 0.8, 1.6))
     away: list[float] = []
 

@@ -118,7 +118,7 @@ def test_fields_of_a_record_with_a_correct_checksum(count: int, store: Path) -> 
 
 @examples(100, 20_000)
 def test_image_in_a_record(count: int, store: Path) -> None:
-    """The test calls the decoders of the stream and of the build. A decoded image must have three channels."""
+    """The test calls the decoders of the stream and of the build. A decoded image must have three dimensions."""
     image = Datum.decode(a_record(store)).data
 
     def read(content: bytes) -> None:

@@ -1,6 +1,6 @@
 """prep.store.lmdb_shard is compared with the lmdb library, and its digest with hashlib.
 
-In some tests of ShardReader, numbers are missing between the keys, as in a store whose build left inputs out.
+In some tests of ShardReader, the keys are not consecutive numbers, as in a store whose build left inputs out.
 """
 
 from __future__ import annotations

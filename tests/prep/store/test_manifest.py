@@ -1,4 +1,4 @@
-"""prep.store.manifest: the error about a damaged store has the found and the expected value. Fingerprints.
+"""prep.store.manifest: fingerprints, and errors about damaged stores, with the found and the expected value.
 
 The tests compute fingerprints independently, with hashlib and json.
 """
@@ -30,7 +30,7 @@ def copied(store: Path, tmp_path: Path) -> Path:
 
 
 def change_manifest(store: Path, change: Change) -> None:
-    """Change the content of manifest.json, and write it with a correct fingerprint of the store and checksum."""
+    """Change the content of manifest.json, and make its checksum and the fingerprint of the store correct again."""
     data = json.loads((store / "manifest.json").read_bytes())
     change(data)
     with suppress(AttributeError, KeyError, TypeError):  # after some changes, the fingerprint cannot be computed
@@ -250,7 +250,7 @@ def canonical_digest(data: object) -> str:
 def test_the_fingerprint_is_a_digest_of_all_records_and_class_names(store: Path) -> None:
     """The test computes the fingerprint from the LMDB files.
 
-    First it computes the SHA-256 of the records of each shard, then the SHA-256 of these digests.
+    First it computes the SHA-256 of the records of each shard, then the SHA-256 of these digests and the class names.
     """
     written = json.loads((store / "manifest.json").read_bytes())
     splits = {}

@@ -85,7 +85,7 @@ def zip_of(compression: int, prefix: str = "") -> Callable[[Pictures, Path], Pat
 def streamed_zip(pictures: Pictures, root: Path) -> Path:
     """Return a zip archive that was written to a pipe.
 
-    In such an archive, the sizes and the CRC-32 of a member follow its content, and the sizes are in zip64 fields.
+    In such an archive, the sizes and the CRC-32 of a member follow its content. Here, zip64 fields hold the sizes.
     """
 
     class Pipe(io.RawIOBase):
@@ -110,7 +110,7 @@ def streamed_zip(pictures: Pictures, root: Path) -> Path:
 
 
 def tiny_imagenet(pictures: Pictures, root: Path) -> Path:
-    """Return a folder like the unpacked cs231n.stanford.edu/tiny-imagenet-200.zip. The images are named .JPEG."""
+    """Return a folder like the unpacked cs231n.stanford.edu/tiny-imagenet-200.zip."""
     for name, content in pictures.items():
         folder, _, file = name.partition("/")
         put(root / "train" / folder / "images" / file, content)
@@ -126,7 +126,7 @@ def tiny_imagenet(pictures: Pictures, root: Path) -> Path:
 
 
 def zipped(make: Callable[[Pictures, Path], Path]) -> Callable[[Pictures, Path], Path]:
-    """Return a function that packs the folder of `make` into a zip archive. The archive contains this one folder."""
+    """Return a function that calls `make`, and packs the resulting folder and its name into a zip archive."""
 
     def make_zip(pictures: Pictures, root: Path) -> Path:
         folder = make(pictures, root.with_name(f"{root.name}-folder"))
@@ -162,7 +162,7 @@ def web_dataset_json(pictures: Pictures, root: Path) -> Path:
 def hugging_face_table(pictures: Pictures) -> pa.Table:
     """Return a table like those of `datasets.Dataset.to_parquet` (datasets/arrow_writer.py, features.py).
 
-    The paths have no folders. The metadata of the schema describes the features of `datasets`.
+    The paths have no folders. The metadata of the schema contains column types and class names, as in `datasets`.
     """
     features = {"image": {"_type": "Image"}, "label": {"names": list(CLASSES), "_type": "ClassLabel"}}
     image = pa.struct({"bytes": pa.binary(), "path": pa.string()})
@@ -212,7 +212,7 @@ def build_all(
     splits: Sequence[str] = SPLITS,
     runner: Runner | None = None,
 ) -> Store:
-    """Build the splits that are found in `source`."""
+    """Build those of `splits` that are found in `source`."""
     classes: tuple[str, ...] = ()
     for split, where in find_splits(source, None).items():
         if split in splits:

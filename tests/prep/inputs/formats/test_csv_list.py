@@ -66,7 +66,7 @@ def test_missing_files_and_labels_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("file", ["dog/a b, c.jpg", "dog/missing.jpg"])
 def test_a_row_without_a_label_drops_no_class(file: str, tmp_path: Path) -> None:
-    """If the build left such a row out without an error, the store would lack a class that occurs in no other row."""
+    """The missing label may be a class that no other row has. Without an error, the store would lack this class."""
     path = csv_file(tmp_path, f'cat/1.jpg,cat\ncat/2.jpg,cat\n"{file}",\n')
     with pytest.raises(
         UserError, match=rf"1 image without a label \({file}\), so a class may be missing.*--classes FILE"

@@ -34,7 +34,7 @@ def test_a_layout_that_does_not_fit_is_an_error(tmp_path: Path) -> None:
 
 
 def test_class_tars_may_have_the_names_of_splits(tmp_path: Path) -> None:
-    """A class may have the name train, as in COCO. But if there is a test.tar, train.tar and val.tar are splits."""
+    """train.tar can be a class, as in COCO. If the folder also contains test.tar, train.tar is a split."""
     jpeg = tar_of([("a.jpg", b"\xff\xd8\xff")])
     for name in ("airplane", "bus", "train"):
         put(tmp_path / "coco" / f"{name}.tar", jpeg)

@@ -90,7 +90,7 @@ def test_several_configurations_are_refused(tmp_path: Path) -> None:
 
 
 def test_parquet_files_that_describe_images_are_no_split(tmp_path: Path) -> None:
-    """For the library `datasets`, a file metadata.parquet can describe the images of a folder. It is not a split."""
+    """For `datasets`, a file metadata.parquet can describe the images of a folder. Such a file is not a split."""
     for split in ("train", "val"):
         for name in ("cat/1.jpg", "dog/2.jpg"):
             put(tmp_path / split / name, JPEG)

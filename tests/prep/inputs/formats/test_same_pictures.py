@@ -44,7 +44,7 @@ def test_a_layout_gives_the_fingerprint_of_class_folders(
     store = build_all(source, tmp_path / "store")
     assert store.classes == CLASSES
     assert store.split("train").fingerprint == by_folder
-    # A second listing equals the first listing.
+    # A second build of the same source into the finished store gives the same fingerprint.
     assert build_all(source, tmp_path / "store").fingerprint == store.fingerprint
     listed = list_source(where, "train")
     reader = pickle.loads(pickle.dumps(listed.reader))

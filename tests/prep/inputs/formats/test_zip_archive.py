@@ -96,7 +96,7 @@ def test_a_damaged_archive_is_an_error_of_one_line(tmp_path: Path) -> None:
     directory = content.index(b"PK\1\2")
     broken = [content[:size] for size in (0, 3, 30, directory, directory + 60, len(content) - 1)]
     broken += [content[:directory] + b"xx" + content[directory + 2 :], content[directory:], content[:-22] + bytes(22)]
-    # The archive is truncated in every part of the directory and of the end record.
+    # Also change single bytes of the directory and of the end record.
     for size in range(directory, len(content), 7):
         broken.append(content[:size] + b"\xff" + content[size + 1 :])
     errors = 0
@@ -120,7 +120,7 @@ def test_a_damaged_archive_is_an_error_of_one_line(tmp_path: Path) -> None:
 
 
 def test_archives_of_other_programs_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The archives have bytes before the archive, a zip64 end record, a comment, backslashes, or names not in UTF-8."""
+    """One archive has a name with é, or with a backslash. Another has a leading script, zip64 fields and a comment."""
     windows = zipfile.ZipInfo("n1/a.jpg")
     windows.create_system = 0
     path = zip_file(tmp_path / "plain.zip", {windows: CONTENT, "n1/é.jpg": CONTENT})
@@ -147,7 +147,7 @@ def test_archives_of_other_programs_are_read(tmp_path: Path, monkeypatch: pytest
 def test_members_with_sizes_and_offsets_of_zip64_are_read(
     compression: int, limit: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With force_zip64, the headers of the members use zip64. With a small limit, the central directory also does."""
+    """force_zip64 puts zip64 fields into the headers of members; a small limit puts them into the directory, too."""
     if limit is not None:
         monkeypatch.setattr(zipfile, "ZIP64_LIMIT", limit)
     contents = {f"n{k % 2}/{k}.jpg": CONTENT + bytes([k]) * (50 * k) for k in range(4)}

@@ -21,7 +21,7 @@ SYNSETS = ("n01", "n02", "n03", "n04")
 
 
 def labels_for(numbers: str, tmp_path: Path, order: str | None = None, classes: tuple[str, ...] = ()) -> list[int]:
-    """Return the labels of the images a.jpg, b.jpg, … if the label file has the words of `numbers` as their labels."""
+    """Write a label file that gives each word of `numbers` to one of a.jpg, b.jpg, …, and return the labels read."""
     names = [f"{chr(97 + k)}.jpg" for k in range(len(numbers.split()))]
     root = touch(tmp_path / "photos", *names)
     rows = [f"{name} {text}\n" for name, text in zip(names, numbers.split(), strict=True)]
@@ -39,7 +39,7 @@ def labels_for(numbers: str, tmp_path: Path, order: str | None = None, classes: 
         ("20 10", ("10", "20", "30"), [1, 0]),  # 20 is not a position, so the numbers are names
         ("0 3 1", FROM_1, [0, 3, 1]),  # 0 is not a name, so the numbers are positions from 0
         ("7 008", ("007", "8"), [0, 1]),  # 7 and 007 are the same number in different spellings
-        ("3 1 2", (), [2, 0, 1]),  # the numbers 1 to K are names, in the order of the numbers
+        ("3 1 2", (), [2, 0, 1]),  # without a store, the numbers 1 to 3 are names, sorted as numbers
         ("10 0 1 2 3 4 5 6 7 8 9", (), [10, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9]),
         ("ape dog ape", WORDS, [0, 2, 0]),
     ],
@@ -55,7 +55,7 @@ def test_a_clear_number_needs_no_option(
     [
         ("1 2 3", FROM_1, {"name": [0, 1, 2], "sorted-from-0": [1, 2, 3]}),
         ("1 2 3", WORDS, {"sorted-from-0": [1, 2, 3], "sorted": [0, 1, 2]}),
-        ("1 2 4", WORDS, {"sorted": [0, 1, 3]}),  # ILSVRC's numbers also begin with 1
+        ("1 2 4", WORDS, {"sorted": [0, 1, 3]}),  # unclear because the devkit's numbers begin with 1, too
         # In a store of an earlier version, the order of the classes can differ from the order of their numbers.
         ("1 2", ("10", "2", "1"), {"name": [2, 1], "sorted-from-0": [1, 2]}),
         ("0 2 5", (), {"name": [0, 1, 2]}),

@@ -169,7 +169,7 @@ def test_labels_may_be_class_names(flat: Path, tmp_path: Path) -> None:
     source = list_labelled(flat, labels)
     assert source.classes == ("ape", "cat", "dog")
     assert paths_and_labels(source) == list(zip(SORTED_NAMES, [1, 2, 0, 1], strict=True))
-    store_classes = ("dog", "eel", "cat", "ape")  # the labels have this order
+    store_classes = ("dog", "eel", "cat", "ape")  # a label is a position in this tuple
     assert labels_of(list_labelled(flat, labels, None, store_classes)) == [2, 0, 3, 2]
     order = label_file(tmp_path, "dog\ncat\nape\n", "classes.txt")
     source = list_source(flat, "train", ListOptions(labels, class_file=order))

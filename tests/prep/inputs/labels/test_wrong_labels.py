@@ -122,7 +122,7 @@ def test_numbers_and_words_together_are_names_if_the_user_says_so(photos: Path, 
 
 
 def test_a_class_of_the_store_without_a_photograph_is_refused(tmp_path: Path) -> None:
-    """The labels count from 1, but the class folders are 0 to 2. The mistake shows only because class 0 is empty."""
+    """The labels count from 1, but the store has the classes 0 to 2. Only the empty class 0 shows the mistake."""
     root = touch(tmp_path / "photos", "a.jpg", "b.jpg")
     labels = label_file(tmp_path, "a.jpg 1\nb.jpg 2\n")
     with pytest.raises(UserError, match=r"1 class has no photograph: 0\..*--allow-empty-classes"):
