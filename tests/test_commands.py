@@ -37,7 +37,7 @@ def test_every_command_has_help_with_an_example_and_explains_every_option(group:
     for parameter in GROUPS[group].commands[name].params:
         if isinstance(parameter, click.Option):
             assert parameter.help, f"{group} {name} {parameter.name}"
-            assert not parameter.help.startswith("Of "), f"{group} {name} {parameter.name}: a phrase that stands alone"
+            assert not parameter.help.startswith("Of "), f"{group} {name} {parameter.name}: help without a subject"
 
 
 @pytest.mark.parametrize("group", GROUPS)

@@ -106,7 +106,7 @@ BYTES_NAME = os.fsdecode(b"bytes\xff\x1b.jpg")
 
 @pytest.fixture(scope="module")
 def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that contains photographs in a folder, a tar and a zip, a list, a store and a run.
+    """A folder that contains a list of paths, a store, a run, and photographs in a folder, a tar and a zip.
 
     All names contain control characters.
     """

@@ -72,7 +72,7 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_wheel_holds_every_file_of_the_three_packages_and_no_other(wheel: Path) -> None:
-    """These are Python files, py.typed, C sources, and the libraries that are compiled from the C sources."""
+    """The wheel holds Python files, py.typed, C sources, and the libraries that are compiled from the C sources."""
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info" not in name}
     files = [path for package in PACKAGES for path in (ROOT / package).rglob("*")]
     expected = {path for path in files if path.suffix in (".py", ".c", ".h") or path.name == "py.typed"}

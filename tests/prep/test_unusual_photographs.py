@@ -90,7 +90,7 @@ def transparent_folder(folder: Path) -> Path:
 def test_the_background_is_stored_counted_and_kept(
     words: list[str], level: int, tmp_path: Path, records_of: Records
 ) -> None:
-    """A second split that is built without the option gets the background of the store. Another one is refused."""
+    """A split that is built without the option gets the background of the store. Another background is refused."""
     photos, store = transparent_folder(tmp_path / "photos"), tmp_path / "store"
     base = ["build-lmdb", photos, "--store", store, "--side", "40", "--format", "ppm", "--jobs", "1"]
     built = alexprep(*base, *words)
@@ -256,10 +256,7 @@ def test_any_exception_of_a_reader_or_a_decoder_makes_its_input_bad(
 
 
 def rle_bitmap(width: int, height: int) -> bytes:
-    """Return a small BMP with run-length code, which Pillow decodes in slow Python code.
-
-    Decoding a file of some kilobytes takes seconds.
-    """
+    """Return a BMP of 0.8 MB with run-length code, which Pillow decodes in slow Python code."""
     data = b"\x01\x01" * 400_000 + b"\0\1"
     head = (
         b"BM" + (14 + 40 + 1024 + len(data)).to_bytes(4, "little") + bytes(4) + (14 + 40 + 1024).to_bytes(4, "little")

@@ -142,7 +142,7 @@ def test_edits_of_a_store_end_with_one_line(share: float, samples: Path) -> None
 
 @pytest.mark.soak
 def test_edits_of_all_files_end_with_one_line() -> None:
-    """The tool makes the examples, makes a tenth of all edits, and runs one command after each edit."""
+    """The tool makes sample files, applies a tenth of all edits to them, and runs one command after each edit."""
     program = [sys.executable, "-m", "tools.edit_files", "--share", "0.1", "--jobs", "2", "--limit", "60"]
     ended = subprocess.run(program, cwd=ROOT, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stdout + ended.stderr

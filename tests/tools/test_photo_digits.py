@@ -56,7 +56,7 @@ def test_the_same_seed_gives_the_same_bytes(dataset: Path, tmp_path: Path) -> No
 def test_the_label_is_the_digit_that_is_drawn(dataset: Path) -> None:
     """In most images, the central square correlates best with the mean digit of the image's label.
 
-    The square is reduced to 8×8 px for the comparison.
+    For the comparison, the square is reduced to 10 × 10 px, of which the inner 8 × 8 px are used.
     """
     digits = load_digits()
     prototypes = np.stack([digits.images[digits.target == k].mean(0) for k in range(10)])

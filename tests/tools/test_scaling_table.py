@@ -10,8 +10,8 @@ from tools.docs import scaling_table
 def test_the_exchange_sends_twice_the_gradients_less_one_share() -> None:
     """In a ring of n GPUs, each GPU sends 2 (n − 1) / n times the bytes of the gradients.
 
-    The gradients have 4 · 60,965,224 bytes. With two GPUs, each GPU sends once as many bytes. With eight GPUs, each GPU
-    sends 1.75 times as many.
+    The gradients have 4 · 60,965,224 bytes. Each of two GPUs sends this number of bytes. Each of eight GPUs sends 1.75
+    times as many.
     """
     assert scaling_table.gradient_bytes() == 243_860_896
     assert scaling_table.exchange_s(1000, 2, 500.0) == 2.0

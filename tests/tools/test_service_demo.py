@@ -258,7 +258,8 @@ def test_runs_on_a_service_whose_node_is_killed_have_the_weights_of_runs_without
     assert result["equal"] and len(result["results"]) == 10 and all(row["equal"] for row in result["results"])
     assert len(result["before"]["workers"]) == 2 and len(result["after"]["workers"]) == 1
     assert 4 <= result["killed"]["chosen_step"] <= 8 and max(result["killed"]["steps"]) >= 4
-    # Each run received 12 batches of 8 images, and validated once with 20 images. Most images were decoded once.
+    # Each run received 12 batches of 8 images, and validated once with 20 images. Most images were decoded once for
+    # both runs.
     assert result["images_of_a_run"] == 12 * 8 + 20
     assert 12 * 8 + 20 <= result["end"]["images_made"] < 2 * (12 * 8 + 20)
     for seed in service_demo.SEEDS:

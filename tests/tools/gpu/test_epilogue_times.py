@@ -1,4 +1,4 @@
-"""Tests of the memory floors of the epilogue kernels and of their timing, on a CPU."""
+"""Tests of the bytes that each epilogue kernel must move at least, and of the timing of the kernels, on a CPU."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from train.config.architecture import ALEXNET
 @pytest.mark.parametrize(
     ("layer", "forward", "backward"),
     [
-        # For one image in bfloat16, x has 96 · 55² values and y has 96 · 27² values, of two bytes each. Pooling adds
-        # one byte for each value of y.
+        # For one image in bfloat16, the input has 96 · 55² values and the output has 96 · 27² values, of two bytes
+        # each. Pooling adds one byte for each output value.
         ("layer 1", 2 * 96 * 3025 + 3 * 96 * 729, 4 * 96 * 3025 + 3 * 96 * 729),
         ("layer 2", 2 * 256 * 729 + 3 * 256 * 169, 4 * 256 * 729 + 3 * 256 * 169),
         ("conv3", 4 * 384 * 169, 6 * 384 * 169),
@@ -51,7 +51,7 @@ def test_every_direction_of_every_layer_is_measured(settings: GpuCheckSettings) 
 
 
 def test_on_a_gpu_all_inputs_are_recorded_in_one_graph_which_is_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a simulated GPU, a replay of a graph of two functions takes 4 ms. A turn of 0.1 s therefore has 25 replays."""
+    """On a simulated GPU, a replay of a graph of two functions takes 4 ms. In 0.1 s, 25 replays are timed."""
     calls: list[str] = []
     clock_ms = [0.0]
 

@@ -65,7 +65,7 @@ def with_changed(part: str, change: Callable[[Tensor], Tensor]) -> Apply:
 
 
 def without_last_row(t: Tensor) -> Tensor:
-    """Return a copy whose last row of maps is 0."""
+    """Return a copy in which the last row of each map is 0."""
     return torch.cat([t[:, :, :-1], torch.zeros_like(t[:, :, -1:])], 2)
 
 
@@ -90,7 +90,7 @@ def test_an_error_of_a_hundred_thousandth_fails_in_float32() -> None:
 
 @DTYPES
 def test_a_gradient_at_the_last_maximum_passes_but_at_another_value_fails(dtype: torch.dtype) -> None:
-    """Windows with two nearly equal maxima are left out, so a kernel may choose either of them.
+    """The check leaves out windows with two nearly equal maxima, so a kernel may choose either maximum.
 
     The check still fails if a kernel gives the gradient to another value of a window.
     """

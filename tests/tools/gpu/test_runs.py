@@ -15,7 +15,7 @@ import tools.gpu.runs as runs
 from prep.console import UserError
 from tools.gpu.settings import GpuCheckSettings
 
-# `alextrain` with eight maps in each layer of the network `half`, so that a run takes only seconds.
+# `alextrain` with eight maps in each convolutional layer of the network `half`, so that a run takes only seconds.
 SMALL_PROGRAM = (
     sys.executable,
     "-c",

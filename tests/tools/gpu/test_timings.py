@@ -14,7 +14,7 @@ from tools.gpu.settings import GpuCheckSettings
 
 
 def test_a_turn_is_as_long_as_asked_and_does_not_count_prefetched_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By a simulated clock, a call takes 10 ms. After 8 calls that are not counted, a turn has 50 calls (0.5 s)."""
+    """By a simulated clock, a call takes 10 ms. After calls that are not counted, 50 calls are timed (0.5 s)."""
     calls: list[int] = []
     settings = SimpleNamespace(devices=("cpu", "cpu"), turn_s=0.5)
 
@@ -120,7 +120,7 @@ def test_kernels_are_sorted_into_kinds_by_their_names_and_callers(call_chain: li
 def test_a_kernel_counts_once_and_the_span_of_an_annotation_does_not(
     settings: GpuCheckSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The time of a kernel counts once, for the operation that launched it, and not for an annotation around it."""
+    """The time of a kernel counts once, for the operation that launched it, and not for the annotated code around."""
 
     def event(name: str, parent: Any = None, kernels: Any = ()) -> SimpleNamespace:
         launched = [SimpleNamespace(name=kernel, duration=time_us) for kernel, time_us in kernels]

@@ -159,7 +159,7 @@ def test_an_ensemble_is_forked_although_a_kill_ended_the_command_between_two_mem
     with monkeypatch.context() as patch:
         patch.setattr("train.experiments.ensemble.fork", fork_first)
         assert alextrain(*words).exit_code != 0
-    # Without --fork, member 2 would begin at step 0.
+    # Without --fork, member 2 would begin at step 0, so the command is refused.
     assert "cannot be read" in refusal("run", "--run-dir", new_dir)
     assert alextrain(*words).exit_code == 0
     assert [checkpoint.load(new_dir / f"member-{k}").ancestry[0]["step"] for k in (1, 2)] == [2, 2]

@@ -118,8 +118,8 @@ def test_the_metadata_of_an_onnx_file_are_enough_to_compute_its_input(
 ) -> None:
     """The test prepares photographs with Pillow. All numbers for the preparation come from the ONNX file.
 
-    Pillow rounds to 8 bits between the two passes of a rescaling, and encodes JPEG with other tables than the build.
-    The pixels therefore differ from those of the store by a few grey levels.
+    Pillow rounds to 8 bits between the two passes of a rescaling, and the store has JPEG records. The pixels therefore
+    differ from those of the store by a few grey levels.
     """
     run_dir, network = make_run(SMALL["joined"], recipe)
     (result,) = json_lines("export", run_dir, "--to", "onnx")

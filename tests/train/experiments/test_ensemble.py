@@ -1,4 +1,4 @@
-"""Tests of ensembles: even after kills, stops and failures, a member has the bits of a run that was trained alone."""
+"""Tests of ensembles: even after kills, stops and failures, members equal runs that were trained alone, bit for bit."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def alone(stores: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 def assert_members_equal(folder: Path, alone: Sequence[Path]) -> None:
-    """Assert that the members have the files, bits and random states of runs that were trained alone."""
+    """Assert that members and runs that were trained alone have equal files, parameters and random states."""
     for number, expected in enumerate(alone, start=1):
         run_dir = folder / f"member-{number}"
         assert_same_result(run_dir, expected)

@@ -1,4 +1,4 @@
-"""Tests of statements about the network in the paper and in its authors' code, in the order of the paper's sections.
+"""Tests of what the paper and its authors' code state about the network, in the order of the paper's sections.
 
 Statements about the update rule are tested in tests/train/optim/test_paper_sgd.py, about the schedules in
 tests/train/optim/test_schedule.py, about normalization in test_lrn.py, and about the two columns in test_alexnet.py.
@@ -118,7 +118,7 @@ def test_figure_2_units_are_connected_to_the_maps_that_the_figure_shows(
     above = [logits] if layer == "fc8" else [outputs[layer, column] for column in (0, 1)]
     below = [outputs[BELOW[layer], column] for column in (0, 1)]
 
-    rows = []  # for each unit: a row that has, for each map of the layer below, whether the unit depends on the map
+    rows = []  # one row for each unit: whether the unit depends on each map of the layer below
     for units in above:
         for unit in range(units.shape[1]):
             grads = torch.autograd.grad(units[:, unit].sum(), below, retain_graph=True, allow_unused=True)
@@ -153,8 +153,7 @@ def test_activations_move_between_devices_only_in_cross(crossing: bool, crossing
     """Column 1 is on the device `meta`. An operation that mixes tensors of both devices raises an exception.
 
     Before conv3, fc6 and fc7, each column's maps or units move to the device of the other column. Before fc8, the
-    units of column 1 move to the device of column 0.
-    The images move once.
+    units of column 1 move to the device of column 0. The images move once.
     """
     recipe = replace(RELEASED, crossing=crossing)
     model = AlexNet(5, recipe, ("cpu", "meta"), SMALL)

@@ -133,7 +133,7 @@ def test_norms_are_exact_for_many_values(native: bool, monkeypatch: pytest.Monke
 
 
 def two_columns(recipe: Recipe = LARGE) -> tuple[AlexNet, PaperSGD, dict[str, Tensor]]:
-    """Return a network of two columns with its optimizer and with random gradients, joined by name."""
+    """Return a network of two columns, its optimizer, and {name of a joined parameter: random gradient}."""
     torch.manual_seed(0)
     network = AlexNet(5, recipe, architecture=SMALL_ALEXNET)
     optimizer = make_optimizer(network, recipe)

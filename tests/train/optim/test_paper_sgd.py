@@ -20,7 +20,7 @@ SMALL = replace(ALEXNET, widths=Widths(4, 4, 4, 4, 4, 6, 6))
 def make_steps(
     optimizer: torch.optim.Optimizer, w: torch.nn.Parameter, rates: list[float], grads: np.ndarray
 ) -> np.ndarray:
-    """Return the values of `w` after each step. Step k has the learning rate `rates[k]` and the gradient `grads[k]`."""
+    """Return `w` after the last step. Step k has the learning rate `rates[k]` and the gradient `grads[k]`."""
     for lr, grad in zip(rates, grads, strict=True):
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -52,7 +52,10 @@ def test_the_update_is_the_papers_rule_before_and_after_the_rate_drops(grads: np
 def test_several_parameters_are_updated_by_the_rule_without_compiled_kernels(
     momentum: float, same_layout: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without C kernels, one fused call updates both parameters. If their layouts differ, single operators do."""
+    """Without C kernels, one fused call updates both parameters.
+
+    PyTorch operators update them instead if the gradients have another layout than the parameters.
+    """
     monkeypatch.setattr("train.model.kernels.native", None)
     layout = torch.channels_last if same_layout else torch.contiguous_format
     start = np.random.default_rng(1).normal(size=(2, 4, 3, 2, 2)).astype(np.float32)

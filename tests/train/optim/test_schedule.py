@@ -68,7 +68,7 @@ def test_a_cosine_with_warm_up_follows_its_formula() -> None:
 def test_a_polynomial_with_warm_up_follows_its_formula() -> None:
     """As in the authors' code, the decay is computed from the first step of the run, not from the end of the warm-up.
 
-    After the warm-up, the rate is therefore already a little lower.
+    At the end of the warm-up, the rate therefore drops from lr to a value below lr.
     """
     recipe = replace(LARGE, lr=8.0, epochs=50, schedule=Polynomial(warmup_epochs=5, start=0.1, power=2, end=1e-4))
     schedule, epochs = Schedule(recipe), np.linspace(0, 60, 241)

@@ -58,7 +58,7 @@ def run(
     images: int = 1,
     channels_first: bool = False,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Return output and gradients, computed by the kernels and by float64 operators, joined over the columns."""
+    """Return output and gradients of the kernels, and those of float64 operators. The columns are joined."""
     maps, height, width, epilogue = case
     rng = torch.Generator().manual_seed(maps * height + width)
     if x is None:

@@ -95,7 +95,7 @@ def compare_with_layers(network: AlexNet) -> None:
 
 @pytest.mark.parametrize("model", ["alexnet", "torchvision", "one-gpu"])
 def test_logits_equal_those_of_the_layers(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The test compares the fully connected layers, without dropout. Both get the same pool5 from AlexNet's layers."""
+    """Without dropout, the fully connected layers of FusedNetwork and AlexNet are compared for the same pool5."""
     network = small_network(model, "paper")
     joined = torch.cat(network._convolutional(images := torch.randn(2, 3, 224, 224)), 1)
     monkeypatch.setattr(FusedNetwork, "_pooled_maps", lambda self, images, channels_first: [joined])

@@ -1,4 +1,4 @@
-"""Tests that kills do not change the result of a training in several processes, bit for bit.
+"""Tests that kills change no bit of the result of a training in several processes.
 
 After the kill of one process, torchrun restarts all processes.
 """
