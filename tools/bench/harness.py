@@ -118,7 +118,7 @@ class LineProcess:
         self.process.stdin.flush()
 
     def wait(self) -> None:
-        """Wait until a process that was started ends. Raises UserError if the exit code is not 0."""
+        """If the process was started, wait until it ends. Raises UserError if the exit code is not 0."""
         if self.process is not None:
             self.process.communicate()
             ended, self.process = self.process, None
@@ -140,11 +140,11 @@ class LineProcess:
 class Row:
     """Rate of one contestant in images/s, and its ratios to other contestants.
 
-    All values are medians over the rounds.
+    `least` and `most` are the lowest and the highest rate of a round. All other numbers are medians over the rounds.
     """
 
     name: str
-    images_per_s: float  # median rate over the rounds
+    images_per_s: float
     least: float
     most: float
     ours: str  # name of the project's contestant that this contestant is compared with

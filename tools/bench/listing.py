@@ -5,8 +5,8 @@ are 21,841 classes as in ImageNet-21k. The program runs these steps of prep/buil
 order:
 
     add          call Listing.add for each input, as list_folder and list_archive do
-    permutation  compute the record order: sort the keyed hashes of all paths
     plan         make a BuildPlan: shard boundaries and digest of the inputs
+    permutation  compute the record order: sort the keyed hashes of all paths
     tasks        pickle the tasks of 100 shards one after another, as for worker processes
     save, load   write and read the file inputs.npz, which a resumed build compares with its own list
     compare      compare the loaded list with the list in memory

@@ -33,7 +33,7 @@ def parameters_of(rank: int) -> list[nn.Parameter]:
 def test_gradients_are_summed_and_keep_the_layout_of_the_parameters(
     monkeypatch: pytest.MonkeyPatch, over_tcp: bool
 ) -> None:
-    """The gradients are summed twice. The second sum must not change the first sum that a slower rank still reads."""
+    """The gradients are summed twice. A slower rank may still read the first sum, so the second must not change it."""
 
     def work(group: ReplicaGroup) -> list[list[torch.Tensor | None]]:
         parameters = parameters_of(group.rank)

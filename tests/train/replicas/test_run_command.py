@@ -36,7 +36,6 @@ def start(torchrun: TorchrunServer, stores: dict[str, Path]) -> Start:
 def test_sigterm_to_one_rank_stops_all_after_one_step_with_a_checkpoint_that_resumes_to_the_same_bits(
     start: Start, tmp_path: Path
 ) -> None:
-    """The run continues with the option --run-dir alone. --gpus is not needed, because run.json has the device cpu."""
     job = start(2, tmp_path / "a", "--epochs", 400, "--steps", 200)
     job.wait_until(lambda: "step 3 " in job.stderr)
     os.kill(job.ranks()[1], signal.SIGTERM)

@@ -35,7 +35,7 @@ from train.report.compare import (
 def write_run(
     folder: Path, recipe: Recipe = SHORT, model: Architecture = ALEXNET, errors: tuple[float, ...] = (), **settings: Any
 ) -> Path:
-    """Write run.json and metrics.jsonl of a run, and return the run folder. Each of `errors` is one validation."""
+    """Write run.json and metrics.jsonl of a run, and return the run folder. `errors` are validation errors."""
     folder.mkdir(parents=True)
     fingerprint = settings.pop("store_fingerprint", "f0" * 32)
     description = tiny_description(recipe, model, fingerprint, run_dir=str(folder), **settings)

@@ -1,6 +1,6 @@
 """Fuzzing of the files of a run folder: each reader returns a value or raises an error of one line.
 
-The intact files are those of a small trained run. Changed checkpoints get a correct digest, so that readers do not stop
+The tests change the files of a small trained run. Changed checkpoints get a correct digest, so that readers do not stop
 at the digest.
 """
 

@@ -1,7 +1,7 @@
 """Stores and run folders of another user, which are read-only.
 
-Commands that write nothing work as usual. All other commands fail, and the error names the file that cannot be written.
-Root may write into every folder, so the child process of a test gives up this right.
+A command that can do its work without writing into these folders succeeds. Any other command fails, and its error names
+the file that cannot be written. Root may write into every folder, so the child process of a test gives up this right.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def run_commands(folder: Path, commands: list[str]) -> list[tuple[int, str, str]
 
 @pytest.fixture
 def read_only(store: Path, tmp_path: Path) -> Path:
-    """A folder with a store and a run folder that nobody may write into. The folder itself is writable."""
+    """A writable folder that contains a store into which nobody may write."""
     shutil.copytree(store, tmp_path / "store")
     for path in (tmp_path / "store", *(tmp_path / "store").rglob("*")):
         path.chmod(0o555 if path.is_dir() else 0o444)

@@ -104,13 +104,13 @@ def free_ports(count: int) -> list[int]:
 
 @pytest.fixture(scope="package")
 def lasting_service(cluster_address: str, stores: dict[str, Path]) -> Service:
-    """A service of the JPEG store, for tests that do not stop it."""
+    """A service of the JPEG store. No test stops this service."""
     return Service(stores["jpeg"], cluster_address, "lasting")
 
 
 @pytest.fixture
 def service(cluster_address: str, stores: dict[str, Path]) -> Service:
-    """A service of the JPEG store, which the test stops."""
+    """A service of the JPEG store. The test must stop this service."""
     return Service(stores["jpeg"], cluster_address, "stopped")
 
 
@@ -122,7 +122,7 @@ def store_without_records(stores: dict[str, Path], tmp_path_factory: pytest.Temp
 
 
 def config_with_two_streams(store: Path, run_dir: Path, **changes: Any) -> RunConfig:
-    """Return small_config with another colour noise after epoch 2, so that the run opens a second training stream."""
+    """Return small_config without colour noise after epoch 2, so that the run opens a second training stream."""
     recipe = small_config(store, run_dir).recipe
     schedule = (ScheduleChange(1.5, lr=0.002), ScheduleChange(2, colour="off"))
     return small_config(store, run_dir, recipe=replace(recipe, schedule=schedule), **changes)

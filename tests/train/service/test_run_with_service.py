@@ -75,7 +75,7 @@ def test_a_run_with_a_service_reads_no_record_and_has_the_result_of_a_run_withou
 def test_the_members_of_an_ensemble_train_on_one_stream_of_a_service(
     store_without_records: Path, lasting_service: Service, local_run: Path, tmp_path: Path
 ) -> None:
-    """Member 1 has the seeds of a run without a service. When the noise changes, the training opens a second stream."""
+    """Member 1 has the seeds of `local_run`. When the colour noise changes, the training opens a second stream."""
     changes = {"service": lasting_service.option, "seed": 2, "stream_seed": 3}
     config = config_with_two_streams(store_without_records, tmp_path / "pair", **changes)
     runs = [Run.open(member) for member in member_configs(config, 2)]
@@ -186,9 +186,9 @@ def test_the_command_ends_with_one_line_and_exit_code_1_if_the_service_is_lost_o
 def test_a_signal_during_a_run_with_a_service_leaves_a_checkpoint(
     stores: dict[str, Path], lasting_service: Service, tmp_path: Path, after_step: Any, signum: int, step: int
 ) -> None:
-    """The signal arrives in step 7, which belongs to the second training stream.
+    """Step 1 belongs to the first training stream, and step 7 to the second.
 
-    The run opens this stream after it has installed its signal handlers.
+    The run opens the second stream after it has installed its signal handlers.
     """
     after_step(step, lambda: os.kill(os.getpid(), signum))
     config = config_with_two_streams(stores["jpeg"], tmp_path / "run", service=lasting_service.option)

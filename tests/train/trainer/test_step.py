@@ -1,4 +1,4 @@
-"""Tests of the training step: formulas, batches in several parts, and the absence of waits of the host for the GPU."""
+"""Tests of the training step: formulas, batches in several parts, and that the host does not wait for the GPU."""
 
 from __future__ import annotations
 

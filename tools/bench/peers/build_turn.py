@@ -22,7 +22,7 @@ Paths = Sequence[str]
 
 
 def parse_arguments() -> tuple[Paths, Path, int, list[str]]:
-    """Return the images, the output path, the number of workers, and the further arguments of the command line."""
+    """Return the images, the output path, the number of workers, and the other arguments of the command line."""
     folder, out, jobs, *others = sys.argv[1:]
     return sorted(str(path) for path in Path(folder).glob("*/*")), Path(out), int(jobs), others
 

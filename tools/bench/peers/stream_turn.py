@@ -2,7 +2,7 @@
 
     python -m tools.bench.peers.NAME FOLDER OUT THREADS RED,GREEN,BLUE ...
 
-A program lists the records in FOLDER/LABEL/, writes the files that its library reads to OUT, and starts its stream. The
+A program lists the records in FOLDER/LABEL/, writes to OUT the files for its library, and starts its stream. The
 program then checks two batches, and prints the versions of its libraries. For each line `go SECONDS` on standard input,
 the program first takes some batches that are not counted. The program then counts batches for SECONDS seconds, and
 prints images/s. The program ends when standard input ends. RED,GREEN,BLUE is the mean to subtract, in grey levels.
@@ -27,7 +27,7 @@ Mean = npt.NDArray[np.float32]  # (3,) RGB, in grey levels
 
 
 def parse_arguments() -> tuple[Records, Path, int, Mean, list[str]]:
-    """Return the records, the output path, the number of threads, the mean, and the further arguments."""
+    """Return the records, the output path, the number of threads, the mean, and the other arguments."""
     folder, out, threads, mean, *others = sys.argv[1:]
     records = [(str(path), int(path.parent.name)) for path in sorted(Path(folder).glob("*/*.jpg"))]
     return records, Path(out), int(threads), np.array(mean.split(","), np.float32), others
@@ -40,7 +40,7 @@ def shuffle_forever(records: Records) -> Iterator[tuple[str, int]]:
 
 
 def random_offset(height_px: int, width_px: int) -> tuple[int, int]:
-    """Return top and left of a random crop."""
+    """Return the first row and the first column of a random crop."""
     return random.randint(0, height_px - CROP_PX), random.randint(0, width_px - CROP_PX)
 
 
