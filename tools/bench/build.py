@@ -296,9 +296,7 @@ def print_steps(paths: Sequence[Path], work_dir: Path, rounds: int, as_json: boo
 )
 @click.option("--more", is_flag=True, help="Also measure Pillow's BOX filter, FFCV's rescaling and FFCV's raw records.")
 @click.option("--steps", is_flag=True, help="Time each step of our build on one core, instead of comparing programs.")
-@click.option(
-    "--cluster", is_flag=True, help="Compare alexprep with and without --cluster local, and no other program."
-)
+@click.option("--cluster", is_flag=True, help="Measure alexprep with and without --cluster local, and no others.")
 @common_options
 def main(
     source: Path | None,
