@@ -24,7 +24,7 @@ from pipeline.windows import WindowRequest
 from prep.console import WrongArgument
 from prep.store.manifest import ChannelStats, Store
 
-_FIELDS: tuple[FieldName, ...] = ("images", "labels", "keys", "index")
+_FIELDS: tuple[FieldName, ...] = ("images", "labels", "keys", "index", "extra")
 
 
 class EvalLoader(Loader[AnyBatch]):
@@ -110,7 +110,8 @@ class EvalLoader(Loader[AnyBatch]):
         if self.views == 1:
             offset += eval_offsets(1, self._augmenter.max_offset_px)[0]
             window_px = self._augmenter.size_px
-        return WindowRequest(self.split, record_numbers, offset, window_px, self._serves("keys"))
+        request = (self.split, record_numbers, offset, window_px, self._serves("keys"))
+        return WindowRequest(*request, extra_fields=self._extra_fields)
 
     def _step_records(self, step: int) -> npt.NDArray[np.int64]:
         """Return the record numbers of the batch of a step. Returns no numbers after the last step.

@@ -215,8 +215,8 @@ class TrainLoader(Loader[AnyBatch]):
 
     def _window_request(self, position: int) -> WindowRequest:
         numbers, (draws, regions, _) = self._draw(*divmod(position, len(self)))
-        request = (self.split, numbers, draws.offset, self.augmentation.size_px, self._serves("keys"))
-        return WindowRequest(*request) if regions is None else WindowRequest(*request, regions, self.augmentation.ratio)
+        request = (self.split, numbers, draws.offset, self.augmentation.size_px, self._serves("keys"), regions)
+        return WindowRequest(*request, None if regions is None else self.augmentation.ratio, self._extra_fields)
 
     def _draw(self, epoch: int, step: int) -> tuple[npt.NDArray[np.int64], StepDraws]:
         """Return the record numbers and random numbers of this rank's images of a step."""
@@ -287,9 +287,9 @@ def train_loader(
     weights       one weight for each record of the split, or "balanced": a weight of 1 / (number of records of
                   its class). An epoch draws as many records as the subset has, with replacement
                   (pipeline.sampling.weighted_draws). None: an epoch serves each record at most once
-    fields        names of the values to serve: "images", "labels", "keys" (source paths), "index" (record numbers) and
-                  "draws" (random numbers of the images). Batches are then dicts (FieldBatch). None: Batch(images,
-                  labels)
+    fields        names of the values to serve: "images", "labels", "keys" (source paths), "index" (record numbers),
+                  "draws" (random numbers of the images) and "extra" (extra fields). Batches are then dicts
+                  (FieldBatch). None: Batch(images, labels)
     augmentation  settings of the images (pipeline.Augmentation); None: Augmentation.preset("alexnet"), which is random
                   crops of 224 px, the mean of each channel, and the colour noise of the authors' code
     stores        pairs (path, share) instead of `store`: each epoch mixes records of several stores in proportion to

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import ctypes
-import math
 import os
 import time
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, NoReturn, Self, cast
 
@@ -23,12 +22,22 @@ from pipeline.prefetch import READ_AHEAD, BatchInput, Job, Prefetcher
 from pipeline.records import RecordBatch, Records
 from pipeline.sampling import StepDraws
 from pipeline.selection.dataset import RecordDataset
-from pipeline.selection.fields import FIELDS, AnyBatch, Batch, FieldName, check_fields, make_batch
+from pipeline.selection.fields import (
+    ALL_FIELDS,
+    AnyBatch,
+    Batch,
+    FieldName,
+    check_fields,
+    make_batch,
+    read_values,
+    refuse_missing_extra,
+)
 from pipeline.selection.mixture import MixedRecords
 from pipeline.selection.subset import Subset, digest_of, subset_numbers
+from pipeline.settings.normalize import grey_levels
 from pipeline.windows import WindowRequest
 from prep.console import UserError, WrongArgument, usable_cores
-from prep.store.manifest import ChannelStats, Store
+from prep.store.manifest import ChannelStats, ExtraField, Store
 
 if TYPE_CHECKING:  # these modules are imported only for loaders with a service
     from pipeline.service.source import WindowSource
@@ -58,34 +67,6 @@ def _keep_loaders_of_parent() -> None:
 
 
 os.register_at_fork(after_in_child=_keep_loaders_of_parent)
-
-
-def grey_levels(normalize: ChannelStats, augmentation: Augmentation) -> tuple[list[float], list[float]]:
-    """Return the mean and the standard deviation of `normalize`, in grey levels.
-
-    Raises WrongArgument for numbers that are not allowed, and if the mean or a divisor of `augmentation` is not the
-    default.
-    """
-    try:
-        mean, std, max_value = normalize
-        is_allowed = len(mean) == len(std) == 3 and min(*std, max_value) > 0 and all(map(math.isfinite, (*mean, *std)))
-    except (TypeError, ValueError):
-        is_allowed = False
-    if not is_allowed:
-        raise WrongArgument(
-            f"normalize {normalize!r}: expected ChannelStats(mean, std, max_value) with three means, three std of more "
-            "than 0 and a max_value of more than 0. loader.channel_stats() returns the numbers of the store."
-        )
-    if (augmentation.mean, augmentation.divisor, augmentation.divisor_in_evaluation) != ("channel", 1, 1):
-        raise WrongArgument(
-            f"normalize with augmentation.mean {augmentation.mean} and divisor {augmentation.divisor:g}: normalize "
-            'replaces both. Leave both settings at "channel" and 1.'
-        )
-    if augmentation.std is not None:
-        raise WrongArgument(
-            f"normalize with augmentation.std {augmentation.std}: normalize replaces std. Pass only one of them."
-        )
-    return [255 / max_value * level for level in mean], [255 / max_value * level for level in std]
 
 
 class WaitTimes(NamedTuple):
@@ -125,7 +106,7 @@ class Loader(Generic[AnyBatch]):
         service_fallback: str | None = None,
         check: bool | None = None,
         fields: Sequence[FieldName] | None = None,
-        allowed_fields: Sequence[FieldName] = FIELDS,
+        allowed_fields: Sequence[FieldName] = ALL_FIELDS,
         draws: int = 1,
     ) -> None:
         """Check the arguments and open the split. Raises UserError and StoreError.
@@ -269,7 +250,12 @@ class Loader(Generic[AnyBatch]):
             raise
 
     def _connect(self, seed: int | None, window: str, shared_by: int) -> None:
-        """Connect to the service, if the loader uses a service. The arguments are fields of StreamKey."""
+        """Connect to the service, if the loader uses a service. The arguments are fields of StreamKey.
+
+        Raises WrongArgument if the batches need extra fields that the records lack.
+        """
+        if self._serves("extra"):
+            refuse_missing_extra(self._records)
         if self._service is None:
             return
         from pipeline.service.protocol import StreamKey
@@ -304,24 +290,20 @@ class Loader(Generic[AnyBatch]):
         """Return whether the batches have `field`, which only the argument `fields` can request."""
         return self._fields is not None and field in self._fields
 
+    @property
+    def _extra_fields(self) -> Mapping[str, ExtraField]:
+        """The extra fields of the batches, for a WindowRequest."""
+        return self._records.extra_fields if self._serves("extra") else {}
+
     def _read(self, numbers: npt.NDArray[np.int64], position: int) -> RecordBatch:
         """Return the records of a batch, from the store or from the service. `position` is Fetch.position."""
         return self._records.batch(numbers) if self._windows is None else self._windows.records(position)
 
     def _input(self, records: RecordBatch, crops: Crops, draws: StepDraws | None = None) -> BatchInput:
         """Return the input of a batch, with the values of the fields that the argument `fields` names."""
-        keys: Sequence[str] = ()
-        views = self._draws_per_record
-        numbers = records.numbers[::views]
-        arrays: dict[str, npt.NDArray[Any]] = {}
-        if self._serves("keys"):
-            keys = records.sources[::views] if self._windows else list(map(self._records.source, numbers.tolist()))
-        if self._serves("index"):
-            source = self._records
-            arrays["index"] = source.places(numbers) if isinstance(source, MixedRecords) else numbers.copy()
-        if self._serves("draws") and draws is not None:
-            arrays |= {name: values.copy() for name, values in draws.by_name(views).items()}
-        return BatchInput(records, crops, keys, arrays)
+        is_remote = self._windows is not None
+        values = read_values(self._fields, self._records, records, draws, self._draws_per_record, is_remote)
+        return BatchInput(records, crops, *values)
 
     def _get(self, number: int) -> AnyBatch | None:
         """Return batch `number` since `_start`, counted from 0; None after the last batch.
@@ -346,5 +328,5 @@ class Loader(Generic[AnyBatch]):
             images, labels = images.view(-1, views, *images.shape[1:]), labels[::views].contiguous()
         if self._fields is None:
             return cast(AnyBatch, Batch(images, labels))
-        keys = output.batch_input.keys
-        return cast(AnyBatch, make_batch(self._fields, images, labels, keys, output.arrays))
+        texts = output.batch_input.texts
+        return cast(AnyBatch, make_batch(self._fields, images, labels, texts, output.arrays))

@@ -58,7 +58,7 @@ class BatchInput(NamedTuple):
 
     records: RecordBatch
     crops: Crops
-    keys: Sequence[str] = ()  # source paths of the records
+    texts: Mapping[str, Sequence[str]] = {}  # texts that are served with the images, by name
     arrays: Mapping[str, npt.NDArray[Any]] = {}  # arrays that are copied to the device, by name
 
 

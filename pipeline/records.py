@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import threading
 from bisect import bisect_right
+from collections.abc import Mapping
 from contextlib import suppress
 from itertools import accumulate
 from typing import NamedTuple
@@ -19,8 +20,9 @@ import numpy.typing as npt
 from prep.images.jpeg import check_jpeg, decode_jpeg, file_kind
 from prep.store import kernels
 from prep.store.datum import CRC32_BYTES, SOURCE, DatumError, locate_image, parse_fields, verify_checksum
+from prep.store.extra import Column, ColumnsOfSplit
 from prep.store.lmdb_shard import ShardReader
-from prep.store.manifest import Store, StoreError
+from prep.store.manifest import ExtraField, Store, StoreError
 
 # Whether the checksum of each record is verified by default when the record is read. The key is the format of the
 # records. A checksum takes less than 1 % of the time to decode a JPEG file, but 20 % of the time to crop a raw image.
@@ -58,6 +60,7 @@ class RecordBatch(NamedTuple):
     is_raw: bool  # True for PPM stores
     memory: object = None  # arrays that hold the payloads that are not in mapped files
     sources: tuple[str, ...] = ()  # (N,): source paths of the records, if a service has sent them
+    extra: Mapping[str, Column] = {}  # extra values of the records, by field, if a service has sent them
 
     def payloads(self) -> list[npt.NDArray[np.uint8]]:
         """Return the payloads without copies.
@@ -93,6 +96,7 @@ class Records:
         self._last_numbers = np.array(self._ends, np.int64) - 1  # (S,): number of the last record of each shard
         self._clear_index()
         self._lock = threading.Lock()
+        self._columns = ColumnsOfSplit(store, split)
 
     def __reduce__(self) -> tuple[type[Records], tuple[Store, str, bool]]:
         """A pickled copy opens the files again, for example in a spawned process."""
@@ -249,6 +253,18 @@ class Records:
                 return source.decode("utf-8", "backslashreplace")
         return ""
 
+    @property
+    def extra_fields(self) -> Mapping[str, ExtraField]:
+        """The extra fields of the records, by name."""
+        return self._columns.fields
+
+    def extra(self, numbers: npt.NDArray[np.int64]) -> dict[str, Column]:
+        """Return the extra values of the records `numbers` (N,), by field. Raises StoreError for a damaged column.
+
+        The first call compares the files of the columns with their digests in the manifest.
+        """
+        return self._columns.take(numbers)
+
     def find_damage(self, number: int) -> str:
         """Return a description of the damage of record `number`; empty if the record is intact.
 
@@ -274,6 +290,7 @@ class Records:
                 reader.close()
             self._readers.clear()
             self._clear_index()
+        self._columns.close()
 
     def _clear_index(self) -> None:
         shards, records = len(self._shards), len(self)

@@ -12,9 +12,9 @@ store.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -25,7 +25,8 @@ from pipeline.engines.kernels import BatchJob, cut_window
 from pipeline.records import RecordBatch, Records
 from pipeline.sampling import choose_regions
 from prep.images.central_square import central_offset
-from prep.store.manifest import Store, StoreError
+from prep.store.extra import Column
+from prep.store.manifest import ExtraField, Store, StoreError
 
 NewArray = Callable[[tuple[int, ...]], npt.NDArray[np.uint8]]
 LABEL_BYTES = 8  # size of the label that is sent with each window
@@ -44,6 +45,8 @@ class WindowRequest:
     # worker chooses the regions with them, because it knows the sizes of the records, and ignores `offset`.
     regions: npt.NDArray[np.float64] | None = None
     ratio: tuple[float, float] | None = None  # argument `ratio` of choose_regions
+    # Extra fields whose values are requested too, as the manifest of the consumer's store describes them.
+    extra_fields: Mapping[str, ExtraField] = field(default_factory=dict)
 
     @classmethod
     def joined(cls, requests: Sequence[WindowRequest]) -> WindowRequest:
@@ -53,7 +56,7 @@ class WindowRequest:
         offset = np.concatenate([request.offset for request in requests])
         parts = [request.regions for request in requests if request.regions is not None]
         regions = np.concatenate(parts) if parts else None
-        return cls(first.split, numbers, offset, first.window_px, first.with_sources, regions, first.ratio)
+        return replace(first, numbers=numbers, offset=offset, regions=regions)
 
     @property
     def window_bytes(self) -> int:
@@ -62,15 +65,18 @@ class WindowRequest:
 
 
 class Windows(NamedTuple):
-    """The windows, labels and source paths of N records."""
+    """The windows, labels, source paths and extra values of N records."""
 
     pixels: npt.NDArray[np.uint8]  # (N, window_px, window_px, 3), RGB
     labels: npt.NDArray[np.int64]  # (N,)
     sources: tuple[str, ...] = ()  # (N,); empty if the request does not ask for source paths
+    extra: Mapping[str, Column] = {}  # N rows of each field; empty if the request does not ask for extra fields
 
     def part(self, images: slice) -> Windows:
         """Return the values of some of the records, without a copy of the pixels."""
-        return Windows(self.pixels[images], self.labels[images].copy(), self.sources[images])
+        rows = np.arange(len(self.labels))[images]
+        extra = {name: column.take(rows) for name, column in self.extra.items()}
+        return Windows(self.pixels[images], self.labels[images].copy(), self.sources[images], extra)
 
     def records(self, numbers: npt.NDArray[np.int64]) -> RecordBatch:
         """Return the windows in the form of raw records, which an engine can read. The pixels are not copied."""
@@ -86,6 +92,7 @@ class Windows(NamedTuple):
             is_raw=True,
             memory=self.pixels,
             sources=self.sources,
+            extra=self.extra,
         )
 
 
@@ -124,7 +131,8 @@ class WindowMaker:
             damage = source.find_damage(number) or "cannot be decoded"
             raise StoreError(f"{source.location(number)}: {damage}. {source.advice}")
         sources = tuple(map(source.source, request.numbers.tolist())) if request.with_sources else ()
-        return Windows(out, records.labels, sources)
+        extra = source.extra(request.numbers) if request.extra_fields else {}
+        return Windows(out, records.labels, sources, extra)
 
     def close(self) -> None:
         """Stop the threads and unmap the files."""

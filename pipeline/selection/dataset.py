@@ -12,6 +12,7 @@ import numpy.typing as npt
 from torch.utils.data import Dataset
 
 from pipeline.records import Records
+from prep.store.extra import Value
 from prep.store.manifest import Store
 
 
@@ -26,6 +27,8 @@ class StoredRecord(NamedTuple):
     """LMDB key of the record, which has 8 digits and is unique in its split."""
     source: str
     """Path of the input file, relative to the input folder of the split. Empty if the record has no path."""
+    extra: dict[str, Value]
+    """The extra fields of the record, by name: int, float, vector as float32 (d,), or str."""
 
 
 class RecordDataset(Dataset[StoredRecord]):
@@ -66,7 +69,11 @@ class RecordDataset(Dataset[StoredRecord]):
             raise IndexError(f"record {number}: split {self.split} of {self.store.root} has {count:,} records")
         number %= count
         image, label = self._records.pixels(number), self._records.label(number)
-        return StoredRecord(image, label, self._records.key(number), self._records.source(number))
+        extra: dict[str, Value] = {}
+        if self._records.extra_fields:
+            columns = self._records.extra(np.array([number]))
+            extra = {name: columns[name].value(0) for name in sorted(columns)}
+        return StoredRecord(image, label, self._records.key(number), self._records.source(number), extra)
 
     def close(self) -> None:
         """Close the files. Records that were read before stay valid. A later access opens the files again."""

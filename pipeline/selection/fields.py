@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import typing
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Literal, NamedTuple, TypedDict, cast, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict, cast, get_args
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from pipeline.augment import Augmentation
-from pipeline.selection.mixture import Stores
+from pipeline.records import RecordBatch, Records
+from pipeline.sampling import StepDraws
+from pipeline.selection.mixture import MixedRecords, Stores
 from pipeline.selection.subset import Subset, Weights
-from prep.console import WrongArgument, did_you_mean
+from prep.console import WrongArgument, did_you_mean, shell_quoted
 from prep.store.manifest import ChannelStats
 
-FieldName = Literal["images", "labels", "keys", "index", "draws"]
-FIELDS: tuple[FieldName, ...] = get_args(FieldName)
+FieldName = Literal["images", "labels", "keys", "index", "draws", "extra"]
+ALL_FIELDS: tuple[FieldName, ...] = get_args(FieldName)
+FIELDS = ALL_FIELDS[:-1]  # fields that do not depend on the store
+_EXTRA = "extra/"  # begins the names of extra fields in Values
 
 
 class Batch(NamedTuple):
@@ -53,6 +59,9 @@ class FieldBatch(TypedDict, total=False):
     numbers of the colour noise; `regions` float64 (N, 11, 2), from draw_regions, only if regions are resized; `effects`
     float64 (N, 32), from draw_effects, only if images can have effects. For several views, the shapes begin with
     (N, views). Only training loaders have random numbers."""
+    extra: dict[str, Tensor | list[str]]
+    """The extra fields of the records, by name: int64 (N,) for int, float32 (N,) for float, float32 (N, d) for vector,
+    and a list of N strings for text. Several views of a record have one value."""
 
 
 if TYPE_CHECKING:
@@ -96,14 +105,14 @@ class EvalOptions(LoaderOptions, total=False):
     split: str
 
 
-def check_fields(fields: Sequence[str] | None, allowed: Sequence[FieldName] = FIELDS) -> tuple[str, ...] | None:
+def check_fields(fields: Sequence[str] | None, allowed: Sequence[FieldName] = ALL_FIELDS) -> tuple[str, ...] | None:
     """Return the names of the fields. Raises WrongArgument for a name that is not allowed, and if there is no name."""
     if fields is None:
         return None
     names = (fields,) if isinstance(fields, str) else tuple(fields)
     for name in names:
         if name not in allowed:
-            why = ", because evaluation draws no random numbers" if name in FIELDS else ""
+            why = ", because evaluation draws no random numbers" if name in ALL_FIELDS else ""
             raise WrongArgument(
                 f"field {name!r}: expected one of {', '.join(allowed)}{why}.{did_you_mean(name, allowed)}"
             )
@@ -112,10 +121,65 @@ def check_fields(fields: Sequence[str] | None, allowed: Sequence[FieldName] = FI
     return names
 
 
+def refuse_missing_extra(source: Records | MixedRecords) -> None:
+    """Raise WrongArgument if the records have no extra fields, or if mixed stores have different extra fields."""
+    if not source.extra_fields:
+        root = shell_quoted(source.store.root)
+        raise WrongArgument(
+            f"fields with extra: split {source.split} of {source.store.root} has no extra fields. Add a field with: "
+            f"alexprep build-lmdb SOURCE --store {root} --extra FIELD=CSV"
+        )
+
+
+class Values(NamedTuple):
+    """Values that are served with the images of a batch."""
+
+    texts: dict[str, list[str]]  # "keys", and "extra/FIELD" for extra fields of texts
+    arrays: dict[str, npt.NDArray[Any]]  # "index", "extra/FIELD" for extra fields of numbers, and the draws by name
+
+
+def read_values(
+    fields: Sequence[str] | None,
+    source: Records | MixedRecords,
+    records: RecordBatch,
+    draws: StepDraws | None,
+    views: int,
+    is_remote: bool,
+) -> Values:
+    """Return the values that `fields` names, without images and labels, for N records with `views` images each.
+
+    If `is_remote`, a service has sent source paths and extra values with the records.
+    """
+    fields, numbers = fields or (), records.numbers[::views]
+    texts: dict[str, list[str]] = {}
+    arrays: dict[str, npt.NDArray[Any]] = {}
+    if "keys" in fields:
+        texts["keys"] = list(records.sources[::views] if is_remote else map(source.source, numbers.tolist()))
+    if "index" in fields:
+        arrays["index"] = source.places(numbers) if isinstance(source, MixedRecords) else numbers.copy()
+    if "draws" in fields and draws is not None:
+        arrays |= {name: values.copy() for name, values in draws.by_name(views).items()}
+    if "extra" in fields:
+        for name, column in (records.extra if is_remote else source.extra(numbers)).items():
+            if is_remote:
+                column = column.take(np.arange(0, len(column), views))
+            if column.type == "text":
+                texts[_EXTRA + name] = column.texts()
+            else:
+                arrays[_EXTRA + name] = column.values
+    return Values(texts, arrays)
+
+
 def make_batch(
-    fields: Sequence[str], images: Tensor, labels: Tensor, keys: Sequence[str], arrays: Mapping[str, Tensor]
+    fields: Sequence[str],
+    images: Tensor,
+    labels: Tensor,
+    texts: Mapping[str, Sequence[str]],
+    arrays: Mapping[str, Tensor],
 ) -> FieldBatch:
-    """Return the batch of the given fields. `arrays` has the record numbers as "index", and the arrays of the draws."""
-    draws = {name: values for name, values in arrays.items() if name != "index"}
-    values = {"images": images, "labels": labels, "keys": list(keys), "index": arrays.get("index"), "draws": draws}
+    """Return the batch of the given fields. `texts` and `arrays` have the names of Values."""
+    draws = {name: values for name, values in arrays.items() if name != "index" and not name.startswith(_EXTRA)}
+    found: dict[str, Tensor | list[str]] = {**arrays, **{name: list(values) for name, values in texts.items()}}
+    extra = {name.removeprefix(_EXTRA): found[name] for name in sorted(found) if name.startswith(_EXTRA)}
+    values: dict[str, object] = {"images": images, "labels": labels, "draws": draws, "extra": extra, **found}
     return cast(FieldBatch, {name: values[name] for name in fields})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,7 +15,8 @@ import numpy.typing as npt
 from pipeline.records import RecordBatch, Records
 from pipeline.sampling import mixed_order
 from prep.console import WrongArgument
-from prep.store.manifest import Store
+from prep.store.extra import Column, joined
+from prep.store.manifest import ExtraField, Store
 
 Stores = Sequence[tuple[str | Path, float]]
 
@@ -108,6 +109,31 @@ class MixedRecords:
             arrays[name] = np.empty_like(joined)
             arrays[name][order] = joined
         return RecordBatch(numbers, **arrays, is_raw=batches[0].is_raw, memory=[batch.memory for batch in batches])
+
+    @property
+    def extra_fields(self) -> Mapping[str, ExtraField]:
+        """The extra fields of the records, by name. Raises WrongArgument if the stores have different fields."""
+        first, *others = self._parts
+        for other in others:
+            ours, theirs = (
+                ", ".join(f"{name} ({field.type}, width {field.width})" for name, field in sorted(fields.items()))
+                for fields in (first.extra_fields, other.extra_fields)
+            )
+            if ours != theirs:
+                raise WrongArgument(
+                    f"stores: {first.store.root} has the extra fields {ours or 'none'}, {other.store.root} has "
+                    f"{theirs or 'none'}. Leave the field extra out, or mix stores with the same extra fields."
+                )
+        return first.extra_fields
+
+    def extra(self, numbers: npt.NDArray[np.int64]) -> dict[str, Column]:
+        """Return the extra values of the records `numbers` (N,), by field, as Records.extra does."""
+        store, local = self.places(numbers).T
+        order = np.argsort(store, kind="stable")
+        row_of = np.empty_like(order)
+        row_of[order] = np.arange(len(order))
+        parts = [self._parts[k].extra(local[store == k]) for k in np.unique(store).tolist()]
+        return {name: joined([part[name] for part in parts]).take(row_of) for name in parts[0]}
 
     def source(self, number: int) -> str:
         """Return the source path of record `number`, as Records.source does."""

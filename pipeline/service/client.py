@@ -16,9 +16,6 @@ from functools import partial
 from types import ModuleType
 from typing import Any, cast
 
-import numpy as np
-import numpy.typing as npt
-
 from pipeline.service.errors import ServiceError, ServiceLost, last_line
 from pipeline.service.protocol import (
     PROTOCOL_VERSION,
@@ -30,6 +27,7 @@ from pipeline.service.protocol import (
     StreamKey,
     actor_name,
     block_steps,
+    checked_windows,
     request_digest,
 )
 from pipeline.service.status import ServiceStatus
@@ -167,7 +165,7 @@ class ServiceClient:
             if pixels is None:
                 lost = answer.pixels[0].hex()
                 continue
-            windows = self._checked(pixels, answer, request)
+            windows = checked_windows(self.name, pixels, answer, request)
             with self._lock:
                 if generation == self._generation:
                     self._received.update(range(position, position + steps))
@@ -286,19 +284,6 @@ class ServiceClient:
                 return None
         return None
 
-    def _checked(self, pixels: Any, answer: Answer, request: WindowRequest) -> Windows:
-        """Return the windows of an answer.
-
-        Raises ServiceError if the type or shape of an array, or the number of source paths, differs from the request.
-        """
-        count, side = len(request.numbers), request.window_px
-        _expect(self.name, "pixels", pixels, np.dtype(np.uint8), (count, side, side, 3))
-        _expect(self.name, "labels", answer.labels, np.dtype(np.int64), (count,))
-        expected = count if request.with_sources else 0
-        if len(answer.sources) != expected:
-            raise ServiceError(f"service {self.name} sent {len(answer.sources)} source paths, expected {expected}.")
-        return Windows(pixels, answer.labels, answer.sources)
-
     def _check(self, version: tuple[int, str], config: ServiceConfig) -> None:
         ours = PROTOCOL_VERSION, package_version()
         if tuple(version) != ours:
@@ -330,18 +315,3 @@ class ServiceClient:
             # The Ray node may end soon. When a Ray node ends, Ray ends every process that is still connected to the
             # object store of the node. Disconnect first. Arrays that this process still uses stay valid.
             self._leave_cluster()
-
-
-def _expect(service: str, what: str, array: Any, dtype: np.dtype[Any], shape: tuple[int, ...]) -> npt.NDArray[Any]:
-    if (
-        not isinstance(array, np.ndarray)
-        or array.dtype != dtype
-        or array.shape != shape
-        or not array.flags.c_contiguous
-    ):
-        found = f"{array.dtype} {array.shape}" if isinstance(array, np.ndarray) else type(array).__name__
-        raise ServiceError(
-            f"service {service} sent {what} as {found}, expected {dtype} {shape}. Install the same version of alexnet "
-            "on all machines."
-        )
-    return array

@@ -26,6 +26,7 @@ import asyncio
 import contextlib
 import time
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,6 +38,7 @@ from pipeline.service.worker import Made
 from pipeline.service.worker_group import WorkerGroup, WorkerHandle
 from pipeline.windows import LABEL_BYTES
 from prep.cluster import ray_module
+from prep.store.extra import Column
 from prep.version import package_version
 
 # If a block is not ready within this time, the coordinator returns an empty Answer, which shows that the service still
@@ -57,6 +59,7 @@ class _Block:
     pixels: Any = None  # reference to the windows in Ray's object store; None until the block is ready
     labels: Any = None
     sources: tuple[str, ...] = ()
+    extra: Mapping[str, Column] = field(default_factory=dict)
     damage: str = ""
     fault: str = ""
     done: asyncio.Event = field(default_factory=asyncio.Event)
@@ -129,7 +132,7 @@ class Coordinator:
             self._drop((call.stream, fetch.position, fetch.digest), block)
             return Answer(damage=block.damage, fault=block.fault)
         self._metrics.served(len(fetch.request.numbers), block.size_bytes)
-        return Answer((block.pixels,), block.labels, block.sources)
+        return Answer((block.pixels,), block.labels, block.sources, block.extra)
 
     async def alive(self, call: Call) -> Health:
         """Record that a consumer is still running. Each consumer calls this method every few seconds."""
@@ -235,7 +238,7 @@ class Coordinator:
             pixels, about = worker.actor.make.options(num_returns=2).remote(block.fetch.request)
             made: Made = await about
             block.pixels, block.labels, block.damage = pixels, made.labels, made.damage
-            block.sources = made.sources
+            block.sources, block.extra = made.sources, made.extra
             block.done.set()
             if not made.damage:
                 self._made += len(block.fetch.request.numbers)

@@ -10,11 +10,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from pipeline.windows import WindowRequest
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.service.errors import ServiceError
+from pipeline.windows import WindowRequest, Windows
 from prep.console import UserError
+from prep.store.extra import DTYPES, Column
 
 # Version of the messages of a service. A loader refuses a service whose messages have another version.
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 MAX_AHEAD = 1024  # largest value of ServiceConfig.ahead, in steps
 # Largest number of images in a block of several batches. Large blocks save time: Ray needs 6 to 8 ms of CPU time for
 # each object that a loader gets from a worker, whatever its size. A core decodes 512 images in about 130 ms.
@@ -111,6 +116,7 @@ class Answer(NamedTuple):
     pixels: tuple[Any, ...] = ()
     labels: Any = None  # int64 (N,)
     sources: tuple[str, ...] = ()  # Windows.sources
+    extra: Mapping[str, Column] = {}  # Windows.extra
     damage: str = ""  # text of the StoreError for a damaged record
     fault: str = ""  # text of a ServiceError
 
@@ -131,8 +137,51 @@ def request_digest(request: WindowRequest) -> bytes:
     digest.update(request.offset.tobytes())
     if request.regions is not None:
         digest.update(request.regions.tobytes())
-    digest.update(f"{request.split} {request.window_px} {request.with_sources} {request.ratio}".encode())
+    extra = sorted(request.extra_fields)
+    digest.update(f"{request.split} {request.window_px} {request.with_sources} {request.ratio} {extra}".encode())
     return digest.digest()
+
+
+def checked_windows(service: str, pixels: Any, answer: Answer, request: WindowRequest) -> Windows:
+    """Return the windows of an answer.
+
+    Raises ServiceError if the type or shape of an array, the number of source paths, or an extra field differs from the
+    request.
+    """
+    count, side = len(request.numbers), request.window_px
+    _expect(service, "pixels", pixels, np.dtype(np.uint8), (count, side, side, 3))
+    _expect(service, "labels", answer.labels, np.dtype(np.int64), (count,))
+    expected = count if request.with_sources else 0
+    if len(answer.sources) != expected:
+        raise ServiceError(f"service {service} sent {len(answer.sources)} source paths, expected {expected}.")
+    names = [", ".join(sorted(fields)) or "none" for fields in (answer.extra, request.extra_fields)]
+    if names[0] != names[1]:
+        raise ServiceError(f"service {service} sent the extra fields {names[0]}, expected {names[1]}.")
+    for name, field in request.extra_fields.items():
+        values, offsets = answer.extra[name].values, answer.extra[name].offsets
+        shape: tuple[int, ...] = (count, field.width) if field.type == "vector" else (count,)
+        if field.type == "text":
+            offsets = _expect(service, f"extra field {name}", offsets, np.dtype(np.int64), (count + 1,))
+            if offsets[0] != 0 or (np.diff(offsets) < 0).any():
+                raise ServiceError(f"service {service} sent extra field {name} with offsets that do not ascend from 0.")
+            shape = (int(offsets[-1]),)
+        _expect(service, f"extra field {name}", values, np.dtype(DTYPES[field.type]), shape)
+    return Windows(pixels, answer.labels, answer.sources, answer.extra)
+
+
+def _expect(service: str, what: str, array: Any, dtype: np.dtype[Any], shape: tuple[int, ...]) -> npt.NDArray[Any]:
+    if (
+        not isinstance(array, np.ndarray)
+        or array.dtype != dtype
+        or array.shape != shape
+        or not array.flags.c_contiguous
+    ):
+        found = f"{array.dtype} {array.shape}" if isinstance(array, np.ndarray) else type(array).__name__
+        raise ServiceError(
+            f"service {service} sent {what} as {found}, expected {dtype} {shape}. Install the same version of alexnet "
+            "on all machines."
+        )
+    return array
 
 
 def actor_name(service: str) -> str:

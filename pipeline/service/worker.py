@@ -7,6 +7,7 @@ import mmap
 import os
 import socket
 import weakref
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,6 +16,7 @@ import numpy.typing as npt
 from pipeline.service.protocol import PROTOCOL_VERSION, ServiceConfig
 from pipeline.windows import WindowMaker, WindowRequest
 from prep.cluster import ray_module
+from prep.store.extra import Column
 from prep.store.manifest import Store, StoreError
 from prep.version import package_version
 
@@ -36,6 +38,7 @@ class Made(NamedTuple):
     labels: Any  # int64 (N,); None if a record is damaged
     damage: str  # text of the StoreError for a damaged record; empty if no record is damaged
     sources: tuple[str, ...] = ()  # Windows.sources
+    extra: Mapping[str, Column] = {}  # Windows.extra
 
 
 class BlockMemory:
@@ -88,7 +91,7 @@ class Worker:
             windows = self._maker.make(request, self._memory.array)
         except StoreError as error:
             return None, Made(None, str(error))
-        return windows.pixels, Made(windows.labels, "", windows.sources)
+        return windows.pixels, Made(windows.labels, "", windows.sources, windows.extra)
 
     def _fault(self) -> str:
         if self._versions != (PROTOCOL_VERSION, package_version()):

@@ -36,7 +36,7 @@ def test_a_record_is_what_lmdb_protobuf_and_pillow_read(
             pixels = np.asarray(Image.open(io.BytesIO(datum.data)))
             assert record.image.dtype == np.uint8 and np.array_equal(record.image, pixels)
             assert record.image.shape == (datum.height, datum.width, 3)
-            assert record[1:] == (datum.label, key.decode(), datum.source.decode())
+            assert record[1:] == (datum.label, key.decode(), datum.source.decode(), {})
 
 
 def test_numbers_are_those_of_a_list(numbered_store: Path) -> None:

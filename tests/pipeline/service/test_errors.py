@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,13 +14,14 @@ import pytest
 
 from pipeline.loader import eval_loader, train_loader
 from pipeline.service import client
-from pipeline.service.client import ServiceClient, parse_service
+from pipeline.service.client import parse_service
 from pipeline.service.control import make_config, start_service, stop_service
 from pipeline.service.errors import ServiceError
-from pipeline.service.protocol import PROTOCOL_VERSION, Answer, ServiceConfig
+from pipeline.service.protocol import PROTOCOL_VERSION, Answer, ServiceConfig, checked_windows
 from pipeline.windows import WindowRequest
 from prep.cluster import AUTO
 from prep.console import UserError
+from prep.store.extra import Column
 from prep.store.manifest import StoreError
 from tests.pipeline.service.conftest import Serve, Service, TestCluster
 
@@ -131,20 +131,45 @@ PIXELS, LABELS = np.zeros((2, 4, 4, 3), np.uint8), np.zeros(2, np.int64)
 )
 def test_arrays_of_another_type_or_shape(pixels: Any, labels: Any, message: str) -> None:
     request = WindowRequest("train", np.zeros(2, np.int64), np.zeros((2, 2), np.int32), 4)
-    checked = ServiceClient._checked
-    this: Any = SimpleNamespace(name="s")
     with pytest.raises(ServiceError, match=re.escape(f"service s {message}")):
-        checked(this, pixels, Answer(labels=labels), request)
-    assert checked(this, PIXELS, Answer(labels=LABELS), request).pixels is PIXELS
+        checked_windows("s", pixels, Answer(labels=labels), request)
+    assert checked_windows("s", PIXELS, Answer(labels=LABELS), request).pixels is PIXELS
 
 
 @pytest.mark.parametrize(("asked", "sources"), [(True, ()), (True, ("a",)), (False, ("a", "b"))])
 def test_another_number_of_source_paths(asked: bool, sources: tuple[str, ...]) -> None:
     request = WindowRequest("train", np.zeros(2, np.int64), np.zeros((2, 2), np.int32), 4, with_sources=asked)
-    this: Any = SimpleNamespace(name="s")
     message = f"service s sent {len(sources)} source paths, expected {2 * asked}"
     with pytest.raises(ServiceError, match=message):
-        ServiceClient._checked(this, PIXELS, Answer(labels=LABELS, sources=sources), request)
+        checked_windows("s", PIXELS, Answer(labels=LABELS, sources=sources), request)
+
+
+_AGES = Column("int", np.zeros(2, np.int64))
+_TEXTS = Column.of_texts([b"a", b"bc"])
+
+
+@pytest.mark.parametrize(
+    ("sent", "message"),
+    [
+        ({}, "sent the extra fields none, expected age, text"),
+        ({"age": _AGES, "text": _TEXTS, "more": _AGES}, "sent the extra fields age, more, text"),
+        ({"age": _TEXTS, "text": _TEXTS}, "sent extra field age as uint8 (3,), expected int64 (2,)"),
+        ({"age": Column("int", np.zeros(3, np.int64)), "text": _TEXTS}, "sent extra field age as int64 (3,)"),
+        ({"age": _AGES, "text": _AGES}, "sent extra field text as NoneType, expected int64 (3,)"),
+        ({"age": _AGES, "text": Column("text", _TEXTS.values, np.array([0, 3, 2]))}, "that do not ascend"),
+        (
+            {"age": _AGES, "text": Column("text", _TEXTS.values[:2], _TEXTS.offsets)},
+            "as uint8 (2,), expected uint8 (3,)",
+        ),
+    ],
+)
+def test_other_extra_fields_than_the_manifest_describes(sent: dict[str, Column], message: str) -> None:
+    fields = {"age": _AGES.entry(), "text": _TEXTS.entry()}
+    request = WindowRequest("train", np.zeros(2, np.int64), np.zeros((2, 2), np.int32), 4, extra_fields=fields)
+    with pytest.raises(ServiceError, match=re.escape(message)):
+        checked_windows("s", PIXELS, Answer(labels=LABELS, extra=sent), request)
+    intact = {"age": _AGES, "text": _TEXTS}
+    assert checked_windows("s", PIXELS, Answer(labels=LABELS, extra=intact), request).extra == intact
 
 
 def test_without_ray(store: Path) -> None:

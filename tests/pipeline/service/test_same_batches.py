@@ -6,6 +6,7 @@ Each test compares a loader with a service and the same loader without a service
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,6 +22,8 @@ from pipeline.selection.fields import FIELDS
 from tests.conftest import CLASSES
 from tests.pipeline.service.conftest import Serve, Service
 from tests.pipeline.streaming import batches_equal, concatenate_ranks, take_batches
+from tests.prep.extra.tables import FIELDS as EXTRA
+from tests.prep.extra.tables import build_with, make_photos, write_table
 
 Loader = Callable[..., Any]
 
@@ -129,6 +132,35 @@ def test_fields_of_a_subset_with_weights(store: Path, service: Service) -> None:
     with (
         eval_loader(store, 5, subset=[1, 4, 9], service=service.at, fields=fields) as remote_part,
         eval_loader(store, 5, subset=[1, 4, 9], fields=fields) as local_part,
+    ):
+        for ours, theirs in zip(remote_part, local_part, strict=True):
+            assert same_fields(ours, theirs)
+
+
+def test_extra_fields(serve: Serve, tmp_path: Path) -> None:
+    """The consumer sees only the manifest and the colour statistics of its store, so the workers send the values.
+
+    A consumer without extra fields reads the same blocks.
+    """
+    photos = make_photos(tmp_path / "train", 40)
+    write_table(tmp_path / "values.csv", photos)
+    built = tmp_path / "store"
+    build_with(photos, built, [f"{name}={tmp_path / 'values.csv'}" for name in EXTRA])
+    without = shutil.copytree(built, tmp_path / "without", ignore=shutil.ignore_patterns("0*", "extra"))
+    at = serve(built, 1).at
+    options: dict[str, Any] = {"augmentation": Augmentation(size_px=32), "threads": 1}
+    fields: Any = ("labels", "extra", "keys")
+    with (
+        train_loader(without, 4, service=at, views=2, fields=fields, **options) as remote,
+        train_loader(built, 4, views=2, fields=fields, **options) as local,
+        train_loader(without, 4, service=at, views=2, **options) as unnamed,
+    ):
+        for ours, theirs, plain in zip(remote, local, unnamed, strict=True):
+            assert same_fields(ours, theirs) and len(ours["extra"]["caption"]) == 4
+            assert plain.labels.equal(theirs["labels"])
+    with (
+        eval_loader(without, 3, split="train", service=at, fields=fields, **options) as remote_part,
+        eval_loader(built, 3, split="train", fields=fields, **options) as local_part,
     ):
         for ours, theirs in zip(remote_part, local_part, strict=True):
             assert same_fields(ours, theirs)
