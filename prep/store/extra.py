@@ -289,8 +289,8 @@ def _checked(folder: Path, name: str, field: ExtraField, arrays: Sequence[npt.ND
 def _wrong_row(column: Column) -> int | None:
     """Return the first row with a number that is not finite or a text that is not UTF-8; None if all rows are valid."""
     if column.type in ("float", "vector"):
-        wrong = np.flatnonzero(~np.isfinite(column.values).reshape(len(column), -1).all(1))
-        return int(wrong[0]) if len(wrong) else None
+        wrong = np.flatnonzero(~np.isfinite(column.values))
+        return int(wrong[0]) // column.width if len(wrong) else None
     if column.offsets is not None:
         content = column.values.tobytes()
         for row, (begin, end) in enumerate(pairwise(column.offsets.tolist())):
