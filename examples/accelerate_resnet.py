@@ -55,7 +55,8 @@ def main(
     store: str, folder: Path, epochs: int, batch_size: int, lr: float, size_px: int, width: int, save_every: int
 ) -> None:
     """Train ResNet-18 on STORE, or resume from the newest checkpoint in FOLDER."""
-    accelerator = Accelerator(mixed_precision="bf16" if torch.cuda.is_available() else "no")
+    has_gpu = torch.cuda.is_available()
+    accelerator = Accelerator(cpu=not has_gpu, mixed_precision="bf16" if has_gpu else "no")
     device, rank, ranks = accelerator.device, accelerator.process_index, accelerator.num_processes
     settings = replace(Augmentation.preset("resnet"), size_px=size_px)
     # `prepare` does not take the loaders: they share the records by `shard`, and serve tensors on the device.

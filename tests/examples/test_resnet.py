@@ -1,4 +1,4 @@
-"""examples.resnet: the weights are those of a plain loop; several processes train on one stream and resume."""
+"""examples.resnet has the weights of a plain loop. Two processes of resnet and accelerate_resnet share one stream."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from examples.networks import resnet18
@@ -53,6 +54,23 @@ def test_weights_and_accuracy_are_those_of_a_plain_loop(
     assert f"epoch 2: loss {run.losses[-1]:.3f}, {accuracy_text(store, weights)}\n" in capsys.readouterr().out
 
 
+def labels_of(path: Path) -> list[list[int]]:
+    """Return the labels that a rank of killed_example.py wrote."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_two_processes_of_accelerate_share_the_records(store: Path, tmp_path: Path, torchrun: Torchrun) -> None:
+    program = ("-m", "tests.examples.killed_example", "accelerate_resnet", store, tmp_path / "out")
+    options = ("--epochs", 2, "--batch-size", 4, "--size-px", SIZE_PX, "--width", WIDTH)
+    job = torchrun("--nproc-per-node", 2, *program, *options, env={"KILL_AT": "never", "ATTEMPT": "0"})
+    assert job.wait() == 0, job.stderr
+    weights = load_file(tmp_path / "out" / "00000006" / "model.safetensors")
+    assert job.stdout.endswith(f", {accuracy_text(store, weights)}\n")
+    expected = [labels.tolist() for _, labels in stream_batches(store, "resnet", 8)]
+    for rank in (0, 1):
+        assert labels_of(tmp_path / f"out.0.{rank}") == [labels[4 * rank : 4 * rank + 4] for labels in expected]
+
+
 def test_two_processes_share_the_records_and_resume_after_a_kill(
     store: Path, tmp_path: Path, torchrun: Torchrun
 ) -> None:
@@ -60,7 +78,7 @@ def test_two_processes_share_the_records_and_resume_after_a_kill(
 
     def start(name: str, attempt: int, kill_at: str = "never") -> Job:
         options = ("--epochs", 2, "--batch-size", 4, "--size-px", SIZE_PX, "--width", WIDTH, "--save-every", 1)
-        program = ("-m", "tests.examples.killed_resnet", store, tmp_path / f"{name}.pt", *options)
+        program = ("-m", "tests.examples.killed_example", "resnet", store, tmp_path / f"{name}.pt", *options)
         return torchrun("--nproc-per-node", 2, *program, env={"KILL_AT": kill_at, "ATTEMPT": str(attempt)})
 
     whole, killed = start("whole", 0), start("killed", 0, "4")
@@ -74,8 +92,5 @@ def test_two_processes_share_the_records_and_resume_after_a_kill(
     expected = [labels.tolist() for _, labels in stream_batches(store, "resnet", 8)]
     for rank in (0, 1):
         own = [labels[4 * rank : 4 * rank + 4] for labels in expected]
-        first, second = (
-            [json.loads(line) for line in (tmp_path / f"killed.pt.{attempt}.{rank}").read_text().splitlines()]
-            for attempt in (0, 1)
-        )
+        first, second = (labels_of(tmp_path / f"killed.pt.{attempt}.{rank}") for attempt in (0, 1))
         assert first[:4] == own[:4] and second in (own[3:], own[4:])

@@ -1,6 +1,8 @@
-"""Program for torchrun: examples.resnet, whose rank 1 kills itself in its step KILL_AT.
+"""Program for torchrun: an example, whose rank 1 kills itself in its step KILL_AT.
 
-Steps are counted from 0. Each rank writes the labels of each step into the file CHECKPOINT.ATTEMPT.RANK.
+    torchrun … -m tests.examples.killed_example EXAMPLE STORE OUTPUT …
+
+Steps are counted from 0. Each rank writes the labels of each step into the file OUTPUT.ATTEMPT.RANK.
 """
 
 from __future__ import annotations
@@ -9,11 +11,10 @@ import json
 import os
 import signal
 import sys
+from importlib import import_module
 from typing import Any
 
 from torch import Tensor, nn
-
-from examples.resnet import main
 
 rank, attempt = os.environ["RANK"], os.environ["ATTEMPT"]
 real: Any = nn.functional.cross_entropy
@@ -25,11 +26,11 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Any:
     if (rank, str(steps)) == ("1", os.environ["KILL_AT"]):
         os.kill(os.getpid(), signal.SIGKILL)
     steps += 1
-    with open(f"{sys.argv[2]}.{attempt}.{rank}", "a") as file:
+    with open(f"{sys.argv[3]}.{attempt}.{rank}", "a") as file:
         file.write(json.dumps(labels.tolist()) + "\n")
     return real(logits, labels)
 
 
 if __name__ == "__main__":
     nn.functional.cross_entropy = cross_entropy
-    main()
+    import_module(f"examples.{sys.argv[1]}").main(sys.argv[2:])
