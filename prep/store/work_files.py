@@ -131,7 +131,7 @@ def read_summary(path: Path, split: str, classes: int) -> Summary:
     if shard["path"] != f"{split}/{path.stem}":
         raise UserError(f"{path}: shard.path is {shard['path']}, expected {split}/{path.stem}. {advice}")
     if len(labels) != len(summary["labels"]):
-        raise UserError(f"{path}: labels has a label twice, expected different labels. {advice}")
+        raise UserError(f"{path}: the field labels lists a label twice, expected each label once. {advice}")
     if sum(labels.values()) != shard["records"] or any(label >= classes for label in labels):
         text = f"labels count {sum(labels.values())} records up to label {max(labels, default=0)}"
         raise UserError(f"{path}: {text}, expected {shard['records']} records of {classes} classes. {advice}")

@@ -30,7 +30,7 @@ class Devkit:
     ground_truth: bytes = b""
 
     def synsets(self) -> dict[int, str]:
-        """Return {ILSVRC2012_ID: synset}. Raises UserError if the meta.mat is not the file of the devkit."""
+        """Return {ILSVRC2012_ID: synset}. Raises UserError if the bytes are not those of a devkit's meta.mat."""
         from scipy.io import loadmat
 
         try:
