@@ -162,8 +162,8 @@ def _single_column(file: Path, lines: Sequence[tuple[int, str]], images: ImageNa
         wrong = next((row for row in rows if not is_number(row.label) or int(row.label) < 0), None)
         if wrong:
             raise UserError(
-                f"--labels {file}, line {wrong.line}: {wrong.label[:40]!r}, expected a whole number that is not negative, or `name "
-                "label` on each line."
+                f"--labels {file}, line {wrong.line}: {wrong.label[:40]!r}, expected a whole number that is not "
+                "negative, or `name label` on each line."
             )
     return Rows(rows, False, notes)
 
