@@ -61,7 +61,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A virtual environment with the wheel in its site-packages, and the dependencies of this interpreter."""
+    """The site-packages of a virtual environment with the wheel. This interpreter provides the dependencies."""
     folder = tmp_path_factory.mktemp("installed") / "venv"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True, capture_output=True)
     site_packages = Path(sysconfig.get_path("purelib", "venv", {"base": str(folder)}))

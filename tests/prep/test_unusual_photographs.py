@@ -309,7 +309,7 @@ def test_an_endless_input_is_left_out_and_named(photos: Path, tmp_path: Path, mo
 
 
 def test_large_jpegs_are_decoded_smaller_only_where_asked_for(tmp_path: Path, records_of: Records) -> None:
-    """For a smooth image, reduced decoding differs little from complete decoding. Reduced images are counted."""
+    """For smooth images, decoding at a reduced scale gives nearly the same pixels. Such images count as reduced."""
     (tmp_path / "photos" / "a").mkdir(parents=True)
     for name, mode in (("rgb", "RGB"), ("grey", "L"), ("cmyk", "CMYK")):
         smooth(300, 411).convert(mode).save(tmp_path / "photos" / "a" / f"{name}.jpg", quality=95)

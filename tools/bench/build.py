@@ -6,7 +6,7 @@ ours    `alexprep build-lmdb` in a separate process. Each photograph is decoded,
         cropped to the central square and encoded as a JPEG of quality 90. The command writes Datums with a CRC-32 into
         LMDB shards with digests, computes colour moments and mean image, writes the manifest, and syncs all files.
 FFCV    FFCV's DatasetWriter, JPEG of quality 90 (tools/bench/peers/ffcv_writer.py). FFCV cannot rescale the shorter
-        side to a given length. The data set class therefore rescales with Pillow's bicubic filter.
+        side to a given length. The data set of this program therefore rescales with Pillow's bicubic filter.
 Pillow  a short script: a pool of processes rescales with Pillow's bicubic filter, and the parent process writes one
         LMDB in one commit (tools/bench/peers/pillow_script.py).
 libvips the same script with libvips' thumbnail (tools/bench/peers/vips_thumbnail.py).

@@ -1,8 +1,8 @@
 """Contestants of `python -m tools.bench.build --cluster`: builds with local processes, and with `--cluster local`.
 
-Both rates come from the JSON output of alexprep. The time of each rate begins when all inputs are listed, and ends when
-the manifest is written. The remaining time of the command is measured separately. With a cluster, this time includes
-the start of Ray.
+Both rates come from the JSON output of alexprep. They cover the time from the end of listing the inputs until the
+manifest is written. The remaining time of the command is measured separately. With a cluster, this time includes the
+start of Ray.
 """
 
 from __future__ import annotations

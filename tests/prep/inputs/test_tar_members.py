@@ -1,7 +1,6 @@
 """prep.inputs.tar_members: damaged and truncated archives, files of other types, headers with a false, huge size.
 
-The behaviour of tarfile depends on the Python version. Of the project, these tests import only tar_members and
-prep.console, so that the tests run with every supported Python.
+The behaviour of tarfile depends on the Python version.
 """
 
 from __future__ import annotations

@@ -245,7 +245,7 @@ def test_a_file_that_another_program_overwrites_during_the_copy_is_noticed(
 def test_two_stores_that_are_copied_to_one_prefix_at_the_same_time_are_noticed(
     small_store: Path, copy: Copy, proxy: Proxy, server: S3Server, url: str, prefix: str
 ) -> None:
-    """The second command begins after the first command, and replaces its source.json."""
+    """The second command begins later, and replaces the source.json that the first command wrote."""
 
     def decide(request: Request) -> None:
         if request.method == "PUT" and request.path == f"{prefix}/val/inputs.jsonl":

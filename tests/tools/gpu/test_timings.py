@@ -1,4 +1,4 @@
-"""Tests of the timings of tools.gpu_check: length of turns, kinds of kernels, derived figures, and failing timings."""
+"""Tests of the timings of tools.gpu_check: how long a rate is measured, kinds of kernels, derived figures, failures."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_a_turn_is_as_long_as_asked_and_does_not_count_prefetched_batches(monkey
 
 
 def test_each_turn_sets_its_precision(settings: GpuCheckSettings, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The precision switches are global, and other contestants change them between two turns."""
+    """The precision switches are global, and timings of another precision change them in between."""
     calls: list[Any] = []
     monkeypatch.setattr(timings, "set_precision", lambda *arguments: calls.append(arguments))
     timings.make_contestant(settings, "bf16", 2, lambda: None, 1, "bf16").prepare()

@@ -91,7 +91,7 @@ def test_error_rates_and_loss_equal_a_plain_count(stores: dict[str, Path], netwo
 def test_dense_evaluation_averages_the_softmax_over_the_windows_of_a_square(
     stores: dict[str, Path], network: AlexNet
 ) -> None:
-    """A square of 256 px has 4 windows. No batch has 4 images: the batches have 5, 5 and 2 images."""
+    """A square of 256 px has 4 windows. The batches have 5, 5 and 2 images, so that no batch has 4 images."""
     with eval_loader(stores["jpeg"], 5, views="square", augmentation=Augmentation(mean="image")) as loader:
         result = evaluate(network, loader, Progress(loader.records, "images"))
         with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Captured activations are compared with torch functions of the joined parameters. Tests of the command `features`."""
+"""Captured activations are compared with results of torch functions. Also tests the command `features`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tests of nearest neighbors, which are compared with NumPy, of the saved index, and of the command `search`."""
+"""Nearest neighbors are compared with NumPy. Also tests the saved index and the command `search`."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ from train.trainer.divergence import Diverged
 from train.trainer.loop import fit
 from train.trainer.training import Training
 
-SEED = 3  # small_config has the same seed
+SEED = 3  # the seed of small_config
 
 
 def ensemble_config(store: Path, folder: Path) -> RunConfig:

@@ -42,7 +42,7 @@ def write_signed_pickle(path: Path, pickle_bytes: bytes, **records: bytes) -> Pa
 
 
 def entries_of(content: object) -> dict[str, bytes]:
-    """Return {name in the archive's folder: content} of the archive that torch.save writes for `content`."""
+    """Write `content` with torch.save. Returns {path below the top folder of the archive: bytes of this file}."""
     file = io.BytesIO()
     torch.save(content, file)
     with zipfile.ZipFile(file) as archive:

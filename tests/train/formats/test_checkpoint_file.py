@@ -153,7 +153,7 @@ def test_nothing_in_a_pickle_is_called(
 
 
 def test_a_storage_that_is_smaller_than_its_tensor_is_refused(tmp_path: Path) -> None:
-    """If the sizes were not compared, torch could read memory behind the storage."""
+    """If the sizes were not compared, torch could read memory beyond the end of the storage."""
     content = tiny_content()
     content["parameters"]["fc7.bias"] = torch.full((2,), 0.125)
     entries = entries_of(content)

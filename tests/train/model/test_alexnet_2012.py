@@ -187,7 +187,7 @@ BIASES = {"paper": 1.0, "released": 1.0, "caffe": 0.1, "large": 0.1, "modern": 0
 
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
 def test_initialization_of_each_layer(recipe: Recipe) -> None:
-    """The test compares the mean and standard deviation of the weights, and the biases.
+    """The test checks the mean and standard deviation of the weights, and the values of the biases.
 
     With the initialization `he`, the standard deviation is sqrt(2 / fan-in), but 0.01 in fc8.
     """

@@ -16,7 +16,7 @@ SHAPES = [(48, 5), (128, 5), (96, 5), (7, 3), (3, 5), (1, 5), (12, 9), (2, 101),
 
 
 def lrn_reference(a: Numbers, n: int, alpha: float, beta: float, k: float) -> Numbers:
-    """Return the formula of section 3.3, computed for one map at a time."""
+    """Compute the formula of section 3.3, one map at a time."""
     b = np.empty_like(a)
     maps = a.shape[1]
     for i in range(maps):

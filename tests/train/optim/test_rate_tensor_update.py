@@ -1,4 +1,4 @@
-"""The update with learning rates in a tensor: the Triton kernel and the operators are compared with NumPy's formula."""
+"""The update with learning rates in a tensor: the Triton kernel and the operators are compared with NumPy."""
 
 from __future__ import annotations
 

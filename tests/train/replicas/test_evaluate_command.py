@@ -110,7 +110,7 @@ def test_other_commands_refuse_to_start_in_several_processes(monkeypatch: pytest
         assert result.stderr.count("\n") == (rank == 0)
         assert alextrain(command, "--help").exit_code == 0
     monkeypatch.setattr("train.replicas.torchrun.time.sleep", lambda seconds: None)
-    assert "runs in one process" in alextrain("status", "x").stderr  # rank 1 prints the error, as rank 0 has not failed
+    assert "runs in one process" in alextrain("status", "x").stderr  # rank 0 has not failed, so rank 1 prints the error
     monkeypatch.setenv("WORLD_SIZE", "1")
     monkeypatch.setenv("RANK", "0")
     assert "no such run" in alextrain("status", "/nowhere").stderr

@@ -34,7 +34,7 @@ def run_command(*args: object, code: int = 0) -> tuple[list[str], str]:
 def test_all_figures_are_drawn_if_the_training_store_still_exists(
     trained_run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The test replaces the rendering of figures. tests/train/report/test_html.py tests the content of all figures."""
+    """The test renders no figure. tests/train/report/test_html.py tests the content of all figures."""
     monkeypatch.setattr("prep.plot_style.render_figure", lambda draw, size, format: f"{size[0]} {format}".encode())
     run_command(trained_run)
     assert sorted(path.stem for path in trained_run.glob("*.png")) == WITH_STORE

@@ -1,4 +1,4 @@
-"""Tests of DivergenceCheck: NaN and infinite values end a run; a stuck loss and labels of one class give a warning."""
+"""Tests of DivergenceCheck: NaN and infinite values end a run; a stuck loss or equal labels only cause a warning."""
 
 from __future__ import annotations
 

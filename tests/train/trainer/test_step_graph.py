@@ -172,7 +172,7 @@ def test_a_frozen_layer_is_recorded_anew_and_stays_unchanged() -> None:
 
 
 def test_another_batch_size_is_recorded_anew() -> None:
-    """Steps of another batch size replace the recorded gradients. After these steps, the step is recorded again."""
+    """Steps of another batch size replace the recorded gradients, so the first size is later recorded again."""
     sizes = (4, 4, 4, 4, 4, 2, 2, 2, 2, 4, 4, 4, 4)
     graph = RecordedGraph()
     assert_equal_training(train(graph, batches(sizes)), train(None, batches(sizes)))

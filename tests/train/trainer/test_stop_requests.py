@@ -128,9 +128,9 @@ def test_a_signal_that_interrupts_a_blocked_print_is_counted(monkeypatch: pytest
 def test_a_run_whose_messages_cannot_be_written_stops_with_a_checkpoint(
     stores: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, output: str
 ) -> None:
-    """In the first case, Ctrl-C ends tee before alextrain in `alextrain run 2>&1 | tee log`.
+    """A closed pipe: in `alextrain run 2>&1 | tee log`, Ctrl-C ends tee before alextrain.
 
-    In the second case, the log is on a full disk.
+    A full disk: standard error is a file on a full disk.
     """
     log_line, (read_fd, write_fd) = MetricsLog.train, os.pipe()
     os.close(read_fd)

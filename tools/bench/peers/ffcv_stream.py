@@ -14,7 +14,7 @@ area and the aspect ratio are fixed to the values of 224 × 224 pixels. The deco
 224 px, which OpenCV does by copying. The crops have the same distribution as the crops of all other contestants, but
 all records must be squares of one size. Like all other contestants, FFCV decodes the full record. After the crop, FFCV
 runs RandomHorizontalFlip, NormalizeImage (a table of floats), ToTensor and ToTorchImage. FFCV allocates new batches in
-each epoch. The records are therefore repeated until an epoch is as long as an epoch of ImageNet.
+each epoch, which takes time. The records are therefore repeated until an epoch is as long as an epoch of ImageNet.
 
 The program needs a separate Python environment, as tools.bench.peers.ffcv_writer describes.
 """

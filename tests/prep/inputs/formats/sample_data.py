@@ -1,6 +1,6 @@
 """The same photographs in every layout.
 
-If a library defines a layout, the library writes the files. The files of the other layouts are written here.
+If a library defines a layout, the library writes the files. This module writes the files of the other layouts.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""prep.inputs.formats.layouts: the layouts that --layout accepts, and the recognition of folders and files."""
+"""prep.inputs.formats.layouts: the option --layout, and how the layout of a folder or file is recognized."""
 
 from __future__ import annotations
 

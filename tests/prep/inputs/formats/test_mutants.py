@@ -1,8 +1,8 @@
 """Random damage to archives and lists.
 
 A mutant is a copy of a file in which up to 20 places are changed. A change replaces, removes or inserts bytes or bits,
-or sets a number to an extreme value. A mutant is listed, or gives a one-line error. A member of a mutated zip archive
-has its original content, or cannot be read. The long test makes 1,000 mutants of each layout.
+or overwrites 8 bytes with an extreme number. A mutant is listed, or gives a one-line error. A member of a mutated zip
+archive has its original content, or cannot be read. The long test makes 1,000 mutants of each layout.
 """
 
 from __future__ import annotations

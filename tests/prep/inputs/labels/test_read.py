@@ -135,7 +135,7 @@ def test_a_missing_or_broken_devkit_is_refused(flat: Path, tmp_path: Path) -> No
 
 
 def test_a_part_of_ilsvrcs_images_finds_its_lines_by_number(tmp_path: Path) -> None:
-    """There are three images and a ground truth of six lines. The number in an image's name gives its line."""
+    """There are three images and a ground truth of six lines. An image with the number k in its name has line k."""
     root = touch(tmp_path / "val", *(f"ILSVRC2012_val_{k:08d}.JPEG" for k in (2, 4, 6)))
     labels = label_file(tmp_path, "1\n2\n1\n3\n1\n1\n")
     assert labels_of(list_labelled(root, labels, "sorted", CLASSES3)) == [1, 2, 0]

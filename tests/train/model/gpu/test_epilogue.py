@@ -120,7 +120,7 @@ def test_channels_first_output_of_one_column(images: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("case", [CASES[2], CASES[8], (5, 3, 3, Epilogue("relu", NORM, 3))], ids=str)
 def test_16_bit_tensors_are_exact_to_their_rounding(case: tuple[int, int, int, Epilogue], dtype: torch.dtype) -> None:
-    """In bfloat16, the kernels round squares to 8 significant bits before they add them."""
+    """In bfloat16, the kernels round squares to 8 significant bits before the sum."""
     actual, expected = run(case, 2, dtype, (True, True))
     share = 2**-6 if case[3].norm else 2**-7
     for name, value in expected.items():

@@ -18,7 +18,7 @@ from train.model.lrn import local_response_norm
 
 
 class PretendsToBeOnAGpu(Tensor):
-    """A CPU tensor with is_cuda = True, for tests of the choice of an implementation on a machine without a GPU."""
+    """A CPU tensor with is_cuda = True. With this tensor, the tests can choose the GPU's kernels without a GPU."""
 
     is_cuda = True  # type: ignore[assignment]
 
@@ -69,7 +69,7 @@ def test_operators_replace_a_triton_kernel_that_fails(
 ) -> None:
     """The kernel raises an exception, as without a C compiler, or gives wrong results.
 
-    Only the first normalization tries the kernels. Then all normalizations use PyTorch operators. The test disables
+    Only the first normalization tries the kernels. After that, PyTorch operators are used. The test disables
     gradients, because the trial must also work if the first normalization needs no gradient.
     """
 
@@ -99,7 +99,7 @@ def test_operators_replace_a_triton_kernel_that_fails(
 def test_many_normalized_maps_need_much_shared_memory(
     maps: int, shared_kib: int, fits: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """`--model joined` has 256 maps in layer 2. There, a GPU with 99 KiB of shared memory uses PyTorch operators."""
+    """`--model joined` has 256 maps in layer 2. For this layer, a GPU with 99 KiB of shared memory uses operators."""
     monkeypatch.setattr(fault, "triton_fault", lambda device: None)
     monkeypatch.setattr(epilogue, "shared_bytes_of", lambda device: shared_kib << 10)
     assert (fault.normalization_fault(torch.device("cuda:0"), maps) is None) == fits

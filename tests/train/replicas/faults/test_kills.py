@@ -30,7 +30,10 @@ def assert_same_run(run_dir: Path, undisturbed_pair: Path) -> None:
 
 
 def kill_at_operations(torchrun: TorchrunServer, store: Path, run_dir: Path, seed: int) -> list[str]:
-    """Train with ten kills at random operations of random ranks. Returns a line for each kill."""
+    """Train with ten kills of random ranks, each before a file operation, an exchange or a step.
+
+    Returns a line for each kill.
+    """
     job = start_training(torchrun, 2, store, run_dir, fault=f"kill {seed}", max_restarts=10)
     assert job.wait(280) == 0, job.stderr
     return Path(f"{run_dir}.kills").read_text().splitlines()
@@ -46,7 +49,7 @@ def test_a_run_killed_ten_times_goes_on_and_has_the_same_result(
 
 
 def kill_at_times(job: Job, generator: random.Random, run_s: float, kills: int) -> int:
-    """Kill a random rank of the job `kills` times. Each kill is a random time after the processes have started.
+    """Kill a random rank of the job `kills` times. Each kill follows the start of the processes after a random time.
 
     run_s  time that a run without kills takes, in seconds
 
