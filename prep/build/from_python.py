@@ -13,8 +13,8 @@ import os
 import shutil
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Sequence, Sized
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence, Sized
+from dataclasses import dataclass, replace
 from operator import index as as_integer
 from pathlib import Path
 
@@ -27,6 +27,7 @@ from prep.build.plan import BuildPolicy
 from prep.build.resume import background_of
 from prep.build.split import build_split, disk_errors
 from prep.console import UserError, escaped, progress, usable_cores
+from prep.extra.python_values import ItemValues
 from prep.files import hold_lock
 from prep.images.codec import BadImage, check_rescaled_size
 from prep.images.limits import MAX_PIXELS, TIME_LIMIT_S
@@ -37,6 +38,7 @@ from prep.inputs.formats.shards import ShardReader, pack_location
 from prep.inputs.listing import Input
 from prep.inputs.reader import Content, ListOptions
 from prep.inputs.sources import label_inputs
+from prep.store.extra import Column
 from prep.store.manifest import (
     BACKGROUNDS,
     DEFAULT_BACKGROUND,
@@ -50,7 +52,10 @@ from prep.store.manifest import (
 from prep.workers import WorkerPool
 
 Pixels = npt.NDArray[np.uint8]  # (H, W, 3), RGB
-Item = tuple["bytes | Image.Image | Pixels", "str | int", "str | bytes"]
+Item = (
+    tuple["bytes | Image.Image | Pixels", "str | int", "str | bytes"]
+    | tuple["bytes | Image.Image | Pixels", "str | int", "str | bytes", Mapping[str, object]]
+)
 
 # The first byte of an item in the file is one of these types. The content follows.
 _FILE = b"F"  # content: the bytes of an image file
@@ -111,7 +116,7 @@ def build_from(
     restart: bool = False,
     jobs: int | None = None,
 ) -> Store:
-    """Build one split of a store from items (image, label, name), and return the store.
+    """Build one split of a store from items (image, label, name) or (image, label, name, extra). Returns the store.
 
     An image is the bytes of an image file, a PIL image, or pixels as uint8 (H, W, 3). The build sees the warnings of
     the decoder only if the image is given as bytes. A PIL image that Pillow cannot load is a bad input. A label is the
@@ -119,8 +124,10 @@ def build_from(
     positions. Without `classes`, labels that are names give the classes, in sorted order. Labels that are positions get
     the class names of the store, or the names 0, 1, 2 and so on in a new store. The name of an item must be unique. It
     becomes the source path of the record. Items named CLASS/FILE therefore give the same fingerprint as files in class
-    folders. `jobs` is the number of worker processes, by default the number of usable cores. The other arguments are
-    the options of `alexprep build-lmdb`.
+    folders. `extra` has the values of extra fields, such as {"age": 3, "box": [0.1, 0.2], "caption": "a cat"}. A whole
+    number gives the type int, any other number float, a sequence of numbers vector, and a str text. All items have the
+    same fields with the same types. `jobs` is the number of worker processes, by default the number of usable cores.
+    The other arguments are the options of `alexprep build-lmdb`.
 
     If a build was interrupted, the same call with the same items resumes the build. Raises UserError for a wrong
     argument or item, and in all cases in which `alexprep build-lmdb` ends with an error. Raises DiskFull if the disk is
@@ -145,11 +152,12 @@ def build_from(
         work.mkdir(parents=True, exist_ok=True)
         try:
             with hold_lock(work, "build"):
-                rows = _write_items(items, work / "items", settings, split)
+                rows, extra = _write_items(items, work / "items", settings, split)
                 known = Store.open(store).classes if (store / "manifest.json").exists() else ()
                 names = classes or (order_classes(rows.texts, str(store)) if rows.labels_are_names else known)
                 found = rows.found(names, options, known, in_class_folders=False)
                 source = label_inputs(ItemReader(work / "items"), found, split, options, known)
+                source = replace(source, extra=extra)
                 with (
                     WorkerPool(jobs or usable_cores(), preload="prep.build.shard_task") as workers,
                     progress(f"{split}: rescaling", len(source.inputs), "pictures") as build_progress,
@@ -179,15 +187,26 @@ def _check_arguments(settings: Settings, split: str, on_bad: str, on_warning: st
             raise UserError(f"{name}={number}: expected {lowest} to {highest}.")
 
 
-def _write_items(items: Iterable[Item], path: Path, settings: Settings, split: str) -> LabelledRows:
-    """Write all images into the file `path`. In place of a modification time, `mtime_ns` is the content's CRC-32."""
-    rows = LabelledRows(f"the {split} items")
+def _write_items(
+    items: Iterable[Item], path: Path, settings: Settings, split: str
+) -> tuple[LabelledRows, dict[str, Column]]:
+    """Write all images into the file `path`. In place of a modification time, `mtime_ns` is the content's CRC-32.
+
+    Returns the inputs, sorted by path, and their extra values.
+    """
+    rows, values = LabelledRows(f"the {split} items"), ItemValues()
     total = len(items) if isinstance(items, Sized) else 0
     with open(path, "wb") as file, progress(f"{split}: reading items", total, "items") as item_progress:
         for number, item in enumerate(items):
-            if not isinstance(item, Sequence) or len(item) != 3:
+            if not isinstance(item, Sequence) or len(item) not in (3, 4):
                 raise UserError(f"item {number} is a {type(item).__name__}; expected (image, label, name).")
-            image, label, name = item
+            image, label, name = item[:3]
+            extra = item[3] if len(item) == 4 else {}
+            if not isinstance(extra, Mapping):
+                raise UserError(
+                    f"item {number}: extra is a {type(extra).__name__}; expected a dict of values by field."
+                )
+            values.add(extra, number)
             path_bytes = _name_bytes(name, number)
             text = _utf8_text(label) if isinstance(label, str) else str(_position(label, number))
             is_name = isinstance(label, str)
@@ -201,8 +220,9 @@ def _write_items(items: Iterable[Item], path: Path, settings: Settings, split: s
             rows.add(path_bytes, text, len(content), zlib.crc32(content), location)
             file.write(content)
             item_progress.advance()
+    order = np.array(sorted(range(len(rows.rows)), key=rows.rows.path), np.int64)
     rows.sort()  # when the user resumes a build, the items may come in another order
-    return rows
+    return rows, {name: column.take(order) for name, column in values.columns().items()}
 
 
 def _name_bytes(name: object, number: int) -> bytes:

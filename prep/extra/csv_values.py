@@ -61,17 +61,11 @@ def parse_extra(texts: tuple[str, ...]) -> list[ExtraOption]:
     for text in texts:
         name, separator, path = text.partition("=")
         field, has_type, type_ = name.partition(":")
-        if not separator or not path or not _FIELD.fullmatch(field):
-            raise WrongArgument(
-                f"--extra {text}: expected FIELD=CSV or FIELD:TYPE=CSV with an identifier as FIELD, for example "
-                "age=ages.csv."
-            )
+        if not separator or not path:
+            raise WrongArgument(f"--extra {text}: expected FIELD=CSV or FIELD:TYPE=CSV, for example age=ages.csv.")
+        check_field(field, f"--extra {text}")
         if has_type and type_ not in EXTRA_TYPES:
             raise WrongArgument(f"--extra {text}: type {type_!r}, expected one of {', '.join(EXTRA_TYPES)}.")
-        if field in ("path", "split"):
-            raise WrongArgument(
-                f"--extra {text}: the column {field} of a CSV file has another meaning. Choose another FIELD."
-            )
         if field in options:
             raise WrongArgument(
                 f"--extra {text}: the field {field} is given twice. Name one file for all splits, or build each split "
@@ -79,6 +73,14 @@ def parse_extra(texts: tuple[str, ...]) -> list[ExtraOption]:
             )
         options[field] = ExtraOption(field, type_ if has_type else None, Path(path))
     return list(options.values())
+
+
+def check_field(name: str, where: str) -> None:
+    """Raise WrongArgument for a name that a field cannot have. `where` is the beginning of the error."""
+    if not _FIELD.fullmatch(name):
+        raise WrongArgument(f"{where}: expected an identifier of up to 64 letters, digits and _ as FIELD, such as age.")
+    if name in ("path", "split"):
+        raise WrongArgument(f"{where}: the column {name} of a CSV file has another meaning. Choose another FIELD.")
 
 
 @dataclass(frozen=True)

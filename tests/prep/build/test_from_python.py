@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
+from pipeline import RecordDataset
 from prep.build import build_from, from_python
 from prep.console import UserError
 from prep.store.manifest import Store
@@ -204,3 +205,46 @@ def test_class_names_are_checked(tmp_path: Path) -> None:
         build([(pixels, "x", "a"), (pixels, "q", "b")], tmp_path / "store", classes=["x", "y"])
     store = build([(pixels, "d\udcff", "n\ud800")], tmp_path / "store")
     assert store.classes == ("d\\udcff",)
+
+
+def test_extra_values_of_items(tmp_path: Path) -> None:
+    """The records have the order of the store; the values are found by the names of the items."""
+    rng, pixels = np.random.default_rng(0), np.zeros((40, 40, 3), np.uint8)
+    names = [f"{number}.jpg" for number in rng.permutation(80)]
+    values: list[dict[str, Any]] = [
+        {"age": np.int32(k), "weight": k / 3, "box": torch.arange(3) + k / 2, "caption": f"é{k}"} for k in range(80)
+    ]
+    items = [(pixels, 0, name, value) for name, value in zip(names, values, strict=True)]
+    store = build(items, tmp_path / "store")
+    with RecordDataset(store) as dataset:
+        for record in dataset:
+            value = values[names.index(record.source)]
+            assert record.extra["age"] == value["age"] and record.extra["caption"] == value["caption"]
+            assert record.extra["weight"] == np.float32(value["weight"])
+            assert np.array_equal(record.extra["box"], value["box"])
+    assert build(items[::-1], tmp_path / "store").fingerprint == store.fingerprint
+    assert build([item[:3] for item in items], tmp_path / "plain").fingerprint != store.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "message"),
+    [
+        ({"age": 1}, {}, "item 1: the extra fields none; expected age, as in item 0"),
+        ({"age": 1}, {"age": 2.5}, "item 1: extra age is 2.5; expected a whole number within int64"),
+        ({"age": 2**63}, {}, "item 0: extra age is 9223372036854775808; expected a whole number"),
+        ({"age": True}, {}, "item 0: extra age is True"),
+        ({"w": 0.5}, {"w": float("nan")}, "item 1: extra w is nan; expected a finite number within float32"),
+        ({"w": 0.5}, {"w": 1e39}, "item 1: extra w is 1e"),
+        ({"box": [1, 2]}, {"box": [1, 2, 3]}, r"item 1: extra box is \[1, 2, 3\]; expected finite .*, 2 of them"),
+        ({"text": "a"}, {"text": b"b"}, "item 1: extra text is b'b'; expected a text"),
+        ({"text": "\ud800"}, {}, "item 0: extra text is .* UTF-8"),
+        ({"a-b": 1}, {}, "item 0: extra field 'a-b': expected an identifier"),
+        ({"path": 1}, {}, "another meaning"),
+        ([1], {}, "item 0: extra is a list"),
+    ],
+)
+def test_wrong_extra_values_are_refused(tmp_path: Path, first: Any, second: Any, message: str) -> None:
+    pixels = np.zeros((40, 40, 3), np.uint8)
+    with pytest.raises(UserError, match=message) as error:
+        build([(pixels, 0, "a", first), (pixels, 0, "b", second)], tmp_path / "store")
+    assert len(str(error.value).splitlines()) == 1
