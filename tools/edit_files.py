@@ -61,7 +61,7 @@ def jobs_of(samples: Path, choice: Choice) -> list[Job]:
     """Return the edits to try, each with the commands to run. A file is left out if `samples` lacks its folder."""
     rng, jobs = random.Random(choice.seed), []
     for target in TARGETS:
-        is_there = (samples / target.file.split("/")[0]).exists()
+        is_there = (samples / target.file).parent.exists()
         named = not choice.only or any(name.partition(":")[0] in target.file for name in choice.only)
         commands = [command for command in target.commands if any(text in command for text in choice.commands or ("",))]
         if not is_there or not named or not commands:
