@@ -29,7 +29,7 @@ import numpy.typing as npt
 
 from prep.console import escaped
 from prep.files import save_array
-from prep.schema import ArrayShape, open_regular, view_npy
+from prep.schema import ArrayShape, open_regular, read_regular, view_npy
 from prep.store import kernels
 from prep.store.guarded_map import GuardedMap
 from prep.store.manifest import ADVICE, ExtraField, Store, StoreError, extra_files
@@ -37,6 +37,7 @@ from prep.store.manifest import ADVICE, ExtraField, Store, StoreError, extra_fil
 FOLDER = "extra"
 DTYPES = {"int": "<i8", "float": "<f4", "vector": "<f4", "text": "|u1"}
 Value = int | float | str | npt.NDArray[np.float32]  # the value of one record
+_MAX_HEADER_BYTES = 65_536
 _ROWS_AT_ONCE = 65_536  # rows whose texts are copied or checked by one call
 
 
@@ -141,9 +142,9 @@ def read_column(folder: Path, name: str, field: ExtraField, rows: int, advice: s
     Raises OSError if a file cannot be read. Raises StoreError, with `advice` in its message, if a file is damaged.
     """
     views = []
-    for file, shape in _expected(name, field, rows):
-        with open_regular(folder / file, advice, StoreError) as opened:
-            views.append(view_npy(opened.read(), shape, str(folder / file), advice, StoreError))
+    for file, shape, max_bytes in _expected(name, field, rows):
+        content = read_regular(folder / file, max_bytes, advice, StoreError)
+        views.append(view_npy(content, shape, str(folder / file), advice, StoreError))
     return _checked(folder / FOLDER, name, field, views, advice)
 
 
@@ -165,8 +166,8 @@ class StoredColumns:
         try:
             for name, field in self.fields.items():
                 views = []
-                for file, shape in _expected(name, field, entry.records):
-                    opened = _ColumnFile(folder / file, entry.account["files"][file], self._advice)
+                for file, shape, max_bytes in _expected(name, field, entry.records):
+                    opened = _ColumnFile(folder / file, entry.account["files"][file], max_bytes, self._advice)
                     self._files.append(opened)
                     views.append(view_npy(opened.content, shape, str(folder / file), self._advice, StoreError))
                 self._columns[name] = _checked(folder / FOLDER, name, field, views, self._advice)
@@ -229,14 +230,17 @@ class ColumnsOfSplit:
 class _ColumnFile:
     """A file of a column: `content` is a view of the mapped file, or the bytes of the file."""
 
-    def __init__(self, path: Path, digest: str, advice: str) -> None:
+    def __init__(self, path: Path, digest: str, max_bytes: int, advice: str) -> None:
         self._path, self._advice = path, advice
         self._map: GuardedMap | None = None
         self.content: bytes | memoryview = b""
         with open_regular(path, advice, StoreError) as file:
             self._status = os.fstat(file.fileno())
-            if kernels.native is not None and self._status.st_size:
-                self._map = GuardedMap.of(file.fileno(), self._status.st_size, kernels.native)
+            size = self._status.st_size
+            if size > max_bytes:
+                raise StoreError(escaped(f"{path} has {size:,} bytes, expected at most {max_bytes:,}. {advice}"))
+            if kernels.native is not None and size:
+                self._map = GuardedMap.of(file.fileno(), size, kernels.native)
             self.content = file.read() if self._map is None else self._map.view
         try:
             found = sha256(self.content).hexdigest()
@@ -266,13 +270,14 @@ class _ColumnFile:
             self._map.close()
 
 
-def _expected(name: str, field: ExtraField, rows: int) -> Iterator[tuple[str, ArrayShape]]:
-    """Yield each file of a field with the type and shape of its array."""
+def _expected(name: str, field: ExtraField, rows: int) -> Iterator[tuple[str, ArrayShape, int]]:
+    """Yield each file of a field with the type and shape of its array, and the largest size of the file in bytes."""
     shapes: dict[str, tuple[int | None, ...]] = {"vector": (rows, field.width), "text": (field.bytes,)}
     files = extra_files(name, field.type)
-    yield files[0], ArrayShape((DTYPES[field.type],), shapes.get(field.type, (rows,)))
+    shape = ArrayShape((DTYPES[field.type],), shapes.get(field.type, (rows,)))
+    yield files[0], shape, _MAX_HEADER_BYTES + field.bytes
     if len(files) > 1:
-        yield files[1], ArrayShape(("<i8",), (rows + 1,))
+        yield files[1], ArrayShape(("<i8",), (rows + 1,)), _MAX_HEADER_BYTES + 8 * (rows + 1)
 
 
 def _checked(folder: Path, name: str, field: ExtraField, arrays: Sequence[npt.NDArray[Any]], advice: str) -> Column:

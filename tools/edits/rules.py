@@ -245,7 +245,9 @@ RULES: Sequence[Rule] = (
     Rule("A run without a validation has no best checkpoint.", ("run/checkpoint-*",), ("best",), ("null",)),
     Rule("Fields of newer versions are ignored.", ("run/checkpoint-*",), ("random",), ("unknown tensor",)),
     Rule("A store can lack the split.", _RUN_FILES, ("store.splits.*",), ("delete",)),
-    Rule("Readers accept arrays in Fortran order.", ("run/mean_image.npy", "*.npz"), (), ("Fortran order",)),
+    Rule(
+        "Readers accept arrays in Fortran order.", ("run/mean_image.npy", "*/extra/*", "*.npz"), (), ("Fortran order",)
+    ),
     Rule(
         "`alexstream inspect` reads only the labels.",
         ("store/*/data.mdb",),
