@@ -78,12 +78,17 @@ def torch_batches(store: Store, threads: int, decode: Decoder) -> Batches:
         yield images
 
 
-def dali_batches(store: Store, threads: int) -> Batches:
-    """Return batches of the pipeline in DALI's documentation. Raises UserError if DALI is not installed."""
+def import_dali() -> Any:
+    """Return the module nvidia.dali. Raises UserError if DALI is not installed."""
     try:
-        dali: Any = import_module("nvidia.dali")
+        return import_module("nvidia.dali")
     except ModuleNotFoundError:
         raise UserError(f"NVIDIA DALI is not installed. Install DALI with: {pip_command('cuda13')}") from None
+
+
+def dali_batches(store: Store, threads: int) -> Batches:
+    """Return batches of the pipeline in DALI's documentation. Raises UserError if DALI is not installed."""
+    dali = import_dali()
     fn, types = dali.fn, dali.types
     pipe = dali.Pipeline(batch_size=BATCH, num_threads=threads, device_id=None)
     with pipe:
@@ -105,9 +110,9 @@ def dali_batches(store: Store, threads: int) -> Batches:
         yield pipe.run()[0].as_tensor()
 
 
-def our_batches(store: Store, threads: int, mean: str = "channel") -> Batches:
-    """Return batches of this project's stream, epoch after epoch."""
-    loader = train_loader(store.root, batch_size=BATCH, augmentation=Augmentation(mean), threads=threads)
+def our_batches(store: Store, threads: int, augmentation: Augmentation | None = None) -> Batches:
+    """Return batches of this project's stream, epoch after epoch. `augmentation`: None for the default settings."""
+    loader = train_loader(store.root, batch_size=BATCH, augmentation=augmentation, threads=threads)
     with closing(loader):
         while True:
             for images, _ in loader:

@@ -38,17 +38,20 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
 import torch
 
+from pipeline.augment import Augmentation
 from prep.console import UserError, say
 from prep.store.manifest import Store
 from tools.bench.harness import (
@@ -74,7 +77,7 @@ from tools.bench.loaders import (
     train_records,
     write_files,
 )
-from tools.bench.peers.stream_turn import BATCH, check_batches, images_per_s
+from tools.bench.peers.stream_turn import BATCH, RESIZED, check_batches, images_per_s
 
 _IN_MEMORY_RECORDS = 2000
 _OURS_PPM = "ours, PPM"
@@ -84,24 +87,42 @@ _STOP_TIMEOUT_S = 20.0  # time between closing the standard input of a peer and 
 
 
 class StreamBenchmark:
-    """Collects the contestants, and the store and files that they read. The caller closes `cleanup` at the end."""
+    """Collects the contestants, and the store and files that they read. The caller closes `cleanup` at the end.
 
-    def __init__(self, jpeg: Store, work_dir: Path, threads: int, seconds: float) -> None:
+    If `is_resized`, the streams are those of tools.bench.resized.
+    """
+
+    def __init__(self, jpeg: Store, work_dir: Path, threads: int, seconds: float, is_resized: bool = False) -> None:
         self.jpeg, self.work_dir, self.threads, self.seconds = jpeg, work_dir, threads, seconds
+        self.is_resized = is_resized
         self.contestants: list[Contestant] = []
         self.versions: dict[str, str] = {}  # name of a peer -> versions of its libraries
         self.left_out: dict[str, str] = {}  # contestant -> reason why it is left out
         self.cleanup = ExitStack()
-        self.all_files: Path | None = None
-        self.first_files = write_files(jpeg, work_dir / "first", _IN_MEMORY_RECORDS)
+
+    @cached_property
+    def all_files(self) -> Path:
+        """Folder of the files of all records."""
+        return write_files(self.jpeg, self.work_dir / "all", None)
+
+    @cached_property
+    def first_files(self) -> Path:
+        """Folder of the files of the first 2,000 records."""
+        return write_files(self.jpeg, self.work_dir / "first", _IN_MEMORY_RECORDS)
+
+    @cached_property
+    def ppm(self) -> Store:
+        """A store of the first 2,000 records in PPM format."""
         say("building a store of the same images as PPM records")
-        self.ppm = build_store(self.first_files, work_dir / "ppm", replace(jpeg.settings, format="ppm"), threads)
+        return build_store(
+            self.first_files, self.work_dir / "ppm", replace(self.jpeg.settings, format="ppm"), self.threads
+        )
 
     def add_stream(self, name: str, batches: Batches, bound: str = _JPEG_BOUND, ours: str | None = None) -> None:
         """Add a stream that runs in this process. A stream that raises UserError is left out."""
         self.cleanup.callback(batches.close)
         try:
-            check_batches(batches)
+            check_batches(batches, self.is_resized)
         except UserError as error:
             self._leave_out(name, str(error))
             return
@@ -110,18 +131,26 @@ class StreamBenchmark:
         )
 
     def add_peer(
-        self, name: str, option: str, python: Path | None, module: str, *arguments: str, raw: bool = False
+        self,
+        name: str,
+        option: str,
+        python: Path | None,
+        module: str,
+        *arguments: str,
+        raw: bool = False,
+        bound: str = _JPEG_BOUND,
     ) -> None:
         """Add a program of tools.bench.peers. The interpreter `python` runs the program.
 
-        With `raw`, the program gets only the first 2,000 records, and is compared with our stream of PPM records.
+        With `raw`, the program gets only the first 2,000 records, and is compared with our stream of PPM records and
+        the bound of PPM records. `bound` is the bound without `raw`.
         """
         if python is None:
             self._leave_out(name, f"{option} must name an interpreter that has the library (to install it: see --help)")
             return
-        if not raw and self.all_files is None:
-            self.all_files = write_files(self.jpeg, self.work_dir / "all", None)
-        mean = ",".join(str(level) for level in self.jpeg.color_stats().mean_rgb)
+        mean_rgb = Augmentation.preset("resnet").mean if self.is_resized else self.jpeg.color_stats().mean_rgb
+        mean = ",".join(str(level) for level in mean_rgb)
+        arguments = (*arguments, RESIZED) if self.is_resized else arguments
         out = self.work_dir / f"peer-{len(self.contestants)}"
         command = [str(python.absolute()), "-m", f"tools.bench.peers.{module}"]
         command += [str(self.first_files if raw else self.all_files), str(out), str(self.threads), mean, *arguments]
@@ -140,12 +169,18 @@ class StreamBenchmark:
             process.send(f"go {self.seconds}")
             return float(process.read_line())
 
-        bound, ours = (_PPM_BOUND, _OURS_PPM) if raw else (_JPEG_BOUND, None)
+        bound, ours = (_PPM_BOUND, _OURS_PPM) if raw else (bound, None)
         self.contestants.append(Contestant(name, rate, bound, ours=ours))
 
     def add_bound(self, name: str, work: Callable[[bytes], object], store: Store, ours: str | None = None) -> None:
         """Add a bound, which calls `work` on each of the first 2,000 records of `store`. The records are in memory."""
         contents = [datum.data for datum in islice(train_records(store), _IN_MEMORY_RECORDS)]
+        self.add_bound_of(name, work, contents, 1, ours)
+
+    def add_bound_of(
+        self, name: str, work: Callable[[Any], object], contents: Sequence[Any], images: int, ours: str | None = None
+    ) -> None:
+        """Add a bound, which calls `work` on each item of `contents`. An item has `images` images."""
         pool = self.cleanup.enter_context(ThreadPoolExecutor(self.threads))
 
         def run_thread(first: int, until: float) -> int:
@@ -159,7 +194,7 @@ class StreamBenchmark:
             started = time.perf_counter()
             until = started + self.seconds
             done = sum(pool.map(run_thread, range(self.threads), [until] * self.threads))
-            return done / (time.perf_counter() - started)
+            return images * done / (time.perf_counter() - started)
 
         self.contestants.append(Contestant(name, rate, name, ours=ours))
 
@@ -178,7 +213,7 @@ def add_contestants(
     jpeg, ppm, threads = benchmark.jpeg, benchmark.ppm, benchmark.threads
     decode_jpeg = import_simplejpeg().decode_jpeg
     benchmark.add_stream("ours, JPEG", our_batches(jpeg, threads))
-    benchmark.add_stream("ours, JPEG, mean image", our_batches(jpeg, threads, "image"))
+    benchmark.add_stream("ours, JPEG, mean image", our_batches(jpeg, threads, Augmentation("image")))
     benchmark.add_stream("torch DataLoader, Pillow, JPEG", torch_batches(jpeg, threads, decode_with_pillow))
     benchmark.add_stream("torch DataLoader, simplejpeg, JPEG", torch_batches(jpeg, threads, decode_jpeg))
     benchmark.add_peer("FFCV, JPEG", "--ffcv-python", ffcv, "ffcv_stream", "jpg", "last")

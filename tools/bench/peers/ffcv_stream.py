@@ -1,6 +1,6 @@
 """Stream of FFCV: FFCV's Loader reads a .beton file with the records.
 
-    python -m tools.bench.peers.ffcv_stream FOLDER OUT THREADS RED,GREEN,BLUE jpg|raw last|first
+    python -m tools.bench.peers.ffcv_stream FOLDER OUT THREADS RED,GREEN,BLUE jpg|raw last|first [resized]
 
 jpg   The .beton holds the unchanged bytes of the JPEG files. (FFCV's RGBImageField would encode the images again.)
 raw   The .beton holds the pixels of the images, decoded by Pillow, in FFCV's RGBImageField.
@@ -12,9 +12,10 @@ first Batches have the shape and the memory order NCHW, like the batches of all 
 FFCV has no random crop of a fixed size. RandomResizedCropRGBImageDecoder makes a random crop of 224 × 224 px if the
 area and the aspect ratio are fixed to the values of 224 × 224 pixels. The decoder then rescales 224 × 224 px to 224 ×
 224 px, which OpenCV does by copying. The crops have the same distribution as the crops of all other contestants, but
-all records must be squares of one size. Like all other contestants, FFCV decodes the full record. After the crop, FFCV
-runs RandomHorizontalFlip, NormalizeImage (a table of floats), ToTensor and ToTorchImage. FFCV allocates new batches in
-each epoch, which takes time. The records are therefore repeated until an epoch is as long as an epoch of ImageNet.
+all records must be squares of one size. With `resized`, the same decoder makes random regions from records of any size,
+and OpenCV's area filter resizes the regions. FFCV always decodes the full record. After the crop, FFCV runs
+RandomHorizontalFlip, NormalizeImage (a table of floats), ToTensor and ToTorchImage. FFCV allocates new batches in each
+epoch, which takes time. The records are therefore repeated until an epoch is as long as an epoch of ImageNet.
 
 The program needs a separate Python environment, as tools.bench.peers.ffcv_writer describes.
 """
@@ -42,7 +43,17 @@ from ffcv.transforms import (  # type: ignore[import-not-found]
 from ffcv.writer import DatasetWriter  # type: ignore[import-not-found]
 from PIL import Image
 
-from tools.bench.peers.stream_turn import BATCH, CROP_PX, Mean, Records, parse_arguments, take_turns
+from tools.bench.peers.stream_turn import (
+    BATCH,
+    CROP_PX,
+    RATIO,
+    SCALE,
+    STD_RGB,
+    Mean,
+    Records,
+    parse_arguments,
+    take_turns,
+)
 
 _EPOCH_IMAGES = 1_281_167
 
@@ -90,13 +101,18 @@ def side_px(records: Records) -> int:
     return int(side)
 
 
-def endless_batches(beton: Path, records: Records, threads: int, mean: Mean, channels_last: bool) -> Iterator[Any]:
+def endless_batches(
+    beton: Path, records: Records, threads: int, mean: Mean, channels_last: bool, is_resized: bool
+) -> Iterator[Any]:
     """Yield batches of images, epoch after epoch."""
-    area_share, crop_size = (CROP_PX / side_px(records)) ** 2, (CROP_PX, CROP_PX)
+    scale, ratio, std = SCALE, RATIO, np.array(STD_RGB, np.float32)
+    if not is_resized:
+        area_share = (CROP_PX / side_px(records)) ** 2
+        scale, ratio, std = (area_share, area_share), (1.0, 1.0), np.ones(3, np.float32)
     image = [
-        RandomResizedCropRGBImageDecoder(crop_size, scale=(area_share, area_share), ratio=(1.0, 1.0)),
+        RandomResizedCropRGBImageDecoder((CROP_PX, CROP_PX), scale=scale, ratio=ratio),
         RandomHorizontalFlip(),
-        NormalizeImage(mean, np.ones(3, np.float32), np.float32),
+        NormalizeImage(mean, std, np.float32),
         ToTensor(),
         ToTorchImage(channels_last),
     ]
@@ -117,13 +133,13 @@ def endless_batches(beton: Path, records: Records, threads: int, mean: Mean, cha
 
 def main() -> None:
     """Run the stream. One line on standard input starts one timed turn (see stream_turn.py)."""
-    records, out, threads, mean, (mode, channels) = parse_arguments()
+    records, out, threads, mean, (mode, channels, *window) = parse_arguments()
     out.mkdir()
     beton = out / "train.beton"
     field = RGBImageField(write_mode="raw") if mode == "raw" else JpegField()
     writer = DatasetWriter(str(beton), {"image": field, "label": IntField()}, num_workers=threads)
     writer.from_indexed_dataset(RecordDataset(records, mode == "raw"))
-    batches = endless_batches(beton, records, threads, mean, channels == "last")
+    batches = endless_batches(beton, records, threads, mean, channels == "last", bool(window))
     take_turns(f"FFCV {version('ffcv')}", batches, threads)
 
 
