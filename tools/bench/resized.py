@@ -15,8 +15,8 @@ SPDL         SPDL's threads: FFmpeg decodes the complete record, and FFmpeg's bi
 torchvision  RandomResizedCrop of Pillow images in DataLoader's workers: decodes the complete record
              (tools/bench/peers/torchvision_stream.py)
 DALI         the graph of DALI's example for ImageNet, on a CPU: readers.file, decoders.image_random_crop, resize with a
-             triangular filter, crop_mirror_normalize. DALI decodes the region with its default settings, which are
-             faster and less exact than libjpeg's. The batches are not converted to torch tensors
+             triangular filter, crop_mirror_normalize. DALI decodes the region, by default without the smooth upsampling
+             of colours that libjpeg uses. The batches are not converted to torch tensors
 bounds       upper bounds: threads that only decode the same random regions of the records with libjpeg-turbo, as our
              stream does; and threads that only decode complete records with libjpeg-turbo (simplejpeg), as FFCV does
 """
@@ -102,7 +102,8 @@ def region_jobs(store: Store, records: Records, settings: Augmentation) -> list[
     library = kernels.native
     if library is None or library.jpeg is None:
         raise UserError("The C kernel cannot be used, so the stream uses DALI (see pipeline/engines/kernels.py).")
-    augmenter, jobs = Augmenter(store, settings), []
+    jobs: list[Callable[[], None]] = []
+    augmenter = Augmenter(store, settings)
     for step in range(_BOUND_BATCHES):
         batch = records.batch((step * BATCH + np.arange(BATCH)) % len(records))
         draws = draw_step(settings, 0, 0, step, BATCH, augmenter.max_offset_px)
@@ -174,9 +175,11 @@ def main(
 ) -> None:
     """Measure the stream of the preset "resnet" in batches of 128, and compare other loaders and decoding alone.
 
-    The other loaders are FFCV, SPDL, torchvision and DALI. The help of `python -m tools.bench.stream` says how to
-    install FFCV and SPDL; SPDL also needs `pip install pillow` here. torchvision needs a separate Python environment:
-    `pip install torch torchvision`.
+    The other loaders are FFCV, SPDL, torchvision and DALI. FFCV needs a separate Python environment. Install
+    libopencv-dev, libturbojpeg0-dev and pkg-config on the system; then, in a new virtual environment, `pip install
+    'numpy<2.3' torch setuptools wheel pillow` and `pip install --no-build-isolation ffcv`. SPDL needs the libraries of
+    FFmpeg on the system (on Debian: libavdevice59) and `pip install spdl simplejpeg numpy pillow`. torchvision needs a
+    separate environment with `pip install torch torchvision`.
 
     \b
     Example:
