@@ -37,7 +37,7 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 def pip_command(extra: str) -> str:
-    """Return the command that installs the packages of an extra: `pip install 'matplotlib>=3.9'`."""
+    """Return the command that installs the packages of an extra, such as `pip install 'matplotlib>=3.9'`."""
     return f"pip install {' '.join(map(quote, PACKAGES[extra]))}"
 
 

@@ -88,7 +88,7 @@ class TaskProgress:
 
     @property
     def counts(self) -> Counts:
-        """Counts of all tasks so far."""
+        """Counts over all tasks of this worker so far."""
         done, bad, size_bytes = (self._counters[self._first + k] for k in (1, 2, 3))
         return Counts(done, bad, size_bytes)
 

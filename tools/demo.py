@@ -71,7 +71,7 @@ def run_demo(folder: Path) -> None:
 
 
 def activation_script() -> str:
-    """Return the script that adds the commands of this virtual environment to PATH: `.venv/bin/activate`."""
+    """Return the path of the script that adds this virtual environment to PATH, such as `.venv/bin/activate`."""
     script = Path(sys.prefix) / "bin" / "activate"
     return quote(str(script.relative_to(Path.cwd()) if script.is_relative_to(Path.cwd()) else script))
 
@@ -83,7 +83,7 @@ def _run_command(arguments: list[str]) -> dict[str, float]:
     """
     script = Path(sys.executable).parent / arguments[0]
     as_json = "--json" in arguments
-    # Ctrl-C reaches this program and the command. This program ignores it; the command saves its state and ends.
+    # Ctrl-C reaches this program and the command. This program ignores Ctrl-C; the command saves its state and ends.
     before = signal.signal(signal.SIGINT, lambda *_: None)
     try:
         with subprocess.Popen(

@@ -20,7 +20,7 @@ from prep.cluster import ray_module
 from prep.console import UserError, duration_text
 
 NODE_BYTES = 150_000_000  # size of the object store of a node, in shared memory
-LIMIT_S = 900.0  # longest time that `wait_until` waits
+LIMIT_S = 900.0  # longest time that `wait_until` waits by default
 
 
 def script(name: str) -> Path:
@@ -121,7 +121,7 @@ class Trainer:
 
 @contextmanager
 def running(commands: Sequence[tuple[Path, Sequence[str]]]) -> Iterator[list[Trainer]]:
-    """Start a Trainer for each pair (run folder, options). At the end, trainers that are still running are stopped."""
+    """Start a Trainer for each pair (run folder, options). The end of the `with` block stops running trainers."""
     with ExitStack() as stack:
         trainers = []
         for run_dir, options in commands:

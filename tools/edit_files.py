@@ -48,7 +48,7 @@ class Choice:
     kinds: tuple[str, ...] = ()  # kinds of edits
     commands: tuple[str, ...] = ()  # a command is selected if its command line contains one of these texts
     every_command: bool = False  # True: run all commands that read the file; False: run one command for each edit
-    share: float = 1.0  # share of the edits, 0 to 1
+    share: float = 1.0  # share of the edits to make, 0 to 1
     seed: int = 0  # seed of the random choice of edits and commands
 
 
@@ -76,7 +76,7 @@ def jobs_of(samples: Path, choice: Choice) -> list[Job]:
 
 
 def _drawn(commands: Sequence[str], rng: random.Random) -> list[str]:
-    """Return one of the commands. Commands that take seconds are drawn one tenth as often as others."""
+    """Return one of the commands. A command of SLOW_COMMANDS is drawn one tenth as often as another command."""
     weights = [0.1 if command.startswith(SLOW_COMMANDS) else 1.0 for command in commands]
     return rng.choices(commands, weights)
 
@@ -155,8 +155,8 @@ def table_lines(outcomes: Sequence[Outcome]) -> list[str]:
 @click.option(
     "--every-command",
     is_flag=True,
-    help="After each edit, run all commands that read the file.  [default: one command, drawn with the seed; commands "
-    "that take seconds are drawn less often]",
+    help="After each edit, run all commands that read the file.  [default: one command, drawn with the seed; slow "
+    "commands are drawn less often]",
 )
 @click.option(
     "--share",
@@ -190,8 +190,8 @@ def main(
     """Edit every field of every file, and check that the commands that read the file refuse it with one line of error.
 
     The exit code is 1 if a command accepted wrong content, or refused an unchanged file. The exit code is also 1 if a
-    command printed a traceback, several lines of error or control characters. The same holds if a command exceeded the
-    time limit, used more than 1 GB of memory, or changed files.
+    command printed a traceback, several lines of error or control characters. A command that exceeded the time limit,
+    used more than 1 GB of memory, or changed files also gives exit code 1.
 
     \b
     Example:

@@ -2,17 +2,17 @@
 
 A copy has these steps:
 
-1.  Read the source's manifest and check its checksum. Refuse a destination that contains anything other than an
-    unfinished copy of the same store.
+1.  Read the source's manifest and check its checksum. Refuse a destination that contains anything other than a complete
+    or unfinished copy of the source.
 2.  Write source.json of the journal (journal.py), then copy and verify the files in worker processes (copy_task.py).
     Files that the journal lists are skipped if they are still unchanged in the destination.
-3.  Check that the destination still has all verified files unchanged. Check that the source's manifest and the
-    journal's source.json are unchanged.
+3.  Check that the verified files in the destination are unchanged. Check that the source's manifest and the journal's
+    source.json are unchanged.
 4.  In object storage, write SHA256SUMS. Then write manifest.json, and read it back from the destination.
 5.  Delete the journal.
 
 The manifest is written last, so a folder with a manifest is a complete store. A command that opens an unfinished copy
-ends with an error that names `alexprep copy`.
+ends with an error that advises to run `alexprep copy` again.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class CopyResult:
     bytes: int  # size of all files in the store, in bytes
     copied_files: int  # number of files that this run copied; earlier runs copied the other files
     copied_bytes: int  # size of the files that this run copied
-    retries: int  # number of requests and transfers that were repeated
+    retries: int  # number of repeated requests, plus number of repeated transfers of whole files
     seconds: float
 
 
@@ -96,9 +96,8 @@ class CopyResult:
 def planned_copy(source_name: str, target_name: str) -> Iterator[CopyPlan]:
     """Compare source and destination, and plan the copy. During the `with` block, a local destination is locked.
 
-    Raises UserError if the source is not a complete store. Also raises UserError if the destination has any content
-    other than this store or an unfinished copy of this store. Raises DiskFull if a local destination has too little
-    space.
+    Raises UserError if the source is not a complete store. Also raises UserError if the destination contains anything
+    other than a complete or unfinished copy of the source. Raises DiskFull if a local destination has too little space.
     """
     source, target = open_folder(source_name), open_folder(target_name)
     if _same_folder(source, target):
@@ -118,7 +117,8 @@ def planned_copy(source_name: str, target_name: str) -> Iterator[CopyPlan]:
             )
     has_checksums = states.pop(CHECKSUMS, None) is not None and source.is_remote
     checksums = parse_checksums(source.read(CHECKSUMS)) if has_checksums else {}
-    # The digest of the manifest differs if another program replaced the store, but not its SHA256SUMS.
+    # SHA256SUMS is not used if it has another digest for the manifest: then a program has replaced the store, but not
+    # SHA256SUMS.
     if checksums.get(MANIFEST) != identity.manifest:
         checksums = {}
     with ExitStack() as resources:
@@ -152,7 +152,8 @@ def planned_copy(source_name: str, target_name: str) -> Iterator[CopyPlan]:
 def run_copy(plan: CopyPlan, runner: Runner, progress: Progress) -> CopyResult:
     """Copy and verify the files that have not arrived, then write the manifest. `progress` counts megabytes.
 
-    Raises UserError if a file cannot be copied or is damaged. If the same copy is run again, it continues.
+    Raises UserError if a file cannot be copied or is damaged. If the same copy is run again, it continues with the
+    files that have not arrived.
     """
     started = time.monotonic()
     target, arrivals = plan.target, dict(plan.arrivals)
@@ -246,14 +247,14 @@ def _holds_store(target: Folder, identity: CopySource, states: dict[str, FileSta
         other, _ = read_manifest(target)
         what = f"another store (fingerprint {other.fingerprint}, the source has {identity.fingerprint})"
         if other.fingerprint == identity.fingerprint:
-            what = "a store of the same records with another manifest"
+            what = "another store, with the same records and with another manifest"
         raise UserError(f"{target.name} is {what}. Name another destination.")
     there = target.states(states)
     wrong = sorted(p for p, state in states.items() if p not in there or there[p].size_bytes != state.size_bytes)
     if wrong:
         raise UserError(
-            f"{target.name} has the manifest of this store, but lacks {count_noun(len(wrong), 'file')} or holds them "
-            f"with another size (first: {wrong[0]}). Remove {target.name}, and run the same command again."
+            f"{target.name} has the manifest of this store. Number of files that are missing or have another size: "
+            f"{len(wrong):,} (first: {wrong[0]}). Remove {target.name}, and run the same command again."
         )
     return True
 
@@ -261,7 +262,7 @@ def _holds_store(target: Folder, identity: CopySource, states: dict[str, FileSta
 def _arrivals(target: Folder, identity: CopySource, paths: list[str]) -> dict[str, Arrival]:
     """Return the files of an unfinished copy that have arrived, by path.
 
-    Raises UserError if the destination has other content, or an unfinished copy of another store.
+    Raises UserError if the destination has files but no unfinished copy, or if the copy is of another store.
     """
     _refuse_other_content(target)
     began = journal.read_source(target)

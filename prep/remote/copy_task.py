@@ -1,14 +1,15 @@
 """Copies one file of a store, and verifies the copy. Worker processes run the tasks of a copy.
 
 If the source is in object storage, or both folders are local, a file is first written under a temporary name. The
-content of the temporary file is compared with SHA256SUMS and with the manifest, which has a SHA-256 over all keys and
-values of a shard. In a local destination, the temporary file then gets its final name.
+content of the temporary file is compared with the manifest, which has a SHA-256 over all keys and values of each shard.
+A file from object storage is also compared with SHA256SUMS. In a local destination, the temporary file then gets its
+final name.
 
-If the destination is in object storage, the local file is first compared with the manifest, then sent, then read back
-from the server. The returned bytes must have the SHA-256 of the local file. The server's own checksum is not
-sufficient. The ETag of a multipart upload is not a digest of the content, and not every server computes checksums.
-Reading the files back doubles the traffic. S3 and Google charge nothing for traffic inside a region. S3 and Google
-charge their usual fee for other traffic.
+If the destination is in object storage, the source file or the temporary file is compared with the manifest and sent.
+The copy is then read back from the server. The bytes from the server must have the SHA-256 of the file that was sent.
+The server's own checksum is not sufficient. The ETag of a multipart upload is not a digest of the content, and not
+every server computes checksums. Reading the files back doubles the traffic. S3 and Google charge nothing for traffic
+inside a region. S3 and Google charge their usual fee for other traffic.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ class CopyTask:
     target: str  # name of the folder to copy to
     file: StoreFile
     state: FileState  # state of the file in the source
-    checksum: str  # SHA-256 (hex) in the source's SHA256SUMS; empty if the source has no SHA256SUMS
+    checksum: str  # SHA-256 (hex) of the file in the source's SHA256SUMS; empty if SHA256SUMS is not used
     scratch: Path  # folder for files that are copied from one bucket to another
 
 
@@ -48,7 +49,7 @@ class Copied:
     """The result of a CopyTask."""
 
     arrival: journal.Arrival
-    retries: int  # number of requests and transfers that were repeated
+    retries: int  # number of repeated requests, plus number of repeated transfers of the file
 
 
 class ByteCounter:

@@ -1,4 +1,4 @@
-"""Folders that a store is copied from or to: the interface, and local folders. Buckets are in object_store.py."""
+"""The protocol Folder for folders that a store is copied from or to, and the class for local folders."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from prep.console import UserError, disk_error
 from prep.files import sync_folder, write_atomic
 from prep.schema import open_regular, read_regular
 
-MAX_SMALL_FILE_BYTES = 64 << 20  # largest manifest.json, and largest list of checksums
+MAX_SMALL_FILE_BYTES = 64 << 20  # largest size of manifest.json and of SHA256SUMS
 CHUNK_BYTES = 8 << 20  # a large file is transferred in parts of this size, with one request for each part
 
 # A function that is called with the number of bytes of a file that have been transferred so far.
@@ -34,13 +34,13 @@ class Folder(Protocol):
 
     name: str  # the folder as the user named it, without a slash at the end
     is_remote: bool
-    retries: int  # requests that failed and were sent again; 0 for a local folder
+    retries: int  # number of times that a failed request was sent again; 0 for a local folder
 
     def is_empty(self) -> bool:
         """Return whether the folder contains no file. A missing folder is empty."""
 
     def states(self, paths: Iterable[str]) -> dict[str, FileState]:
-        """Return {path: state} of those files that exist. Missing files are left out."""
+        """Return {path: state}. Missing files are left out."""
 
     def read(self, path: str) -> bytes:
         """Return the content of a small file, of at most MAX_SMALL_FILE_BYTES. Raises UserError for a larger file."""

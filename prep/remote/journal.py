@@ -1,9 +1,9 @@
 """Journal of a copy: the files that have arrived in the destination and were verified.
 
-An interrupted copy reads the journal and continues with the other files.
+If an interrupted copy is run again, it skips the files that the journal lists.
 
     DST/.copy/source.json               digest of the source's manifest, which identifies the store that is copied
-    DST/.copy/train/00000/data.mdb.json size, version and SHA-256 of a file that was verified after it arrived
+    DST/.copy/train/00000/data.mdb.json size, version and SHA-256 of train/00000/data.mdb, after this file was verified
     DST/.copy/incoming/…                only in a local destination: files that are being transferred
 
 A file counts as arrived only if its size and version in the destination are still those in the journal. The version is
@@ -61,7 +61,7 @@ def read_source(target: Folder) -> CopySource | None:
 
 
 def write_source(target: Folder, source: CopySource) -> None:
-    """Begin a copy of the store `source`."""
+    """Write source.json, which says that `target` has an unfinished copy of the store `source`."""
     target.write(SOURCE, json.dumps(asdict(source)).encode())
 
 

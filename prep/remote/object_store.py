@@ -90,7 +90,7 @@ class ObjectFolder:
         return not self._tried("", lambda: next(iter(self._obstore.list(self._store, chunk_size=1)), []))
 
     def states(self, paths: Iterable[str]) -> dict[str, FileState]:
-        """Return {path: state} of those files that exist. Lists all objects of the folder. See Folder.states."""
+        """See Folder.states. This method lists all objects of the folder."""
         wanted = set(paths)
 
         def listed() -> dict[str, FileState]:
@@ -158,7 +158,7 @@ class ObjectFolder:
     def _tried(self, path: str, request: Callable[[], T]) -> T:
         """Send a request and return its result.
 
-        If the request fails for a temporary reason, send it again after WAITS_S.
+        If the request fails for a temporary reason, send it again after each of the waiting times WAITS_S.
         """
         waits_s = list(WAITS_S)
         while True:

@@ -1,9 +1,9 @@
 """Opens files, limits their size, and checks their content. Every file that a command reads goes through this package.
 
-A reader opens a file with `read_regular` or `open_regular`, and turns the bytes into a typed model with `decode`,
-`read_npy` or `read_npz`. Python objects that another library has read, such as the metadata of a checkpoint, go through
-`convert`. Every function for reading raises an error of one line that names the file, the field, the value that was
-found, the value that was expected, and the next step.
+`read_regular` and `open_regular` open a file. `decode` turns the bytes of a JSON file into a typed model. `read_npy`
+and `read_npz` return the arrays of NumPy files. `convert` checks Python objects that another library has read, such as
+the metadata of a checkpoint. Each error has one line: the file, the field, the value found, the value expected, and the
+next step.
 
 A model is a `msgspec.Struct`, a frozen dataclass or a TypedDict. Bounds are part of the types of the fields. The models
 of manifest.json and colour.json, whose format has a schema number, refuse unknown fields (`forbid_unknown_fields=True`,

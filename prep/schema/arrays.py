@@ -17,7 +17,7 @@ import numpy.typing as npt
 from prep.console import UserError, count_noun, escaped
 from prep.schema.regular_file import open_regular, read_regular
 
-_HEADER_BYTES = 1024  # largest header of a .npy file; NumPy writes at most 128 bytes for arrays of few dimensions
+_HEADER_BYTES = 1024  # largest allowed header of a .npy file; for arrays of few dimensions, NumPy writes at most 128
 _HEADER = re.compile(
     rb"\{'descr': '(?P<type>[<>|=]?[a-zA-Z]\d{0,9})', 'fortran_order': (?P<order>True|False), "
     rb"'shape': \((?P<shape>(?:\d{1,15}, ?)*(?:\d{1,15})?)\),? ?\}\s*"
@@ -26,9 +26,9 @@ _HEADER = re.compile(
 
 @dataclass(frozen=True)
 class ArrayShape:
-    """Expected array of a file: NumPy types that are allowed, such as `<f4` or the kind `U`, and the shape.
+    """NumPy types and shape that an array in a file may have.
 
-    None in `shape` allows any length.
+    A type is a dtype, such as `<f4`, or a kind of dtype, such as `U`. None in `shape` allows any length.
     """
 
     types: tuple[str, ...]
@@ -61,7 +61,8 @@ def read_npy(
     """
     if None in expected.shape:
         return decode_npy(read_regular(path, path.stat().st_size, advice, error), expected, str(path), advice, error)
-    # 16 bytes for each number also allow larger types than the expected type, so that the error can name the type.
+    # Up to 16 bytes are allowed for each number. An array of a larger type than expected is then read, and refused by
+    # type.
     max_bytes = _HEADER_BYTES + 16 * math.prod(length or 0 for length in expected.shape)
     return decode_npy(read_regular(path, max_bytes, advice, error), expected, str(path), advice, error)
 
@@ -111,11 +112,12 @@ def read_npz(
     advice: str,
     error: Callable[[str], UserError] = UserError,
 ) -> dict[str, npt.NDArray[Any]]:
-    """Return the arrays `expected` of a .npz file, by name. Other arrays of the file are not read.
+    """Return {name: array} for the names in `expected` from a .npz file. Other arrays of the file are not read.
 
-    `max_bytes` bounds the file and the sum of its unpacked arrays. Raises FileNotFoundError or another OSError if the
-    file cannot be read. Raises `error`, with `advice` in its message, if the file is larger than `max_bytes`, is
-    damaged, or lacks an array. Also raises `error` if an array is not as expected.
+    `max_bytes` is the largest size of the file, and the largest total size of the unpacked arrays in `expected`. Raises
+    FileNotFoundError or another OSError if the file cannot be read. Raises `error`, with `advice` in its message, if
+    the file is larger than `max_bytes`, is damaged, or lacks an array. Also raises `error` if an array is not as
+    expected.
     """
     with open_regular(path, advice, error) as file:
         try:
@@ -132,7 +134,7 @@ def read_npz(
         except UserError:
             raise
         except OSError as failure:
-            if failure.errno != errno.EINVAL:  # EINVAL: the file's directory states a negative position
+            if failure.errno != errno.EINVAL:  # EINVAL: the directory in the ZIP file states a negative position
                 raise OSError(failure.errno, failure.strerror or str(failure), str(path)) from None
             raise error(escaped(f"{path}: cannot be read as a .npz file ({failure.strerror}). {advice}")) from None
         except Exception as invalid:  # for a damaged file, zipfile and its decompressors raise many types of errors

@@ -13,9 +13,9 @@ from prep.console import UserError, escaped
 from prep.schema.fields import text_of
 from prep.schema.unknown_fields import finder
 
-MAX_DEPTH = 64  # levels of nested objects and arrays
-MAX_VALUES = 5_000_000  # values in all containers of a file or Python object; 5 million dicts need 0.6 GB
-_SHOWN_CHARACTERS = 60  # largest length at which an error shows a found value
+MAX_DEPTH = 64  # largest number of levels of nested objects and arrays
+MAX_VALUES = 5_000_000  # largest number of values in all containers of a file; 5 million dicts need 0.6 GB
+_SHOWN_CHARACTERS = 60  # longer values are shortened in errors
 _PATH_PART = re.compile(r"\.([^.\[\]]+)|\[(\d+|\.\.\.)\]")
 _LOCATION = re.compile(r" - at (`key` in )?`\$(.*)`$", re.DOTALL)
 
@@ -60,7 +60,7 @@ def parse_json(content: bytes, name: str, advice: str, error: Callable[[str], Us
         text = content.decode("utf-8")
         if text.startswith("\ufeff"):
             raise _Refused("begins with a byte order mark, expected UTF-8 without it")
-        if sum(map(content.count, (b",", b"[", b"{"))) > MAX_VALUES:  # compared before memory is allocated for values
+        if sum(map(content.count, (b",", b"[", b"{"))) > MAX_VALUES:  # checked before memory is allocated
             raise _Refused(f"holds more than {MAX_VALUES:,} values, expected at most {MAX_VALUES:,}")
         msgspec.json.decode(text)  # stricter than json.loads about numbers and surrogates
         data = json.loads(text, object_pairs_hook=_unique_keys)
@@ -174,7 +174,7 @@ class _Path(list[str | int]):
 
 
 def _resolved_path(type_: Any, data: Any, message: str, location: str) -> _Path:
-    """Return the path to the wrong value, with the keys of mappings, for which msgspec writes only `[...]`."""
+    """Return the path to the wrong value. The path has the keys of mappings; msgspec's message has only `[...]`."""
     path = _Path()
     for match in _PATH_PART.finditer(location):
         name, index = match.groups()
@@ -190,7 +190,7 @@ def _resolved_path(type_: Any, data: Any, message: str, location: str) -> _Path:
 
 
 def _wrong_key(type_: Any, data: Any, message: str, path: _Path) -> Any:
-    """Return the first key of the mapping at `path` with which the model raises the error `message`, by bisection."""
+    """Find, by bisection, the first entry of the mapping at `path` that causes the error `message`. Returns its key."""
     keys = list(_value_at(data, path))
     low, high = 0, len(keys)  # the first `high` entries raise the error, the first `low` entries do not
     while high - low > 1:
@@ -208,7 +208,7 @@ def _wrong_key(type_: Any, data: Any, message: str, path: _Path) -> Any:
 
 
 def _with_value(data: Any, path: list[str | int], value: Any) -> Any:
-    """Return a copy of `data` with another value at `path`. Only the containers on the path are copied."""
+    """Return a copy of `data` in which `value` is at `path`. Only the containers on the path are copied."""
     if not path:
         return value
     copy: Any = dict(data) if isinstance(data, dict) else list(data)

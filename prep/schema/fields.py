@@ -20,7 +20,7 @@ Text = Annotated[str, Meta(max_length=4096)]
 
 
 def one_of(*values: str) -> Meta:
-    """Return the bound of a string that has one of these values, which must consist of letters, digits, _ and -."""
+    """Return the bound of a string that must be one of `values`. These must consist of letters, digits, _ and -."""
     return Meta(
         pattern=rf"^({'|'.join(values)})(?![\s\S])",
         extra={"expected": " or ".join(values)},

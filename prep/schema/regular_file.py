@@ -12,7 +12,7 @@ from pathlib import Path
 
 from prep.console import UserError, escaped
 
-MAX_TEXT_BYTES = 256 << 20  # largest list of labels or names; a list of ImageNet has 40 MB
+MAX_TEXT_BYTES = 256 << 20  # largest size of a file of labels or names; such a file for ImageNet has 40 MB
 _CHUNK_BYTES = 1 << 20
 _KINDS = {
     stat.S_IFDIR: "a folder",
@@ -56,7 +56,7 @@ def read_regular(path: Path | str, max_bytes: int, advice: str, error: Callable[
 
     Raises FileNotFoundError or another OSError, with the path as its filename, if the file cannot be read. Raises
     `error`, with `advice` in its message, if `path` is not a regular file, or if the file is larger than `max_bytes`.
-    The size is compared before memory is allocated.
+    The file's size is compared with `max_bytes` before memory is allocated.
     """
     with open_regular(path, advice, error) as file:
         size = os.fstat(file.fileno()).st_size

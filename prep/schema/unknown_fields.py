@@ -43,7 +43,7 @@ def finder(type_: Any) -> _Find | None:
 def _finder(node: Any, known: dict[int, list[_Find | None]]) -> _Find | None:
     """Return the function that `finder` describes, for a type of msgspec.inspect.
 
-    `known` has the functions of the objects that contain this type, because an object can contain its own type.
+    `known` has the functions of the object types around `node`, because an object type can contain itself.
     """
     is_strict = False
     while type(node).__name__ == "Metadata":

@@ -1,4 +1,4 @@
-"""Rules between the fields of a manifest and of colour statistics.
+"""Looks for contradictions within a manifest, within a colour.json, and between the two files of a store.
 
 Sums, lengths and digests must agree. The moments (sums of R, G and B and of their products) must be possible for 8-bit
 pixels. The principal components must be those of the covariance.
@@ -16,7 +16,7 @@ from typing import Any
 from prep.schema import shown
 from prep.store.models import ColorStats, ExtraField, Manifest, MomentsJson, Settings, Shard, Split
 
-# A difference of at most this share of the sum of the variances counts as a rounding error.
+# Largest difference that counts as a rounding error; for covariances, relative to the sum of the variances.
 _ROUNDING = 1e-6
 SPLIT_FILES = ("mean_image.npy", "inputs.jsonl")  # files of every split whose digests are in Split.account
 _NUMBER_BYTES = {"int": 8, "float": 4, "vector": 4}  # size of one number of an extra field
@@ -45,8 +45,8 @@ def split_fingerprint(
 ) -> str:
     """Return the SHA-256 (hex) of one split, over its class names and the digests of its shards, in order.
 
-    If the split has extra fields, the fingerprint also covers type and width of each field, and the digests of the
-    field's files, from `files` ({file: digest}).
+    If the split has extra fields, the fingerprint also covers each field's type and width, and the digests of its
+    files. `files` is {file: digest}.
     """
     content: dict[str, Any] = {"classes": list(classes), "shards": [shard.digest for shard in shards]}
     if extra and files is not None:
@@ -65,7 +65,7 @@ def disagreements(manifest: Manifest, data: dict[str, Any]) -> Iterator[str]:
     """Yield a text for each rule that a manifest breaks; `data` is the same manifest as JSON objects."""
     name = next((name for name, count in Counter(manifest.classes).items() if count > 1), None)
     if name is not None:
-        yield f"classes has the name {shown(name)} twice, expected different names"
+        yield f"the list classes has the name {shown(name)} twice, expected once"
     for name, split in manifest.splits.items():
         for what, found, expected in _split_pairs(manifest, name, split):
             if found != expected:
@@ -110,7 +110,7 @@ def _split_pairs(manifest: Manifest, name: str, split: Split) -> Iterator[tuple[
 
 
 def _different_fields(splits: Mapping[str, Split]) -> Iterator[str]:
-    """Yield a text for each extra field that has another type or width in another split."""
+    """Yield a text for each extra field whose type or width is not the same in all splits."""
     first: dict[str, tuple[str, ExtraField]] = {}
     for split_name, split in splits.items():
         for name, field in split.extra.items():
@@ -153,7 +153,7 @@ def inconsistent_statistics(stats: ColorStats) -> Iterator[str]:
             expected = f"the value of covariance.{i}.{j}, {covariance[i][j]:g}"
             yield f"covariance.{j}.{i} is {covariance[j][i]:g}, expected {expected}"
     if list(values) != sorted(values, reverse=True):
-        yield f"eigenvalues is {list(values)}, expected descending values"
+        yield f"the eigenvalues are {list(values)}, expected descending values"
     for k in range(3):
         if not math.isclose(stats.stdevs[k] ** 2, max(0.0, values[k]), rel_tol=_ROUNDING, abs_tol=_ROUNDING):
             yield f"stdevs.{k} is {stats.stdevs[k]:g}, expected the square root of eigenvalues.{k} ({values[k]:g})"
@@ -172,13 +172,13 @@ def inconsistent_statistics(stats: ColorStats) -> Iterator[str]:
 def mean_and_covariance(
     pixels: int, total: Sequence[int], outer: Sequence[Sequence[int]]
 ) -> tuple[list[float], list[list[float]]]:
-    """Return the mean (3,) and the covariance (3, 3) of RGB pixels, with the divisor pixels − 1.
+    """Return the mean (3,) and the covariance (3, 3) of RGB pixels. The divisor of the covariance is pixels − 1.
 
     pixels  number of pixels, at least 2
-    total   sum of R, G and B
-    outer   sums of the products of two channels
+    total   (3,): sum of R, sum of G and sum of B over all pixels
+    outer   (3, 3): sums over all pixels of the product of two channels
 
-    Each value is an exact quotient of integers, rounded once to float64.
+    Each returned value is an exact quotient of integers, rounded once to float64.
     """
     divisor = pixels * (pixels - 1)
     covariance = [[(pixels * outer[i][j] - total[i] * total[j]) / divisor for j in range(3)] for i in range(3)]
@@ -186,7 +186,7 @@ def mean_and_covariance(
 
 
 def differences_from_moments(stats: ColorStats, moments: MomentsJson) -> Iterator[str]:
-    """Yield a text for each mean and covariance of `stats` that differs from the moments in the manifest."""
+    """Yield a text for each mean and covariance of `stats` that does not follow from the manifest's `moments`."""
     mean, covariance = mean_and_covariance(moments["pixels"], moments["total"], moments["outer"])
     for i in range(3):
         if stats.mean_rgb[i] != mean[i]:

@@ -8,9 +8,9 @@ not require are always written:
 - `encoded`, always 1: the data of every record is a JPEG or PPM file, which contains its own height and width. Raw
   pixels are not stored, because Caffe reads raw Datums as C,H,W and DALI reads them as H,W,C.
 
-Field numbers 1 to 7 are Caffe's (src/caffe/proto/caffe.proto). This project adds two fields: the path of the source
-and, at the end of the message, a CRC-32 of all bytes before the CRC field. The numbers of both fields are too high to
-collide with Caffe's. Readers that do not know the two fields skip them.
+Field numbers 1 to 7 are Caffe's (src/caffe/proto/caffe.proto). This project adds two fields. The first is the path of
+the input image. The second, at the end of the message, is a CRC-32 of all bytes before the CRC field. The numbers of
+both fields are too high to collide with Caffe's. Readers that do not know the two fields skip them.
 
 A record can be checked without parsing it: `value[-4:]` is the little-endian zlib.crc32 of `value[:-6]`.
 """

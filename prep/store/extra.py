@@ -38,7 +38,7 @@ FOLDER = "extra"
 DTYPES = {"int": "<i8", "float": "<f4", "vector": "<f4", "text": "|u1"}
 Value = int | float | str | npt.NDArray[np.float32]  # the value of one record
 _MAX_HEADER_BYTES = 65_536
-_ROWS_AT_ONCE = 65_536  # rows whose texts are copied or checked by one call
+_ROWS_AT_ONCE = 65_536  # largest number of rows whose texts are copied at once
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,8 @@ class Column:
     """The values of one field, one for each row."""
 
     type: str  # one of EXTRA_TYPES
-    values: npt.NDArray[Any]  # of the type and shape that the docstring of this module describes
-    offsets: npt.NDArray[np.int64] | None = None  # only of texts
+    values: npt.NDArray[Any]  # dtype and shape: see the docstring of this module
+    offsets: npt.NDArray[np.int64] | None = None  # only for the type text
 
     @staticmethod
     def of_texts(texts: Sequence[bytes]) -> Column:
@@ -62,7 +62,7 @@ class Column:
 
     @property
     def width(self) -> int:
-        """Numbers of each vector; 1 for the other types."""
+        """Number of values in each vector; 1 for all types except vector."""
         return self.values.shape[1] if self.type == "vector" else 1
 
     def entry(self) -> ExtraField:
@@ -70,7 +70,7 @@ class Column:
         return ExtraField(self.type, self.width, self.values.nbytes)
 
     def take(self, rows: npt.NDArray[np.int64]) -> Column:
-        """Return a copy of the rows `rows` (n,), in this order."""
+        """Return a column with copies of the rows at the indices `rows` (n,), in the order of `rows`."""
         if self.offsets is None:
             return Column(self.type, self.values[rows])
         starts, lengths = self.offsets[:-1][rows], np.diff(self.offsets)[rows]
@@ -98,7 +98,7 @@ class Column:
         return np.array(value) if self.type == "vector" else value.item()
 
     def differences(self, other: Column) -> npt.NDArray[np.int64]:
-        """Return the rows in which two columns of the same type, width and length differ, in ascending order."""
+        """Return the ascending indices of the rows in which two columns of the same type, width and length differ."""
         if self.offsets is None or other.offsets is None:
             differ = self.values != other.values
             return np.flatnonzero(differ.any(1) if differ.ndim > 1 else differ)
@@ -119,7 +119,7 @@ class Column:
 
 
 def joined(columns: Sequence[Column]) -> Column:
-    """Return the rows of several columns of the same type and width, one column after another."""
+    """Return one column with the rows of several columns of the same type and width, one column after another."""
     values = np.concatenate([column.values for column in columns])
     if columns[0].offsets is None:
         return Column(columns[0].type, values)
@@ -137,7 +137,7 @@ def save_columns(folder: Path, columns: Mapping[str, Column]) -> dict[str, Extra
 
 
 def read_column(folder: Path, name: str, field: ExtraField, rows: int, advice: str) -> Column:
-    """Return a column of `rows` rows from the folder of a split, in memory.
+    """Read a column of `rows` rows from the folder of a split into memory.
 
     Raises OSError if a file cannot be read. Raises StoreError, with `advice` in its message, if a file is damaged.
     """
@@ -179,7 +179,7 @@ class StoredColumns:
             raise
 
     def take(self, rows: npt.NDArray[np.int64]) -> dict[str, Column]:
-        """Return the values of the records `rows` (n,), in this order, by field.
+        """Return {field: column} of the records at the indices `rows` (n,), in the order of `rows`.
 
         Raises StoreError if a file was truncated, and for numbers that are not finite and texts that are not UTF-8.
         """
@@ -281,18 +281,18 @@ def _expected(name: str, field: ExtraField, rows: int) -> Iterator[tuple[str, Ar
 
 
 def _checked(folder: Path, name: str, field: ExtraField, arrays: Sequence[npt.NDArray[Any]], advice: str) -> Column:
-    """Return the column of these arrays. Raises StoreError if the offsets do not ascend from 0 to the last byte."""
+    """Return the column of the arrays. Raises StoreError if the offsets do not ascend from 0 to the number of bytes."""
     if len(arrays) == 1:
         return Column(field.type, arrays[0])
     values, offsets = arrays
     if offsets[0] != 0 or offsets[-1] != len(values) or (offsets[1:] < offsets[:-1]).any():
         path = folder / f"{name}.offsets.npy"
-        raise StoreError(escaped(f"{path}: the numbers do not ascend from 0 to {len(values):,}. {advice}"))
+        raise StoreError(escaped(f"{path}: the offsets do not ascend from 0 to {len(values):,}. {advice}"))
     return Column("text", values, offsets)
 
 
 def _wrong_row(column: Column) -> int | None:
-    """Return the first row with a number that is not finite or a text that is not UTF-8; None if all rows are valid."""
+    """Return the index of the first row with a number that is not finite or a text that is not UTF-8, or None."""
     if column.type in ("float", "vector"):
         wrong = np.flatnonzero(~np.isfinite(column.values))
         return int(wrong[0]) // column.width if len(wrong) else None

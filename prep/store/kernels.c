@@ -23,7 +23,7 @@ typedef struct {
 
 typedef struct {
     const uint8_t *image; /* the JPEG or PPM file in the map; null if the record was not found or has another format */
-    int64_t bytes;        /* size of the file */
+    int64_t bytes;        /* size of this image file */
     int64_t height, width, label;
 } record;
 
@@ -49,7 +49,7 @@ static int compare(const uint8_t *at, const uint8_t *key) {
     return order ? order : (length > KEY) - (length < KEY);
 }
 
-/* The value of `key` and its size; null if the key is missing or a page is damaged. Reads only within the map. */
+/* Return the value of `key`, and set *size. Returns null if the key is missing or a page is damaged. */
 static const uint8_t *find(const shard *s, const uint8_t *key, int64_t *size) {
     int64_t number = s->root;
     for (int depth = 0; depth < MAX_DEPTH; depth++) {
@@ -143,7 +143,7 @@ __attribute__((constructor)) static void fill_crc_table(void) {
             crc_of_byte[k][b] = crc_of_byte[k - 1][b] >> 8 ^ crc_of_byte[0][crc_of_byte[k - 1][b] & 0xff];
 }
 
-/* Continue a CRC, without the inversions at its beginning and end, eight bytes at a time. */
+/* Continue the CRC `crc`, eight bytes at a time. The caller inverts the CRC at the beginning and at the end. */
 static uint32_t crc_by_table(uint32_t crc, const uint8_t *p, int64_t size) {
     for (; size >= 8; p += 8, size -= 8) {
         uint32_t next = 0;
@@ -194,7 +194,7 @@ uint32_t crc32_of(const uint8_t *p, int64_t size) {
     return ~crc_by_table(~0u, p, size);
 }
 
-/* Compare the checksum at the end of a record with its bytes, as verify_checksum in datum.py does. */
+/* Return 1 if a record ends with the checksum of the bytes before it, as verify_checksum in datum.py requires. */
 static int has_checksum(const uint8_t *value, int64_t size) {
     if (size < CRC_FIELD || memcmp(value + size - CRC_FIELD, "\xd5\x3e", 2) != 0)
         return 0;
@@ -242,8 +242,8 @@ static int is_ppm_of(const uint8_t *file, int64_t size, int64_t width) {
     return 3 * width >= 9 && memcmp(file, "P6\n#", 4) == 0 && memcmp(file + 3 * width - 5, "\n255\n", 5) == 0;
 }
 
-/* Look up `count` records. Record k has the key keys[k] of 8 digits, in shard shards[shard_of[k]]. `format` says what the
- * images must be: ANY, JPEG or PPM. If `check` is not 0, the checksums of the records are compared too. */
+/* Look up `count` records. Record k has the key keys[k] of 8 digits, in shard shards[shard_of[k]]. `format` says what
+ * the images must be: ANY, JPEG or PPM. If `check` is not 0, a record with a wrong checksum counts as not found. */
 void find_records(const shard *shards, const int64_t *shard_of, const int64_t *keys, int64_t count, int64_t format,
                   int64_t check, record *out) {
     for (int64_t k = 0; k < count; k++) {
@@ -262,11 +262,12 @@ void find_records(const shard *shards, const int64_t *shard_of, const int64_t *k
 }
 
 /* Maps of files that are protected against SIGBUS. The kernel sends SIGBUS if a page of a map cannot be read: the file
- * was truncated while it was mapped, or the disk has an error. The handler puts a page of zeros in place of such a page,
- * and marks the map. The reader continues with zeros. The caller must call map_is_broken before it uses the result. */
+ * was truncated while it was mapped, or the disk has an error. The handler puts a page of zeros in place of such a
+ * page, and marks the map. The reader continues with zeros. Callers must call map_is_broken before they use bytes that
+ * were read from a map. */
 typedef struct {
     uintptr_t address;
-    uint64_t bytes; /* 0: this entry is free */
+    uint64_t bytes; /* size of the map; 0 if this entry is free */
     int64_t is_broken;
 } guarded_map;
 

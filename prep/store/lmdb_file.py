@@ -57,12 +57,12 @@ def broken_error(folder: Path, expected_bytes: int, advice: str) -> ShardBroken:
 
 
 def store_error(text: str) -> StoreError:
-    """Return the error for a text that another process has sent: ShardBroken if the text is that of a ShardBroken."""
+    """Return the error for a text from another process: ShardBroken if the text contains _BROKEN, else StoreError."""
     return ShardBroken(text) if _BROKEN in text else StoreError(text)
 
 
 class Tree(NamedTuple):
-    """Numbers of the tree of the main database, from the header page of the last transaction."""
+    """Size and root of the tree of the main database, from the header page of the last transaction."""
 
     page_bytes: int
     pages: int  # number of pages of the file that are in use
@@ -119,7 +119,7 @@ class LmdbPages:
         return None
 
     def edge_key(self, last: bool) -> bytes:
-        """Return the first key, or the last key if `last`; empty if there are no records."""
+        """Return the first key, or the last key if `last` is true. Returns b"" if there are no records."""
         number = self.tree.root
         for _ in range(_MAX_DEPTH if number >= 0 else 0):
             page, kind, nodes = self._page(number)
@@ -256,7 +256,7 @@ class LmdbFile:
             self._descriptor = -1
 
     def __del__(self) -> None:
-        """Close a file that a cache has dropped."""
+        """Close the file when a cache drops this object."""
         self.close()
 
     def __enter__(self) -> Self:

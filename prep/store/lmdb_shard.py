@@ -32,16 +32,16 @@ _KEY_DIGITS = 8
 
 
 def record_key(index: int) -> bytes:
-    """Return the key of record `index` of a split: b"00000017"."""
+    """Return the key of record `index` of a split, such as b"00000017" for 17."""
     return b"%08d" % index
 
 
 def write(folder: Path, records: Iterable[tuple[bytes, bytes]]) -> tuple[int, int, str]:
     """Write (key, value) pairs, in ascending order of keys, to a new LMDB.
 
-    Returns (number of records, bytes of all values, digest). The file is synced before the function returns. When the
-    memory map is full, its size is doubled, so the caller need not give a size. The file grows only by the pages that
-    are written. Raises lmdb.Error or OSError if the disk is full.
+    Returns (number of records, size of all values in bytes, digest of the shard). The file is synced before the
+    function returns. When the memory map is full, its size is doubled, so the caller need not give a size. The file
+    grows only by the pages that are written. Raises lmdb.Error or OSError if the disk is full.
     """
     digest, count, size = hashlib.sha256(), 0, 0
     folder.mkdir(parents=True)

@@ -1,7 +1,7 @@
 """Store format: the files of a store, its manifest and the schema version. Both builds and readers use this module.
 
     store/
-      manifest.json               settings, tool versions, classes, splits with their shards, digests, moments
+      manifest.json               settings, tool versions, classes; for each split its shards, digests and moments
       train/00000/data.mdb …      one LMDB per shard: Caffe Datums under 8-digit keys, in a seeded order
       train/colour.json           mean RGB and colour PCA of the split; the stream reads this file
       train/mean_image.npy        float32 (side_px, side_px, 3): the mean of the central squares of all images
@@ -84,7 +84,7 @@ SCHEMA = 1
 KIND = "alexnet-store"
 SPLITS = ("train", "val")
 COPY_FOLDER = ".copy"  # journal of an unfinished `alexprep copy` into this store (see prep.remote.journal)
-FORMATS = ("jpeg", "ppm")  # formats of a record
+FORMATS = ("jpeg", "ppm")  # formats of the image in a record
 FILTERS = ("area", "bilinear", "bicubic", "lanczos")  # rescaling filters
 BACKGROUNDS = ("white", "black", "grey")  # colours behind transparent pixels
 ADVICE = "The store is damaged. Build the store again, or take the file from another copy of the store."

@@ -1,8 +1,8 @@
 """Typed models of the files of a store: manifest.json, colour.json and inputs.jsonl, with the bounds of each field.
 
-`prep.schema` compares a file with its model. Rules between fields, such as sums that must agree, are in
-`prep.store.agreement`. All objects of manifest.json and colour.json refuse unknown fields, because the value of
-`schema` determines the fields. Lines of inputs.jsonl ignore unknown fields.
+`prep.schema` compares a file with its model. `prep.store.agreement` compares fields with each other, for example sums
+that must agree. All objects of manifest.json and colour.json refuse unknown fields, because the value of `schema`
+determines the fields. Lines of inputs.jsonl ignore unknown fields.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from prep.schema.fields import MAX_INT
 MAX_MANIFEST_BYTES = 64 << 20  # a manifest of ImageNet has 0.5 MB
 MAX_COLOR_STATS_BYTES = 1 << 16
 MAX_CLASSES = 1_000_000  # limits the memory for class names; ImageNet-21k has 21,841 classes
-MAX_CLASS_NAME = 4096  # characters
+MAX_CLASS_NAME = 4096  # largest number of characters
 MAX_RECORDS = 100_000_000  # keys have eight digits
 MAX_SHARDS = 100_000
 MAX_SIDE_PX = 4096
 MAX_EXTRA_FIELDS = 100
-MAX_WIDTH = 65_536  # numbers of a vector
+MAX_WIDTH = 65_536  # largest number of values in a vector
 EXTRA_TYPES = ("int", "float", "vector", "text")
 DEFAULT_BACKGROUND = "white"
-DROPPED = "dropped"  # Settings.background of stores of older versions, which dropped the alpha channel of images
+DROPPED = "dropped"  # Settings.background of a store of an older version; older versions dropped the alpha channel
 _OLDER_SETTINGS = {"background": DROPPED, "reduce_above": 0}
 
 Records = Annotated[int, Meta(ge=1, le=MAX_RECORDS)]
@@ -52,7 +52,7 @@ _Unit = Annotated[float, Meta(ge=-1.000001, le=1.000001)]
 
 @dataclass(frozen=True)
 class Settings:
-    """Options that, with the inputs, determine the bytes of the records. All splits of a store have equal options."""
+    """Options that determine the records, together with the inputs. All splits of a store have equal options."""
 
     refuses_unknown: ClassVar[bool] = True
 
@@ -83,7 +83,7 @@ class Settings:
         return {**_OLDER_SETTINGS, **data} if isinstance(data, dict) else data
 
     def size_fault(self, height: int, width: int) -> str:
-        """Return why an image of this size, px, cannot be in a store with these settings; empty if it can be."""
+        """Return why an image of `height` × `width` px cannot be in a store with these settings, or "" if it can."""
         if not self.keep_aspect and (height, width) != (self.side_px, self.side_px):
             return f"{width:,}×{height:,} px, the images of this store have {self.side_px}×{self.side_px} px"
         if min(height, width) != self.side_px:
@@ -91,7 +91,7 @@ class Settings:
         return ""
 
     def to_json(self) -> dict[str, Any]:
-        """Return the settings as JSON. A newer field is left out if its value describes what older versions did."""
+        """Return the settings as JSON, without fields that have the value in _OLDER_SETTINGS."""
         return {name: value for name, value in asdict(self).items() if _OLDER_SETTINGS.get(name) != value}
 
 
@@ -116,7 +116,7 @@ class MomentsJson(TypedDict):
 
 
 class Origin(TypedDict):
-    """A split that was merged into another split. `sources` lists its own origins if it came from a merge itself."""
+    """A source: a split that was merged into another split. If the source was itself merged, it has `sources`, too."""
 
     fingerprint: Digest
     records: Records
@@ -127,12 +127,12 @@ class Account(TypedDict):
     """Outcome of the inputs of a split: digest of the build plan, counts, and digests of files beside the shards."""
 
     plan: Digest
-    inputs: Count  # `kept` plus the counts in `bad`
+    inputs: Count  # number of inputs: `kept` plus all counts in `bad`
     kept: Count
-    largest_px: NotRequired[Count]  # pixels of the largest input kept; older versions did not write this field
+    largest_px: NotRequired[Count]  # number of pixels of the largest kept input; older versions lack this field
     converted: Counts  # {conversion: number of inputs}
     exif_orientation: Counts  # {orientation: number of inputs}
-    # {first warning of an input: number of inputs that were kept}; older versions did not write this field
+    # {warning: number of kept inputs with this first warning}; older versions did not write this field
     warnings: NotRequired[Counts]
     bad: Counts  # {reason: number of inputs that were left out}
     ignored: NotRequired[Counts]  # {reason: number of files that are no inputs}
@@ -147,7 +147,7 @@ class ExtraField:
     refuses_unknown: ClassVar[bool] = True
 
     type: Annotated[str, one_of(*EXTRA_TYPES)]
-    width: Annotated[int, Meta(ge=1, le=MAX_WIDTH)]  # numbers of each vector; 1 for the other types
+    width: Annotated[int, Meta(ge=1, le=MAX_WIDTH)]  # number of values in each vector; 1 for all types except vector
     bytes: Count  # size of the values of all records
 
 
@@ -159,7 +159,7 @@ class Split:
 
     records: Records  # number of records
     bytes: Count  # size of all Datums
-    pixels: Count  # number of pixels of all records
+    pixels: Count  # total number of pixels in the images of all records
     fingerprint: Digest  # see split_fingerprint
     # number of records of each class
     label_counts: Annotated[tuple[Count, ...], Meta(min_length=1, max_length=MAX_CLASSES)]
@@ -170,7 +170,7 @@ class Split:
     extra: Annotated[dict[FieldName, ExtraField], Meta(max_length=MAX_EXTRA_FIELDS)] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """Return the split as JSON. A split without extra fields has the JSON of older versions."""
+        """Return the split as JSON. An empty `extra` is left out, because older versions did not have this field."""
         return {name: value for name, value in asdict(self).items() if name != "extra" or value}
 
 

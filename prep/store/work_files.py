@@ -1,6 +1,7 @@
-"""Typed models of the files in .build, the work folder of an unfinished build or merge, and functions that read them.
+"""Typed models of the files in .build, and functions that read these files.
 
-Any release may change the files in .build, so their models ignore unknown fields.
+.build is the work folder of an unfinished build or merge. Any release may change its files, so the models ignore
+unknown fields.
 """
 
 from __future__ import annotations
@@ -113,17 +114,17 @@ def read_plan(work_dir: Path, advice: str = RESTART) -> PlanFile:
     plan = convert(PlanFile, data, str(path), advice)
     name = next((name for name, count in Counter(plan.classes).items() if count > 1), None)
     if name is not None:
-        raise UserError(f"{path}: classes has the name {shown(name)} twice, expected different names. {advice}")
+        raise UserError(f"{path}: the list classes has the name {shown(name)} twice, expected once. {advice}")
     if plan.edges != sorted(plan.edges):
-        raise UserError(f"{path}: edges descends, expected ascending boundaries of shards. {advice}")
+        raise UserError(f"{path}: the list edges descends, expected ascending boundaries of shards. {advice}")
     return plan
 
 
 def read_summary(path: Path, split: str, classes: int) -> Summary:
     """Return the summary of a shard from `path`. The stem of the file name is the number of the shard.
 
-    Raises OSError if the file cannot be read. Raises UserError if the file is damaged, if the file names another shard,
-    or if the counts of its labels do not fit the shard.
+    Raises OSError if the file cannot be read. Raises UserError if the file is damaged or belongs to another shard. Also
+    raises UserError if a label is not below `classes`, or if the counts do not add up to the number of records.
     """
     advice = "Run the same command again."
     summary = decode(Summary, read_regular(path, _MAX_SUMMARY_BYTES, advice), str(path), advice)

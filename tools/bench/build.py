@@ -126,7 +126,7 @@ class BuildBenchmark:
             path.read_bytes()
 
     def process(self, name: str, command: Sequence[str]) -> LineProcess:
-        """Return a process that runs `command`; `stop` ends it."""
+        """Return a process, not yet started, that runs `command`. BuildBenchmark.stop ends the process."""
         process = LineProcess(name, command, self.work_dir / "errors.txt")
         self.processes.append(process)
         return process
@@ -296,7 +296,7 @@ def print_steps(paths: Sequence[Path], work_dir: Path, rounds: int, as_json: boo
 )
 @click.option("--more", is_flag=True, help="Also measure Pillow's BOX filter, FFCV's rescaling and FFCV's raw records.")
 @click.option("--steps", is_flag=True, help="Time each step of our build on one core, instead of comparing programs.")
-@click.option("--cluster", is_flag=True, help="Measure alexprep with and without --cluster local, and no others.")
+@click.option("--cluster", is_flag=True, help="Measure only alexprep, with and without --cluster local.")
 @common_options
 def main(
     source: Path | None,
@@ -310,11 +310,11 @@ def main(
     rounds: int,
     as_json: bool,
 ) -> None:
-    """Measure how fast a store is built, and compare FFCV's writer, a Pillow script, libvips and libjpeg-turbo alone.
+    """Measure how fast alexprep, FFCV's writer, a Pillow script and libvips build a store, and libjpeg-turbo alone.
 
     FFCV needs a separate environment. Install libopencv-dev, libturbojpeg0-dev and pkg-config on the system; then, in a
     new virtual environment, `pip install 'numpy<2.3' torch setuptools wheel pillow lmdb 'pyvips[binary]'` and `pip
-    install --no-build-isolation ffcv`. `--vips-python` may name the same environment.
+    install --no-build-isolation ffcv`. `--vips-python` may name the interpreter of the same environment.
 
     \b
     Example:

@@ -195,7 +195,7 @@ def race(contestants: Sequence[Contestant], rounds: int, pause_s: float = _PAUSE
 
 
 def speedups(rows: Sequence[Row]) -> dict[str, float]:
-    """Return {contestant from outside this project: rate of this project / its rate}, for the JSON key "ours_over"."""
+    """Return {contestant of another project: rate of our contestant / its rate}, for the JSON key "ours_over"."""
     return {row.name: round(1 / row.of_ours, 2) for row in rows if row.name != row.ours}
 
 

@@ -85,7 +85,7 @@ def _timed(times: list[float], run: Callable[..., Any], *arguments: Any) -> Any:
 @click.option(
     "--threads", type=click.IntRange(1), default=1, show_default=True, help="Number of threads that call the kernel."
 )
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON: one object a line.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
 def main(store: Path, batch: int, batches: int, threads: int, as_json: bool) -> None:
     """Measure the Python code of the CPU stream in microseconds an image.
 

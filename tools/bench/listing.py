@@ -31,7 +31,7 @@ from prep.console import bytes_text, print_json, say
 from tools.bench.harness import BenchmarkCommand
 
 CLASSES = 21_841
-_PER_FOLDER = 650  # files in a class folder of --tree; ImageNet-21k has 650 photographs in a class on average
+_PER_FOLDER = 650  # number of files in a class folder of --tree; the average for classes of ImageNet-21k
 T = TypeVar("T")
 
 

@@ -1,8 +1,8 @@
 """Streams that tools.bench.stream measures in its own process: this project's stream, torch's DataLoader and DALI.
 
 Each stream is a generator that yields batches without end. A batch is float32 (128, 3, 224, 224): random crops,
-mirrored with probability ½, minus the channel mean. The functions at the end of this module write the files and the
-store that the contestants in other processes read.
+mirrored with probability ½, minus the channel mean. The functions at the end of this module write the files and build
+the stores that the contestants read.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ def our_batches(store: Store, threads: int, augmentation: Augmentation | None = 
 
 
 def jpeg_store(store: Path | None, work_dir: Path, threads: int) -> Store:
-    """Open the store at the path `store`. If `store` is None, make a store of JPEG records from tools.photo_digits.
+    """Open the store at the path `store`. If `store` is None, build a store of the images of tools.photo_digits.
 
     Raises UserError for a store of PPM records.
     """

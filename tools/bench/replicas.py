@@ -88,7 +88,9 @@ def contestant(name: str, size: int, over_tcp: bool, batch: int, steps: int, thr
 
 @click.command(cls=BenchmarkCommand)
 @click.option("--batch", type=click.IntRange(1), default=128, show_default=True, help="Number of images in a step.")
-@click.option("--steps", type=click.IntRange(1), default=1, show_default=True, help="Steps in each timed run.")
+@click.option(
+    "--steps", type=click.IntRange(1), default=1, show_default=True, help="Number of steps in each timed run."
+)
 @click.option("--replicas", type=click.IntRange(2), default=2, show_default=True, help="Number of replicas.")
 @common_options
 def main(batch: int, steps: int, replicas: int, rounds: int, as_json: bool) -> None:

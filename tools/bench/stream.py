@@ -87,7 +87,7 @@ _STOP_TIMEOUT_S = 20.0  # time between closing the standard input of a peer and 
 
 
 class StreamBenchmark:
-    """Collects the contestants, and the store and files that they read. The caller closes `cleanup` at the end.
+    """Collects the contestants, and the stores and files that they read. The caller closes `cleanup` at the end.
 
     If `is_resized`, the streams are those of tools.bench.resized.
     """

@@ -120,7 +120,9 @@ def make_contestant(name: str, batch: int, steps: int) -> Contestant:
 
 @click.command(cls=BenchmarkCommand)
 @click.option("--batch", type=click.IntRange(1), default=32, show_default=True, help="Number of images in a step.")
-@click.option("--steps", type=click.IntRange(1), default=1, show_default=True, help="Steps in each timed run.")
+@click.option(
+    "--steps", type=click.IntRange(1), default=1, show_default=True, help="Number of steps in each timed run."
+)
 @common_options
 def main(batch: int, steps: int, rounds: int, as_json: bool) -> None:
     """Measure one training step on the CPU, of our network and of the same network made of PyTorch's own modules.

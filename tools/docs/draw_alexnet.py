@@ -1,4 +1,4 @@
-"""Draw docs/alexnet.svg: the layers of the two columns and the connections between layers, read from the network.
+"""Draw docs/alexnet.svg: the layers of the two columns, and the connections between layers.
 
 python -m tools.docs.draw_alexnet docs/alexnet.svg        # tests/test_docs.py fails if the file is not up to date
 """

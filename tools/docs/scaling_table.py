@@ -53,7 +53,7 @@ def exchange_s(size_bytes: int, gpus: int, bytes_per_s: float) -> float:
 
 
 def step_s(images: float) -> float:
-    """Return the time in s of a step of one GPU.
+    """Return the time in s of a training step with `images` images on one GPU.
 
     Straight lines connect the measured times. Below the smallest measured batch, the first line is extended. Above the
     largest measured batch, the rate in images/s stays the same.

@@ -20,7 +20,7 @@ from torch import Tensor
 from tools.edits.byte_edits import Apply
 from tools.edits.json_edits import Nested, plain, value_edits
 
-_NESTED_LISTS = 900  # levels of nested lists; torch.load cannot read a pickle with many more levels
+_NESTED_LISTS = 900  # number of levels of nested lists; torch.load cannot read a pickle with many more levels
 _HUGE = 10**9  # number of float32 values in a tensor of 4 GB
 _CODE = b"\x80\x02cos\nsystem\nX\x0e\0\0\0touch executedq\x01\x85R."  # a pickle that calls os.system("touch executed")
 TENSOR_GROUPS = ("parameters", "velocity")

@@ -1,4 +1,4 @@
-"""Edits of JSON values: a field is deleted, or gets a wrong value: other type, out of range, huge, nested or hostile.
+"""Edits of JSON values: a field is deleted, or gets a value that is wrong, huge, nested or not printable.
 
 The same edits also change the plain values (texts, numbers, lists and dicts) of a checkpoint.
 """
@@ -151,7 +151,7 @@ def _at(root: Any, path: Path) -> Any:
 
 
 def _replaced(root: Any, path: Path, value: Any) -> Any:
-    """Return a copy of `root` in which the field at `path` has another value."""
+    """Return a copy of `root` in which the field at `path` has the value `value`."""
     if not path:
         return value
     copied: Any = dict(root) if isinstance(root, Mapping) else list(root)
@@ -181,10 +181,10 @@ def plain(value: Any, depth: int) -> Any:
 
 
 def field_matches(field: str, patterns: Sequence[str]) -> bool:
-    """Return whether a pattern names the field `field`, such as `splits.train.account`.
+    """Return whether one of the patterns matches the field `field`, such as `splits.train.account`.
 
-    In a pattern, `*` stands for any one name between dots: `splits.*.account`. A pattern that names a field also names
-    all fields inside this field.
+    In a pattern, `*` stands for any one name between dots: `splits.*.account`. A pattern that matches a field also
+    matches all fields inside this field.
     """
     parts = field.split(".")
     for pattern in patterns:

@@ -1,9 +1,9 @@
 """Runs commands in forks of this process, and gives a verdict on how each command ended.
 
-This process imports the libraries of the commands, such as torch, before it forks. A fork then takes milliseconds. A
-command may use 1 GB of writable memory (RLIMIT_DATA) and 1 GB of resident memory (ru_maxrss of its largest process).
-The memory that a fork has at its start, such as that of the libraries, is not counted. A command that exceeds the time
-limit is killed.
+This process imports the libraries of the commands, such as torch, before it forks. A fork then starts within
+milliseconds. A command may use 1 GB of writable memory (RLIMIT_DATA) and 1 GB of resident memory (ru_maxrss of its
+largest process). The memory that a fork has at its start, such as that of the libraries, is not counted. A command that
+exceeds the time limit is killed.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Rules that say which edits a command may accept, each with its reason.
 
-A rule names files, fields, kinds of edits and commands. If no rule names an edit, every command that reads the file
-must refuse the edit. No rule allows control characters in the output, tracebacks or other faults.
+A rule states files, fields, kinds of edits and commands. If no rule allows a command to accept an edit, the command
+must refuse the edited file. No rule allows control characters in the output, tracebacks or other faults.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Edited(Protocol):
 
     @property
     def field(self) -> str:
-        """Field of the file; empty for the whole file."""
+        """Name of the edited field; empty if the edit concerns the whole file."""
 
     @property
     def kind(self) -> str:
@@ -40,8 +40,7 @@ _OTHER_TEXTS = ("other text", "long text", "outside", "absolute")
 _ODD_TEXTS = ("escape code", "C1 control", "newline", "NUL", "bidi", "empty text")
 _ALL_NUMBERS = (*_OTHER_NUMBERS, "10^30", "400 digits", "1e308", "NaN", "Infinity", "-Infinity")
 WHOLE_FILE = "."  # the pattern of edits that do not belong to one field
-# Edits whose result a crash of the machine can also leave: a file of lines without its end, or with other bytes instead
-# of its end.
+# Edits with the same effect on a file of lines as a crash of the machine: the end is missing, or has wrong bytes.
 _CUT = (
     *("empty", "missing", "truncated to 1 byte", "truncated to 1/4", "truncated to 2/4", "truncated to 3/4"),
     *("without last byte", "random bytes", "zero bytes", "text after the end", "nested lists", "nested objects"),
@@ -143,12 +142,12 @@ RULES: Sequence[Rule] = (
     ),
     Rule("A shard is built again if its files in .build cannot be used.", ("parts/*", "merge/*")),
     Rule(
-        "The counts of a finished build are for information.",
+        "These fields of a finished build are for information.",
         ("ready/*",),
         ("fates", "ignored", "refused", "source", "id"),
     ),
     Rule("No other field tells which value is right.", ("ready/*",), (), (*_OTHER_NUMBERS, *_OTHER_TEXTS)),
-    Rule("A journal that cannot be used is left out, and the file is copied again.", ("copy/*",)),
+    Rule("A damaged journal is ignored, and the files are copied again.", ("copy/*",)),
     Rule("A log of events has no effect on a run.", ("run/tensorboard/*",)),
     Rule(
         "A crash of the machine can damage the end of the file. Readers ignore a damaged end.",
@@ -271,7 +270,7 @@ RULES: Sequence[Rule] = (
         ("delete", "null"),
     ),
     Rule("The array is a scalar, so the edit changes nothing.", ("run.npz", "run/SCORES"), ("about",), _SAME_SCALAR),
-    Rule("Other arrays are not read.", ("*.npz", "run/SCORES"), (WHOLE_FILE,), ("unknown member", "member outside")),
+    Rule("Unknown arrays are not read.", ("*.npz", "run/SCORES"), (WHOLE_FILE,), ("unknown member", "member outside")),
     Rule(
         "Only the numbers of a tensor are read.",
         ("weights.pth", "exported.pth", "run/checkpoint-*"),
@@ -288,7 +287,7 @@ RULES: Sequence[Rule] = (
         "`alexprep join` needs only plan.json and the summaries.", ("ready/*/parts.json",), (WHOLE_FILE,), ("missing",)
     ),
     Rule(
-        "An import reads only the normalization and the classes of the metadata.",
+        "An import reads only the normalization and the classes from the metadata.",
         ("exported.pth",),
         ("metadata.architecture", "metadata.recipe", "metadata.environment"),
     ),

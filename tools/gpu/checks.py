@@ -33,9 +33,10 @@ JPEG_MEAN, JPEG_MAX = 0.05, 8.0
 PPM_MAX = 4 * 2.0**-15  # four times the distance between neighbouring float32 numbers above 256
 
 # Settings of the window checks. With these settings, images are whole grey levels, so PPM records must give equal bits.
-# Each has limits for JPEG records, of the average and the largest difference in grey levels. DALI's filter resizes with
-# other weights than Pillow's filter, and jitter enlarges differences. DALI on a CPU differed by 0.13 on average, and by
-# at most 1 level without effects and 8 levels with effects. The limits leave room for the chroma of nvJPEG.
+# Each setting has two limits for JPEG records, in grey levels: for the average difference and for the largest
+# difference. DALI's filter resizes with other weights than Pillow's filter, and jitter enlarges differences. DALI on a
+# CPU differed from the CPU stream by 0.13 on average, and by at most 1 level without effects and 8 levels with effects.
+# The limits leave room for the chroma of nvJPEG.
 WINDOWS = {
     "resized windows": (Augmentation("none", "off", window="resized"), (0.6, 16.0)),
     "windows with effects": (replace(Augmentation.preset("simclr"), divisor=1.0, erase=0.5), (0.6, 80.0)),
@@ -98,7 +99,7 @@ def compare_with_cpu(
 ) -> Check:
     """Compare two batches made on the device with two batches made on the CPU from the same records.
 
-    `limits` are the largest average difference and the largest difference of a value, in grey levels.
+    `limits` are the limits of the average difference and of the largest difference, in grey levels.
     """
     device, batch = settings.devices[0], images_of_a_batch(settings, store)
     wanted, _ = read_batches(store, "cpu", batch, 2, layout, augmentation)
@@ -269,7 +270,7 @@ def make_step(
 def make_counted_step(
     settings: GpuCheckSettings, precision: str, devices: tuple[str, str] | None = None, batch: int | None = None
 ) -> tuple[CountedStep, Tensor, Tensor]:
-    """Return the step of `alextrain run` with counters, and the batch of make_step.
+    """Return a step as `alextrain run` makes it, with counters, and the images and labels of make_step.
 
     On one GPU, the step has a CUDA graph.
     """

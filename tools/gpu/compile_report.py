@@ -22,9 +22,9 @@ import click
 from prep.console import UserError, json_option, print_json, progress
 from tools.bench.harness import BenchmarkCommand
 
-# (name of the layer, number of maps of a column, side of a pooling window in px)
+# (name of the layer, number of maps of a column, side of a pooling window in px; 0: no pooling)
 _LAYERS = (("layer 1", 48, 3), ("layer 2", 128, 3), ("conv3, conv4", 192, 0))
-# {compute capability: shared memory of a program}; other GPUs have 99 KiB.
+# {compute capability: shared memory of a program in bytes}; all other GPUs have 99 KiB.
 _SHARED_BYTES = {80: 163 << 10, 90: 227 << 10}
 _FLOATS = ("alpha", "beta", "k")
 _POINTERS = {"bias": "*fp32", "bias_sums": "*fp32", "argmax": "*u8"}
@@ -46,7 +46,7 @@ class Row(NamedTuple):
 def report(
     capability: int, dtypes: tuple[str, ...] = ("bf16", "fp32"), done: Callable[[int], None] = lambda kernels: None
 ) -> list[Row]:
-    """Compile the forward and backward kernels of each epilogue of the paper, for a compute capability such as 90."""
+    """Compile the forward and backward kernels of each epilogue (the work between two convolutions) of the paper."""
     from train.config.recipes import PAPER
     from train.model.gpu import epilogue_triton
     from train.model.gpu.epilogue import Epilogue, kernel_constants, stages_for, warps_for

@@ -23,7 +23,7 @@ from tools.gpu.machine import copy_bytes_per_s, elapsed_s
 from tools.gpu.settings import GpuCheckSettings
 
 GOAL_SHARE = 2.0
-_CACHE_BYTES = 256e6  # five times the cache of an H200
+_CACHE_BYTES = 256e6  # bytes that all forward passes of a graph read and write: five times the cache of an H200
 _MEASURED_S = 0.1  # time for which each graph is replayed
 
 Work = Callable[[], object]
@@ -45,7 +45,8 @@ def moved_bytes(case: LayerCase, images: int, itemsize: int) -> dict[str, int]:
 
     Biases are not counted.
 
-    forward   reads x and writes the result. With pooling, it also writes one byte for each pooled value.
+    forward   reads x, the output of the convolution, and writes the result. With pooling, it also writes one byte for
+              each pooled value.
     backward  reads the gradient of the result, and writes the gradient of x. With pooling, it also reads the byte of
               each pooled value. With normalization, or with a nonlinearity before pooling, it also reads x. With only a
               nonlinearity, it also reads the result.

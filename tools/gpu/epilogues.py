@@ -138,7 +138,7 @@ def make_upstream(case: LayerCase, images: int, dtype: torch.dtype, device: torc
 
 
 def as_output(case: LayerCase, by_column: Sequence[Tensor]) -> list[Tensor]:
-    """Return the tensors in the form of the result of `case`: joined or one for each column, with its memory layout."""
+    """Return the tensors in the form of the result of `case`: joined or not, and in its memory layout."""
     tensors = [torch.cat(list(by_column), 1)] if case.joined_out else list(by_column)
     layout = torch.contiguous_format if case.channels_first else torch.channels_last
     return [tensor.contiguous(memory_format=layout) for tensor in tensors]
@@ -280,8 +280,8 @@ def tied_windows(x: Tensor, bias: Tensor, epilogue: Epilogue, part: float) -> Te
 def nan_faults(case: LayerCase, dtype: torch.dtype, device: torch.device, apply: Apply) -> str:
     """Return the faults of the result for an x with one NaN; empty if there are no faults.
 
-    Every value that is NaN in float64 must be NaN. After a normalization, the other maps of the same column may also be
-    NaN at the same positions, because a kernel may compute the sums as a matrix product.
+    Every value that is NaN in float64 must be NaN in the result. After a normalization, the other maps of the same
+    column may also be NaN at the same positions, because a kernel may compute the sums as a matrix product.
     """
     x, bias = make_inputs(case, 2, dtype, device, seed=2)
     split_columns(case, x)[0][1, case.maps // 2, case.side_px // 2, case.side_px // 2] = float("nan")

@@ -6,7 +6,7 @@ moments.
     python -m tools.bench.peers.vips_thumbnail FOLDER OUT JOBS
 
 The program needs pyvips (`pip install 'pyvips[binary]'`) and lmdb. Each process imports pyvips itself, because libvips
-does not survive a fork.
+cannot be used after a fork.
 """
 
 from __future__ import annotations
