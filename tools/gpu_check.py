@@ -8,10 +8,10 @@ gives the reason for not using Triton. The checks and timings are called parts. 
 five minutes on an H200 with 16 CPU cores. --help lists the parts with their planned times, and --only chooses parts. At
 the end, the program names the parts that took longer than planned.
 
---make-stores FOLDER makes a store of 24,000 JPEG records and a store of 24,000 PPM records. Stores that the folder
-already has are used. With --store and --ppm-store, other stores are used. A store of 3,200 records is enough for every
-part except `runs`, because the stream starts a new epoch when an epoch ends. In `runs` each epoch ends with a
-checkpoint, so an epoch should have at least 20 steps.
+--make-stores FOLDER makes a store of 24,000 JPEG records and a store of 24,000 PPM records. Stores that FOLDER already
+has are not made again. Without --make-stores, --store and --ppm-store name the stores. A store of 3,200 records is
+enough for every part except `runs`, because the stream starts a new epoch when an epoch ends. In `runs` each epoch ends
+with a checkpoint, so an epoch should have at least 20 steps.
 
 Each check prints ok or FAILED, the measured value and the limit. The checks:
 
@@ -19,42 +19,42 @@ Each check prints ok or FAILED, the measured value and the limit. The checks:
     The batches are in NCHW and NHWC, with each kind of mean (channel, image, aligned). A larger difference is allowed
     for JPEG records, because nvJPEG and libjpeg-turbo upsample chroma differently. For PPM records, only differences
     by the rounding of float32 are allowed.
--   Resized windows (RandomResizedCrop), with and without jitter, grey, blur and erase, are compared with windows of the
-    CPU. For PPM records, the bits must be equal. For JPEG records, larger differences are allowed, because DALI resizes
-    with other weights.
+-   Windows that the GPU resizes (RandomResizedCrop) are compared with windows that the CPU resizes. The windows are
+    compared with and without jitter, grey, blur and erase. For PPM records, the bits must be equal. For JPEG records,
+    larger differences are allowed, because DALI resizes with other weights.
 -   The batches of a resumed stream on the GPU must be equal, bit for bit, to those of an uninterrupted stream.
 -   Logits and gradients of the network in each precision are compared with logits and gradients in float64 on the CPU.
     The network runs on one GPU, and on two GPUs if there are two.
--   Local response normalization, in the implementation chosen for this device, is compared with torch's layer in
-    float64.
--   The kernels between the convolutions, for 512 images in float32 and bfloat16, are compared with operators in float64
+-   The implementation of local response normalization for this device is compared with torch's layer in float64.
+-   The kernels between the convolutions are compared with operators in float64, for 512 images in float32 and bfloat16
     (tools/gpu/epilogues.py).
--   Two runs of three steps with the same seed are compared.
+-   Three training steps are run twice with the same seed, and the velocities after the steps are compared.
 -   The checkpoints of two runs of `alextrain run --deterministic` must be equal, bit for bit. One run is killed with
     SIGKILL and resumed. The other run is not interrupted.
 -   A training step must never make the host wait for the GPU.
 
-Each rate is the median of several turns. A turn is one timed run of 0.6 seconds. The devices are idle before and after
-each turn. In each round, every contestant has one turn. The first round is not counted (tools/bench/harness.py). The
-contestants are:
+Several contestants are timed: the stream, the decoder, and kinds of training steps. Each rate is the median of several
+turns. A turn is one timed run of 0.6 seconds. The devices are idle before and after each turn. In each round, every
+contestant has one turn. The first round is not counted (tools/bench/harness.py). The contestants are:
 
     stream of jpeg       the stream alone; its batches are discarded
     decoder of jpeg      DALI's decoder alone, with records in memory
     fp32, tf32, bf16     training steps on one batch that stays on the GPU
-    bf16 from jpeg       steps on batches of the stream; column `of ours`: rate / rate of bf16. For PPM records the goal
-                         is 0.98 or more. For JPEG records the goal is 0.95 or more of the smaller of two rates, bf16
-                         and the decoder
+    bf16 from jpeg       steps on batches of the stream. The column `of ours` is this rate divided by the rate of bf16.
+                         The goal is at least 0.95 of the rate of bf16 or of the decoder, whichever is smaller
+    bf16 from ppm        the same with PPM records. The goal is at least 0.98 of the rate of bf16
     bf16, one GPU        the same step as bf16, with both columns on the first GPU; measured if there are two GPUs
 
-The rate of `alextrain run` comes from its metrics.jsonl (tools/gpu/runs.py), without checkpoints and validations. The
-goal is 0.95 or more of the rate of steps on batches of the stream. The time of each kernel between the convolutions is
-compared with the time of a copy that reads and writes the same number of bytes (tools/gpu/epilogue_times.py). The goal
-is at most twice the time of the copy.
+The rate of `alextrain run` comes from its metrics.jsonl (tools/gpu/runs.py), without the time of checkpoints and
+validations. The goal is 0.95 or more of the rate of steps on batches of the stream.
+
+The time of each kernel between the convolutions is compared with the time of a copy that reads and writes the same
+number of bytes (tools/gpu/epilogue_times.py). The goal is at most twice the time of the copy.
 
 With --cudnn-benchmark, cuDNN tries its algorithms for each new shape of tensors and then uses the fastest algorithm.
 To measure the effect, run the tool once with and once without this option.
 
-The tool also measures steps on batches of other sizes, the time that a step spends in each kind of kernel
+The tool also measures steps on batches of sizes other than --batch, the time that a step spends in each kind of kernel
 (torch.profiler), and the memory of a step's tensors. The tool measures the time for which a step occupies the host
 (goal: at most 200 µs). The tool also compares a step that is launched kernel by kernel with a step that is replayed
 from a CUDA graph, as in `alextrain run`. All other rates of steps are measured with the step of `alextrain run`, which
@@ -62,12 +62,13 @@ also updates the counters of the metrics.
 
 The share of the peak rate counts two operations for each multiply-add. A step has three times the multiply-adds of a
 forward pass, except that the gradient of the image is not computed. The peak rate is the rate for dense matrix products
-in bfloat16 on the data sheet. The hours are the time of 90 epochs of 1,281,167 images. The goal is less than 2 hours.
+in bfloat16 on the data sheet of the GPU. The hours are the time of 90 epochs of 1,281,167 images. The goal is less than
+2 hours.
 
 The tool prints the table of docs/measurements.md with the measured values in the column `after`. --table also writes
 this table to a file. The exit code is 0 if every check is ok, and 1 if a check failed or there is no GPU. `--device cpu
---quick` runs the same code without a GPU and with eight maps in each layer, to try the tool. The rates of this trial
-have no meaning.
+--quick` runs the same code without a GPU, to try the tool. Each convolutional layer then has only eight maps. The rates
+of this trial have no meaning.
 """
 
 from __future__ import annotations
@@ -99,7 +100,7 @@ from train.config.devices import parse_devices
 def parse_settings(
     store: Path, ppm_store: Path | None, device: str, gpus: str | None, batch: int, quick: bool
 ) -> GpuCheckSettings:
-    """Return the settings for the options. Raises UserError if no GPU is available or a store is unsuitable."""
+    """Return the settings for these options. Raises UserError if no GPU is available or a store is unsuitable."""
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError(
             f"torch {torch.__version__} sees no GPU on this machine. Run the tool on a machine with a GPU, "
@@ -121,7 +122,7 @@ def parse_settings(
 @click.option(
     "--ppm-store",
     type=click.Path(path_type=Path),
-    help="Store of PPM records to check and measure, too.  [default: none]",
+    help="Second store, of PPM records, which is also checked and measured.  [default: none]",
 )
 @click.option(
     "--make-stores",
@@ -234,7 +235,7 @@ def main(
 
 
 def check_line(check: Check) -> str:
-    """Return `ok      name: found (wanted: …)`."""
+    """Return the line of a check, such as `ok      name: found (wanted: …)`."""
     return f"{'ok' if check.ok else 'FAILED':7} {check.name}: {check.found} (wanted: {check.wanted})"
 
 
@@ -245,7 +246,7 @@ def print_machine(facts: dict[str, Any]) -> None:
 
 
 def print_report(report: dict[str, Any]) -> None:
-    """Print the tables to standard output. If a timing failed, its error message is printed instead."""
+    """Print the tables to standard output. If a timing failed, its error message replaces its table."""
     for name in ("rates", "graph"):
         rows: Sequence[Row] | str | None = report.get(name)
         if rows is not None:

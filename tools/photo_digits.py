@@ -1,7 +1,7 @@
-"""Data set of the demo, in ILSVRC's layout: real handwritten digits drawn over real photographs.
+"""Demo data set in ILSVRC's layout: real handwritten digits drawn over real photographs.
 
 The data set is made from two data sets of scikit-learn. Each of the 1,797 digits of load_digits (8×8 px, grey levels 0
-to 16) is drawn large and bright over a photograph. The photograph is a darkened random part of one of the two
+to 16) is drawn large and bright over a background. The background is a darkened random part of one of the two
 photographs of load_sample_images. As in ILSVRC, sizes and orientations vary, some files are greyscale or CMYK, and two
 PNG files have names that end in .JPEG.
 
@@ -162,7 +162,7 @@ def _save(picture: Image.Image, path: Path, index: int, quality: int) -> None:
     help="Make a data set that is about as hard as CIFAR-10, with four images of each training digit.",
 )
 def main(out: Path, seed: int, hard: bool) -> None:
-    """Make the data set of the demo, digits over photographs in ILSVRC's layout, in the new folder OUT."""
+    """Make the demo data set in the new folder OUT: digits drawn over photographs, in ILSVRC's layout."""
     try:
         train, val = make_dataset(out, seed, difficulty=HARD if hard else EASY)
     except UserError as error:

@@ -1,4 +1,4 @@
-"""Demo of the service: kills a node during training, and compares the weights with those of a run without the service.
+"""Demo of `alexstream serve`: kills a node during training, and compares the weights with those of an undisturbed run.
 
     python -m tools.service_demo
 
@@ -6,8 +6,8 @@ The demo makes a small store, and starts a Ray cluster on this machine: a head n
 one core each. A service runs one worker on each of the two nodes. Two `alextrain run` commands read their batches from
 the service. The `alextrain run` commands have different seeds, the same stream seed, and no --service-fallback. In the
 middle of the training, the demo kills all processes of one node at once, as a power failure does. At the end, the demo
-trains both runs again without the service, and compares the results of the runs. Weights, velocity, state and metrics
-must have the same bits.
+trains both runs again without the service, and compares the results with and without the service. Weights, velocity,
+state and metrics must have the same bits.
 
 The exit code is 0 if all results are equal, and 1 if a result differs or a command fails. The demo takes a few minutes
 on two cores, and needs 1 GB of disk space in the temporary folder. The demo needs the extra `cluster`.
@@ -41,7 +41,7 @@ RUNS = ("service", "alone")  # the run folders are service-1, service-2, alone-1
 
 
 class Clock:
-    """Prints the steps of the demo, each with the time since the start."""
+    """Prints what the demo does, with the time since the start of the demo."""
 
     def __init__(self) -> None:
         self._started = time.monotonic()
@@ -132,7 +132,7 @@ def train_with_service(store: Path, folder: Path, steps: int, seed: int, clock: 
 
 
 def choose_kill(seed: int, steps: int, nodes: Sequence[str], coordinator_node: str) -> tuple[str, int]:
-    """Choose the node to kill, and the step of the kill, which is in the middle third of the training.
+    """Choose the node to kill, and the training step of the kill, in the middle third of all steps.
 
     The node of the coordinator is not chosen. The service would survive the loss of this node, but the new coordinator
     would count images and retries from zero.
@@ -222,7 +222,7 @@ def run_demo(folder: Path, steps: int, seed: int) -> dict[str, Any]:
 
 
 def result_text(result: Mapping[str, Any]) -> str:
-    """Return the table of results, and two lines: the numbers of differences and of decoded images."""
+    """Return the table of results, a line with the number of differences, and a line with the numbers of images."""
     rows, images, decoded = result["results"], result["images_of_a_run"], result["end"]["images_made"]
     different = sum(not row["equal"] for row in rows)
     return (
@@ -238,7 +238,7 @@ def _interrupt(signum: int, frame: FrameType | None) -> NoReturn:
 
 @contextmanager
 def _demo_folder(folder: Path | None) -> Iterator[Path]:
-    """Create the folder `folder`, or a temporary folder if it is None. Raises UserError if `folder` exists."""
+    """Create the folder `folder`, or a temporary folder if `folder` is None. Raises UserError if `folder` exists."""
     if folder is None:
         with tempfile.TemporaryDirectory(prefix="service-demo-") as temporary:
             yield Path(temporary)
@@ -264,7 +264,7 @@ def _demo_folder(folder: Path | None) -> Iterator[Path]:
     type=click.IntRange(0),
     default=0,
     show_default=True,
-    help="Seed of the random choice of the node that is killed, and of the step at which it is killed.",
+    help="Seed of two random choices: the node to kill, and the training step at which the demo kills the node.",
 )
 @click.option(
     "--folder",

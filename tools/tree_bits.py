@@ -1,4 +1,4 @@
-"""Hash the results of the packages of one source tree. tools.compare_bits runs this program in a separate process.
+"""Hash the results that the packages of one source tree compute. tools.compare_bits runs this program for two trees.
 
     cd TREE && PYTHONPATH=TREE python -P tree_bits.py compile
     cd TREE && PYTHONPATH=TREE python -P tree_bits.py command KERNELS.json alextrain run --store STORE …
@@ -140,7 +140,7 @@ def stream_hashes(jpeg: Path, ppm: Path, batches: int) -> dict[str, str]:
 
 
 def run_hashes(run_dir: Path) -> dict[str, str]:
-    """Return hashes of a run's newest checkpoint (weights, velocity, generator, state) and of its metrics.jsonl."""
+    """Return hashes of a run's metrics.jsonl, and of its newest checkpoint: weights, velocity, generator, state."""
     import torch
 
     newest = max(run_dir.glob("checkpoint-*.pt"))

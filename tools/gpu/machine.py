@@ -1,4 +1,4 @@
-"""Facts about the machine for tools.gpu_check (versions, GPUs, peak rates, speed of copies), and a timer."""
+"""For tools.gpu_check: facts about the machine (versions, GPUs, peak rates, speed of copies), and a timer."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ def synchronize(devices: Devices) -> None:
 def elapsed_s(devices: Devices, work: Callable[[], object]) -> float:
     """Return the time in seconds that `work` takes, including all operations that it queues on the devices.
 
-    The devices are idle before and after `work`. The clock of the host therefore measures the work of all devices. A
-    CUDA event would measure only one device.
+    The function waits before and after `work` until all devices are idle. The clock of the host therefore measures the
+    work of all devices. A CUDA event would measure only one device.
     """
     synchronize(devices)
     started = time.perf_counter()
@@ -53,7 +53,7 @@ def elapsed_s(devices: Devices, work: Callable[[], object]) -> float:
 
 
 def copy_bytes_per_s(device: str, size: int) -> float:
-    """Return the bytes that copies within the memory of the device read and write in a second. Best of 3 measurements.
+    """Return the number of bytes per second that a copy within the device's memory reads and writes: the best of 3.
 
     size  size of the copied tensor in bytes
     """
@@ -70,7 +70,7 @@ def copy_bytes_per_s(device: str, size: int) -> float:
 
 
 def describe_machine(devices: Devices) -> dict[str, Any]:
-    """Return {name: value} of versions, cores and GPUs, for the JSON key "machine"."""
+    """Return the value of the JSON key "machine": {name of a fact: value}, for versions, cores and GPUs."""
     try:
         dali_version = str(dali().__version__)
     except UserError:
@@ -98,7 +98,7 @@ def describe_machine(devices: Devices) -> dict[str, Any]:
 
 
 def peak_tflops(devices: Devices) -> float | None:
-    """Return the sum of the peak rates of the devices in TFLOP/s; None if a device is a CPU or is not in the table."""
+    """Return the sum of the peak rates of the devices in TFLOP/s; None if a device is a CPU or an unknown GPU."""
     total = 0.0
     for device in set(devices):
         if not device.startswith("cuda"):
@@ -112,7 +112,7 @@ def peak_tflops(devices: Devices) -> float | None:
 
 
 def imagenet_hours(images_per_s: float) -> float:
-    """Return the hours that 90 epochs of 1,281,167 images take at a rate of `images_per_s`."""
+    """Return the number of hours that 90 epochs of 1,281,167 images take at a rate of `images_per_s`."""
     return PAPER_EPOCHS * IMAGENET_IMAGES / images_per_s / 3600
 
 

@@ -1,4 +1,4 @@
-"""The checks and timings of tools.gpu_check, which are called parts: names, planned times on an H200, functions."""
+"""Parts of tools.gpu_check. A part is a check or a timing, with a name and a planned time on an H200."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ MOST_S = 300  # limit for the sum of the planned times of all parts, including t
 
 @dataclass(frozen=True)
 class Part:
-    """A part of tools.gpu_check that --only can choose."""
+    """A check, a timing, or the making of the stores. --only chooses checks and timings."""
 
     name: str  # value of --only; for timings also the JSON key of the result
     budget_s: int  # planned time on an H200, in seconds
@@ -54,19 +54,19 @@ CHECKS = (
 TIMINGS = (
     Part("rates", 30, "images/s of the stream, of steps on one batch, and of steps that the stream feeds"),
     Part("batches", 15, "images/s of steps for several batch sizes"),
-    Part("epilogue_times", 12, "times of the kernels between the convolutions, and their memory floors"),
+    Part("epilogue_times", 12, "times of the kernels between the convolutions, and of copies of as many bytes"),
     Part("kernels", 8, "time that a step spends in each kind of kernel"),
     Part("memory_gib", 4, "memory of a step's tensors"),
     Part("host_us", 3, "time for which a step occupies the host"),
     Part("runs", 46, "images/s of `alextrain run`"),
-    Part("graph", 5, "a step launched kernel by kernel, and replayed from a CUDA graph"),
+    Part("graph", 5, "images/s of a step launched kernel by kernel, and of a step replayed from a CUDA graph"),
 )
 STORES = Part("stores", 40, "making photographs and two stores (--make-stores)")
 PART_NAMES = tuple(part.name for part in (*CHECKS, *TIMINGS))
 
 
 def parts_text() -> str:
-    """Return the parts as a text for --help, with one line for each part, and the sum of their times."""
+    """Return a text for --help: the sum of all planned times, and a line for each part."""
     lines = [f"  {part.name:15} {part.budget_s:3} s  {part.subject}" for part in (STORES, *CHECKS, *TIMINGS)]
     total = sum(part.budget_s for part in (STORES, *CHECKS, *TIMINGS))
     return "\n".join(
@@ -76,7 +76,7 @@ def parts_text() -> str:
 
 @dataclass(frozen=True)
 class Times:
-    """Duration of each part, in seconds. A part is added to the dict when the part has ended."""
+    """Durations of the parts that have ended: {name of the part: seconds}."""
 
     seconds: dict[str, float]
 
@@ -96,7 +96,7 @@ def run_checks(
     """Run the chosen checks and yield their results one by one.
 
     only   names of parts
-    times  receives the time of each part
+    times  object to which the duration of each chosen part is added
 
     A check that raises an exception counts as failed. After a failed check, the other checks still run.
     """

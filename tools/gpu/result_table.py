@@ -1,4 +1,4 @@
-"""The table of docs/measurements.md that compares an H200 before and after the work on the kernels.
+"""The table of docs/measurements.md with rates on an H200, before and after kernels and stream were rewritten.
 
 `before` was measured at commit 595f19d on one H200, on 2026-11-27. `after` comes from the report of tools.gpu_check. A
 value that the report does not have is "not measured".
@@ -42,8 +42,8 @@ def result_table(report: Report) -> str:
 def ratios(report: Report) -> dict[str, float]:
     """Return ratios of the rates in bf16, such as {"from jpeg / bf16": …, "run from jpeg / from jpeg": …}.
 
-    The ratio of a run to a step on batches of the stream needs the same record format and batch size of both. Ratios of
-    rates that the report does not have are left out.
+    A run is compared only with steps on batches of the same record format and size. Ratios of rates that the report
+    does not have are left out.
     """
     plain = _plain(report)
     rates, runs = _rates(plain), _runs(plain)
@@ -67,7 +67,7 @@ def _plain(data: Any) -> Any:
 
 
 def _part(report: Report, name: str) -> Any:
-    """Return the result of a timing; empty if the timing was not measured or failed."""
+    """Return the result of a timing; empty if the timing did not run or failed."""
     result = report.get(name)
     return () if result is None or isinstance(result, str) else result
 
@@ -91,7 +91,7 @@ def _runs(report: Report) -> dict[tuple[str, int], float]:
 
 
 def _joined(values: Sequence[float | None]) -> str:
-    """Return the numbers, separated by semicolons; empty if all numbers are missing."""
+    """Return a text of the numbers, separated by semicolons. The text is empty if all numbers are missing."""
     if not any(values):
         return ""
     return "; ".join(f"{value:,.0f}" if value else NOT_MEASURED for value in values)

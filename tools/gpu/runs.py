@@ -1,4 +1,4 @@
-"""Training runs by `alextrain run` in subprocesses, for tools.gpu_check: their rate, and their result after a kill.
+"""For tools.gpu_check: measures the rate of `alextrain run`, and compares a killed run with an uninterrupted run.
 
 The rate of a run comes from its metrics.jsonl, which has a line for each interval of steps. The first interval of a run
 is not counted, because the stream starts in this interval. The first interval of an epoch is not counted, because the
@@ -31,7 +31,7 @@ PROGRAM = (sys.executable, "-m", "train")  # `alextrain`
 RUN_EPOCHS, LINES_PER_EPOCH = 3, 5
 MOST_STEPS, MOST_STEPS_PER_LINE = 300, 20
 RESUME_STEPS = 40
-_TRIAL_STEPS = 8  # number of steps of every run in the trial on a CPU
+_TRIAL_STEPS = 8  # number of steps of every run in the trial on a CPU (--device cpu --quick)
 _TIMEOUT_S = 90.0  # time after which a run is killed
 _POLL_S = 0.02
 _ROOT = Path(__file__).parents[2]
@@ -43,7 +43,7 @@ _ROOT = Path(__file__).parents[2]
 def run_command(settings: GpuCheckSettings, store: Path, run_dir: Path, batch: int, **options: object) -> list[str]:
     """Return the command line of `alextrain run`.
 
-    options  more options: log_every=20 becomes --log-every 20. The value True stands for an option without a value.
+    options  options to add: log_every=20 adds --log-every 20. The value True stands for an option without a value.
     """
     names = [device.removeprefix("cuda:") for device in dict.fromkeys(settings.devices)]
     command = [*PROGRAM, "run", "--store", str(store.absolute()), "--run-dir", str(run_dir), "--gpus", ",".join(names)]
@@ -56,10 +56,7 @@ def run_command(settings: GpuCheckSettings, store: Path, run_dir: Path, batch: i
 
 
 def run_precision(settings: GpuCheckSettings) -> str:
-    """Return the precision of the runs.
-
-    The runs have the last precision of the settings, or fp32 in the trial on a CPU.
-    """
+    """Return the precision of the runs: the last of settings.precisions, but fp32 in the trial on a CPU."""
     return settings.precisions[0 if settings.is_cpu_trial else -1]
 
 
@@ -106,7 +103,7 @@ class RunRate:
     least: float  # rate of the slowest counted interval
     most: float  # rate of the fastest counted interval
     intervals: int  # number of counted intervals
-    waiting_share: float  # time that training waited for the stream, as a share of the time of the counted intervals
+    waiting_share: float  # share of the time of the counted intervals in which training waited for the stream
     outside_s: float  # time of checkpoints and validations, in seconds: the time outside of all intervals
 
 
@@ -138,9 +135,9 @@ def rate_of_run(lines: Sequence[Mapping[str, Any]], batch: int, steps_per_epoch:
 
 
 def run_rates(settings: GpuCheckSettings, budget_s: float) -> list[dict[str, Any]]:
-    """Return the rates of `alextrain run` with each store, and with the last store at twice the batch size.
+    """Return a row for each run of `alextrain run`: with each store, and with the last store at twice the batch size.
 
-    If a run fails, its row has the key "error" instead of rates. After `budget_s` seconds, no further run is started.
+    If a run fails, its row has the key "error" instead of rates. After `budget_s` seconds, no new run is started.
     """
     started, rows = time.perf_counter(), []
     stores = list(settings.stores_by_format().items())
@@ -190,8 +187,8 @@ def has_option(option: str) -> bool:
 def resume_checks(settings: GpuCheckSettings) -> Iterator[Check]:
     """Compare two runs with --deterministic. One run is killed and resumed, and the other is not interrupted.
 
-    On a CPU the option --deterministic is not needed. On a GPU the check is left out if `alextrain run` does not have
-    the option.
+    On a CPU, runs are deterministic without this option. On a GPU, the check is left out if `alextrain run` does not
+    have the option.
     """
     option = "--deterministic"
     deterministic = has_option(option)
@@ -225,8 +222,8 @@ def kill_and_resume(
 ) -> int:
     """Run both commands at the same time.
 
-    Kill the second run with SIGKILL soon after half of its steps, and start it again. Returns the last step in
-    metrics.jsonl of the second run when it was killed. Raises UserError if a run fails, or if the second run ends
+    Kill the second run with SIGKILL soon after half of its steps, and start this run again. Returns the last step in
+    the second run's metrics.jsonl at the time of the kill. Raises UserError if a run fails, or if the second run ends
     before the kill.
     """
     errors = [folder.with_suffix(".txt") for folder in (uninterrupted_dir, killed_dir)]
@@ -257,9 +254,9 @@ def _last_step(run_dir: Path) -> int:
 
 
 def compare_runs(folder: Path, other: Path, steps: int) -> tuple[list[str], int]:
-    """Return the parameters and velocities that differ between the newest checkpoints of two runs.
+    """Return the names of the parameters and velocities that differ between the newest checkpoints of two runs.
 
-    Also returns the number of all parameters and velocities. Raises UserError if a newest checkpoint is not of the step
+    Also returns the number of compared tensors. Raises UserError if the newest checkpoint of a run is not that of step
     `steps`.
     """
     states = []

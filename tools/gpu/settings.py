@@ -1,4 +1,4 @@
-"""Settings of one run of tools.gpu_check, amounts of work that follow from them, and the result of a check."""
+"""Settings of tools.gpu_check, the numbers of images and rounds that follow from the settings, and class Check."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ class GpuCheckSettings:
 
     store: Path
     ppm_store: Path | None
-    devices: Devices  # (device of column 0, device of column 1)
+    devices: Devices  # devices of the network's columns 0 and 1
     batch: int  # number of images in a step
     quick: bool
 
     @property
     def device(self) -> torch.device:
-        """The device of column 0. The batches of the stream and the logits are also computed on this device."""
+        """The device of the network's column 0, which also computes the batches of the stream and the logits."""
         return torch.device(self.devices[0])
 
     @property
@@ -49,29 +49,29 @@ class GpuCheckSettings:
 
     @property
     def precisions(self) -> tuple[str, ...]:
-        """The precisions that the device supports. tf32 and bf16 need compute capability 8.0."""
+        """The precisions to check. On a GPU, tf32 and bf16 need compute capability 8.0."""
         if not self.on_gpu:
             return "fp32", "bf16"
         return ("fp32", "tf32", "bf16") if torch.cuda.get_device_capability(self.device) >= (8, 0) else ("fp32",)
 
     @property
     def architecture(self) -> Architecture:
-        """The network of the paper. In the trial on a CPU, the network has eight maps in each layer."""
+        """The network of the paper. In the trial on a CPU, each convolutional layer has only eight maps."""
         return replace(ALEXNET, widths=Widths(8, 8, 8, 8, 8, 16, 16)) if self.is_cpu_trial else ALEXNET
 
     @property
     def rounds(self) -> int:
-        """Number of timed runs of each contestant that are counted (tools/bench/harness.py)."""
+        """Number of counted rounds. In a round, each rate is measured once (tools/bench/harness.py)."""
         return 1 if self.is_cpu_trial else 3
 
     @property
     def turn_s(self) -> float:
-        """Approximate duration of a turn (a timed run) in seconds. With 0, a turn is one step or one batch."""
+        """Approximate duration of a measurement of a rate, in seconds. 0: the measurement is one step or batch."""
         return 0.0 if self.is_cpu_trial else 0.3 if self.quick else 0.6
 
     @property
     def pause_s(self) -> float:
-        """Pause before each turn, in seconds."""
+        """Pause before each measurement of a rate, in seconds."""
         return 0.1 if self.on_gpu else 0.0
 
     @property
@@ -88,7 +88,7 @@ class GpuCheckSettings:
         return 2 if self.is_cpu_trial else 64 if self.quick else 512
 
     def stores_by_format(self) -> dict[str, Path]:
-        """Return {format of the records, jpeg or ppm: path of the store}."""
+        """Return {format of the records ("jpeg" or "ppm"): path of the store}."""
         stores = {Store.open(self.store).settings.format: self.store}
         if self.ppm_store is not None:
             stores.setdefault(Store.open(self.ppm_store).settings.format, self.ppm_store)

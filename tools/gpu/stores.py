@@ -1,4 +1,4 @@
-"""Stores for tools.gpu_check, made from synthetic photographs: one of JPEG records and one of PPM records.
+"""Stores for tools.gpu_check, made from synthetic photographs: a store of JPEG records and a store of PPM records.
 
 The photographs come from tools.photo_digits and are not darkened. Each training photograph is in the stores several
 times, under several names, so that an epoch has dozens of steps of 512 images. The stream reads and decodes each of
@@ -19,18 +19,18 @@ from prep.store.manifest import Store
 from tools.photo_digits import Difficulty, make_dataset
 
 FORMATS = ("jpeg", "ppm")
-# Number of records of each photograph; 1,500 photographs give 24,000 records, which are 46 steps of 512 images.
+# Number of records of each photograph. The 1,500 training photographs give 24,000 records: 46 steps of 512 images.
 COPIES = 16
 _ROOT = Path(__file__).parents[2]
 
 
 def make_stores(folder: Path, copies: int = COPIES, photographs: int | None = None) -> dict[str, Path]:
-    """Return {format: path of the store} of two stores in `folder`.
+    """Make two stores in `folder`, and return {format: path of the store}.
 
     Stores that an earlier call has finished are not rebuilt.
 
     copies       number of records of each photograph
-    photographs  number of photographs to make, one for each digit; None: all 1,797
+    photographs  number of photographs to make, at most 1,797; None: 1,797
 
     The photographs are deleted at the end.
     """
@@ -55,12 +55,12 @@ def make_stores(folder: Path, copies: int = COPIES, photographs: int | None = No
 def build_store(source: Path, store: Path, format: str) -> None:
     """Build a store of the class folders in `source` with `alexprep build-lmdb`. Raises UserError if the build fails.
 
-    `alexprep` runs in a subprocess. If the calling process built the store, every worker would import torch and the
-    main module of the calling program.
+    `alexprep` runs in a subprocess. If the calling process built the store, each of its worker processes would import
+    torch and the main module of the calling program.
     """
     command = [sys.executable, "-m", "prep", "build-lmdb", str(source.absolute()), "--split", "train"]
     command += ["--store", str(store.absolute()), "--format", format]
-    command.append("--allow-empty-classes")  # a small number of photographs may not show all digits
+    command.append("--allow-empty-classes")  # a few photographs may not show all ten digits
     result = subprocess.run(command, cwd=_ROOT, capture_output=True, text=True, check=False)
     if result.returncode:
         raise UserError(f"alexprep build-lmdb: exit code {result.returncode}. {result.stderr.strip()[-300:]}")

@@ -39,9 +39,9 @@ DECODER = "decoder of jpeg"
 _DECODED_BATCHES = 4  # number of different batches that `decoder_alone` decodes, again and again
 
 # Rules (kind, whether callers count, pattern) that give the kind of a kernel or operation. The kind is a JSON key.
-# A call chain is: on a GPU the name of the kernel, then the operation, then the callers of the operation. The first
+# A call chain is a list of names: the kernel (only on a GPU), the operation, and the operation's callers. The first
 # rule whose pattern occurs in a name of the call chain gives the kind. If callers do not count, only the first two
-# names are searched. "copies" stands before "convolution", so that a type conversion in a convolution is a copy.
+# names are searched. "copies" stands before "convolution", so that a type conversion in a convolution counts as a copy.
 _KINDS = (
     ("update", True, r"Optimizer\.step"),
     ("normalisation", True, r"_Lrn|lrn"),
@@ -56,10 +56,10 @@ Work = Callable[[], object]
 
 
 def measure_rates(settings: GpuCheckSettings) -> list[Row]:
-    """Return images/s of the stream, of steps on one batch, and of steps on batches of the stream ("… from …").
+    """Return images/s of the stream, of steps on one batch that stays on the GPU, and of steps that the stream feeds.
 
-    The one batch stays on the GPU. Steps on batches of the stream use the last precision. They are compared with the
-    steps on one batch in the same precision.
+    The steps that the stream feeds, such as "bf16 from jpeg", use the last of settings.precisions. They are compared
+    with steps on one batch in this precision.
     """
     with ExitStack() as streams:
         contestants = []
@@ -71,7 +71,7 @@ def measure_rates(settings: GpuCheckSettings) -> list[Row]:
             name = f"stream of {format}"
             contestants.append(make_contestant(settings, name, batch, loader.next_batch, MAX_PREFETCHED))
             if format == "jpeg":
-                with suppress(UserError):  # DALI is not installed, or sees no GPU
+                with suppress(UserError):  # raised if DALI is not installed or sees no GPU
                     decode = decoder_alone(streams, store, batch, settings.devices[0])
                     contestants.append(make_contestant(settings, DECODER, batch, decode, MAX_PREFETCHED))
         for precision in settings.precisions:
@@ -118,9 +118,8 @@ def _step_from(step: Callable[..., object], loader: EndlessLoader) -> Work:
 def decoder_alone(cleanup: ExitStack, store: Path, batch: int, device: str) -> Work:
     """Return a function that decodes a batch of JPEG records with DALI, and does nothing else.
 
-    The records are in memory.
-
-    When `cleanup` exits, the decoder is stopped. Raises UserError if DALI is not installed.
+    The records are read into memory first. When `cleanup` exits, the decoder is stopped. Raises UserError if DALI is
+    not installed.
     """
     placement, fn, types = Placement.parse(device), dali().fn, dali().types
     records = islice(train_records(Store.open(store)), _DECODED_BATCHES * batch)
@@ -142,10 +141,10 @@ def make_contestant(
     batch: int,  # number of images that one call of `work` processes
     work: Work,
     warm_up: int,  # number of calls of `work` before each turn; these calls are not counted
-    precision: str | None = None,  # precision of the steps that `work` makes, which is set before each turn
+    precision: str | None = None,  # precision of the training steps in `work`, set before each turn
     ours: str | None = None,
 ) -> Contestant:
-    """Return a contestant. A turn calls `work` repeatedly, for about settings.turn_s seconds."""
+    """Return a contestant. In each turn, `work` is called repeatedly, for about settings.turn_s seconds."""
     calls: list[int] = []  # [number of calls in a turn]; empty until `prepare` has measured this number
 
     def prepare() -> None:
@@ -281,7 +280,7 @@ def cuda_graph_rates(settings: GpuCheckSettings) -> list[Row]:
 
 
 def host_time_us(settings: GpuCheckSettings) -> float:
-    """Return the time in µs for which a step of the last precision occupies the host, without waits for the GPU."""
+    """Return the time in µs for which a step in the last precision occupies the host, without waits for the GPU."""
     precision = settings.precisions[-1]
     set_precision(precision, settings.devices)
     work = _step_on(*make_counted_step(settings, precision))
@@ -301,7 +300,7 @@ def summarize_rates(settings: GpuCheckSettings, rows: list[Row]) -> dict[str, An
     For steps on one batch, the figures are the TFLOP/s and the share of the peak rate. For steps on batches of the
     stream, the figures are ratios of rates, and the hours of 90 epochs of ImageNet.
     """
-    # Rates are rounded to tenths. A very small rate would be 0, and cannot be a divisor.
+    # The rates in `rows` are rounded to tenths. A rate that is rounded to 0 could not be a divisor.
     rate = {row.name: max(row.images_per_s, 0.1) for row in rows}
     layers = [row.multiply_adds for row in summarize(1000)]
     # A step has three passes: forward, gradients of weights, gradients of inputs. No gradient of the image is computed.

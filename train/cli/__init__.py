@@ -1,4 +1,4 @@
-"""The command line `alextrain`: options and output of the commands. The other rooms of train/ do the work."""
+"""The command line `alextrain`: options and output of the commands. The other packages in train/ do the work."""
 
 from train.cli.group import main
 

@@ -86,7 +86,8 @@ def export(run_dir: Path, format: str, out: Path | None, checkpoint: str, as_jso
     type=click.Choice(list(RECIPES)),
     default="modern",
     show_default=True,
-    help="Hyperparameters of further training; a recipe that subtracts a mean image is refused.",
+    help="Hyperparameters with which `alextrain run` can train the new run; a recipe that subtracts a mean image is "
+    "refused.",
 )
 @recipe_settings
 @batch_option

@@ -28,7 +28,7 @@ from train.config.recipes import RECIPES, recipe_note
 )
 @json_option
 def summary(model: str, classes: int, gpus: str, as_json: bool) -> None:
-    """Print the layers of a network: output shape, columns read, neurons, parameters, multiply-adds, devices.
+    """Print the layers of a network: output shape, source of the input, neurons, parameters, multiply-adds, devices.
 
     \b
     Example:

@@ -27,7 +27,7 @@ class TorchrunGroup(Group):
     """A command group whose messages are printed once under torchrun, not once by each process."""
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
-        """Find a command. With several processes of torchrun, only `--help` and FOR_REPLICAS are allowed."""
+        """Find a command. With several processes of torchrun, only FOR_REPLICAS and `--help` are allowed."""
         name, command, rest = super().resolve_command(ctx, args)
         _, size = torchrun_rank()
         if size > 1 and name not in FOR_REPLICAS and not {"-h", "--help"} & set(rest):
@@ -56,7 +56,7 @@ class TorchrunGroup(Group):
     def say_interrupted(self, ctx: click.Context) -> None:
         """Print, on rank 0, that the command was interrupted.
 
-        Nothing is printed if the error of another rank was ending this rank already when the signal came.
+        Nothing is printed if this rank was already ending, because of another rank's error, when the signal came.
         """
         error = sys.exception()
         while error is not None and (not isinstance(error, OtherReplicaFailed) or is_stop(error.kind)):

@@ -21,7 +21,8 @@ from train.cli.options import (
 from train.config.architecture import LAYERS
 from train.config.choices import PREDICT_VIEWS
 
-# Largest number of photographs for `search`. A sheet with many more rows would be too large for matplotlib.
+# Largest number of photographs for `search`, which draws a row for each photograph. A sheet with many more rows would
+# be too large for matplotlib.
 MAX_SHEET_ROWS = 100
 
 images_argument = click.argument("images", metavar="IMAGE...", nargs=-1, required=True, type=click.Path(path_type=Path))

@@ -66,8 +66,8 @@ threads_option = click.option(
     "--threads",
     type=click.IntRange(1, MAX_THREADS),
     metavar="N",
-    help="Number of CPU threads of a process: threads that prepare images, and with --gpus cpu also threads that "
-    "compute the network.  [default: the number of usable cores; under torchrun, this number divided by the number of "
+    help="Number of CPU threads with which a process prepares images, and with --gpus cpu also computes the network.  "
+    "[default: the number of usable cores; under torchrun, this number divided by the number of "
     "processes that share these cores]",
 )
 model_option = click.option(
@@ -190,7 +190,7 @@ fork_option = click.option(
     type=click.Path(path_type=Path),
     metavar="NEW_DIR",
     help="Folder of a new run, which starts from the newest checkpoint of --run-dir. The new run has the settings of "
-    "the run in --run-dir. Other options of this command replace these settings.",
+    "the run in --run-dir. Options that you add replace these settings.",
 )
 max_pixels_option = click.option(
     "--max-pixels",

@@ -60,10 +60,11 @@ def replica_group(timeout_s: float) -> Iterator[ReplicaGroup]:
 
 
 def set_threads(group: ReplicaGroup, threads: int | None) -> int | None:
-    """Set the number of CPU threads of torch, and return the number for the stream.
+    """Set the number of CPU threads of torch, and return the number of threads of the stream.
 
-    threads  value of --threads. If the value is None, each replica gets an equal part of the cores that it shares with
-             other replicas on this machine. Without torchrun, None is returned, and torch keeps its own number.
+    threads  value of --threads. If the value is None under torchrun, each replica gets an equal part of the cores that
+             it shares with other replicas on this machine. If the value is None without torchrun, the function returns
+             None, and torch keeps its default number.
     """
     if threads is None and group.launched:
         own = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
@@ -80,11 +81,11 @@ def set_threads(group: ReplicaGroup, threads: int | None) -> int | None:
 def check_same_run(group: ReplicaGroup, run: Run, **more: Any) -> None:
     """Raise UserError, on all ranks, if a setting that all ranks must share differs between a rank and rank 0.
 
-    more  further settings that all ranks must share
+    more  settings to compare in addition to the settings of the run
     """
     names = ("epochs", "steps", "log_every", "checkpoint_every", "replicas", "deterministic", "service")
     settings = {**run.identity, **{name: getattr(run.config, name) for name in names}, **more}
-    settings["stream_seed"] = run.config.seed_of_stream  # run.identity has it only if it differs from the seed
+    settings["stream_seed"] = run.config.seed_of_stream  # run.identity lacks it if it equals the seed
     settings["split val"] = run.store.split("val").fingerprint if "val" in run.store.splits else None
     settings = as_json({**settings, "devices of a replica": count_of(run.config.devices)})
     theirs = group.broadcast_json(settings)

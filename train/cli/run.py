@@ -183,7 +183,7 @@ def _open_run(group: ReplicaGroup, options: dict[str, Any], given: set[str]) -> 
     run_dir, fork = options["run_dir"], options["fork"]
     opened = None
     has_description, is_run = group.on_first(lambda: _what_is_in(run_dir))
-    if fork and not is_run and fork.resolve() != run_dir.resolve():  # equal folders are refused later
+    if fork and not is_run and fork.resolve() != run_dir.resolve():  # a --fork that equals --run-dir is refused later
         raise UserError(f"--run-dir {run_dir}: no such run to fork. Name the folder of a run.")
     if "store" in given or not has_description:  # a missing store is reported before torch is imported
         opened = Store.open(options["store"])
@@ -201,7 +201,7 @@ def _open_run(group: ReplicaGroup, options: dict[str, Any], given: set[str]) -> 
 
 
 def _what_is_in(run_dir: Path) -> tuple[bool, bool]:
-    """Return whether a folder has a run.json, and whether it holds a run."""
+    """Return whether a folder has a run.json, and whether the folder has a run.json or a checkpoint."""
     is_described = has_description(run_dir)
     return is_described, is_described or newest_checkpoint(run_dir) is not None
 
@@ -261,12 +261,12 @@ def _run_members(ensemble: Ensemble, options: dict[str, Any], given: set[str]) -
 
 
 def _steps_of(runs: Sequence[Run]) -> int:
-    """Return the sum of the steps of the newest checkpoints of runs."""
+    """Return the sum, over all runs, of the step of the newest checkpoint."""
     return sum(newest[0] for run in runs if (newest := newest_checkpoint(run.run_dir)) is not None)
 
 
 def _ending_text(training: Run, first_step: int) -> str:
-    """Return the last line of a training that began after `first_step`: number of trained steps, next command."""
+    """Return the last line to print: number of steps trained after `first_step`, and next command."""
     newest = newest_checkpoint(training.run_dir)
     steps = (newest[0] if newest else 0) - first_step
     evaluate = f"alextrain evaluate {shell_quoted(training.run_dir)}"
@@ -290,10 +290,10 @@ def _say_description(training: Run, run_dir: Path, quiet: bool, ensemble: Ensemb
 
 
 def _description_lines(training: Run, run_dir: Path, ensemble: Ensemble | None = None) -> list[str]:
-    """Return two lines that describe the network and the training, and up to three further lines.
+    """Return lines that describe a training.
 
-    The further lines are the learning rate if it depends on the batch size, the note on the recipe if there is a note,
-    and the service if there is a service.
+    Two lines describe the network and the settings. Three lines are optional: the learning rate (if it depends on the
+    batch size), the note on the recipe, and the service.
 
     training  the run, or the first member of `ensemble`
     """

@@ -16,7 +16,7 @@ from train.runs.ensemble_dir import read_ensemble, with_members
 @run_argument
 @json_option
 def status(run_dir: Path, as_json: bool) -> None:
-    """Print the state of a run: steps, time left, errors, newest checkpoint, and whether its process is alive.
+    """Print the state of a run: steps, time left, errors, newest checkpoint, and whether the run's process is alive.
 
     For the folder of an ensemble, print the state of each member.
 

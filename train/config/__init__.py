@@ -1,1 +1,1 @@
-"""Settings of a run: architectures, recipes, overrides, devices and the identity. This room does not import torch."""
+"""Settings of a run: architectures, recipes, overrides, devices, identity. The modules import without torch."""

@@ -103,7 +103,7 @@ TORCHVISION = Architecture(
 CONVOLUTIONAL = Architecture(
     "convolutional",
     "alexnet with fc6 as a 6×6 and fc7, fc8 as 1×1 convolutions, the same parameters (Sermanet et al. 2014, arXiv "
-    "1312.6229, section 3.5); either network can load a checkpoint of the other",
+    "1312.6229, section 3.5); each of the two networks can load the checkpoints of the other",
     convolutional=True,
 )
 

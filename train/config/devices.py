@@ -23,8 +23,7 @@ def parse_devices(gpus: str | None, columns: int = 2) -> Devices:
            machine has a GPU, and as `cpu` if it has none
 
     `0,1` and `0` are examples; other GPU numbers are also valid. Raises UserError if the value is neither `cpu` nor one
-    or two GPU numbers, and if the machine does not have the GPU. Also raises UserError for two GPUs if the network has
-    one column.
+    or two GPU numbers, if the machine has no GPU of this number, or for two GPUs if the network has one column.
     """
     import torch
 

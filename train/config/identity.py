@@ -26,8 +26,8 @@ class Difference(NamedTuple):
     """
 
     name: str  # for example `batch_size`, `recipe.lrn.alpha` or `model.widths.fc7`
-    there: Any  # value of the setting in `theirs`, the other identity
-    here: Any  # value of the setting in `ours`, the identity of this run
+    there: Any  # value in the other identity (parameter `theirs` of `differences`)
+    here: Any  # value in the identity of this run (parameter `ours` of `differences`)
 
 
 def identity_of(config: RunConfig, store: Store) -> dict[str, Any]:

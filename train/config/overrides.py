@@ -96,7 +96,7 @@ def _apply(recipe: Recipe, path: str, value: str) -> Recipe:
         if after == before:
             return recipe
         if path == "augmentation.divisor" and after.divisor != 1:
-            # Images in evaluation are also divided by the number that the user gives.
+            # With None, evaluation images are divided by the same divisor as training images.
             after = replace(after, eval_divisor=None)
         source = OVERRIDE_SOURCE
         if parts:

@@ -35,7 +35,7 @@ class Lrn:
 
 @dataclass(frozen=True)
 class AlexNetAugmentation:
-    """The settings of pipeline.augment.Augmentation that a recipe can have. The other settings have default values."""
+    """The settings of pipeline.augment.Augmentation that a recipe can have. All others keep their defaults."""
 
     mean: str = "channel"
     colour: str = "stdev"
@@ -45,7 +45,7 @@ class AlexNetAugmentation:
     eval_divisor: float | None = None
 
     def for_stream(self) -> Augmentation:
-        """Return the settings of the stream."""
+        """Return the Augmentation with these settings, for the stream."""
         return Augmentation(**asdict(self))
 
     @property
@@ -158,7 +158,7 @@ class Recipe:
     lrn: Lrn | None  # normalization across maps, in layers 1 and 2; None: no normalization
     # Whether layer 1 is conv, norm, pool, activation; if False, layer 1 is conv, activation, norm, pool.
     norm_before_relu: bool
-    within_map: Lrn | None  # normalization within each map, after the normalization across maps of layer 2
+    within_map: Lrn | None  # normalization within each map of layer 2, after the normalization across maps
     pool_px: int  # side of a pooling window in px; the stride is 2, so windows of 3 px overlap
     crossing: bool  # if False, conv3, fc6 and fc7 do not connect the columns; fc8 always connects the columns
     dropout: float  # probability with which an input of the layers in Architecture.dropout_before is set to zero
@@ -174,7 +174,7 @@ class Recipe:
     # Batch size for which the learning rates of the recipe are given. With another batch size, the learning rates are
     # multiplied by batch size / lr_batch. None: the learning rates do not depend on the batch size.
     lr_batch: int | None
-    lr_bias: float | None  # constant learning rate of the biases; None: the learning rate is lr_bias_factor · lr
+    lr_bias: float | None  # constant learning rate of the biases; None: their learning rate is lr_bias_factor · lr
     lr_bias_factor: float  # used only if lr_bias is None
     momentum: float
     weight_decay: float
@@ -186,7 +186,7 @@ class Recipe:
 
     @property
     def eval_input_divisor(self) -> float:
-        """The number by which evaluation divides the pixels minus the mean, in the loader and in the network."""
+        """The number by which loader and network together divide the pixels minus the mean in evaluation."""
         return self.input_divisor * self.augmentation.divisor_in_evaluation
 
     def rate_factor(self, batch_size: int) -> float:

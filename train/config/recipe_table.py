@@ -44,11 +44,9 @@ def recipe_lines(recipe: Recipe) -> list[str]:
 
 
 def rate_lines(recipe: Recipe, batch_size: int | None = None) -> list[str]:
-    """Return a line with the learning rate of a batch size if the recipe sets `lr_batch`.
+    """Return a line with the learning rate for a batch size. If the recipe has no `lr_batch`, return no line.
 
-    Without `lr_batch`, return no line.
-
-    batch_size  images of a step; None: the line lists the rates of several batch sizes
+    batch_size  number of images in a step; None: the line lists the learning rates for several batch sizes
     """
     if recipe.lr_batch is None:
         return []

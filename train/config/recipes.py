@@ -45,8 +45,8 @@ PAPER = _recipe(
     input_divisor=(1.0, "section 2: raw RGB values, only the mean subtracted"),
     augmentation=(
         AlexNetAugmentation(mean="image", colour="eigenvalue", strength=0.1),
-        "section 2: the mean of each pixel, here of the centre crop, as in the authors' code; section 4.1: random "
-        "crop and flip for each image, and colour noise: eigenvalues times N(0, 0.1). The eigenvalues are those of "
+        "section 2: the mean image, here its centre crop, as in the authors' code; section 4.1: random crop and flip "
+        "for each image, and colour noise: eigenvalues times N(0, 0.1). The eigenvalues are those of "
         "pixels in [0, 1], because with pixels in 0..255 the shift would exceed a thousand grey levels",
     ),
     activation=("relu", "section 3.1"),
@@ -111,7 +111,7 @@ RELEASED = _variant(
     init_bias=(dict.fromkeys(_BIASED, 1.0), "L145: initB"),
     label_smoothing=(0.0, "L145:294-299: softmax and logistic regression"),
     lr=(0.01, "P145:169"),
-    lr_bias=(0.02, "P145: epsB, constant; the paper has one learning rate, net #145 of 2010 had 0.002"),
+    lr_bias=(0.02, "P145: epsB, constant; the paper has one learning rate; net #145 of 2010 had 0.002"),
     lr_bias_factor=(1.0, "not used, as lr_bias is a number"),
     momentum=(0.9, "P145"),
     weight_decay=(0.0005, "P145: wc of all weights"),
@@ -124,7 +124,7 @@ RELEASED = _variant(
             ScheduleChange(72, lr_conv1=0.0),
             ScheduleChange(79, lr=1e-5),
         ),
-        "P145:169-182; the paper has three drops, for all layers",
+        "P145:169-182; the paper has three drops of lr, for all layers",
     ),
 )
 
@@ -142,7 +142,7 @@ CAFFE = _variant(
     activation=("relu", "train_val.prototxt"),
     lrn=(
         Lrn(5, 1e-4 / 5, 0.75, 1.0),
-        "train_val.prototxt, alpha divided by size in lrn_layer.cpp:120, k = 1 in caffe.proto:888. Caffe normalizes "
+        "train_val.prototxt; lrn_layer.cpp:120 divides alpha by size; caffe.proto:888 has k = 1. Caffe normalizes "
         "across all 96 or 256 maps of a layer, our network across the maps of a column",
     ),
     norm_before_relu=(False, "train_val.prototxt: relu1, norm1, pool1"),
@@ -158,7 +158,7 @@ CAFFE = _variant(
     ),
     init_bias=(
         dict.fromkeys(_BIASED, 0.1),
-        "train_val.prototxt; readme.md:14: with the paper's 1 the loss did not fall",
+        "train_val.prototxt; readme.md:14: with the paper's value 1 the loss did not fall",
     ),
     label_smoothing=(0.0, "train_val.prototxt: softmax loss"),
     lr=(0.01, "solver.prototxt"),
@@ -186,7 +186,7 @@ MODERN = _variant(
     dropout_scales_training=(True, "ours: no scaling in evaluation"),
     init=("he", "He et al. 2015 (arXiv 1502.01852), eq. 10: keeps the variance of the activations from layer to layer"),
     init_std=(PAPER.init_std, "not used by initialization 'he'"),
-    init_bias=({}, "He et al. 2015: none"),
+    init_bias=({}, "He et al. 2015: all biases start at 0"),
     label_smoothing=(
         0.0,
         "ours: none, because the value 0.1 (Szegedy et al. 2016, arXiv 1512.00567, section 7) slowed learning in our "
@@ -217,16 +217,15 @@ SHORT = _variant(
     ),
     init=("he", "He et al. 2015 (arXiv 1502.01852), eq. 10"),
     init_std=(PAPER.init_std, "not used by initialization 'he'"),
-    init_bias=({}, "He et al. 2015: none"),
+    init_bias=({}, "He et al. 2015: all biases start at 0"),
     dropout=(0.0, "ours: none. Section 4.2: dropout 'roughly doubles the number of iterations required to converge'"),
     lr=(0.004, "ours: the paper's 0.01 at batches of 128, reduced for small batches (docs/measurements.md)"),
     decay_biases=(False, "ours: as in the released code"),
-    schedule=((ScheduleChange(2, lr=0.001),), "ours: one drop, for the last third of the epochs"),
+    schedule=((ScheduleChange(2, lr=0.001),), "ours: one drop of lr, for the last third of the epochs"),
 )
 
 # The published settings for AlexNet with local response normalization and LARS. The sources are You, Gitman and
-# Ginsburg 2017 (arXiv 1708.03888) and the authors' files in models/ of borisgin/nvcaffe, the authors' fork of NVIDIA's
-# Caffe.
+# Ginsburg 2017 (arXiv 1708.03888), and models/ in borisgin/nvcaffe, Ginsburg's fork of NVIDIA's Caffe.
 LARGE = _variant(
     CAFFE,
     "large",

@@ -13,13 +13,14 @@ from train.config.devices import Devices
 def parse_replica_devices(gpus: str | None, columns: int, local_rank: int, local_size: int) -> Devices:
     """Return the devices that a value of `--gpus` gives to one of the replicas of a machine.
 
-    `1`    both columns on the GPU whose number is the replica's number on this machine
-    `2`    column 0 and column 1 on the GPUs 2r and 2r + 1, r being the replica's number on this machine
+    `1`    both columns on the GPU with the number local_rank
+    `2`    column 0 on GPU 2 · local_rank, column 1 on GPU 2 · local_rank + 1
     `cpu`  both columns on the CPU
     None   as `2` if the machine has two GPUs for each replica and the network has two columns; otherwise as `1` if the
            machine has a GPU, and as `cpu` if it has none
 
-    local_rank, local_size  number of this replica on its machine, and the number of replicas on this machine
+    local_rank  index of this replica among the replicas of this machine, from 0
+    local_size  number of replicas on this machine
 
     Raises WrongArgument for any other value, such as the GPU numbers `0` or `0,1`, and if the machine has too few GPUs.
     """
@@ -48,7 +49,7 @@ def parse_replica_devices(gpus: str | None, columns: int, local_rank: int, local
 
 
 def _refuse(gpus: str, local_size: int) -> None:
-    """Raise WrongArgument for a value that is neither a number of GPUs of a replica nor cpu."""
+    """Raise WrongArgument for a value that is not 1, 2 or cpu."""
     meant = "2" if gpus.count(",") == 1 else "1"
     command = f"torchrun --nproc-per-node {local_size} -m train {shlex.join(with_gpus(sys.argv[1:], meant))}"
     raise WrongArgument(
@@ -78,7 +79,7 @@ def count_of(devices: Sequence[str]) -> str:
 
 
 def threads_per_replica(own: list[int], cores_of_all: list[list[int]]) -> int:
-    """Return the number of CPU threads of a replica: its usable cores, divided by the replicas that share these cores.
+    """Return a replica's number of CPU threads: its usable cores, divided by the number of replicas that share them.
 
     own           numbers of the cores that this process may use
     cores_of_all  numbers of the usable cores of each replica on this machine, this replica included

@@ -33,11 +33,11 @@ class RunConfig:
     devices: Devices = ("cpu", "cpu")  # device of column 0 and device of column 1
     epochs: int = 1
     steps: int | None = None  # the training ends after this step, counted from 1, unless the last epoch ends earlier
-    log_every: int = 20  # steps between two lines of metrics.jsonl
-    checkpoint_every: int = 1000  # steps between two checkpoints; each epoch also ends with a checkpoint
+    log_every: int = 20  # number of steps between two lines of metrics.jsonl
+    checkpoint_every: int = 1000  # number of steps between two checkpoints; each epoch also ends with one
     keep: int = CHECKPOINTS_KEPT  # number of newest checkpoints to keep, in addition to the best checkpoint
     deterministic: bool = False  # whether a GPU computes the same bits in every run (train/trainer/determinism.py)
-    threads: int | None = None  # CPU threads that decode and augment; None: one for each usable core
+    threads: int | None = None  # number of CPU threads that decode and augment; None: one for each usable core
     replicas: int = 1  # number of replicas that compute a step together (train/replicas)
     service: str | None = None  # service that decodes the images: NAME or NAME@HOST:PORT; None: this process decodes
     # What happens if the service is lost. "local": this process decodes; None: the run fails.

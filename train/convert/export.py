@@ -8,7 +8,7 @@
 Each file also contains four named JSON texts. A safetensors or onnx file has the texts in its metadata. torchvision's
 state_dict has the texts in `state._metadata[""]`, where PyTorch also stores module versions. The texts are:
 
-    architecture, recipe   the same objects as in run.json
+    architecture, recipe   the same objects as `model` and `recipe` in run.json
     classes                names of the classes, in the order of the logits
     preprocessing          the fields of `Preprocessing`, which say how an image becomes the input of the network
 
@@ -79,10 +79,11 @@ class Preprocessing:
     resize_filter: str = "area"
     stored_as: str = "ppm"  # format of the rescaled training images: "jpeg, quality N", or "ppm", which is lossless
     background: str = "white"  # colour behind transparent pixels; "dropped": alpha is left out
-    square_first: str = "(length - shorter_side_px) // 2"  # first row (length = height), column (length = width)
+    # Index of the square's first row (`length` is the height) and of its first column (`length` is the width).
+    square_first: str = "(length - shorter_side_px) // 2"
     window_px: int = CROP_PX
     window_rows: tuple[int, int] = (0, 0)  # first and last row of the centre crop in the square, counted from 0
-    window_columns: tuple[int, int] = (0, 0)  # first and last column
+    window_columns: tuple[int, int] = (0, 0)  # first and last column of the centre crop in the square, from 0
     layout: str = "NCHW"
     channel_order: str = "RGB"
     range: tuple[int, int] = (0, 255)

@@ -1,9 +1,8 @@
 """Converts weights between torchvision.models.alexnet and our network `torchvision`.
 
-Also checks which networks can be converted. `check_fits` refuses networks that torchvision's AlexNet cannot represent.
-The converted network computes the same function of the pixels as the original network. The inputs of the two networks
-differ only in mean and scale. In the formulas, p is a pixel in 0..255, m is the mean that this project subtracts, and c
-is the channel:
+`check_fits` refuses networks that torchvision's AlexNet cannot represent. The converted network computes the same
+function of the pixels as the original network. The inputs of the two networks differ only in mean and scale. In
+the formulas, p is a pixel in 0..255, m is the mean that this project subtracts, and c is the channel:
 
     torchvision's conv1 takes    t = (p / 255 − mean_c) / std_c        (torchvision.transforms.Normalize)
     this project's conv1 takes   u = (p − m_c) / input_divisor        (in evaluation: Recipe.eval_input_divisor)

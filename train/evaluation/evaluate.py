@@ -108,9 +108,9 @@ def evaluate(
     split, and has the same bits on every rank. The counts of misses and images are summed as integers, so they are
     exact.
 
-    Raises UserError for a precision that the network's devices do not support. Raises RuntimeError if the
-    number of images that the loaders serve is not the number of images in the split, because the error rates would be
-    wrong. Also raises the errors of the loader, and of ReplicaGroup.sum.
+    Raises UserError for a precision that the network's devices do not support. Raises RuntimeError if the loaders serve
+    more or fewer images than the split has, because the error rates would be wrong. Also raises the errors
+    of the loader, and of ReplicaGroup.sum.
     """
     set_precision(precision, network.devices)
     misses, loss, images = torch.zeros(2, dtype=torch.int64), 0.0, 0

@@ -113,7 +113,7 @@ def _read_index(path: Path, about: str, shape: tuple[int, int], classes: int) ->
 def nearest_neighbors(index: NeighborIndex, queries: npt.NDArray[np.float32], count: int = 6) -> list[list[Neighbor]]:
     """Return the `count` records at the smallest Euclidean distance from each query, nearest first (section 6.1).
 
-    queries  activations (Q, units)
+    queries  fc7 activations (Q, units) of the query images
     """
     from sklearn.neighbors import NearestNeighbors
 

@@ -32,8 +32,8 @@ ROWS = {
         "7 CNNs*",
         0.367,
         0.154,
-        "The row averages the five networks of the row 5 CNNs and two others, which have a sixth convolutional layer "
-        "and were pre-trained on the ImageNet 2011 Fall release. This project does not train such networks.",
+        "The row averages the five networks of the row 5 CNNs and two other networks, which have a sixth convolutional "
+        "layer and were pre-trained on the ImageNet 2011 Fall release. This project does not train such networks.",
     ),
 }
 

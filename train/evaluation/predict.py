@@ -1,4 +1,4 @@
-"""Predictions for single images: the most probable classes of a photograph, and its features."""
+"""Results of a network for single images: the most probable classes, and the activations of a layer."""
 
 from __future__ import annotations
 
@@ -63,8 +63,8 @@ def load_photographs(
 ) -> Iterator[tuple[Path, Pixels | UserError]]:
     """Yield (path, central square) of photographs that are preprocessed like the images of the training store.
 
-    If a file cannot be used, yields (path, error) for this file. A file that cannot be used does not end the loop.
-    Prints a message if a file has an EXIF orientation other than 1, or if its decoder warns. The EXIF orientation is
+    If a file cannot be used, yields (path, error) for this file, and continues with the next file. Prints a message if
+    a file has an EXIF orientation other than 1, or if the decoder warns. The EXIF orientation is
     not applied, because alexprep does not apply it to training images.
     """
     for path, photograph in read_photographs(paths, transform.settings, max_pixels):

@@ -128,7 +128,7 @@ def predict_split(
 
     views             1, 10 or DENSE
     run               name of the run, saved in `about`
-    threads           number of threads that prepare images; None: the usable cores
+    threads           number of threads that prepare images; None: one for each usable core
     service           the service that decodes the images, as for eval_loader; None: this process decodes the images
     service_fallback  what happens if the service is lost, as for eval_loader
     group             replicas, of which each evaluates its part of the split. On all ranks but rank 0, the returned
@@ -266,7 +266,7 @@ def read_evaluations(run_dir: Path) -> list[dict[str, Any]]:
     """
     path = run_dir / _EVALUATIONS
     try:
-        read = read_lines(path, EvaluationLine, f"Remove this line from {_EVALUATIONS}, or the file.")
+        read = read_lines(path, EvaluationLine, f"Remove this line from {_EVALUATIONS}, or remove the file.")
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error}).") from None
     lines = {}

@@ -215,8 +215,8 @@ def outcome_rows(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
 
     A positive difference means that the ablation has the higher error. "paper_top1" is the difference in the paper.
     "top1_difference" is the measured difference: each run is compared with the baseline's run of the same seed. Each
-    measured value has a "mean" and a "spread" over the seeds: the standard deviation, or None if there is only one
-    seed.
+    measured value has a "mean" and a "spread" over the seeds. The spread is the standard deviation, or None if there is
+    only one seed.
     """
     base = outcomes[0]
     return [
@@ -269,7 +269,7 @@ def table_lines(rows: Sequence[Mapping[str, Any]], classes: int = 1000) -> list[
         differences = "".join(f"{_text(row[f'{metric}_difference'], '+'):>13}" for metric in metrics)
         is_baseline = row["ablation"] == BASELINE.name
         lines.append(line(row["ablation"], paper, errors, "" if is_baseline else differences))
-    lines.append("Errors by the centre view. Sources of the paper's differences:")
+    lines.append("Errors with one view (the centre crop). Sources of the paper's differences:")
     return lines + [f"  {row['ablation']}: {row['source']}" for row in rows if row["ablation"] != BASELINE.name]
 
 

@@ -34,7 +34,7 @@ from train.formats.fields import (
 from train.formats.pickled_values import StoredTensor
 
 ADVICE = "Use another checkpoint of the run, or an intact copy of this file."
-CUDA_STATE_BYTES = 16  # a GPU's random number generator has a state of two integers: seed and offset
+CUDA_STATE_BYTES = 16  # a GPU's random number generator has a state of two 64-bit integers: seed and offset
 TENSORS = ("parameters", "velocity", "random", "random_cuda")
 
 
@@ -94,7 +94,7 @@ def check_content(content: Mapping[str, Any], name: str, random_bytes: int) -> N
     """Raise UserError if a run cannot have written the content of a checkpoint.
 
     content       the values by name, with a StoredTensor for each tensor
-    name          the file, for errors
+    name          name of the file, for error messages
     random_bytes  size of the state of torch's generator on the CPU
     """
     checked = convert(CheckpointFile, {k: v for k, v in content.items() if k not in TENSORS}, name, ADVICE)
@@ -147,7 +147,7 @@ def check_tensor(tensor: Any, dtypes: Sequence[str], shape: Sequence[int | None]
     """Raise UserError unless `tensor` is a StoredTensor of this type and shape that fills its storage without gaps.
 
     dtypes  names of the allowed types, such as "float32"
-    shape   expected shape; None allows any size
+    shape   expected shape; None in place of a size allows any size
     """
     if not isinstance(tensor, StoredTensor):
         raise UserError(f"{name} is {type(tensor).__name__}, expected a tensor. {advice}")

@@ -232,8 +232,8 @@ def parameter_shapes(architecture: Architecture, crossing: bool, classes: int) -
 def checked_architecture(data: Any, name: str, advice: str) -> Architecture:
     """Convert `data`, which has the types of ArchitectureFields, to an Architecture. Raises UserError for wrong values.
 
-    name    the file and the field, for errors
-    advice  the last sentence of an error
+    name    names of the file and of the field, for error messages
+    advice  last sentence of an error message
     """
     try:
         return architecture_from_json(data)
@@ -244,8 +244,8 @@ def checked_architecture(data: Any, name: str, advice: str) -> Architecture:
 def checked_recipe(data: Any, name: str, advice: str) -> Recipe:
     """Convert `data`, which has the types of RecipeFields, to a Recipe. Raises UserError for wrong values.
 
-    name    the file and the field, for errors
-    advice  the last sentence of an error
+    name    names of the file and of the field, for error messages
+    advice  last sentence of an error message
     """
     schedule = data["schedule"]
     if isinstance(schedule, dict):

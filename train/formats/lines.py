@@ -1,7 +1,7 @@
-"""metrics.jsonl and evaluations.jsonl: the models of their lines, and a reader of such files.
+"""metrics.jsonl and evaluations.jsonl: a class for each kind of line (its model), and a reader of these files.
 
 Unknown fields are kept, because other versions write other metrics. A power cut can leave any bytes at the end of the
-file, without a newline. A reader leaves these bytes out; every other line must be complete.
+file, without a newline. The reader leaves these bytes out. All lines before them must be complete.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ LayerNorms = dict[Annotated[str, Meta(pattern=r"^[A-Za-z0-9_.]{1,64}(?![\s\S])")
 
 
 class TrainLine(Struct, frozen=True):
-    """A line of metrics.jsonl for the steps since the line before. Version 0.1.0 wrote no `unix_time_s`."""
+    """A line of metrics.jsonl for the steps since the previous TrainLine. Version 0.1.0 wrote no `unix_time_s`."""
 
     epoch: NonNegative
     step: Step
@@ -84,7 +84,7 @@ class KindField(Struct, frozen=True):
     kind: Literal["train", "val"]
 
 
-Models = type[Struct] | Mapping[str, type[Struct]]  # one model, or the model of each kind of line
+Models = type[Struct] | Mapping[str, type[Struct]]  # the model of all lines, or {kind of line: model}
 METRICS: Models = {"train": TrainLine, "val": ValLine}
 
 
@@ -92,8 +92,8 @@ def read_lines(path: Path, models: Models, advice: str) -> list[tuple[bytes, dic
     """Return the lines of a file, each as text and as an object that has the types of its model.
 
     The list is empty if the file does not exist. If the last line has no newline and is not JSON, it is left out. Lines
-    directly before it that are not JSON are then also left out. Raises UserError with the number of the line for every
-    other wrong line. Also raises UserError if the file is not a regular file, or is larger than MAX_BYTES. Raises
+    directly before it that are not JSON are then also left out. Raises UserError, with the number of the line, for
+    any other invalid line. Also raises UserError if the file is not a regular file, or is larger than MAX_BYTES. Raises
     OSError if the file cannot be read.
     """
     try:
@@ -140,7 +140,7 @@ def _has_known_layers(line: dict[str, Any]) -> bool:
 
 
 def _parse_slowly(text: bytes, models: Models, name: str, advice: str) -> Any:
-    """Return the object of a line that has NaN or infinite numbers. Raises UserError for all other faults."""
+    """Return the object of a line that msgspec refused, such as a line with NaN. Raises UserError for invalid lines."""
     try:
         line = json.loads(text.decode())  # unlike msgspec, json reads NaN and infinite numbers
     except (ValueError, RecursionError):

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, NoReturn
 MAX_INSTRUCTIONS = 2_000_000  # largest number of instructions; a checkpoint for 1,000 classes has about 5,000
 # Largest number of values. A value counts as often as it occurs, because a pickle can refer to one list many times.
 MAX_VALUES = 2_000_000
-MAX_DEPTH = 32  # levels of nested lists and dicts
+MAX_DEPTH = 32  # largest number of nested levels of lists, tuples and dicts
 
 # Storage types of dense real tensors: name in the pickle -> (dtype, bytes of an element).
 _STORAGES = {
@@ -107,8 +107,8 @@ class _Dict(dict[Any, Any]):
 def read_pickle(file: BinaryIO) -> Any:
     """Return the value of the pickle at the current position of `file`: plain values and StoredTensor.
 
-    An OrderedDict becomes a dict whose `attributes` are the attributes that the pickle sets. Raises UnsafeFile for any
-    other pickle.
+    An OrderedDict becomes a dict whose `attributes` are the attributes that the pickle sets. Raises UnsafeFile if the
+    pickle holds anything but plain values and dense tensors.
     """
     reader = _Reader()
     try:
@@ -253,7 +253,7 @@ def _name(reader: _Reader, argument: str) -> None:
 def _call(reader: _Reader, argument: Any) -> None:
     arguments, function = reader.pop(), reader.pop()
     if not isinstance(function, _Name) or type(arguments) is not tuple:
-        _refuse("a call of a value")
+        _refuse("a call of something that is not a function")
     if function.name == _ORDERED_DICT and not arguments:
         reader.stack.append(_Dict())
     elif function.name in (_REBUILD, _REBUILD_V1):
@@ -271,7 +271,7 @@ def _tensor(arguments: tuple[Any, ...]) -> StoredTensor:
     storage, offset, shape, stride = arguments[:4]
     numbers = (offset, *shape, *stride)
     if not isinstance(storage, Storage) or any(type(n) is not int or not 0 <= n < 2**48 for n in numbers):
-        _refuse("a tensor whose storage, offset, shape or strides are not numbers")
+        _refuse("a tensor with an invalid storage, offset, shape or stride")
     if len(shape) != len(stride) or len(shape) > 8:
         _refuse(f"a tensor of {len(shape)} sizes and {len(stride)} strides")
     if len(arguments) == 6 and (type(arguments[4]) is not bool or arguments[5] != {}):

@@ -78,7 +78,7 @@ class SplitFields(Struct, frozen=True):
 
 
 class StoreFields(Struct, frozen=True):
-    """Metadata of the training store: the part "store" of run.json."""
+    """Metadata of the training store: the value of the key "store" in run.json."""
 
     fingerprint: Digest
     settings: Settings

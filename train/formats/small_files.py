@@ -1,4 +1,4 @@
-"""status.json, ensemble.json and ablation.json of a run folder, and the text `about` in files of arrays.
+"""status.json, ensemble.json and ablation.json, and the text `about` in files of arrays.
 
 Unknown fields are ignored, except in ensemble.json, whose fields are the identity of the ensemble.
 """

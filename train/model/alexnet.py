@@ -104,7 +104,7 @@ class AlexNet(nn.Module):
         return self._fully_connected([maps.flatten(1) for maps in self._convolutional(images)])
 
     def dense(self, images: Tensor) -> Tensor:
-        """Return logits (N, classes, rows, columns) of all crops of 224 px for images (N, 3, H, W).
+        """Return logits (N, classes, rows, columns) for all crops of 224 px of images (N, 3, H, W).
 
         The stride of the crops is 32 px. Images of 256 px give 2 × 2 crops. At the edge of a crop, the layers see the
         adjacent pixels of the image instead of zero padding. The logits are therefore close, but not equal, to the

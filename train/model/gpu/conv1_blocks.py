@@ -2,7 +2,7 @@
 
 On a GPU, conv1 over blocks is several times as fast as conv1 over pixels. conv1 has windows of 11 × 11 px at a stride
 of 4 px, and three channels. Padded with zeros to 12 × 12 px, a window covers 3 × 3 blocks of 4 × 4 px. An image of
-blocks has 3 · 4 · 4 = 48 channels, as in torch.nn.functional.pixel_unshuffle. The number of a channel is 16 · (colour
+blocks has 3 · 4 · 4 = 48 channels, as in torch.nn.functional.pixel_unshuffle. The index of a channel is 16 · (colour
 channel) + 4 · (row within the block) + (column within the block). Over blocks, conv1 is a 3 × 3 convolution of stride
 1. The weights stay a parameter of shape (maps, 3, 11, 11). `block_weights` rearranges the weights in each step.
 """
@@ -34,8 +34,8 @@ def image_blocks(images: Tensor, padding: Sequence[int], divisor: float, dtype: 
     padding  zero padding in px: (left, right, top, bottom)
     divisor  number by which every pixel is divided
 
-    `rows` and `columns` are two more than the number of conv1's windows along H and along W. The result has no
-    gradient.
+    `rows` is the number of conv1's windows along H plus 2, and `columns` is the number along W plus 2. The result has
+    no gradient.
     """
     from train.model.gpu.conv1_blocks_triton import write_blocks
 

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from train.config.recipe import Lrn
 
-_POSITIONS = 16  # positions (rows) of a tile, see epilogue_triton.py; Triton's matrix product needs 16 rows or more
+_POSITIONS = 16  # number of positions in a tile (epilogue_triton.py); Triton's matrix product needs at least 16
 _FORWARD_ROWS = 16  # largest number of rows of pooled values that a program computes
 _BACKWARD_ROWS = 28  # largest number of rows of the convolution's output that a program computes
 _BACKWARD_TILES = 8  # number of tiles that a program of the backward pass without pooling computes
@@ -45,7 +45,7 @@ class Epilogue:
     after: str = "none"  # nonlinearity after pooling; only with pooling
 
     def __post_init__(self) -> None:
-        """Raises ValueError for another `pool_px`, for `after` without pooling, and for an even or zero `norm.size`."""
+        """Raise ValueError for an invalid `pool_px`, for `after` without pooling, and unless `norm.size` is odd."""
         if self.pool_px not in (0, 2, 3):
             raise ValueError(f"pool_px {self.pool_px}: expected 0, 2 or 3")
         if self.after != "none" and not self.pool_px:
@@ -67,7 +67,7 @@ def apply_epilogue(
     bias            (maps,), float32: one tensor per column
     joined          True: the result is one joined tensor; False: the result is one tensor for each column
     channels_first  True: the result is contiguous (N, maps, H', W'), as fc6 needs it; False: the result is channels
-                    last. True needs pooling
+                    last. Without pooling, only False is allowed
 
     With pooling, H' = (H − pool_px) // 2 + 1 and W' = (W − pool_px) // 2 + 1. Without pooling, H' = H and W' = W.
     """

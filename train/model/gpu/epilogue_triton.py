@@ -165,7 +165,7 @@ def _window_gradient(
     grad_row, grad_column, grad_map, out_row, out_column, out_map, AFTER: tl.constexpr,
 ):  # fmt: skip
     """Return the gradient that the windows (row, column) send to their value at (row_in_window, column_in_window)."""
-    row = row + 0 * column  # the shape is (POSITIONS, 1), because Triton's interpreter accepts no scalar mask
+    row = row + 0 * column  # of shape (POSITIONS, 1), because Triton's interpreter accepts no scalar mask
     inside = enabled & (row >= 0) & (row < out_rows) & (column >= 0) & (column < out_columns) & (i < maps)
     maximum = tl.load(argmax + (row * out_columns + column) * maps + i, mask=inside, other=NO_MAXIMUM)
     g = tl.load(grad + row * grad_row + column * grad_column + i * grad_map, mask=inside, other=0.0).to(tl.float32)
@@ -269,8 +269,8 @@ def pointwise_backward(
 ):  # fmt: skip
     """Write the gradient of the input x. Each program writes TILES tiles of POSITIONS positions of the feature maps.
 
-    `bias_sums` (programs, maps) gets the sum of the gradient. Without a normalization, the gradient of the nonlinearity
-    is computed from `out`, and x is not read.
+    `bias_sums` (programs, maps) gets each program's sum of the gradient. Without a normalization, the gradient of
+    the nonlinearity is computed from `out`, and x is not read.
     """
     program = tl.program_id(0)
     i = tl.arange(0, MAPS)[None, :]

@@ -15,7 +15,7 @@ from train.config.recipe import Lrn
 _NORM = Lrn(size=5, alpha=0.1, beta=0.75, k=2.0)
 
 
-_MAX_MAPS = 128  # with more normalized maps in a column, the kernels need 99 KiB of shared memory or more
+_MAX_MAPS = 128  # for more normalized maps in a column, the kernels need at least 99 KiB of shared memory
 _SHARED_BYTES = 150 << 10  # shared memory in bytes that the kernels need for 256 normalized maps
 
 

@@ -27,7 +27,7 @@ FACTOR = tl.constexpr(tl.float32 if os.environ.get("TRITON_INTERPRET") == "1" el
 
 @triton.jit  # type: ignore[untyped-decorator,unused-ignore]
 def activate(v, KIND: tl.constexpr):
-    """Return the nonlinearity of the values: "relu", "tanh", "sigmoid" or "none". All four nonlinearities keep NaN."""
+    """Apply a nonlinearity to the values: "relu", "tanh", "sigmoid" or "none". All four nonlinearities keep NaN."""
     if KIND == "relu":
         v = tl.maximum(v, 0.0, propagate_nan=tl.PropagateNan.ALL)
     elif KIND == "tanh":
