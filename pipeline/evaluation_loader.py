@@ -31,7 +31,7 @@ class EvalLoader(Loader[AnyBatch]):
     """Serves every image of a split once in each iteration. Create an evaluation loader with eval_loader.
 
     If world_size is more than 1, each rank serves only its range of the split, in the same number of batches as the
-    other ranks. The last two batches can be smaller.
+    other ranks. The last two batches can have fewer than batch_size images.
     """
 
     def __init__(
@@ -71,9 +71,10 @@ class EvalLoader(Loader[AnyBatch]):
         return len(self._record_numbers)
 
     def __len__(self) -> int:
-        """Return the number of batches in one iteration. The number is the same on all ranks.
+        """Return the number of batches in one iteration.
 
-        The number can differ by 1 if batch_size is 1, or if the split has fewer records than there are ranks.
+        If batch_size is 1, or if there are fewer records than ranks, the numbers of two ranks can differ by 1.
+        Otherwise all ranks have the same number.
         """
         return self._batches
 
@@ -116,8 +117,8 @@ class EvalLoader(Loader[AnyBatch]):
     def _step_records(self, step: int) -> npt.NDArray[np.int64]:
         """Return the record numbers of the batch of a step. Returns no numbers after the last step.
 
-        Each range is divided into full batches and the rest. If the largest range has one batch more than this range,
-        the last record of this range becomes a batch of its own.
+        The range of a rank is divided into full batches and the rest. If the largest range of a rank has one batch more
+        than this range, the last record of this range becomes a batch of its own.
         """
         records = len(self._record_numbers)
         first, end = (min(k * self.batch_size, records - 1) if k < self._batches else records for k in (step, step + 1))
@@ -168,8 +169,8 @@ def eval_loader(
                   mirrored (section 4.1 of the paper). "square": the complete central square, for dense evaluation
     fields        names of the values to serve, as for train_loader, except "draws": evaluation draws no random numbers
     augmentation  only the settings `size_px`, `mean`, `std`, `divisor` and `eval_divisor` are used. Images are divided
-                  as in training, unless `eval_divisor` is a number. The mean is computed from the training split. For
-                  every `window`, evaluation uses crops of `size_px`, without resizing
+                  as in training, unless `eval_divisor` is a number. The mean is computed from the training split.
+                  Whatever `window` is, evaluation uses crops of `size_px`, and nothing is resized
     shard         rank of this process. Each of `world_size` loaders serves one contiguous range of records, and the
                   loaders together serve every record. All loaders serve the same number of batches
 

@@ -108,7 +108,7 @@ class TrainLoader(Loader[AnyBatch]):
 
     @property
     def left_out(self) -> int:
-        """Number of records that are not served in an epoch, which is always less than batch_size · world_size."""
+        """Number of records that an epoch does not serve. It is less than batch_size · world_size."""
         return self.records - len(self) * self.batch_size * self.world_size
 
     def __iter__(self) -> Iterator[AnyBatch]:
@@ -169,7 +169,7 @@ class TrainLoader(Loader[AnyBatch]):
         return {**self._identity(), "shard": self.shard, "epoch": epoch, "step": step}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Resume from a state of the same store, seed and settings. Raises UserError for any other state.
+        """Resume from a state of the same store, seed and settings. Raises UserError if one of them differs.
 
         Any rank can load the state of any other rank. Between epochs (step 0), batch size and world size can change.
         Within an epoch, batch size and world size can change if their product, the number of records in a step, stays
@@ -282,15 +282,15 @@ def train_loader(
                   with any number of threads
     split         split of the store to read
     subset        records to serve: class names, record numbers, or a mask with a bool for each record of the split.
-                  Labels stay indices into the classes of the store. Class names need the labels of all records, which
-                  are read from the local store. None: all records
+                  Labels stay indices into the classes of the store. With class names, the labels of all records are
+                  read from the local store. None: all records
     weights       one weight for each record of the split, or "balanced": a weight of 1 / (number of records of
                   its class). An epoch draws as many records as the subset has, with replacement
                   (pipeline.sampling.weighted_draws). None: an epoch serves each record at most once
     fields        names of the values to serve: "images", "labels", "keys" (source paths), "index" (record numbers),
                   "draws" (random numbers of the images) and "extra" (extra fields). Batches are then dicts
                   (FieldBatch). None: Batch(images, labels)
-    augmentation  settings of the images (pipeline.Augmentation); None: Augmentation.preset("alexnet"), which is random
+    augmentation  settings of the images (pipeline.Augmentation). None: Augmentation.preset("alexnet"), with random
                   crops of 224 px, the mean of each channel, and the colour noise of the authors' code
     stores        pairs (path, share) instead of `store`: each epoch mixes records of several stores in proportion to
                   their shares (pipeline.sampling.mixed_order). All stores have the same side, format and classes. The

@@ -182,7 +182,7 @@ class Loader(Generic[AnyBatch]):
         return waits._replace(loader_wait_s=waits.loader_wait_s + since_served_s)
 
     def service_status(self) -> ServiceStatus | None:
-        """Return the state of the service when it last answered; None if the loader uses no service."""
+        """Return the state that the service sent with its last answer; None if the loader uses no service."""
         return None if self._windows is None else self._windows.status
 
     def stop_waiting(self) -> None:

@@ -2,8 +2,8 @@
 
 This module imports DALI, chooses the devices of DALI's operators, and converts DALI's outputs to torch.
 
-Each DALI graph is written once for both devices. A Placement determines the device of each operator and the decoder of
-JPEG files.
+Each DALI graph is written once for both devices. A Placement determines the device of each operator, and which
+decoder reads JPEG files.
 """
 
 from __future__ import annotations
@@ -69,7 +69,8 @@ class Placement:
         """Return the next outputs of a DALI pipeline. `stream` is a torch.cuda.Stream, or None on a CPU.
 
         On a GPU the outputs are bound to `stream`: work that is launched on this stream afterwards waits on the GPU
-        until DALI is done. The host does not wait. DALI reuses the memory of the outputs in the order of `stream`.
+        until DALI is done. The host does not wait. DALI reuses the memory of the outputs in the order of the work on
+        `stream`.
         """
         with self._current_device():
             outputs: tuple[Any, ...] = pipe.outputs() if stream is None else pipe.outputs(stream)
@@ -86,7 +87,7 @@ class Placement:
             return from_dlpack(output.as_tensor())
 
     def _current_device(self) -> AbstractContextManager[object]:
-        """Make this GPU the current CUDA device within a `with` block.
+        """Make the placement's GPU the current CUDA device within a `with` block.
 
         The handle of torch's default stream is 0. DALI interprets 0 as the default stream of the current GPU. If
         another GPU were current, DALI would synchronize with the wrong stream and could release memory too early.

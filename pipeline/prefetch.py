@@ -2,16 +2,16 @@
 
 A batch passes through three queues. The first queue holds records that are being read from disk (READ_AHEAD). The
 second queue holds batches in the engine (ENGINE_AHEAD; with DALI: DALI_AHEAD or DALI_GPU_AHEAD). The third queue holds
-finished batches (FINISHED_AHEAD). For an engine that uses DALI, the prefetcher runs a DALI pipeline. For another
-engine, the prefetcher calls Engine.start. A separate thread, the finisher, takes the images and calls Engine.finish
-while the engine works on the next batch.
+finished batches (FINISHED_AHEAD). For an engine that uses DALI, the prefetcher runs a DALI pipeline. For an engine
+without DALI, the prefetcher calls Engine.start. A separate thread, the finisher, takes the images and calls
+Engine.finish while the engine works on the next batch.
 
 Only the finisher changes the queues. A KeyboardInterrupt, which Python raises in the main thread, can therefore end a
 call of `get` or `start` at any point: no batch is lost, and a repeated call gives the same batch.
 
-On a GPU, the finisher queues the last part of the work on the engine's stream, not on the consumer's stream. The
-consumer's thread takes a batch and an event. All work that this thread queues afterwards waits for the event on the
-GPU.
+On a GPU, the finisher queues the last operations of a batch on the engine's stream, not on the consumer's stream. The
+consumer's thread takes the batch and the batch's event. All work that this thread queues afterwards waits for the event
+on the GPU.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ class Prefetcher:
         self._last_event = engine.stream.record()  # the event of the batch that was finished last
         # For each of the last requests, an event that passes when the consumer's work before this request is done.
         self._requests: deque[Event] = deque()
-        # Every later call of `next` raises this error again, because skipping a batch would shift all later batches.
+        # The error that every later call of `next` raises again. Skipping a batch would shift all later batches.
         self._error: StoreError | None = None
         self._closed = False
 

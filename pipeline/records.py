@@ -50,7 +50,7 @@ class RecordBatch(NamedTuple):
     exists.
     """
 
-    numbers: npt.NDArray[np.int64]  # (N,): numbers of the records in the order of the store
+    numbers: npt.NDArray[np.int64]  # (N,): numbers of the records, as in Records
     labels: npt.NDArray[np.int64]  # (N,)
     sizes: npt.NDArray[np.int32]  # (N, 2): height and width of the images in px
     # (N,): addresses of the payloads. In JPEG stores, the addresses of the JPEG files; in PPM stores, the addresses of
@@ -241,7 +241,7 @@ class Records:
         return self._reader(shard).key(index).decode()
 
     def source(self, number: int) -> str:
-        """Return the input file of record `number`, relative to the split's input folder; empty if it is unknown.
+        """Return the input file of record `number`, relative to the split's input folder; empty if unknown.
 
         Raises ShardBroken, which is a StoreError, if the record cannot be read from the disk.
         """

@@ -66,7 +66,8 @@ def epoch_order(
 ) -> Integers:
     """Return the order in which an epoch serves the records of a subset, as record numbers: int64 (records,).
 
-    `subset` has the numbers of the `records` records of the subset in ascending order; None: all records of the split.
+    `records` is the number of records in the subset. `subset` has their record numbers in ascending order; None: all
+    records of the split.
     Without `weights`, the order is epoch_permutation. With `weights`, the order is weighted_draws.
     """
     if weights is None:
@@ -212,9 +213,10 @@ def draw_regions(
 ) -> npt.NDArray[np.float64]:
     """Return the random numbers of a step's resized regions: float64 (images, 11, 2), for choose_regions.
 
-    Rows 0 to 9 are ten tries. Each try is a share of the record's area, drawn uniformly from `scale`, and a ratio of
-    width to height, whose logarithm is drawn uniformly between the logarithms of `ratio`. Row 10 is the position of the
-    region: two numbers that are drawn uniformly from 0..1. `shared_by` consecutive images have the same numbers.
+    Each of the rows 0 to 9 is one try: the region's share of the record's area, and the region's width / height. The
+    share is drawn uniformly from `scale`. The logarithm of width / height is drawn uniformly between the logarithms of
+    `ratio`. Row 10 is the position of the region: two numbers that are drawn uniformly from 0..1. `shared_by`
+    consecutive images have the same numbers.
     """
     numbers = _generator(_REGIONS, seed, epoch, step).random((-(-images // shared_by), _TRIES + 1, 2))
     area, aspect = numbers[:, :_TRIES, 0], numbers[:, :_TRIES, 1]

@@ -42,7 +42,7 @@ class WindowRequest:
     window_px: int  # side of the windows
     with_sources: bool = False  # whether the source paths of the records are requested too
     # Only for windows that are resized regions: random numbers of pipeline.sampling.draw_regions, (N, 11, 2). The
-    # worker chooses the regions with them, because it knows the sizes of the records, and ignores `offset`.
+    # worker computes the regions from these numbers and the sizes of the records, and ignores `offset`.
     regions: npt.NDArray[np.float64] | None = None
     ratio: tuple[float, float] | None = None  # argument `ratio` of choose_regions
     # Extra fields whose values are requested too, as the manifest of the consumer's store describes them.
@@ -73,7 +73,7 @@ class Windows(NamedTuple):
     extra: Mapping[str, Column] = {}  # N rows of each field; empty if the request does not ask for extra fields
 
     def part(self, images: slice) -> Windows:
-        """Return the values of some of the records, without a copy of the pixels."""
+        """Return the values of the records in a slice, without a copy of the pixels."""
         rows = np.arange(len(self.labels))[images]
         extra = {name: column.take(rows) for name, column in self.extra.items()}
         return Windows(self.pixels[images], self.labels[images].copy(), self.sources[images], extra)

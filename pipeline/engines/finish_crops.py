@@ -1,4 +1,4 @@
-"""Computes augmented images from uint8 squares on the device: crop, flip, shift, mean, divisor, layout and type.
+"""Crops, flips and normalizes uint8 squares on the device, and writes images in the layout and type of the loader.
 
 A Triton kernel computes all steps in one pass. If the kernel cannot be used, PyTorch operators compute the same values,
 with several passes over the pixels.
@@ -28,7 +28,7 @@ class CropFinisher:
         """Compile the Triton kernel and compare it with the operators. `square_px` is the side of the squares."""
         self._square_px, self._side_px, self._views = square_px, output.crop_px, output.views
         self._layout, self._dtype = output.layout, output.dtype
-        # (3,): kernels.c multiplies R, G and B by the same numbers
+        # (3,): factors of R, G and B, the same as those of kernels.c
         self._scale = stream.upload(torch.from_numpy((1 / (output.divisor * augmenter.std_rgb)).astype(np.float32)))
         self._max_offset_px = augmenter.side_px - output.crop_px
         self._is_aligned = augmenter.augmentation.mean == "aligned"
@@ -46,9 +46,8 @@ class CropFinisher:
     def parameters(self, crops: Crops) -> tuple[Tensor, Tensor]:
         """Return the parameters of each crop, int32 (N · V, 6), and the shift of each record, float32 (N, 3).
 
-        The six parameters are row and column of the crop in its square, its flip, row and column of the crop in the
-        mean image, and whether the mean is mirrored. Each row and column is the position of the crop's upper left pixel
-        before the crop is mirrored.
+        The six parameters are row, column and flip of the crop, and row, column and flip of its part of the mean image.
+        Row and column are the position of the upper left pixel before mirroring.
         """
         windows = np.zeros((*crops.flip.shape, 6), np.int32)
         if self._square_px > self._side_px:
@@ -59,7 +58,7 @@ class CropFinisher:
         return torch.from_numpy(windows.reshape(-1, 6)), torch.from_numpy(np.ascontiguousarray(crops.shift))
 
     def make_images(self, squares: Tensor, crops: Crops, stream: DeviceStream) -> Tensor:
-        """Queue the computation of the images from `squares`, which the effects change, and return the images.
+        """Queue the computation of the images from `squares`, and return the images. Effects overwrite `squares`.
 
         Jitter, grey and blur come first (pipeline.effects.batch), then `finish`, then erase.
         """
@@ -113,8 +112,8 @@ class CropFinisher:
     def _triton_works(self, stream: DeviceStream) -> bool:
         """Return whether the Triton kernel gives the same bits as the operators, for one small batch.
 
-        This test compiles the kernel with the arguments of all later launches. If the kernel were compiled later, the
-        compilation could disturb a CUDA graph that the consumer is recording.
+        The comparison also compiles the kernel for all later launches. A later compilation could disturb a CUDA graph
+        that the consumer is recording.
         """
         if not _can_try_triton(stream.device):
             return False

@@ -1,13 +1,13 @@
 /* Decode, crop or resize, flip and normalize images on the CPU, by the formula of pipeline/augment.py. Other functions
- * of this file copy or resize crops without flip and normalization, for a GPU or for the service. kernels.py calls all
- * functions. */
+ * of this file copy or resize crops without flip and normalization, for a GPU or for the service. kernels.py is the
+ * Python interface. */
 
 #include <setjmp.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
 
-#ifdef CLONES /* Compile two versions of each function; the dynamic linker chooses one for this CPU. */
+#ifdef CLONES /* Compile each EACH_CPU function in two versions; the dynamic linker chooses one. */
 #define EACH_CPU __attribute__((target_clones("arch=x86-64-v3", "default")))
 #else
 #define EACH_CPU
@@ -19,8 +19,8 @@
 #include "resample.h"
 
 /* The part of libjpeg's programming interface that this file uses (API version 6.2, which libjpeg-turbo has). Pillow's
- * wheels contain the library but not its header. jpeg_CreateDecompress compares version and size of the struct with the
- * library's own, and fails if they differ. */
+ * wheels contain the library but not its header. jpeg_CreateDecompress fails if the API version or the size of
+ * jpeg_decoder is not that of the library. */
 enum { JPEG_API_VERSION = 62, COLOUR_RGB = 2, DCT_SLOW = 0 };
 
 typedef struct {
@@ -64,7 +64,7 @@ typedef struct {
     int64_t bytes;
 } memory;
 
-/* Make room for `bytes` bytes. The contents are lost. Returns 0 if there is no memory. */
+/* Provide at least `bytes` bytes. The old contents may be lost. Returns 0 if there is no memory. */
 static int reserve(memory *self, int64_t bytes) {
     if (self->bytes >= bytes)
         return 1;
@@ -74,7 +74,7 @@ static int reserve(memory *self, int64_t bytes) {
     return self->at != 0;
 }
 
-/* Decoder of one thread, and its memory: for decoded pixels, the window of one image, resizing and effects. */
+/* Decoder of one thread, and memory of this thread for decoded pixels, one window, resizing and effects. */
 typedef struct {
     const jpeg_library *jpeg;
     jpeg_errors errors;
@@ -92,8 +92,8 @@ static void fail_if_damaged(void *decoder, int level) {
 
 /* Decode the rectangle of rows top..bottom - 1 and columns left..right - 1. Returns the address of the rectangle's
  * upper left pixel, RGB, and sets *stride. Returns null if the file is damaged or the rectangle is not within the
- * image. The pixels are the same as those of the complete decoded image. Decoding stops after the last row of the
- * rectangle. */
+ * image. The pixels have the same values as if the complete image were decoded. Rows below the rectangle are not
+ * decoded. */
 static const uint8_t *decode(worker *self, const uint8_t *file, int64_t bytes, int64_t top, int64_t bottom, int64_t left,
                              int64_t right, int64_t *stride) {
     const jpeg_library *jpeg = self->jpeg;
@@ -136,8 +136,8 @@ static const uint8_t *decode(worker *self, const uint8_t *file, int64_t bytes, i
 
 /* A batch: N records and V crops of each record. Several threads work on one batch at the same time. */
 typedef struct {
-    int64_t next;   /* index of the next record that no thread has begun; 0 at the start */
-    int64_t failed; /* lowest index of a record that cannot be decoded; N at the start, and if no record is damaged */
+    int64_t next;   /* index of the first record that no thread has begun; 0 at the start */
+    int64_t failed; /* lowest index of a record that cannot be decoded; N if no such record was found */
     int64_t records, views, side, mean_side;
     const jpeg_library *jpeg;      /* null if the records are raw */
     const uint8_t *const *payload; /* (N): address of a JPEG file, or of the upper left pixel of a raw image, RGB */
@@ -147,13 +147,13 @@ typedef struct {
     const int32_t *extent;         /* (N, V, 2): height and width of crops to resize; null: all are side * side */
     const int32_t *flip;           /* (N, V) */
     const float *shift;            /* (N, 3) */
-    const float *const *mean;      /* (N, V): mean to subtract, as in `crop`; null: no mean */
+    const float *const *mean;      /* (N, V): addresses in the mean image, as crop.mean; null: no mean */
     float *out;                    /* (N, V, ...): the images; null: only decode */
     int32_t channels_last;
     float scale[3];               /* R, G, B */
-    const effects *effects;       /* (N, V); null: no jitter, grey and blur */
+    const effects *effects;       /* (N, V); null: no jitter, no grey and no blur */
     const uint16_t *blur_weights; /* (N, V, weights) */
-    int64_t weights;              /* number of blur weights of each window */
+    int64_t weights;              /* number of blur weights of each crop */
     const int32_t *box;           /* (N, V, 4): row, column, height and width of the erased box; null: no box */
 } batch;
 
@@ -161,7 +161,7 @@ INLINE int64_t height_of(const batch *b, int64_t n) { return b->extent ? b->exte
 INLINE int64_t width_of(const batch *b, int64_t n) { return b->extent ? b->extent[2 * n + 1] : b->side; }
 
 /* Decode the part of record k that its crops need. Sets *top, *left and *stride. Returns the address of the pixel at
- * row *top and column *left of the image; null if the record cannot be decoded. Raw records are not copied. */
+ * row *top and column *left of the image; null if the record cannot be decoded. Raw pixels are not copied. */
 static const uint8_t *find_pixels(worker *self, const batch *b, int64_t k, int64_t *top, int64_t *left, int64_t *stride) {
     const int32_t *position = b->position + 2 * b->views * k;
     *stride = 3 * (int64_t)b->size[2 * k + 1], *top = 0, *left = 0;
@@ -186,7 +186,7 @@ static int start_resize(worker *self, const batch *b, int64_t n, const uint8_t *
     return 1;
 }
 
-/* Replace the pixels of window n by the pixels with effects. Returns 0 if there is no memory. */
+/* Apply the effects of image n to `window`. Returns 0 if there is no memory. */
 static int add_effects(worker *self, const batch *b, int64_t n, crop *window) {
     if (!reserve(&self->effects, effect_bytes(b->side)))
         return 0;
@@ -198,8 +198,8 @@ static int add_effects(worker *self, const batch *b, int64_t n, crop *window) {
 
 enum { LINES = 16 }; /* number of lines that are resized and then normalized while they are in the L1 cache */
 
-/* Write image n. `window` is the crop of the image, which is first resized if b->extent is not null. Returns 0 if there
- * is no memory. */
+/* Write image n. `window` is its crop of the record's pixels. The crop is resized first if b->extent is not null.
+ * Returns 0 if there is no memory. */
 static int make_image(worker *self, const batch *b, int64_t n, crop window) {
     const int64_t step = b->extent && !b->effects ? LINES : b->side; /* effects need a complete window */
     float *image = b->out + 3 * b->side * b->side * n;
@@ -268,8 +268,8 @@ static int copy_record(worker *self, const batch *b, int64_t k) {
     return 1;
 }
 
-/* Take records of a batch in order and process them, until no record is left. After a record that cannot be decoded,
- * no thread takes a further record. */
+/* Call `make` for records of a batch, in order, until no record is left. As soon as a record cannot be decoded, no
+ * thread begins another record. */
 static void work(batch *b, int (*make)(worker *, const batch *, int64_t)) {
     worker self = {.jpeg = b->jpeg};
     int64_t k;

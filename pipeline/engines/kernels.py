@@ -1,12 +1,12 @@
 """Python interface of kernels.c, the C kernel that decodes, crops or resizes, flips and normalizes images on a CPU.
 
-`native` is None if the library is not compiled, fails its self-test or is switched off (prep/compiled.py). Streams of
-crops on a CPU then use DALI, whose operator crop_mirror_normalize takes two to three times as long as the C kernel.
+`native` is None if the library is not compiled, fails its self-test or is switched off (prep/compiled.py). Without
+`native`, streams of crops on a CPU use DALI, whose operator crop_mirror_normalize takes two to three times as long.
 
 The libjpeg-turbo in Pillow's wheels decodes JPEG files. kernels.c calls the functions of this library directly. With
 simplejpeg, a thread would need Python's GIL before and after each image, and would decode complete images.
-`NativeKernels.jpeg` is None if libjpeg-turbo is not found, or if it fails the self-test `_decodes_correctly`. Streams
-of crops of JPEG records on a CPU then also use DALI.
+`NativeKernels.jpeg` is None if libjpeg-turbo is not found, or if it fails the self-test `_decodes_correctly`. Without
+libjpeg-turbo, streams of crops of JPEG records on a CPU use DALI.
 """
 
 from __future__ import annotations
@@ -89,13 +89,13 @@ class BatchJob(ctypes.Structure):
         payload_bytes  (N,): sizes of the JPEG files
         size           (N, 2): height and width of each image
         position       (N, V, 2): row and column of each crop in its image
-        flip           (N, V): 0 or 1
+        flip           (N, V): 1 if the crop is mirrored, otherwise 0
         shift          (N, 3): added to R, G and B
         mean           (N, V): for each crop, the address of the part of the mean image to subtract; None for no mean
         mean_side_px   side of the square mean image
         side_px        side of the crops
         layout         layout of `out` and of the mean image: "NCHW" or "NHWC"
-        scale          number by which the finished image is multiplied, or three numbers: for R, G and B
+        scale          factor of (pixel + shift − mean): one number, or one each for R, G and B
         out            (N · V, 3, side, side) or (N · V, side, side, 3); None: the records are only decoded
         extent         (N, V, 2): height and width of each crop, which is resized to `side_px`; None: nothing is resized
         effects        effects of the N · V images; None: no effects
@@ -150,7 +150,7 @@ def address(array: npt.NDArray[Any]) -> int:
 
 
 def _three(numbers: npt.ArrayLike) -> ctypes.Array[ctypes.c_float]:
-    """Return one number three times, or three numbers, as float32."""
+    """Return three float32: one number repeated, or three numbers."""
     return (ctypes.c_float * 3)(*np.broadcast_to(numbers, 3).tolist())
 
 
@@ -201,7 +201,7 @@ class NativeKernels:
         """Write (pixel + shift − mean) · scale for the pixels of each crop to `out`.
 
         crops         (N,) of CROP_DTYPE, contiguous. The addresses in this array are not checked: each address must
-                      point to memory that is large enough. Only `mean` can be 0, which means that no mean is subtracted
+                      point to memory that is large enough. The address `mean` may be 0: then no mean is subtracted
         layout        layout of `out` and of the mean image: "NCHW" or "NHWC"
         mean_side_px  side of the square mean image; the field `mean` of a crop is an address in this image
         out           (N, 3, side, side) or (N, side, side, 3)
@@ -280,7 +280,9 @@ def cut_window(
     extent: npt.NDArray[np.int32] | None,
     out: npt.NDArray[np.uint8],
 ) -> bool:
-    """Write a window of one record to `out` (side, side, 3), without the C kernel. Returns False for a bad JPEG file.
+    """Write a window of one record to `out` (side, side, 3), without the C kernel.
+
+    Returns False if a JPEG file is damaged, or if the window is not within the image.
 
     payload  RGB pixels (H, W, 3) if `is_raw`, otherwise the bytes of a JPEG file
     corner   row and column at which the window begins
@@ -300,10 +302,7 @@ def cut_window(
 
 
 def find_libjpeg() -> JpegLibrary | None:
-    """Return the libjpeg-turbo in Pillow's wheel, or else the libjpeg-turbo of the system.
-
-    Returns None if neither can be loaded.
-    """
+    """Return the libjpeg-turbo in Pillow's wheel, or else that of the system; None if neither can be loaded."""
     pillow = find_spec("PIL")
     folders = [Path(folder).parent for folder in (pillow and pillow.submodule_search_locations) or ()]
     bundled = [path for folder in folders for path in folder.glob("pillow.libs/libjpeg-*.so*")]

@@ -3,7 +3,7 @@
 typedef struct {
     const uint8_t *pixels; /* address of the crop's upper left pixel, RGB */
     int64_t stride;        /* number of bytes from one row to the next */
-    const float *mean;     /* upper left pixel of the mean to subtract, in the layout of the output; null: no mean */
+    const float *mean;     /* first pixel of the subtracted part of the mean image, in the output's layout; or null */
     float shift[3];        /* numbers that are added to R, G, B */
     int32_t flip;          /* 1: the crop is mirrored left to right */
 } crop;
@@ -17,8 +17,8 @@ INLINE void split(const uint8_t *restrict pixels, int64_t side, uint8_t *restric
 /* The product is the last operation, so no compiler fuses it with an addition: every compiler gives the same bits. */
 INLINE float augment(uint8_t pixel, float shift, float mean, float scale) { return (pixel + shift - mean) * scale; }
 
-/* Write rows first to end - 1 of a crop to `out` (3, side, side). R, G and B are multiplied by scales[0], scales[1] and
- * scales[2]. In the mean image, rows are mean_side floats apart. Channels are mean_side * mean_side floats apart. */
+/* Write the rows `first` to `end` - 1 of a crop to `out` (3, side, side). `scales` are the factors of R, G and B.
+ * In the mean image, rows are mean_side floats apart, and channels are mean_side * mean_side floats apart. */
 EACH_CPU void rows_nchw(const crop *cur, int64_t first, int64_t end, int64_t side, int64_t mean_side,
                         const float *scales, float *restrict out) {
     uint8_t rows[3 * side];
@@ -45,8 +45,8 @@ EACH_CPU void rows_nchw(const crop *cur, int64_t first, int64_t end, int64_t sid
     }
 }
 
-/* Write rows first to end - 1 of a crop to `out` (side, side, 3). In the mean image, rows are 3 * mean_side floats
- * apart. */
+/* Write the rows `first` to `end` - 1 of a crop to `out` (side, side, 3). In the mean image, rows are 3 * mean_side
+ * floats apart. */
 EACH_CPU void rows_nhwc(const crop *cur, int64_t first, int64_t end, int64_t side, int64_t mean_side,
                         const float *scales, float *restrict out) {
     uint8_t rows[3 * side], mirrored[3 * side];
@@ -73,7 +73,7 @@ EACH_CPU void rows_nhwc(const crop *cur, int64_t first, int64_t end, int64_t sid
     }
 }
 
-/* Write `count` complete crops to `out`, with rows_nchw or rows_nhwc. */
+/* Write `count` complete crops to `out`. */
 void crop_nchw(const crop *crops, int64_t count, int64_t side, int64_t mean_side, const float *scales, float *out) {
     for (int64_t k = 0; k < count; k++)
         rows_nchw(crops + k, 0, side, side, mean_side, scales, out + 3 * side * side * k);

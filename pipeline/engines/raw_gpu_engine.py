@@ -134,11 +134,12 @@ def _copy_squares(
     extent: npt.NDArray[np.int32] | None,
     out: npt.NDArray[np.uint8],
 ) -> list[Future[int | None]]:
-    """Let `threads` threads copy a square of each record to `out`, uint8 (N, side, side, 3), without the GIL.
+    """Let `threads` threads copy a square of each record to `out`, uint8 (N, side, side, 3).
 
     `corner` is (N, 2): row and column of the square in its record. If `extent` (N, 2) is given, it is the height and
     width of a region, which is resized to the square. A future returns the index of a record that cannot be decoded, or
-    None if all records can be decoded. The C kernel copies only raw records.
+    None if all records can be decoded. The C kernel copies raw records without the GIL. JPEG records are decoded
+    without the C kernel.
     """
     if kernels.native is not None and records.is_raw:
         job = BatchJob.of_squares(

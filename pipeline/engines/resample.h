@@ -1,11 +1,11 @@
-/* Resize a rectangle of RGB pixels to a square with the antialiased bilinear filter of Pillow, to the bit:
- * Image.resize((side, side), Image.Resampling.BILINEAR), in src/libImaging/Resample.c of Pillow up to version 12. Later
- * versions resize columns before rows if the height shrinks and the width does not.
+/* Resize a rectangle of RGB pixels to a square. The result has the same bits as Pillow's antialiased bilinear filter,
+ * Image.resize((side, side), Image.Resampling.BILINEAR). The source is src/libImaging/Resample.c of Pillow, up to
+ * version 12. Later versions resize columns before rows if the height shrinks and the width does not.
  *
  * A row or column of `in` pixels becomes `out` pixels. With scale = max(1, in / out), output pixel i is
  * Σ w[x] · pixel[x]. The weight w[x] is proportional to max(0, 1 − |x + 0.5 − (i + 0.5) · in / out| / scale). The sum
- * of the weights of an output pixel is 1. The weights are rounded to multiples of 2^-22. Rows are resized first. Each
- * of the two passes rounds to bytes.
+ * of the weights of an output pixel is 1. The weights are rounded to multiples of 2^-22. The first pass resizes
+ * rows, and the second pass resizes columns. Each pass rounds to bytes.
  *
  * There are two versions of each pass, which compute the same integers: one for all CPUs, and one for x86 CPUs with
  * AVX2. The instructions of AVX2 multiply numbers of 16 bits, so a weight is stored as high · 2^11 + low. */
@@ -156,7 +156,7 @@ AVX2_INLINE void resize_some(const uint8_t *in, int64_t stride, int64_t side, re
 
 AVX2 static void resize_some_avx2(const uint8_t *in, int64_t stride, int64_t side, const resize_weights *self,
                                   uint8_t *restrict out, int64_t bytes) {
-    if (self->pairs == 1) /* the compiler unrolls the loops of a constant number of pairs */
+    if (self->pairs == 1) /* with a constant number of pairs, the compiler unrolls the loops */
         resize_some(in, stride, side, *self, 1, out, bytes);
     else if (self->pairs == 2)
         resize_some(in, stride, side, *self, 2, out, bytes);
@@ -258,7 +258,7 @@ static resized_rows resize_rows(const uint8_t *pixels, int64_t stride, int64_t h
     return result;
 }
 
-/* Write lines first to end - 1 of the square to `out`, without gaps. */
+/* Write the lines `first` to `end` - 1 of the square to `out`, without gaps. */
 static void resize_columns(const resized_rows *rows, int64_t side, int64_t first, int64_t end, uint8_t *out) {
     uint8_t line[rows->bytes]; /* more bytes than a line of `out` has */
     for (int64_t i = first; i < end; i++, out += 3 * side) {

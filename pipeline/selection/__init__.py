@@ -1,1 +1,1 @@
-"""Which records a loader serves, in which order, and with which fields; random access to single records."""
+"""Selection of the records and fields that a loader serves; random access to single records."""

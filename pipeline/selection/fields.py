@@ -22,7 +22,7 @@ from prep.store.manifest import ChannelStats
 FieldName = Literal["images", "labels", "keys", "index", "draws", "extra"]
 ALL_FIELDS: tuple[FieldName, ...] = get_args(FieldName)
 FIELDS = ALL_FIELDS[:-1]  # fields that do not depend on the store
-_EXTRA = "extra/"  # begins the names of extra fields in Values
+_EXTRA = "extra/"  # prefix of the names of extra fields in Values
 
 
 class Batch(NamedTuple):
@@ -146,7 +146,7 @@ def read_values(
     views: int,
     is_remote: bool,
 ) -> Values:
-    """Return the values that `fields` names, without images and labels, for N records with `views` images each.
+    """Return the values that `fields` names, except images and labels, for N records with `views` images each.
 
     If `is_remote`, a service has sent source paths and extra values with the records.
     """
@@ -177,7 +177,7 @@ def make_batch(
     texts: Mapping[str, Sequence[str]],
     arrays: Mapping[str, Tensor],
 ) -> FieldBatch:
-    """Return the batch of the given fields. `texts` and `arrays` have the names of Values."""
+    """Return the batch of the given fields. The keys of `texts` and `arrays` are those of Values."""
     draws = {name: values for name, values in arrays.items() if name != "index" and not name.startswith(_EXTRA)}
     found: dict[str, Tensor | list[str]] = {**arrays, **{name: list(values) for name, values in texts.items()}}
     extra = {name.removeprefix(_EXTRA): found[name] for name in sorted(found) if name.startswith(_EXTRA)}

@@ -62,9 +62,9 @@ def subset_numbers(store: Store, split: str, subset: Subset | None) -> Integers 
 def record_weights(store: Store, split: str, numbers: Integers | None, weights: Weights | None) -> Floats | None:
     """Return the weight of each record of a subset, divided by the largest weight: float64 (n,); None without weights.
 
-    `numbers` are the numbers of the subset, from subset_numbers. `weights` has one weight for each record of the split.
-    With "balanced", the weight of a record is 1 / (number of records of its class in the subset), so that each class is
-    drawn equally often.
+    `numbers` are the record numbers of the subset, from subset_numbers. `weights` has one weight for each record of the
+    split. With "balanced", the weight of a record is 1 / (number of records of its class in the subset), so that each
+    class is drawn equally often.
 
     Raises WrongArgument for a wrong number of weights, for a weight that is negative or not finite, and if all weights
     of the subset are 0.

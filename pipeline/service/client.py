@@ -1,6 +1,6 @@
 """Client of the service, used by a loader: requests blocks of batches from the coordinator and reads their pixels.
 
-The pixels come from Ray's object store.
+The pixels come from Ray's object store. A block is one batch of a stream, or several consecutive batches.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ class ServiceClient:
 
     @property
     def status(self) -> ServiceStatus:
-        """The state of the service when it last answered."""
+        """The state that the service sent with its last answer."""
         return ServiceStatus(self.name, self._health.workers, self._health.queue, "connected")
 
     def start(self, position: int) -> None:

@@ -20,7 +20,7 @@ from prep.store.extra import Column
 from prep.store.manifest import Store, StoreError
 from prep.version import package_version
 
-CONCURRENCY = 2  # blocks that a worker has at a time: it decodes one block while it copies the other to shared memory
+CONCURRENCY = 2  # number of blocks in a worker: one is decoded while the other is copied to shared memory
 
 
 class WorkerInfo(NamedTuple):

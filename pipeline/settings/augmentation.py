@@ -21,8 +21,8 @@ Levels = tuple[float, float, float]  # grey levels of R, G and B, 0..255
 # Mean and standard deviation of ImageNet's pixels in [0, 1]: IMAGENET_DEFAULT_MEAN and IMAGENET_DEFAULT_STD of timm
 # (timm/data/constants.py), and the values in torchvision's references/classification/presets.py.
 IMAGENET = ChannelStats((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), 1.0)
-# Settings that every state of a stream contains. A state contains another setting only if its value differs from the
-# default. A state that was saved before this setting existed therefore stays valid.
+# Settings that every state of a stream contains. A state contains the remaining settings only if they differ from their
+# defaults. States that are older than a setting therefore stay valid.
 _ALWAYS_IN_STATES = ("mean", "colour", "strength", "divisor", "shared_by")
 
 
@@ -57,11 +57,11 @@ class Augmentation(EffectSettings):
 
         alexnet  the default settings: random crop, flip and colour noise (section 4.1 of the paper)
         resnet   RandomResizedCrop(224) with scale 0.08..1 and ratio 3/4..4/3, flip with probability one half, and
-                 ImageNet's mean and standard deviation: references/classification/presets.py of torchvision and
-                 timm's transforms_imagenet_train, both without colour jitter
+                 ImageNet's mean and standard deviation. Sources: references/classification/presets.py of torchvision
+                 and timm's transforms_imagenet_train, both without colour jitter
         simclr   the windows and flip of resnet, jitter of strength 1 for 80 % of the images, 20 % grey images, 50 %
-                 blurred images, and pixels in [0, 1]: SimCLR, appendix A, and google-research/simclr,
-                 tf2/data_util.py, which resizes by a bicubic filter
+                 blurred images, and pixels in [0, 1]. Sources: SimCLR, appendix A, and
+                 google-research/simclr, tf2/data_util.py (which resizes by a bicubic filter)
         """
         check_choice("preset", name, PRESETS)
         if name == "alexnet":
@@ -87,7 +87,7 @@ class Augmentation(EffectSettings):
     def for_state(self) -> dict[str, Any]:
         """Return the settings of training images, for the state of a stream, as JSON values.
 
-        `eval_divisor` is left out. A setting that older versions did not have is left out if it has its default.
+        `eval_divisor` is left out. A setting that older versions did not have is left out if it has its default value.
         """
         values = {field.name: (getattr(self, field.name), field.default) for field in fields(self)}
         return {

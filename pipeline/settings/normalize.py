@@ -12,8 +12,8 @@ from prep.store.manifest import ChannelStats
 def grey_levels(normalize: ChannelStats, augmentation: Augmentation) -> tuple[list[float], list[float]]:
     """Return the mean and the standard deviation of `normalize`, in grey levels.
 
-    Raises WrongArgument for numbers that are not allowed, and if the mean or a divisor of `augmentation` is not the
-    default.
+    Raises WrongArgument for numbers that are not allowed, and if `mean`, `std` or a divisor of `augmentation` is not
+    the default.
     """
     try:
         mean, std, max_value = normalize

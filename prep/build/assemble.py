@@ -30,7 +30,7 @@ from prep.store.work_files import Summary
 
 
 def assemble_split(plan: BuildPlan, root: Path, existing: Store | None, policy: BuildPolicy) -> Store:
-    """When all shards of a split are built, write the files of the split, then the manifest.
+    """Write the files of a split whose shards are all built, and then the manifest.
 
     `root` is the folder of the store. The manifest also lists the splits that the `existing` store already has. Raises
     UserError if a work file of a shard is missing, damaged or of other inputs. Also raises UserError if more inputs are
@@ -52,7 +52,11 @@ def assemble_split(plan: BuildPlan, root: Path, existing: Store | None, policy: 
         largest_px = max(largest_px, summary.get("largest_px", 0))
         shard_bad = len(bad_outcomes(summary["fates"]))
         if summary["shard"]["records"] + shard_bad != plan.count_inputs([number]):
-            raise UserError(f"{path} belongs to other inputs. Pass --restart to build from scratch.")
+            counted = summary["shard"]["records"] + shard_bad
+            raise UserError(
+                f"{path} counts {counted:,} inputs, expected {plan.count_inputs([number]):,}. Pass --restart to build "
+                "from scratch."
+            )
         bad += shard_bad
         if summary["shard"]["records"]:  # DALI cannot open an LMDB without records
             shards.append(Shard(**summary["shard"]))
@@ -134,7 +138,7 @@ def _refuse_lost_classes(plan: BuildPlan, records_of_label: Counter[int]) -> Non
 
 
 def _outcomes(plan: BuildPlan) -> Iterator[Mapping[str, Any]]:
-    """Yield the lines of inputs.jsonl: first ignored and refused inputs, then other inputs in record order."""
+    """Yield the lines of inputs.jsonl: the ignored inputs, the refused inputs, then those of the shards in order."""
     yield from ({"source": name, "fate": IGNORED, "why": reason} for name, reason in plan.source.ignored)
     yield from ({"source": name, "fate": "bad", "why": reason} for name, reason in plan.source.refused)
     for number in range(plan.shard_count):

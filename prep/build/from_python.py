@@ -221,7 +221,7 @@ def _write_items(
             file.write(content)
             item_progress.advance()
     order = np.array(sorted(range(len(rows.rows)), key=rows.rows.path), np.int64)
-    rows.sort()  # when the user resumes a build, the items may come in another order
+    rows.sort()  # a call that resumes a build may get the items in another order than the first call
     return rows, {name: column.take(order) for name, column in values.columns().items()}
 
 

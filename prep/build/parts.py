@@ -11,7 +11,7 @@ The first part that runs begins the build: it writes its listing and settings in
 part compares its own listing and settings with these files. When a part finds that all shards are finished, the part
 takes an exclusive lock of the store and writes the manifest. If two parts finish at the same time, the lock allows only
 one of them to write the manifest. `alexprep join` only writes the manifest; it builds no part. The file
-.build/parts.json holds the number of parts, and the command line of the part that was started last.
+.build/parts.json holds the number of parts, and the command line (without --part) of the part that was started last.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class Parts:
     """Division of a split into parts."""
 
     count: int  # number of parts
-    command: str  # command line of a part without --part, for messages
+    command: str  # command line of a part, from which --part was removed; for messages
 
 
 @dataclass(frozen=True)
@@ -167,8 +167,8 @@ def _finish(plan: BuildPlan, store: Path, part: Part, policy: BuildPolicy) -> Pa
         return PartResult(shards, None, missing)
     try:
         with hold_lock(store, "build", wait_s=_JOIN_WAIT_S) as is_alone:
-            # If the file system has no locks, two parts could write the manifest at the same time. Only `alexprep join`
-            # writes it there.
+            # If the file system has no locks, two parts could write the manifest at the same time. On such a file
+            # system, only `alexprep join` writes the manifest.
             return PartResult(shards, _assemble(plan, store, policy) if is_alone else None, {})
     except LockHeld:
         return PartResult(shards, None, {})

@@ -27,7 +27,7 @@ from prep.store.manifest import Settings
 from prep.workers import NOT_STARTED, Counts, Runner, TaskProgress, WorkerDied
 
 _PAGE_BYTES = 4096  # size of an LMDB page; a record of more than half a page takes whole pages
-# Time of `probe` for each input with one worker process: a few percent of the time to build a record.
+# Time limit of `probe` for each input, with one worker process: a few percent of the time to build a record.
 _PROBE_S_PER_INPUT = 0.1e-3
 _MIN_PROBE_S = 2.0
 _PROBE_CHUNK = 256
@@ -180,7 +180,7 @@ class BuiltInMemory:
 
     records: int = 0
     bytes: int = 0  # size of the records in an LMDB
-    seconds: float = 0.0  # sum over all workers
+    seconds: float = 0.0  # build time, summed over all workers
     outcomes: tuple[dict[str, Any], ...] = ()  # outcomes of the inputs, as in inputs.jsonl
 
     @property
@@ -271,7 +271,7 @@ def _build_tasks(
 
 
 def _measure(task: ShardTask, task_progress: TaskProgress) -> BuiltInMemory:
-    """Build the records of a task in memory. One more record is built first, because its build loads the libraries."""
+    """Build the records of a task in memory. The first record is built twice: its first build loads the libraries."""
     warm_up = replace(task, inputs=task.inputs[:1])
     list(ShardBuilder(warm_up, TaskProgress()).records())
     return _build_records(task, task_progress)

@@ -189,7 +189,7 @@ class ShardBuilder:
 def read_input(task: ShardTask, item: Input) -> DecodedImage:
     """Read and decode one input. Raises BadImage, with the reason, if no record can be made from the input.
 
-    Any other exception of a library makes the input bad. UserError is passed on.
+    An exception of a library also becomes a BadImage. UserError is passed on.
     """
     if name_text(item.path) in task.unreadable:
         raise task.unreadable[name_text(item.path)]

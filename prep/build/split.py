@@ -66,11 +66,11 @@ class BuildEstimate:
     classes: int
     # (name, reason) of inputs that the listing refused, that `probe` found, or that could not be decoded in the sample
     bad: tuple[tuple[str, str], ...]
-    outcomes: tuple[Mapping[str, Any], ...]  # lines of inputs.jsonl: decoded inputs and inputs in finished shards
-    done: int  # inputs in finished shards
-    decoded: int  # inputs that were decoded for the estimate
+    outcomes: tuple[Mapping[str, Any], ...]  # lines of inputs.jsonl for decoded inputs and inputs of finished shards
+    done: int  # number of inputs in finished shards
+    decoded: int  # number of inputs that were decoded for the estimate
     is_built: bool  # whether the store already has the split, built from the same inputs and settings
-    new_fields: tuple[str, ...]  # extra fields that the build would add to a split that is built
+    new_fields: tuple[str, ...]  # extra fields that the build would add to a finished split
     # Estimate for the remaining inputs; None if no inputs remain or the sample has no image.
     resources: ResourceEstimate | None
     free_bytes: int
@@ -200,9 +200,9 @@ def estimate_build(
 def open_plan(
     source: Source, store: Path, settings: Settings, policy: BuildPolicy
 ) -> tuple[BuildPlan, tuple[str, ...] | None, Sequence[int]]:
-    """Return three values: the plan, the extra fields to add to a split that is built, and the shards to build.
+    """Return three values: the plan, the extra fields to add to a finished split, and the shards to build.
 
-    The second value is None if the store does not have the split.
+    The second value is None if the split is not finished.
 
     Writes nothing. Raises UserError if build_split would refuse `store`.
     """

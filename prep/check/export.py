@@ -97,7 +97,7 @@ def write_extra(store: Store, split: str, path: Path, files: Sequence[bytes]) ->
 
 
 def _cells(column: Column) -> list[list[str]]:
-    """Return the cells of each row of a column."""
+    """Return the CSV cells of a column: one list for each row."""
     if column.type == "text":
         return [[text] for text in column.texts()]
     return [[str(number) for number in row] for row in column.values.reshape(len(column), -1)]
@@ -123,7 +123,7 @@ def _begin_or_resume(out: Path, identity: dict[str, str]) -> None:
 
 
 def _export_shard(task: _ExportTask, task_progress: TaskProgress) -> list[bytes]:
-    """Write the images of a shard. Returns their paths relative to the folder of the export, in order."""
+    """Write the images of a shard. Returns their paths relative to the export's folder, in the order of the records."""
     files = []
     for key, value in lmdb_shard.read(Path(task.path)):
         try:

@@ -88,7 +88,8 @@ def summary_lines(store: Store) -> Iterator[str]:
         if split.extra:
             yield "  extra fields: " + fields_text(split)
         for origin in account.get("sources", ()):
-            yield f"  merged: {count_noun(origin['records'], 'record')} of fingerprint {origin['fingerprint'][:16]}"
+            records, fingerprint = count_noun(origin["records"], "record"), origin["fingerprint"][:16]
+            yield f"  merged: {records} from the split with fingerprint {fingerprint}"
         bad = sum(account["bad"].values())
         yield f"  {count_noun(account['inputs'], 'input')}: {account['kept']:,} kept, {bad:,} left out"
         for title, group in (("converted", account["converted"]), ("EXIF orientation", account["exif_orientation"])):

@@ -162,7 +162,10 @@ def _check_columns(store: Store, name: str) -> Iterator[Fault]:
 def _check_totals(
     store: Store, name: str, findings: Sequence[ShardFindings], square_sum: npt.NDArray[np.int64] | None
 ) -> Iterator[Fault]:
-    """Compare keys, label counts and pixel statistics of the undamaged records with the manifest."""
+    """Compare keys, label counts and pixel statistics of all records with the manifest.
+
+    The caller has checked that no record is damaged.
+    """
     split = store.split(name)
     where = "manifest.json"
     labels: Counter[int] = Counter()

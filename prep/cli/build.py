@@ -74,10 +74,10 @@ if TYPE_CHECKING:  # run-time imports would load LMDB and Pillow, even for --hel
     "--extra",
     multiple=True,
     metavar="FIELD[:TYPE]=CSV",
-    help="CSV file with a further label of each image, such as age=ages.csv: a first row with the names of the "
-    "columns, a column with the paths of the images, and the value in the column FIELD, or in all other columns. TYPE "
-    "is int, float, vector (several columns of numbers) or text. May be given several times.  [default of TYPE: the "
-    "type that the values have]",
+    help="CSV file with a further label of each image, such as age=ages.csv. The first row names the columns. One "
+    "column has the paths of the images. The column FIELD has the values. Without a column FIELD, all other columns "
+    "have the values. TYPE is int, float, vector (several columns of numbers) or text. May be given several times.  "
+    "[default of TYPE: the type that the values have]",
 )
 @click.option("--follow-links", is_flag=True, help="Follow symbolic links that lead out of SOURCE.")
 @click.option(
