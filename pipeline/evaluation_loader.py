@@ -49,8 +49,8 @@ class EvalLoader(Loader[AnyBatch]):
         super().__init__(store, split, batch_size, placement, fields=fields, allowed_fields=_FIELDS, **options)
         if views not in (1, 10, SQUARE):
             raise WrongArgument(
-                f"views {views}: expected 1 (centre crop), 10 (corners and centre, also mirrored) or {SQUARE} (the "
-                "central square)."
+                f"views {views}: expected 1 (centre crop), 10 (corners and centre, each also mirrored) or {SQUARE} "
+                "(the central square)."
             )
         self.views = views
         self._iteration = object()  # identity of the iterator that began last
@@ -182,7 +182,7 @@ def eval_loader(
     images is (N, 3, size_px, size_px) for one view and (N, 10, 3, size_px, size_px) for ten views; size_px is 224 by
     default. For views="square" the shape is (N, 3, side, side), where `side` is the side of the store's images in px.
     The ten views of one record take 6 MB at 224 px in float32, so choose a small batch_size. Labels are int64 (N,). The
-    last batch can be smaller.
+    last batch can have fewer images.
     """
     return EvalLoader(
         Store.open(store),

@@ -284,8 +284,8 @@ def train_loader(
     subset        records to serve: class names, record numbers, or a mask with a bool for each record of the split.
                   Labels stay indices into the classes of the store. With class names, the labels of all records are
                   read from the local store. None: all records
-    weights       one weight for each record of the split, or "balanced": a weight of 1 / (number of records of
-                  its class). An epoch draws as many records as the subset has, with replacement
+    weights       one weight for each record of the split, or "balanced": 1 / (number of records of the record's
+                  class). An epoch draws as many records as the subset has, with replacement
                   (pipeline.sampling.weighted_draws). None: an epoch serves each record at most once
     fields        names of the values to serve: "images", "labels", "keys" (source paths), "index" (record numbers),
                   "draws" (random numbers of the images) and "extra" (extra fields). Batches are then dicts
@@ -303,7 +303,7 @@ def train_loader(
     dtype         type of the images: "float32", "float16" or "bfloat16", or the torch.dtype of this name
     views         number of independent random images of each record. The images of several views are (N, views, …)
     threads       number of CPU threads that decode and augment; None: one for each core that this process can use
-    shard         rank of this process, 0..world_size − 1. In each step, each rank serves its own batch_size records
+    shard         rank of this process, 0..world_size − 1. In each step, each rank serves its own `batch_size` records
     world_size    number of ranks that share an epoch. Each rank has a loader. Together these loaders serve the same
                   records as one loader with batch size batch_size · world_size
     service       "NAME" or "NAME@HOST:PORT": workers of this service decode and crop the images (`alexstream serve`).
@@ -311,10 +311,10 @@ def train_loader(
                   GPU decodes JPEG records with DALI, whose pixels differ slightly from libjpeg-turbo's. With a service,
                   the loader reads only manifest.json, colour.json and mean_image.npy of its store
     service_fallback  "local": if the service is lost, the loader continues with the local store and the same batches
-    check         whether the checksum of each record is verified as it is read. A damaged record then always raises
-                  StoreError; without `check`, damage of single pixels can go unnoticed. None: True for JPEG records,
-                  and False for raw records, for which the checksum takes a fifth of the time. The workers of a service
-                  ignore `check`, and verify the checksums of JPEG records only
+    check         whether the checksum of each record is verified as it is read. If it is verified, a damaged record
+                  always raises StoreError. Otherwise damage of single pixels can go unnoticed. None: True for JPEG
+                  records, and False for raw records, for which the checksum takes a fifth of the time. The workers of
+                  a service ignore `check`, and verify the checksums of JPEG records only
 
     Batches are Batch(images, labels). Images are RGB in grey levels minus the mean, (N, 3, size_px, size_px). Labels
     are int64 (N,).

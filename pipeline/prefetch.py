@@ -119,13 +119,13 @@ class Prefetcher:
         # (input of a batch, result of Engine.start) of each batch in the engine.
         self._in_engine: deque[tuple[BatchInput, Any]] = deque()
         self._finished: deque[_Result] = deque()  # only the finisher changes this queue
-        self._next_number = 0  # number of the next result
+        self._next_number = 0  # `number` of the next _Result
         self._taken = 0  # number of results that `next` has returned since `start`
         self._is_restarting = False  # whether `start` waits for the finisher
         self._wake: SimpleQueue[None] = SimpleQueue()  # an item wakes the thread that waits in `get`
         self._divisor = divisor
         self._last_event = engine.stream.record()  # the event of the batch that was finished last
-        # For each of the last requests, an event that passes when the consumer's work before this request is done.
+        # Events of the consumer's latest requests. An event passes when the work queued before its request is done.
         self._requests: deque[Event] = deque()
         # The error that every later call of `next` raises again. Skipping a batch would shift all later batches.
         self._error: StoreError | None = None
@@ -139,7 +139,7 @@ class Prefetcher:
         return BatchInput(records, make_crops(records))
 
     def start(self, jobs: Iterator[Job]) -> None:
-        """Start new jobs. Batches of earlier jobs that have not been served are dropped."""
+        """Start new jobs. Batches of earlier jobs are dropped if they have not been served."""
         if self._closed:
             return
         self._is_restarting = True
@@ -263,8 +263,8 @@ class Prefetcher:
         """Queue the division by `divisor` and the copies of labels and `arrays`, and record the event of a batch.
 
         The finisher then waits until the previous batch is complete. The finisher is therefore at most one batch ahead
-        of the GPU. If the GPU needs long for a batch, the consumer's thread therefore waits in `get`, where the loader
-        measures the time.
+        of the GPU. If the GPU needs long for a batch, the consumer's thread waits in `get`, where the loader measures
+        the time.
         """
         stream = self._engine.stream
         if self._divisor is not None:

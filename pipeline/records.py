@@ -211,13 +211,13 @@ class Records:
         return RecordBatch(numbers, labels, sizes, addresses, payload_bytes, self._is_raw, memory)
 
     def check_maps(self) -> None:
-        """Raise ShardBroken, which is a StoreError, if a mapped file was cut or a page of it could not be read.
+        """Raise ShardBroken, which is a StoreError, if a mapped file was truncated or one of its pages cannot be read.
 
         Bytes that cannot be read appear as zeros. Call check_maps after the payloads of a batch were used.
 
-        If a file was cut within a page, the rest of this page appears as zeros without a SIGBUS. Each call therefore
-        also compares the present size of one file with the mapped size. To compare all files in each call would take
-        too long, so each call takes the next file.
+        If a file was truncated within a page, the rest of this page appears as zeros without a SIGBUS. Each call
+        therefore also compares the present size of one file with the mapped size. To compare all files in each call
+        would take too long, so each call takes the next file.
         """
         readers = list(self._readers.values())  # a copy, because other threads open shards
         if kernels.native is None or not readers:

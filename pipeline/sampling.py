@@ -33,7 +33,7 @@ class Draws(NamedTuple):
 
     offset: npt.NDArray[np.int32]  # (N, 2): y and x of the crop in the central square, 0..max_offset_px inclusive
     flip: npt.NDArray[np.int32]  # (N,): 0 or 1
-    normal: npt.NDArray[np.float64]  # (N, 3): standard normal, for the three principal components of the colour noise
+    normal: npt.NDArray[np.float64]  # (N, 3): standard normal numbers, for the principal components of the colour noise
 
     def select(self, images: slice) -> Draws:
         """Return the parameters of the images in a slice."""
@@ -114,7 +114,7 @@ def mixed_order(sizes: Sequence[int], counts: Sequence[int], seed: int, epoch: i
 class EpochOrders:
     """The order of the records in each epoch.
 
-    Caches the orders of two epochs. Several threads can use the same object.
+    Caches the two orders that were computed last. Several threads can use the same object.
     """
 
     def __init__(self, compute: Callable[[int], Integers]) -> None:

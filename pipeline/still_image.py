@@ -78,7 +78,7 @@ class EvalTransform:
     def _crop(self, square: Pixels, y: int, x: int, flip: int) -> npt.NDArray[np.float32]:
         """Return the crop at row y and column x, float32 (3, 224, 224).
 
-        The crop is mirrored if `flip`. The mean is subtracted, and the result is divided by `divisor`.
+        The crop is mirrored if `flip` is 1. The mean is subtracted, and the result is divided by `divisor`.
         """
         crop = _crop_at(square, y, x).astype(np.float32)
         if self.mean == "aligned":

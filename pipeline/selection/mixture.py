@@ -32,8 +32,8 @@ class Mixture:
     def open(stores: Stores, split: str) -> Mixture:
         """Open the stores.
 
-        An epoch takes as many records as the split has in all stores together. The count of a store is share / (sum of
-        all shares) of this number. The counts are rounded by the method of the largest remainder.
+        An epoch takes as many records as the split has in all stores together. The count of a store is this number ·
+        share / (sum of all shares), rounded by the method of the largest remainder.
 
         Raises WrongArgument for a share that is not a finite number of more than 0, for a share that gives a store no
         record, and for stores that differ in side, format or classes. Raises StoreError as Store.open does.
@@ -151,7 +151,7 @@ class MixedRecords:
         return part.find_damage(local)
 
     def check_maps(self) -> None:
-        """Raise ShardBroken if a mapped file of a store was cut or a page of it could not be read."""
+        """Raise ShardBroken if a mapped file of a store was truncated or one of its pages cannot be read."""
         for part in self._parts:
             part.check_maps()
 

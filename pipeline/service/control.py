@@ -19,7 +19,7 @@ from prep.console import bytes_text, say
 from prep.store.manifest import Store
 
 CALL_S = 30.0  # a service that does not answer a call within this time is reported as an error
-BEGIN_S = 120.0  # limit for the first call of a new service, whose process must start first
+BEGIN_S = 120.0  # longest time for the first call of a new service, whose process must start first
 READY_S = 60.0  # longest time for which `alexstream serve` waits until the workers are ready
 # `alexstream serve` ends with an error if no worker is ready after this time and the last start of a worker failed.
 FAULT_S = 10.0
@@ -115,7 +115,7 @@ def object_store_bytes(ahead: int) -> int:
 
     The object store has room for the batches of two streams with 512 images in each batch. The object store takes at
     most 30 % of the memory and 90 % of the free space in /dev/shm, but at least 80 MB. Prints a warning if /dev/shm has
-    less than 80 MB. `ahead` is the field of ServiceConfig.
+    less than 80 MB. `ahead` is ServiceConfig.ahead.
     """
     wanted = _STREAMS * (ahead + _IN_USE) * _BATCH_IMAGES * (3 * 224**2 + LABEL_BYTES)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -32,9 +32,9 @@ class Augmentation(EffectSettings):
 
     # Mean to subtract: one of MEANS, which the docstring of pipeline.augment describes, or three grey levels.
     mean: str | Levels = "channel"
-    # How σ, in grey levels, is computed from the eigenvalues λ of the covariance matrix of the RGB values. "stdev":
-    # strength·√λ, with λ of pixels in 0..255 (the authors' code). "eigenvalue": 255·strength·λ, with λ of pixels in [0,
-    # 1]. "off": 0.
+    # Formula of σ, the standard deviation of the colour noise along a principal component, in grey levels. λ is the
+    # component's eigenvalue of the covariance matrix of the RGB values. "stdev": strength·√λ, with λ of pixels in
+    # 0..255 (the authors' code). "eigenvalue": 255·strength·λ, with λ of pixels in [0, 1]. "off": 0.
     colour: str = "stdev"
     strength: float = 0.1  # standard deviation of α, the factor of the colour noise (section 4.1)
     divisor: float = 1.0  # every finished image is divided by this number; 1 + strength in the authors' code

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from prep.console import WrongArgument
 
-MAX_JITTER = 10.0  # largest value of brightness, contrast and saturation; kernels.c then needs no more than 32 bits
+MAX_JITTER = 10.0  # largest brightness, contrast and saturation; up to this value, 32 bits are enough in kernels.c
 
 
 @dataclass(frozen=True, kw_only=True)

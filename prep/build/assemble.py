@@ -33,8 +33,8 @@ def assemble_split(plan: BuildPlan, root: Path, existing: Store | None, policy: 
     """Write the files of a split whose shards are all built, and then the manifest.
 
     `root` is the folder of the store. The manifest also lists the splits that the `existing` store already has. Raises
-    UserError if a work file of a shard is missing, damaged or of other inputs. Also raises UserError if more inputs are
-    bad than `policy` allows, if all inputs of a class are bad and `policy` forbids this, or if no input is an image.
+    UserError if a work file of a shard is missing, damaged or from other inputs. Also raises UserError if no input is
+    an image, or if `policy` does not allow the number of bad inputs or the loss of all inputs of a class.
     """
     source, settings, folder = plan.source, plan.settings, plan.folder
     moments, shards, bad = Moments(), [], len(source.refused)

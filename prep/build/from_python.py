@@ -122,12 +122,12 @@ def build_from(
     the decoder only if the image is given as bytes. A PIL image that Pillow cannot load is a bad input. A label is the
     name of a class, or the position of a class counted from 0. `classes` lists the class names in the order of their
     positions. Without `classes`, labels that are names give the classes, in sorted order. Labels that are positions get
-    the class names of the store, or the names 0, 1, 2 and so on in a new store. The name of an item must be unique. It
-    becomes the source path of the record. Items named CLASS/FILE therefore give the same fingerprint as files in class
-    folders. `extra` has the values of extra fields, such as {"age": 3, "box": [0.1, 0.2], "caption": "a cat"}. A whole
-    number gives the type int, any other number float, a sequence of numbers vector, and a str text. All items have the
-    same fields with the same types. `jobs` is the number of worker processes, by default the number of usable cores.
-    The other arguments are the options of `alexprep build-lmdb`.
+    the class names of the store, or the names 0, 1, 2 and so on in a new store. The names of the items must be unique,
+    and become the source paths of the records. Items named CLASS/FILE therefore give the same fingerprint as files in
+    class folders. `extra` has the values of extra fields, such as {"age": 3, "box": [0.1, 0.2], "caption": "a cat"}. A
+    whole number gives the type int, any other number float, a sequence of numbers vector, and a str text. All items
+    have the same fields with the same types. `jobs` is the number of worker processes, by default the number of usable
+    cores. The other arguments are the options of `alexprep build-lmdb`.
 
     If a build was interrupted, the same call with the same items resumes the build. Raises UserError for a wrong
     argument or item, and in all cases in which `alexprep build-lmdb` ends with an error. Raises DiskFull if the disk is

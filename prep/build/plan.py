@@ -41,9 +41,9 @@ _MIN_SHARD_RECORDS, _MIN_SHARDS = 64, 32  # a small split has shorter shards, so
 class BuildPolicy:
     """Options of a build: treatment of bad inputs and of an unfinished earlier build."""
 
-    skip_bad: bool = False  # leave bad inputs out; if False, the first bad input stops the build
+    skip_bad: bool = False  # whether bad inputs are left out; if False, the first bad input stops the build
     max_bad: int | None = None  # the build stops when more than `max_bad` inputs are bad; None: no limit
-    restart: bool = False  # discard an unfinished build
+    restart: bool = False  # whether an unfinished build is discarded
     allow_empty_classes: bool = False  # whether a class may lose all its photographs because they are bad
     limits: InputLimits = DEFAULT_LIMITS  # limits of the inputs that are kept
 
@@ -93,7 +93,7 @@ class BuildPlan:
 
     @cached_property
     def extra_digests(self) -> dict[str, str]:
-        """Digests of the extra fields. They are not part of `digest`, so that fields can be added to a built split."""
+        """Digests of the extra fields. `digest` leaves them out, so that fields can be added to a finished split."""
         return {name: column.digest() for name, column in self.extra_columns().items()}
 
     def task(self, number: int) -> ShardTask:

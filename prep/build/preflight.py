@@ -133,7 +133,7 @@ def check_disk_space(plan: BuildPlan, unfinished: Sequence[int], runner: Runner)
     if estimate is None or estimate.bytes <= free:
         return
     text = (
-        f"{bytes_text(estimate.bytes)} needed for {count:,} images (measured on {estimate.sampled}), "
+        f"{bytes_text(estimate.bytes)} needed for {count:,} images (estimated from {estimate.sampled} of them), "
         f"{bytes_text(free)} free"
     )
     if 0.8 * estimate.bytes > free:

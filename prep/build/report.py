@@ -107,7 +107,7 @@ def report_part(
     if missing:
         print_line(f"  parts to be finished: {', '.join(missing[:8])}{', …' if len(missing) > 8 else ''}")
     else:
-        print_line("  all shards are finished, and another command is at work in the store")
+        print_line("  all shards are finished, and another command is using the store")
     print_line(
         f"  the part that ends last completes the store; alexprep join --store {shell_quoted(store)} does so, too"
     )

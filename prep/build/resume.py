@@ -2,8 +2,7 @@
 
 An unfinished build can be resumed if the settings, the tool versions, the classes and the paths of the inputs have not
 changed. The content and the label of an input may change until the shard of the input is finished. In a finished shard,
-only the content of a bad input may change. A shard with a changed bad input is built again. Any other change to an
-input of a finished shard is an error.
+only the content of a bad input may change; the shard is then built again.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Builds a split, or estimates a build. The steps are plan, checks, shards in worker processes, and assembly.
+"""Builds a split, or estimates a build. Steps: make a plan, check it, build the shards in worker processes, assemble.
 
 A killed build loses only the shards that were in progress. Running the same command again finishes the build, and the
 fingerprint is the same as after an uninterrupted build. If a worker process crashes, the crash is counted for the input

@@ -104,7 +104,7 @@ def _cells(column: Column) -> list[list[str]]:
 
 
 def _begin_or_resume(out: Path, identity: dict[str, str]) -> None:
-    """Make the folder `out` with its marker file. Raises WrongArgument if it has other files or another export."""
+    """Make the folder `out` with its marker file. Raises WrongArgument for a folder with anything but this export."""
     check_output_folder(out)
     marker = out / MARKER
     try:

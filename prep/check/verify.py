@@ -37,7 +37,7 @@ from prep.workers import Runner, WorkerDied
 # 1 %. The manifest's checksum detects a later change of the moments.
 MAX_MEAN_ERROR = 64.0  # largest error of a channel's mean, in grey levels
 MAX_COVARIANCE_ERROR = 1.1  # largest error of a covariance entry, relative to the largest entry of the covariance
-_ROWS_AT_ONCE = 65_536  # rows of the extra fields that are checked by one call
+_ROWS_AT_ONCE = 65_536  # number of rows of the extra fields that are checked by one call
 _MIN_QUALITY = 50  # below this JPEG quality, mean and covariance are not compared
 
 

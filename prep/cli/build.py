@@ -68,7 +68,7 @@ if TYPE_CHECKING:  # run-time imports would load LMDB and Pillow, even for --hel
     "--exclude",
     type=click.Path(path_type=Path, dir_okay=False),
     help="File that names photographs to leave out, one on each line: a path, a name with or without its extension, or "
-    "the number of a file such as ILSVRC2012_val_00000036.JPEG.",
+    "the number in a file name (36 for ILSVRC2012_val_00000036.JPEG).",
 )
 @click.option(
     "--extra",
