@@ -28,8 +28,8 @@ from prep.version import pip_command
 
 NAMESPACE = "alexnet"  # Ray namespace of this project's named actors
 LOCAL, AUTO = "local", "auto"
-# Ray kills a program that cannot reach the head node for this time. A training run must survive the loss of the head
-# node. The time is therefore practically unlimited. Programs that need the head node have a time limit of their own.
+# Ray kills a program that cannot reach the head node for _NEVER_S. A training run must survive the loss of the head
+# node, so _NEVER_S is practically unlimited. Programs that need the head node have a time limit of their own.
 _NEVER_S = str(10**8)
 _CONNECT_S = 20.0  # a head node that does not accept a connection within this time is reported as an error
 _TOKEN = Path("~/.ray/auth_token")  # file in which Ray looks for the authentication token
@@ -77,7 +77,7 @@ class _Connection:
 def connected(
     address: str, *, cores: int | None = None, dashboard: bool = False, object_store_bytes: int | None = None
 ) -> Iterator[ModuleType]:
-    """Connect this process to a cluster during a `with` block. The value of the block is the module ray.
+    """Connect this process to a cluster during a `with` block. `with connected(…) as ray` gives the module ray.
 
     address             the cluster: local, auto or HOST:PORT
     cores               number of CPU cores of a local cluster; None: all usable cores
@@ -85,9 +85,9 @@ def connected(
     object_store_bytes  size of the object store of a local cluster; None: 30 % of the memory
 
     A process has one connection, which all its `with` blocks share. The first block connects, and the last block
-    disconnects. If the process already has a connection, the blocks use this connection and leave it open. The signal
-    handlers of the process stay installed. Raises UserError if Ray is not installed, if no cluster answers, or if the
-    cluster refuses this process.
+    disconnects. If the process was connected before the first block, the blocks use that connection and leave it open.
+    The signal handlers of the process stay installed. Raises UserError if Ray is not installed, if no cluster answers,
+    or if the cluster refuses this process.
     """
     check_address(address)
     _use_token(address)

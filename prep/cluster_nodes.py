@@ -23,8 +23,8 @@ def check_nodes(ray: ModuleType, folder: Path | None, source: Path, versions: Ca
 
     To check `folder`, this function writes a temporary file with random content into this folder. Every node must read
     the same content. Raises UserError for the first node that differs from this machine, with the name of the node and
-    both values. A node that dies during the check is ignored, because Ray gives it no tasks. If the cluster has only
-    this node, the function compares nothing.
+    both values. A node that dies during the check is ignored, because Ray gives it no tasks. If this machine is the
+    only node with CPU cores, nothing is compared.
     """
     if {node["NodeID"] for node in worker_nodes(ray)} == {ray.get_runtime_context().get_node_id()}:
         return
@@ -65,9 +65,9 @@ def worker_nodes(ray: ModuleType) -> list[dict[str, Any]]:
 
 
 def pinned(ray: ModuleType, node_id: str, soft: bool = False) -> Any:
-    """Return the scheduling strategy that makes a task or actor run on one node.
+    """Return the scheduling strategy that makes a task or actor run on the node `node_id`.
 
-    With `soft`, Ray may choose another node if the given node is not available.
+    With `soft`, Ray may choose another node if `node_id` is not available.
     """
     return ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(node_id, soft=soft)
 

@@ -5,11 +5,11 @@
           ^                           │ counts, every second or more rarely
           └──────── _Counters <───────┘ whether the driver wants the task to stop
 
-The worker process belongs to a WorkerPool (prep/workers.py), so a task behaves as in the local pool. In both pools, a
-task has one BLAS thread and the same memory settings. If the worker process crashes, the result of the task is a
-WorkerDied, which has the index of the input. A task is lost if its node dies, or if Ray kills its Ray worker because
-memory is low. A lost task is submitted again, and no input is reported as the cause of the loss. The worker process
-ends with its Ray worker. The Ray worker ends with its node, or with the driver.
+The worker process belongs to a WorkerPool (prep/workers.py), so a task behaves as without a cluster: it has one BLAS
+thread and the same memory settings. If the worker process crashes, the result of the task is a WorkerDied, which has
+the index of the input. A task is lost if its node dies, or if Ray kills its Ray worker because memory is low. A lost
+task is submitted again, and no input is reported as the cause of the loss. The worker process ends with its Ray worker.
+The Ray worker ends with its node, or with the driver.
 """
 
 from __future__ import annotations

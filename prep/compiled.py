@@ -26,8 +26,7 @@ Kernels = TypeVar("Kernels")
 def library_path(source: Path) -> Path:
     """Return the path of the library that is compiled from the current text of `source` and of its headers.
 
-    The headers are the files of the same folder that `source` includes: `#include "NAME.h"`. The library need not exist
-    at this path.
+    A header is a file beside `source` that `source` includes: `#include "NAME.h"`. The library need not exist yet.
     """
     text = source.read_bytes()
     headers = re.findall(rb'^#include "(\w+\.h)"', text, re.MULTILINE)

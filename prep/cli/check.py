@@ -39,9 +39,9 @@ from prep.store.manifest import SPLITS, Store
 def verify(store: Path, split: str | None, quick: bool, jobs: int | None, cluster: str | None, as_json: bool) -> None:
     """Verify every record of a store against its checksum and the manifest, and print each fault.
 
-    Images are decoded, and their colour sums are compared with the sums of the build. For ppm stores, the sums must be
-    equal. For jpeg stores, the sums may differ by the error of JPEG compression. The exit code is 1 if a fault is
-    found.
+    Images are decoded, and the sums of their pixels are compared with the sums in the manifest. For ppm stores, the
+    sums must be equal. For jpeg stores, the sums may differ by the error of JPEG compression. The exit code is 1 if a
+    fault is found.
 
     \b
     Example:
@@ -84,7 +84,7 @@ def verify(store: Path, split: str | None, quick: bool, jobs: int | None, cluste
             f"{store}: {count_noun(records, 'record')} of {' and '.join(names)} agree with the manifest, "
             f"{duration_text(seconds)}, {records / max(seconds, 1e-9):,.0f} records/s"
         )
-        print_line(f"not verified, because records do not show them: {', '.join(unverifiable_settings(opened))}")
+        print_line(f"settings that cannot be verified from the records: {', '.join(unverifiable_settings(opened))}")
 
 
 @click.command("inspect")
@@ -222,9 +222,9 @@ def pca_stats(
 ) -> None:
     """Print mean, covariance and principal components of the RGB pixels of a split.
 
-    The statistics are computed from the exact sums of the build and written to SPLIT/colour.json, which training reads.
-    With --recompute, the statistics are computed from the stored images instead, and colour.json is not changed. The
-    command then also prints the largest difference from the build's standard deviations.
+    The statistics are computed from the exact pixel sums in the manifest, and are written to SPLIT/colour.json, which
+    training reads. With --recompute, the statistics are computed from the stored images, and colour.json is not
+    changed. The command then prints by how much the standard deviations of the build differ from the recomputed ones.
 
     \b
     Example:
@@ -245,7 +245,7 @@ def pca_stats(
         try:
             write_color_stats(store / split, opened.split(split))
         except OSError as error:
-            say(f"{store / split / 'colour.json'} stays as it is: {error.strerror}.")
+            say(f"{store / split / 'colour.json'} was not written: {error.strerror}.")
     stats = opened.color_stats(split)
     difference = None
     if recompute:
@@ -268,7 +268,7 @@ def pca_stats(
     print_stats(stats)
     if difference is not None:
         print_line(
-            f"recomputed from the stored records; the standard deviations of the build differ by at most "
+            f"recomputed from the stored images; the standard deviations of the build differ from these by at most "
             f"{difference:.4f} grey levels"
-            + ("" if opened.settings.format == "ppm" else " (the build measures pixels before JPEG)")
+            + ("" if opened.settings.format == "ppm" else " (the build measures pixels before JPEG compression)")
         )

@@ -18,7 +18,7 @@ from prep.console import (
 )
 from prep.files import no_lock_option
 
-# More parallel transfers would make each transfer slower, because together they already use the whole connection.
+# Eight parallel transfers already use the whole connection. More transfers would only make each transfer slower.
 _MAX_DEFAULT_JOBS = 8
 
 

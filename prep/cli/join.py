@@ -30,8 +30,8 @@ from prep.store.manifest import SPLITS, Store
 def join(store: Path, split: str | None, max_bad: int | None, allow_empty_classes: bool, as_json: bool) -> None:
     """Complete a store whose shards were built with `build-lmdb --part`.
 
-    The part that ends last completes the store itself. This command is needed only if the last part was interrupted. If
-    shards are missing, `join` prints the commands that build these shards, and the exit code is 1.
+    Normally, the part that ends last completes the store. `join` is needed only if this part was interrupted. If shards
+    are missing, `join` prints the commands that build these shards, and the exit code is 1.
 
     \b
     Example:

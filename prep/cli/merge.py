@@ -26,8 +26,8 @@ def merge(
 
     The images of the records are copied byte for byte. Classes are joined by name: the classes of the first STORE keep
     their labels, and new classes of the other stores follow. All stores must have the same settings, except for the
-    seed. The manifest of the new store names the fingerprints of the merged splits. The merged stores themselves are
-    not changed. After an interruption the same command resumes the merge.
+    seed. The manifest of the new store lists the fingerprint of each split that was read. The STOREs are not changed.
+    After an interruption the same command resumes the merge.
 
     \b
     Example:

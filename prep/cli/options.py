@@ -25,13 +25,13 @@ jobs_option = click.option(
     "--jobs",
     type=click.IntRange(1, 1024),
     metavar="N",
-    help="Number of worker processes.  [default: number of usable cores, here or in the cluster]",
+    help="Number of worker processes.  [default: number of usable cores of this machine or of the cluster]",
 )
 cluster_option = click.option(
     "--cluster",
     metavar="auto|ADDRESS|local",
-    help="Ray cluster that does the work: the cluster of this machine (auto), the cluster with this address "
-    "(HOST:PORT), or a new cluster of this machine alone (local).  [default: worker processes without Ray]",
+    help="Ray cluster that does the work. auto: the cluster to which this machine belongs. HOST:PORT: the cluster with "
+    "this address. local: a new cluster of this machine alone.  [default: worker processes without Ray]",
 )
 
 allow_empty_option = click.option(
@@ -82,7 +82,7 @@ _RECORD_OPTIONS = (
         "--background",
         type=click.Choice(BACKGROUNDS),
         help="Colour behind transparent pixels.  "
-        f"[default: {DEFAULT_BACKGROUND}; for an existing store, its own colour]",
+        f"[default: {DEFAULT_BACKGROUND}; for an existing store, the colour of that store]",
     ),
     click.option(
         "--max-pixels",
@@ -90,8 +90,8 @@ _RECORD_OPTIONS = (
         default=MAX_PIXELS,
         show_default=True,
         metavar="N",
-        help="Largest number of pixels of an input; an input with more is bad. A process needs 3 to 8 bytes for each "
-        "pixel of its input.",
+        help="Largest number of pixels of an input; an input with more pixels is bad. Decoding needs 3 to 8 bytes of "
+        "memory for each pixel.",
     ),
     click.option(
         "--reduce-above",
@@ -99,9 +99,9 @@ _RECORD_OPTIONS = (
         default=0,
         show_default=True,
         metavar="N",
-        help="Decode JPEGs with more than N pixels at 1/2, 1/4 or 1/8 of their size, but at least twice --side. "
-        "Decoding at reduced size limits the memory for large photographs and changes their pixels slightly. 0: "
-        "never.",
+        help="Decode JPEGs with more than N pixels at 1/2, 1/4 or 1/8 of their size. The shorter side keeps at "
+        "least 2 × --side pixels. Decoding at reduced size limits the memory for large photographs and changes their "
+        "pixels slightly. 0: never.",
     ),
     click.option(
         "--time-limit",

@@ -1,4 +1,4 @@
-"""The option --part of `alexprep build-lmdb`, and the command line of other parts, which messages show."""
+"""The option --part of `alexprep build-lmdb`, and the build command that messages show."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def parse_part(part: str | None, cluster: str | None, dry_run: bool, restart: bo
         raise WrongArgument("--dry-run estimates the whole build. Leave out --part.")
     if restart:
         raise WrongArgument(
-            "--restart would discard the shards of all parts. When no part is at work, delete the folder of the split "
+            "--restart would discard the shards of all parts. When no part is running, delete the folder of the split "
             "in the store; then start the parts without --restart."
         )
     return Part(int(number), int(count))

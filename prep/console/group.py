@@ -118,8 +118,8 @@ class Group(click.Group):
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
         """Return the command that `args` names. Raises click.UsageError for an empty argument.
 
-        An empty argument is most likely a variable of the shell that is not set. As a path, it would mean the current
-        folder.
+        An empty argument is most likely a variable of the shell that is not set. As a path, an empty argument would
+        mean the current folder.
         """
         for before, arg in zip(["", *args], args, strict=False):
             if not arg or re.fullmatch(r"--[a-z][a-z-]*=", arg):

@@ -66,7 +66,7 @@ def memory_error(error: Exception, place: str = "", advice: str = "") -> UserErr
 def address_space_text() -> str:
     """Return a sentence about the limit of this process's address space (ulimit -v), if there is one; otherwise "".
 
-    The sentence begins with a space. It states the limit, and the largest size that this process has had so far.
+    The sentence begins with a space. It states the limit, and the largest address space that the process has used.
     """
     limit_bytes = resource.getrlimit(resource.RLIMIT_AS)[0]
     if limit_bytes == resource.RLIM_INFINITY:

@@ -25,7 +25,7 @@ _displays: list[Callable[[str], None]] = []  # the function that prints a line a
 
 
 def print_above(display: Callable[[str], None] | None) -> None:
-    """Let `say` print with `display`, which prints a line above a live display.
+    """Make `say` call `display`, a function that prints a line above a live display.
 
     With None, `say` prints directly again.
     """
@@ -71,7 +71,7 @@ def _escaped_lines(text: str) -> str:
 
 
 def print_line(text: str = "") -> None:
-    """Print one line to standard output. Control characters in `text` are escaped, also newlines.
+    """Print one line to standard output. Control characters in `text` are escaped, including newlines.
 
     Raises BrokenPipeError if the reader of a pipe has ended, DiskFull if the output is a file on a full disk, and
     UserError if standard output cannot be written for another reason.
@@ -98,7 +98,7 @@ def _print_result(line: str) -> None:
 
 
 def say(text: str) -> None:
-    """Print one line to standard error. Control characters in `text` are escaped, also newlines.
+    """Print one line to standard error. Control characters in `text` are escaped, including newlines.
 
     A failure to print, such as a closed pipe or a full disk, is ignored.
     """

@@ -41,7 +41,7 @@ class Progress:
         self.update(self.done + n)
 
     def update(self, done: int, bad: int = 0, size_bytes: int = 0) -> None:
-        """Set the totals. `done` and `bad` include the work of earlier runs. `size_bytes` counts only this run."""
+        """Set the counts. `done` and `bad` include the work of earlier runs. `size_bytes` counts only this run."""
         self.done, self.bad, self.size_bytes = done, bad, size_bytes
 
     def rate(self) -> float:
@@ -109,7 +109,7 @@ class _ProgressBar(Progress):
 def progress(label: str, total: int, unit: str) -> Iterator[Progress]:
     """Show progress with rate and time left (ETA) on standard error: as a bar on a terminal, otherwise as lines.
 
-    The lines are JSON objects if the running command has the option --json, and otherwise text.
+    The lines are JSON objects if the command was started with --json, and otherwise text.
     """
     if sys.stderr is None or not sys.stderr.isatty():
         context = click.get_current_context(silent=True)

@@ -14,10 +14,10 @@ def escaped(text: str) -> str:
     r"""Return `text` as one line that a terminal shows as it is: each unprintable character is replaced by its escape.
 
     Names of files and classes, texts of archives and manifests, and errors of other programs may contain characters
-    that control a terminal. The escaped characters are control characters (C0, DEL, C1), line separators, characters
-    that change the direction of text, lone surrogates (undecodable bytes of file names), and whatever else
-    `str.isprintable` calls unprintable: `\x1b`, `\n`, `\x9b`, `\u202e`, `\udcff`. Backslashes stay, so that escaping
-    twice changes nothing.
+    that control a terminal. All characters are escaped that `str.isprintable` calls unprintable: control characters
+    (C0, DEL, C1), line separators, characters that change the direction of text, and lone surrogates (undecodable bytes
+    of file names). Examples of escapes: `\x1b`, `\n`, `\x9b`, `\u202e`, `\udcff`. Backslashes are not escaped, so
+    escaping a text twice changes nothing.
     """
     return text if text.isprintable() else "".join(c if c.isprintable() else _escape(c) for c in text)
 

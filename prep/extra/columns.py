@@ -1,4 +1,4 @@
-"""Columns of a split: rows of the inputs that became records, comparison with a finished store, files."""
+"""Columns of extra fields. A build reads a row for each input; a split keeps only the rows of its records."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from prep.store.models import Account
 
 
 def record_positions(root: Path, shards: Sequence[Shard], inputs: int) -> npt.NDArray[np.int64]:
-    """Return the position of each record among the inputs in record order: int64 (records,).
+    """Return, for each record, the index of its input among all inputs in record order: int64 (records,).
 
-    The key of a record is this position. Keys are read only if inputs were left out. Raises StoreError if a shard
-    cannot be read, or has a key that is no position.
+    The key of a record is this index. Keys are read only if inputs were left out. Raises StoreError if a shard cannot
+    be read, or has a key that is not the index of an input.
     """
     if sum(shard.records for shard in shards) == inputs:
         return np.arange(inputs)
@@ -40,7 +40,7 @@ def record_positions(root: Path, shards: Sequence[Shard], inputs: int) -> npt.ND
 
 
 def refuse_other_types(store: Store, split: str, columns: Mapping[str, Column]) -> None:
-    """Raise UserError if a field has another type or width in another split of the store."""
+    """Raise UserError if a field of `columns` has a different type or width in another split of the store."""
     for other_name, other in store.splits.items():
         for name, column in columns.items():
             before = other.extra.get(name)
@@ -55,8 +55,8 @@ def refuse_other_types(store: Store, split: str, columns: Mapping[str, Column]) 
 def new_columns(store: Store, split: str, columns: Mapping[str, Column]) -> dict[str, Column]:
     """Return those of `columns` that a complete split lacks. `columns` have a row for each input, in record order.
 
-    The rows of the result are those of the records. Raises UserError if the split has a field with another value, and
-    StoreError if the store is damaged.
+    The returned columns have a row for each record. Raises UserError if the split has one of the fields with another
+    type or value, and StoreError if the store is damaged.
     """
     if not columns:
         return {}
@@ -85,16 +85,16 @@ def new_columns(store: Store, split: str, columns: Mapping[str, Column]) -> dict
         differ = before.differences(rows)
         if len(differ):
             record = int(differ[0])
-            values = f"{before.value(record)!s:.40}, this command has {rows.value(record)!s:.40}"
+            values = f"{before.value(record)!s:.40} in the store, {rows.value(record)!s:.40} in this command"
             raise UserError(
-                f"{store.root}: the field {name} differs in {len(differ):,} records of {split}: record {record:,} has "
-                f"{values}. {advice}"
+                f"{store.root}: the values of the field {name} in the store and in this command differ in "
+                f"{len(differ):,} records of {split}. The first is record {record:,}: {values}. {advice}"
             )
     return missing
 
 
 def add_columns(store: Store, split: str, columns: Mapping[str, Column]) -> Store:
-    """Write columns with a row for each record into a complete split, then the manifest. Returns the new store."""
+    """Write `columns`, a row for each record, into a complete split, and then the manifest. Returns the new store."""
     if not columns:
         return store
     entry = store.split(split)

@@ -1,9 +1,9 @@
-"""Reads the values of `alexprep build-lmdb --extra FIELD=CSV`: the path of an image and its value in each row.
+"""Reads the CSV files of `alexprep build-lmdb --extra FIELD=CSV`. Each row has the path and the value of one image.
 
-The first row names the columns. One column has the paths, under a name such as path, file or image. The value of FIELD
-is in the column FIELD, or in the columns FIELD.0, FIELD.1 and so on, or else in all other columns. A column `split`
-assigns each row to a split. One column of whole numbers gives the type int, one column of numbers float, several
-columns of numbers vector, and one column of anything else text.
+The first row has the names of the columns. The column of the paths has a name such as path, file or image. A column
+`split` assigns each row to a split. The value is in the column FIELD, or in the columns FIELD.0, FIELD.1 and so on. If
+the file has no such column, all columns except those of the paths and splits hold the value. One column gives the type
+int (whole numbers), float (other numbers) or text. Several columns must hold numbers, and give the type vector.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class ExtraOption(NamedTuple):
 
     @property
     def where(self) -> str:
-        """The beginning of an error."""
+        """The beginning of an error message."""
         return f"--extra {self.field}={self.path}"
 
 
@@ -52,11 +52,11 @@ class Row(NamedTuple):
     line: int  # number of the last line of the row, from 1
     name: str  # path of the image as the file spells it
     split: str  # "train", "val", another split, or "" if the file has no column `split`
-    cells: list[str]  # cells of the value
+    cells: list[str]  # text of each column of the value
 
 
 def parse_extra(texts: tuple[str, ...]) -> list[ExtraOption]:
-    """Return the values of --extra. Raises WrongArgument for another form, a wrong type and a field given twice."""
+    """Return the values of --extra. Raises WrongArgument for a wrong form, type or FIELD, or a repeated FIELD."""
     options: dict[str, ExtraOption] = {}
     for text in texts:
         name, separator, path = text.partition("=")
@@ -89,16 +89,16 @@ class ValueTable:
 
     where: str
     column: Column  # one value for each row
-    lines: array[int]  # numbers of the lines
+    lines: array[int]  # for each row, the number of its last line, from 1
     _names: bytes
     _ends: array[int]
-    _splits: list[str]  # of each row, or empty if the file has no column `split`
+    _splits: list[str]  # split of each row; empty if the file has no column `split`
 
     def __len__(self) -> int:
         return len(self.lines)
 
     def name(self, row: int) -> str:
-        """Return the path of a row as the file spells it. A byte that is not UTF-8 is a surrogate."""
+        """Return the path of a row as the file spells it. A byte that is not UTF-8 becomes a surrogate."""
         return os.fsdecode(self._names[self._ends[row - 1] if row else 0 : self._ends[row]])
 
     def split(self, row: int) -> str:
@@ -109,7 +109,8 @@ class ValueTable:
     def read(option: ExtraOption) -> ValueTable:
         """Read a CSV file. If the option gives no type, the file is read twice.
 
-        Raises UserError, with the line of the fault, if the file cannot be read, is no such CSV, or has a wrong value.
+        Raises UserError, with the line of the fault, if the file cannot be read, if a row has no path, or if a value is
+        wrong.
         """
         type_, width = option.type, _width(option)
         type_ = type_ or _type_of(option, width)
@@ -130,7 +131,7 @@ class ValueTable:
 
 
 def _width(option: ExtraOption) -> int:
-    """Return the number of columns of the value; 0 if these are not FIELD.0, FIELD.1 and so on, but a single column."""
+    """Return the number of columns of a vector; 0 if the value is in a single column that is not FIELD.0."""
     rows = _rows(option, with_header=True)
     header = next(rows).cells
     width = 0 if len(header) == 1 and header[0] != f"{option.field}.0" else len(header)
@@ -172,7 +173,7 @@ class _Values:
         self._parse: Callable[[Row, str], float] = self._whole if type_ == "int" else self._number
 
     def add(self, row: Row) -> None:
-        """Add the value of a row. Raises UserError for a value of another type."""
+        """Add the value of a row. Raises UserError if the value does not have the type of the field."""
         if self._type == "text":
             try:
                 self._bytes += row.cells[0].encode()
@@ -223,7 +224,7 @@ class _Values:
 
 
 def _rows(option: ExtraOption, with_header: bool = False) -> Iterator[Row]:
-    """Yield the rows of a file. With `with_header`, the cells of the first row are the names of the value's columns."""
+    """Yield the rows of a file. With `with_header`, the first Row has the names of the value's columns as its cells."""
     where, path_column, split_column, columns, width = option.where, -1, -1, [0], 0
     for line, cells in read_rows(option.path, where, _EXPECTED):
         if path_column < 0:
@@ -245,7 +246,7 @@ def _rows(option: ExtraOption, with_header: bool = False) -> Iterator[Row]:
 
 
 def _columns(option: ExtraOption, header: list[str]) -> tuple[int, int, list[int]]:
-    """Return the column of the paths, the column of the splits or −1, and the columns of the value."""
+    """Return the indices of the path column, of the split column (−1 if there is none), and of the value's columns."""
     lower, field = ["" if name == option.field else name.lower() for name in header], option.field
     path = next((lower.index(name) for name in PATH_NAMES if name in lower), -1)
     if path < 0:

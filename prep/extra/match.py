@@ -1,8 +1,8 @@
 """Gives each input of a split its row of a CSV file. A row names an input by its path, as label files do.
 
-A path may begin with more folders than the path of the input (`train/cat/1.jpg` for `cat/1.jpg`). If only one input has
-the file name, folders at the beginning or the extension may be missing. The extension may have another spelling, and
-letters with accents may be in another Unicode form.
+The path in a row may begin with more folders than the path of the input (`train/cat/1.jpg` for `cat/1.jpg`). If only
+one input has the file name, the row may leave out the extension or folders at the beginning. The row may spell the
+extension and letters with accents differently from the input (`.JPEG` for `.jpg`).
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from prep.inputs.reader import Source
 from prep.store.extra import Column
 
 Integers = npt.NDArray[np.int64]
-_MAX_NAMESAKES = 16  # inputs with the same file name that are compared with the folders of a path
+_MAX_NAMESAKES = 16  # largest number of inputs with one file name whose folders are compared with a path
 
 
 def with_extra(sources: Sequence[Source], options: Sequence[ExtraOption]) -> list[Source]:
     """Return the sources with the extra values of their inputs, and print type and counts of each field.
 
-    Raises UserError if an input has no row or rows with different values, if a row fits inputs of both splits, and for
-    files that ValueTable.read refuses.
+    Raises UserError if an input has no row, or several rows with different values. Also raises UserError if a row fits
+    inputs of both splits, or if ValueTable.read refuses the file.
     """
     extended = list(sources)
     for option in options:
@@ -49,7 +49,7 @@ def with_extra(sources: Sequence[Source], options: Sequence[ExtraOption]) -> lis
 
 
 def match_rows(table: ValueTable, source: Source) -> Integers:
-    """Return the input of each row, as an index into `source.inputs`; −1 if a row names no input of the split.
+    """Return the input of each row, as an index into `source.inputs`; −1 if a row fits no input of the split.
 
     Raises UserError if the path of a row fits several inputs.
     """
@@ -70,7 +70,7 @@ def match_rows(table: ValueTable, source: Source) -> Integers:
 
 
 def _refuse_shared_rows(table: ValueTable, sources: Sequence[Source], inputs: Sequence[Integers]) -> None:
-    """Raise UserError if rows fit inputs of two splits."""
+    """Raise UserError if a row fits an input of each split."""
     if len(sources) < 2:
         return
     shared = np.flatnonzero(np.all([matched >= 0 for matched in inputs], axis=0))
@@ -84,7 +84,7 @@ def _refuse_shared_rows(table: ValueTable, sources: Sequence[Source], inputs: Se
 
 
 def _column(table: ValueTable, source: Source, inputs: Integers) -> Column:
-    """Return the values of all inputs, and print the counts. `inputs` are the inputs of the rows."""
+    """Return the values of all inputs, and print the counts. `inputs` is the result of match_rows."""
     rows = np.flatnonzero(inputs >= 0)
     order = rows[np.argsort(inputs[rows], kind="stable")]
     repeated = order[1:][inputs[order[1:]] == inputs[order[:-1]]]
@@ -101,7 +101,7 @@ def _column(table: ValueTable, source: Source, inputs: Integers) -> Column:
     row_of[inputs[rows]] = rows
     missing = np.flatnonzero(row_of < 0)
     others = np.flatnonzero(inputs < 0)
-    hint = f" Path in the file without an image: {table.name(int(others[0]))[:60]}." if len(others) else ""
+    hint = f" A path in the file that fits no image: {table.name(int(others[0]))[:60]}." if len(others) else ""
     if len(missing):
         raise UserError(
             f"{table.where}: no row for {len(missing):,} of {count_noun(len(source.inputs), 'image')} of "
@@ -121,14 +121,17 @@ def _shown(column: Column, row: int) -> str:
 
 
 class _InputPaths:
-    """Finds inputs by their paths, in sorted hashes."""
+    """Finds inputs by their paths, with sorted hashes of the paths."""
 
     def __init__(self, inputs: Listing) -> None:
         self._inputs = inputs
         self._whole = _Hashes(map(inputs.path, range(len(inputs))))
 
     def find(self, path: bytes) -> tuple[int, int]:
-        """Return (index of the input, −1), or (−1, −1) if no input fits, or two inputs if the path fits several."""
+        """Return (index of the input, −1), or (−1, −1) if no input fits.
+
+        If `path` is a file name without folders and fits several inputs, returns the indices of two of them.
+        """
         index = self._suffix(path)
         if index < 0 and b"\\" in path:
             path = path.replace(b"\\", b"/")
@@ -145,7 +148,7 @@ class _InputPaths:
         return (fitting[0] if fitting else -1), -1
 
     def _suffix(self, path: bytes) -> int:
-        """Return the input whose path is the longest end of `path` that begins with a folder or file name; or −1."""
+        """Return the index of the input whose path is `path` or the longest part of it after a slash; −1 if none is."""
         begin = 0
         while True:
             end = path[begin:]
@@ -181,7 +184,10 @@ class _Hashes:
         self._sorted = array("q", hashes[self._order].tobytes())
 
     def find(self, key: bytes | str, count: int = 2) -> list[int]:
-        """Return the first `count` indices that have the hash of a key. Different keys rarely have equal hashes."""
+        """Return the indices of at most `count` keys with the hash of `key`.
+
+        Different keys rarely have equal hashes.
+        """
         value = hash(key)
         position = bisect_left(self._sorted, value)
         end = position

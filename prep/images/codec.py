@@ -39,8 +39,8 @@ T = TypeVar("T")
 
 _EXIF_ORIENTATION = 0x0112
 _MAX_RESCALED_SIDE_PX = 65_000  # libjpeg allows 65,500 px
-_MAX_SCANS = 20  # limit for the scans of a progressive JPEG with the largest allowed number of pixels
-# Limit for the segments of a JPEG before its first scan; Pillow needs at least 1 µs for each segment.
+_MAX_SCANS = 20  # largest number of scans of a JPEG of `max_pixels` pixels; a smaller image may have more scans
+# Largest number of segments of a JPEG before its first scan; Pillow needs at least 1 µs for each segment.
 _MAX_SEGMENTS = 10_000
 _UNDO_ORIENTATION = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -60,9 +60,8 @@ class DecodeOptions:
 
     max_pixels: int = MAX_PIXELS  # an image with more pixels is refused before it is decoded
     background: str = DEFAULT_BACKGROUND  # colour behind transparent pixels, see prep.images.rgb
-    # JPEGs with more pixels are decoded at 1/2, 1/4 or 1/8 of their size, but the shorter side keeps at least
-    # `min_side_px`. 0: never. Decoding at reduced size limits the memory for large photographs, and changes their
-    # pixels slightly.
+    # JPEGs with more pixels are decoded at 1/2, 1/4 or 1/8 of their size. 0: no JPEG is reduced. The shorter side keeps
+    # at least `min_side_px` pixels. Reducing limits the memory for large photographs and changes their pixels slightly.
     reduce_above: int = 0
     min_side_px: int = 1
 
@@ -308,8 +307,8 @@ def ppm_header(height: int, width: int) -> bytes:
     """Return a P6 header of 3·width bytes. A comment pads the header to the size of one row of pixels.
 
     Any image library can open a PPM with this header. Code that knows the size of the header can view the bytes of the
-    file as uint8 (height + 1, width, 3) and skip the first row. Nothing is decoded or copied. Raises ValueError if
-    `width` is so small that the header would be longer than a row.
+    file as uint8 (height + 1, width, 3) and skip the first row, without copying pixels. Raises ValueError if `width` is
+    so small that the header would be longer than a row.
     """
     head, tail = b"P6\n#", f"\n{width} {height}\n255\n".encode()
     padding = 3 * width - len(head) - len(tail)
@@ -319,10 +318,10 @@ def ppm_header(height: int, width: int) -> bytes:
 
 
 def checked_datum(value: bytes, settings: Settings, classes: int) -> Datum:
-    """Return the fields of a record of a store with `classes` classes.
+    """Return the fields of a record. `classes` is the number of classes of the store.
 
     The size, the label and the header of the image are checked. The pixels are not decoded. Raises DatumError if a
-    field is wrong, or if the image is not of the format and size that the settings and the record promise.
+    field is wrong, or if the header of the image contradicts the settings of the store or the size in the record.
     """
     datum = Datum.decode(value)
     if fault := settings.size_fault(datum.height, datum.width):

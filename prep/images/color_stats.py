@@ -74,7 +74,7 @@ class PixelSums:
         self.side_px = side_px
         self._pixels = 0
         self._sums = np.zeros(9, np.int64)  # sums of R, G, B, RR, RG, RB, GG, GB, BB
-        # Sum of at most _MAX_PENDING central squares.
+        # Sum of the latest central squares, at most _MAX_PENDING of them, that are not yet in `_squares`.
         self._pending_squares = np.zeros((side_px, side_px, 3), np.uint16)
         self._squares = np.zeros((side_px, side_px, 3), np.int64)
         self._pending = 0
@@ -118,7 +118,7 @@ def _add_moments(image: npt.NDArray[np.uint8], sums: npt.NDArray[np.int64]) -> N
     """
     height, width = image.shape[:2]
     rows = image.reshape(height, 3 * width)
-    column_sums = np.zeros((4, 3 * width))  # column sums of x[k], x[k]², x[k]·x[k + 1] and x[k]·x[k + 2]
+    column_sums = np.zeros((4, 3 * width))  # sums of x[k], x[k]², x[k]·x[k + 1] and x[k]·x[k + 2] over rows x
     for start in range(0, height, _EXACT_ROWS):
         block = rows[start : start + _EXACT_ROWS].astype(np.float32)
         column_sums[0] += np.ones(len(block), np.float32) @ block

@@ -59,9 +59,9 @@ def encode_jpeg(pixels: Pixels, quality: int) -> bytes:
     return bytes(simplejpeg.encode_jpeg(pixels, quality, "RGB", "420", fastdct=False))
 
 
-MAX_SCANS = 100  # limit for the scans of a record; libjpeg's progressive files have ten
+MAX_SCANS = 100  # largest number of scans of a record's JPEG; libjpeg's progressive files have ten scans
 _SCAN = 0xDA  # marker of the header of a scan
-_MAX_SEGMENTS = 10_000  # limit for the segments before the first scan
+_MAX_SEGMENTS = 10_000  # largest number of segments before the first scan
 _SIGNATURES = {
     b"\x89PNG": "a PNG file",
     b"GIF8": "a GIF file",
@@ -90,7 +90,7 @@ def check_jpeg(content: bytes | memoryview, height: int, width: int) -> str:
     """
     if bytes(content[:2]) != b"\xff\xd8":
         return f"{file_kind(content)}, expected a JPEG file"
-    frame = 0  # the marker of the frame header; 0 before it
+    frame = 0  # the marker of the frame header; 0 until the loop has found it
     for offset, marker, segment in _segments(content):
         if marker == _SCAN:
             if not frame or not segment:

@@ -67,7 +67,7 @@ def _read_lines(descriptor: int) -> list[str]:
     content = b""
     with suppress(OSError):
         content = os.pread(descriptor, _MAX_READ_BYTES, 0)
-    # Pillow gives libtiff this name for a file in memory.
+    # Pillow gives libtiff the name tempfile.tif for a file in memory.
     lines = [line.strip().removeprefix("tempfile.tif: ") for line in content.decode("utf-8", "replace").splitlines()]
     kept = [line[:_MAX_CHARS] for line in lines if line and not any(text in line for text in _HARMLESS)]
     others = len(kept) - _MAX_LINES

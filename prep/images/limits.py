@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-MAX_PIXELS = 200_000_000  # default limit for an image; a larger image may be a decompression bomb
-MAX_RESCALED_PIXELS = 100_000_000  # limit for a rescaled image
-MAX_FILE_BYTES = 256_000_000  # limit for a file
+MAX_PIXELS = 200_000_000  # default limit for an input; an image with more pixels may be a decompression bomb
+MAX_RESCALED_PIXELS = 100_000_000  # largest number of pixels of a rescaled image
+MAX_FILE_BYTES = 256_000_000  # largest size of an input
 TIME_LIMIT_S = 30.0  # default limit for decoding an image; an image of 200 million pixels takes up to 10 s
 
 

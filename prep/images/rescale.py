@@ -117,7 +117,7 @@ class _BandedMatrix(NamedTuple):
     """
 
     source: slice  # pixels that the pass reads from each line
-    length: int  # elements of an output line
+    length: int  # number of elements of an output line
     bands: tuple[tuple[slice, slice, npt.NDArray[Any]], ...]
     size: int  # number of bytes of all weights
 
@@ -197,7 +197,7 @@ def _banded_matrix(spec: _PassSpec) -> _BandedMatrix:
 
     For channels = 1 the weights of a band are a matrix (outputs, inputs) that multiplies pixels from the left. For
     channels = 3 the weights are a matrix (3 · inputs, 3 · outputs) that multiplies interleaved pixels from the right.
-    The second matrix contains every weight three times, for R, G and B.
+    The matrix for channels = 3 contains every weight three times, for R, G and B.
     """
     n_in, channels, block = spec.n_in, spec.channels, _BAND_OUTPUTS[spec.channels]
     first_inputs, tap_weights = _filter_taps(spec)
@@ -273,7 +273,7 @@ def _lanczos3(x: Floats) -> Floats:
     return np.where(x < 3.0, np.sinc(x) * np.sinc(x / 3.0), 0.0)
 
 
-# Name -> radius in source pixels if the image is enlarged, and kernel.
+# Name of the filter -> (radius of the kernel in source pixels, before widening; kernel)
 _KERNELS: dict[str, tuple[float, Callable[[Floats], Floats]]] = {
     "bilinear": (1.0, _triangle),
     "bicubic": (2.0, _keys_cubic),

@@ -97,8 +97,8 @@ def list_archive(path: Path, flat: bool, classes_are_given: bool = False) -> Fou
 def checked_name(name: bytes, is_folder: bool, hidden: set[bytes] | None = None) -> tuple[bytes, str]:
     """Return the name of a member, and a reason if the member is refused.
 
-    For ignored members, name and reason are empty. These are the root folder, and names with a part such as `.git`. If
-    the set `hidden` is given, folders whose names begin with a dot are added to this set.
+    For ignored members, name and reason are empty. A member is ignored if it is the root folder, or if it or one of its
+    folders is hidden (`.git`). If the set `hidden` is given, folders whose names begin with a dot are added to the set.
     """
     parts = [part for part in name.split(b"/") if part != b"."]
     if is_folder and not parts:

@@ -199,7 +199,7 @@ class _Tree:
         return kept
 
     def enter_single_folders(self) -> None:
-        """While the root has one folder and no images, and this folder has folders but no images, make it the root."""
+        """While the root contains only a folder that contains folders but no images, make this folder the root."""
         while self.root not in self.has_images and len(self.folders_in[self.root]) == 1:
             below = next(iter(self.folders_in[self.root])) + b"/"
             if below in self.has_images or not self.folders_in[below]:

@@ -110,7 +110,7 @@ def list_caffe_lmdbs(
     -   the labels, written as decimal numbers
 
     Raises UserError if a folder is not an LMDB, or if no record is a Datum with a label. Also raises UserError if a
-    label has no class name, or if the folder name in a key and the label of its record are different classes. Unless
+    label has no class name, or if the folder name in a key and the label of its record mean different classes. Unless
     `allow_empty_classes` is true, also raises UserError if a class has no record.
     """
     if len({folder.resolve() for folder in folders}) < len(folders):
@@ -171,11 +171,11 @@ def _class_names(
         are_classes = any(name in position for _, name in found)
         for label, name in found if are_classes else ():
             if position.get(name) != label:
-                other = f"this class has the label {position[name]}" if name in position else "there is no such class"
+                other = f"{name} has the label {position[name]}" if name in position else "there is no such class"
                 raise UserError(
                     f"{folder}: a key of label {label} has the folder {name}, but in {owner} {other}. The classes "
-                    f"of the LMDB, or their order, differ from {owner}. Give the classes of the LMDB with --classes "
-                    "FILE, and build a separate store."
+                    f"of the LMDB, or their order, differ from those of {owner}. Give the classes of the LMDB with "
+                    "--classes FILE, and build a separate store."
                 )
         return names
     owners = {label: name_text(next(iter(found))) for label, found in key_folders.items() if len(found) == 1}

@@ -80,10 +80,10 @@ def may_be_image(name: bytes) -> bool:
 def class_names(folders: Sequence[bytes], where: str, are_given: bool = False) -> list[str]:
     """Return the names of class folders.
 
-    A name is the path of the folder, without a last part that all paths share (`n01/images`). Raises UserError if a
-    part of a path is the name of a split. If `are_given` is true, the store or a file names all classes. If `are_given`
-    is false, also raises UserError if a class folder is inside another class folder, or if some class folders are at
-    the top and others are deeper.
+    A name is the path of the folder. If all paths end with the same part (`n01/images`), this part is left out. Raises
+    UserError if a part of a path is the name of a split. `are_given` says whether the store or a file lists all
+    classes. If not, also raises UserError if a class folder is inside another, or if only some class folders are at the
+    top.
     """
     parts = [folder.split(b"/") for folder in folders]
     inner = [path for path in parts if len(path) > 1]
@@ -196,9 +196,9 @@ def is_number(name: str) -> bool:
 
 
 def numbered_classes(first: int, last: int, origin: str) -> tuple[str, ...]:
-    """Return the class names `first` to `last`.
+    """Return the numbers `first` to `last` as class names.
 
-    Raises UserError, which names `origin`, if there are more than MAX_CLASSES.
+    Raises UserError, with `origin` in its message, if there are more than MAX_CLASSES.
     """
     if last - first + 1 > MAX_CLASSES:
         raise UserError(
@@ -292,11 +292,10 @@ def read_class_file(file: Path, known: Collection[str] = ()) -> tuple[str, ...]:
     """Read the classes of `--classes FILE`, one on each line, in the order of the labels.
 
     A line consists of the name of a class, or begins with such a name: `n01440764 tench`, `/a/airfield 0`, `cat,0`.
-    Lines that begin with `#` are left out. A first line such as `class` is a header, and is left out too. Both are kept
-    if they are `known` classes. If `known` classes are given, the longest known class with which the line begins is the
-    name. Without `known` classes, the first word of the line is the name. Raises UserError if the file cannot be read,
-    if a class occurs twice, or if a line names several classes. Also raises UserError if the lines have numbers after
-    the names, and these numbers have another order than the lines.
+    The name is the longest `known` class with which the line begins, or else the first word of the line. Lines that
+    begin with `#`, and a first line such as `class` (a header), are left out unless they begin with a `known` class.
+    Raises UserError if the file cannot be read, if a class occurs twice, or if a line has several classes. Also raises
+    UserError if the lines have numbers after the names, and these numbers do not ascend.
     """
     try:
         text = name_text(read_regular(file, MAX_TEXT_BYTES, "Name a text file.").removeprefix(b"\xef\xbb\xbf"))

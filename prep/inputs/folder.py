@@ -173,7 +173,7 @@ class _Walk:
             raise UserError(
                 f"{folder}: {count_noun(len(folders), 'folder')} and {count_noun(len(images), 'photograph')} side by "
                 f"side (first: {name_text(images[0].name)}). Name the label file of the photographs with --labels "
-                "FILE, or move them away from the class folders."
+                "FILE, or move the photographs away from the class folders."
             )
         say(
             f"{folder}: left out {count_noun(len(images), 'photograph')} beside the class folders (first: "
@@ -288,7 +288,7 @@ class _Walk:
 
     def _refuse_links(self, parent: bytes, links: Sequence[_Entry]) -> None:
         text = ", ".join(f"{name_text(parent + link.name)}: {link.reason}" for link in links[:3])
-        advice = "Restore the folder that the link names" if self.follow_links else "Pass --follow-links"
+        advice = "Restore the folder to which the link leads" if self.follow_links else "Pass --follow-links"
         what = "class folder is a symbolic link" if len(links) == 1 else "class folders are symbolic links"
         raise UserError(
             f"{name_text(self.folder)}: {len(links):,} {what} that cannot be followed ({text}). {advice}, or remove "

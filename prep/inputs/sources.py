@@ -75,7 +75,7 @@ def list_source(
 
 
 def _select_classes(found: FoundInputs, options: ListOptions, store_classes: Sequence[str], where: str) -> FoundInputs:
-    """Give class folders that are numbers the names of the store's classes. Leave out classes that are not wanted."""
+    """If class folders are numbers, replace these by class names. Leave out classes that --classes does not name."""
     wanted = store_classes or (read_class_file(options.class_file) if options.class_file else ())
     classes = named_by_position(found.classes, wanted, options.label_order, where)
     listing, classes, left_out = selected_classes(found.listing, classes, options.class_file, where)

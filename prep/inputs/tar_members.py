@@ -31,7 +31,7 @@ from prep.console import Progress, UserError
 from prep.inputs.names import name_text
 
 MAX_HEADER_BYTES = 1 << 20
-_MAX_PADDING_BYTES = 16 << 20  # longest padding with zeros that tapes need; more zeros mean an incomplete download
+_MAX_PADDING_BYTES = 16 << 20  # largest padding with zeros that tapes need; more zeros mean an incomplete download
 _COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # signatures of gzip, bzip2, xz and zstd
 
 _NO_MEMBER_LIST: dict[str, Any] = {"stream": True} if sys.version_info >= (3, 13) else {}

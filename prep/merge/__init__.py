@@ -1,1 +1,1 @@
-"""Merging finished stores into a new store: the order of the records, copies of records, resume."""
+"""Merges finished stores into a new store, and resumes an interrupted merge."""

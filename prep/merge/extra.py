@@ -1,4 +1,4 @@
-"""Extra fields of merged stores: the columns of the stores, in the order of the merged records."""
+"""Extra fields in a merge: joins the columns of the source stores, in the record order of the new store."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def refuse_other_fields(stores: Sequence[Store]) -> None:
 
 
 def merged_columns(stores: Sequence[Store], split: str, plan: BuildPlan) -> dict[str, Column]:
-    """Return the columns of a merged split. The inputs of `plan` are the records of the stores, shard by shard.
+    """Return the columns of a split of the new store. The inputs of `plan` are the records of `stores`, shard by shard.
 
     Raises StoreError if a column is damaged.
     """

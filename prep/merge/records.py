@@ -28,7 +28,7 @@ ADVICE = "Check the store with: alexprep verify"
 
 @dataclass(frozen=True)
 class SourceShard:
-    """A shard to read, and the new labels of the classes of its store."""
+    """A shard of a source store. The new store gives the label `labels[k]` to the class with label k in this store."""
 
     folder: Path
     records: int
@@ -39,9 +39,9 @@ class SourceShard:
 class CopyTask:
     """Everything that is needed to write one shard of the new store. A task is pickled and sent to a worker process."""
 
-    number: int
-    first_index: int  # the key of the first record
-    # For each record: index of its shard in `shards`, and index of the record in that shard.
+    number: int  # index of the new shard
+    first_index: int  # key of the first record of the new shard
+    # For each record of the new shard: index of its source shard in `shards`, and index of the record in that shard.
     records: tuple[tuple[int, int], ...]
     shards: tuple[SourceShard, ...]
     folder: Path  # folder of the split in the new store

@@ -6,7 +6,7 @@ only the label and the checksum change. The new store has the records in the ord
 the stores have the same classes and no input was left out, the new store also has the fingerprint of a build of all
 inputs together.
 
-The same call resumes a merge that was interrupted. store/SPLIT/.build/merge.json holds the digest of the merged
+The same call resumes a merge that was interrupted. store/SPLIT/.build/merge.json holds the digest of the source
 records. As in a build (prep/build/split.py), one summary for each finished shard lies beside merge.json.
 """
 
@@ -139,7 +139,7 @@ def _common_settings(stores: Sequence[Store]) -> Settings:
                     "settings of the other store."
                 )
         if store.settings.seed != common.seed:
-            say(f"{store.root}: order seed {store.settings.seed}; the new store has that of the first, {common.seed}.")
+            say(f"{store.root}: seed {store.settings.seed}; the new store has the first store's seed, {common.seed}.")
     return common
 
 
@@ -173,7 +173,7 @@ def _merge_split(
     existing = open_existing(target, plan)
     if existing is not None and existing.classes != classes:
         raise UserError(
-            f"{target} has other classes ({len(existing.classes)}) than the merged stores ({len(classes)}). "
+            f"{target} has other classes ({len(existing.classes)}) than the stores to merge ({len(classes)}). "
             "Choose another --store."
         )
     if existing is not None and split in existing.splits:
@@ -224,7 +224,7 @@ def _report_equal_names(plan: BuildPlan) -> None:
 
 
 def _list_records(shards: Sequence[SourceShard], runner: Runner) -> Listing:
-    """Return the records of all shards. `mtime_ns` holds the CRC-32 of a record, `location` its shard and index."""
+    """Return the records of all shards. `mtime_ns` is the CRC-32 of a record, `location` its shard and index."""
     found: dict[int, Listing] = {}
     for (number, shard), result in runner.map(list_shard, list(enumerate(shards)), lambda counts: None):
         if isinstance(result, WorkerDied):

@@ -1,4 +1,4 @@
-"""Totals of a merged split: sums of counts, origins of the records, versions of the software."""
+"""Totals of a split of the new store: sums of counts, origins of the records, versions of the software."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from prep.store.manifest import Split, Store
 
 
 def origin(split: Split) -> dict[str, Any]:
-    """Return the item of `sources` in Split.account for one split, with the splits from which it was merged."""
+    """Return the item for a source split in the list `sources` of Split.account.
+
+    If the source split is itself the result of a merge, the item contains its `sources`.
+    """
     origin = {"fingerprint": split.fingerprint, "records": split.records}
     return {**origin, "sources": split.account["sources"]} if "sources" in split.account else origin
 

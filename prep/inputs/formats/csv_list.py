@@ -26,7 +26,7 @@ _NO_CSV = "Expected rows of `path,label`, for example `cat/1.jpg,cat`, with or w
 
 
 def csv_splits(path: Path) -> list[str]:
-    """Return the splits that the column `split` names; [] if there is no column `split`.
+    """Return those of train and val that occur in the column `split`; [] if there is no such column.
 
     Prints how many rows are left out because they belong to other splits. Raises UserError if no row belongs to train
     or val.
@@ -36,7 +36,7 @@ def csv_splits(path: Path) -> list[str]:
     if others and len(others) == len(counts):
         raise UserError(
             f"{path}: the column of the splits has the values {examples(list(others))}; expected train and val. "
-            "Correct the values, or give the column another name if it does not name splits."
+            "Correct the values, or give the column another name if it does not contain splits."
         )
     if others:
         say(f"{path}: left out {count_noun(sum(others.values()), 'row')} of other splits ({examples(list(others))}).")
@@ -115,8 +115,8 @@ def _rows(path: Path, tell: bool = False) -> Iterator[tuple[int, bytes, str, str
 def _columns(path: Path, cells: Sequence[str]) -> tuple[tuple[int, int, int], bool]:
     """Return two values.
 
-    The first returned value is (column of the paths, column of the labels, column of the splits or −1). The second
-    returned value says whether `cells` is a header.
+    The first returned value has the indices of three columns: paths, labels, and splits (−1 if there is no such
+    column). The second returned value says whether `cells` is a header.
     """
     names = [cell.strip("# ").lower() for cell in cells]
 

@@ -268,7 +268,7 @@ def _mean_row_bytes(group: Any) -> int:
 
 
 def _file(path: str) -> tuple[Any, npt.NDArray[np.int64]]:
-    """Return the open Parquet file, and the first row of each row group, followed by the number of all rows."""
+    """Return the open Parquet file, and an array: the index of each row group's first row, then the number of rows."""
     return _opened(path, os.stat(path).st_mtime_ns)
 
 
@@ -284,7 +284,7 @@ def _opened(path: str, mtime_ns: int) -> tuple[Any, npt.NDArray[np.int64]]:
 
 
 def _group_of(path: str, row: int) -> tuple[int, int]:
-    """Return the index of the row group that contains a row, and the number of the first row of this group."""
+    """Return the index of the row group that contains a row, and the index of this group's first row."""
     with _ErrorsOf(Path(path)):
         starts = _file(path)[1]
     group = int(np.searchsorted(starts, row, side="right")) - 1

@@ -68,7 +68,7 @@ class ZipReader:
     def _read(self, item: Input, max_bytes: int) -> tuple[bytes, int]:
         """Return the first `max_bytes` of a member, and the CRC-32 that the archive states.
 
-        The CRC-32 is 0 if only a part of the member is read.
+        The CRC-32 may be 0 if only a part of the member is read.
         """
         file = open_file(str(self.root))
         header = file.read_at(item.location, _LOCAL.size)
@@ -123,7 +123,7 @@ def _rest(decompressor: Any) -> bytes:
 def _make_decompressor(method: int, head: bytes, start: int) -> tuple[Any, int]:
     """Return the decompressor of a member, and the position of the member's first compressed byte.
 
-    `head` are the first bytes of the member, which begins at `start`.
+    `start` is the position of the member's content, and `head` are the first bytes of this content.
     """
     if method == 8:
         return zlib.decompressobj(-15), start

@@ -30,7 +30,7 @@ SPLITS_BY_NAME = {"train": "train", "training": "train", "val": "val", "valid": 
 
 
 def read_rows(path: Path, where: str, expected: str) -> Iterator[tuple[int, list[str]]]:
-    """Yield the number of the last line and the cells of each row, without empty rows and comments.
+    """Yield (number of the row's last line, cells) for each row. Empty rows and comments are left out.
 
     A byte that is not UTF-8 becomes a surrogate. `where` names the file in errors, and `expected` is the last sentence
     of an error. Raises UserError if the file cannot be read, or is no CSV.
@@ -59,7 +59,10 @@ def ragged_row(where: str, line: int, found: int, width: int, expected: str) -> 
 
 
 def _is_comment(cell: str) -> bool:
-    """Return whether a row is a comment: its first cell begins with `#` and names neither an image nor a column."""
+    """Return whether a row with the first cell `cell` is a comment.
+
+    The first cell of a comment begins with `#`, and is neither the name of an image nor the name of a column.
+    """
     return (
         cell.startswith("#")
         and not has_image_name(os.fsencode(cell))

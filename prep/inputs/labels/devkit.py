@@ -17,7 +17,7 @@ from prep.schema import read_regular
 
 DEVKIT_NAME = "ILSVRC2012_devkit_t12"
 GROUND_TRUTH_NAME = "ILSVRC2012_validation_ground_truth.txt"
-_MAX_FILE_BYTES = 64 << 20  # limit for the size of a file in the archive; the devkit's largest file has 300 KB
+_MAX_FILE_BYTES = 64 << 20  # largest size of a file that is read; the devkit's largest file has 300 KB
 _ADVICE = f"Download {DEVKIT_NAME}.tar.gz from https://image-net.org and pass it with --devkit FILE."
 
 

@@ -51,10 +51,8 @@ class Row:
 class ImageNames:
     """Finds images by the names in a label file.
 
-    These names may lack the folders or the extension.
-
-    The extension may have another spelling (`.JPEG` for `.jpg`), and letters with accents may be in another Unicode
-    form.
+    A name in the file may lack the folders or the extension of the image. The file may spell the extension and letters
+    with accents differently from the image (`.JPEG` for `.jpg`).
     """
 
     def __init__(self, names: Sequence[bytes]) -> None:

@@ -27,7 +27,7 @@ from prep.inputs.names import composed
 LABEL_ORDERS = ("sorted", "sorted-from-0", "name", "devkit")
 
 _NO_LABELS = ("nan", "<na>", "#n/a", "n/a")  # texts that programs write for a missing label, in lower case
-# Pattern of numbers that are neither names nor positions of classes, and a text that says what is expected.
+# Numbers that cannot be labels: (pattern, what the message says is expected instead).
 _ODD_NUMBERS = (
     (re.compile(r"-\d+"), "a number from 0"),
     (re.compile(r"[-+]?(\d+\.\d*|\.\d+)(e[-+]?\d+)?|[-+]?\d+e[-+]\d+|\+\d+|\d{19,}", re.I), "a whole number"),
@@ -38,14 +38,14 @@ _FIRST_NUMBERS = {"sorted": 1, "sorted-from-0": 0}
 
 @dataclass(frozen=True)
 class LabelTexts:
-    """The different label texts of a file, before their meaning is known."""
+    """The distinct label texts of a file, before their meaning is known."""
 
     where: str  # `--labels FILE`, for messages
-    texts: Sequence[str]  # the different texts of the file
+    texts: Sequence[str]  # each label text of the file, once
     classes: tuple[str, ...]  # classes of the store or of --classes; empty if the label file itself gives the classes
     owner: str  # text for messages that says where `classes` come from
     devkit: Callable[[], Devkit | None]
-    example: Callable[[str], str]  # for messages: returns a line of the file that has this text
+    example: Callable[[str], str]  # for messages: returns a line of the file that has a given text
 
     @cached_property
     def are_numbers(self) -> bool:

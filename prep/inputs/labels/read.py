@@ -124,7 +124,7 @@ def _of_split(file: Path, rows: Sequence[Row], split: str, root: Path) -> list[R
 def is_of_other_split(name: str, split: str, own_folder: str) -> bool:
     """Return whether a folder in a path names another split than `split`, as in `train/1.jpg` for val.
 
-    `own_folder` is the name of the folder of the split, which may be the name of another split.
+    A path with the folder `own_folder`, which holds the images of `split`, is never of another split.
     """
     folders = re.split(r"[\\/]", name)[:-1]
     splits = {SPLIT_OF_FOLDER[folder.lower()] for folder in folders if folder.lower() in SPLIT_OF_FOLDER}
@@ -166,7 +166,7 @@ def _by_name(file: Path, rows: Sequence[Row], images: ImageNames, names: Sequenc
             double.append(name_text(name))
     missing = [name_text(name) for name in names if name not in found]
     if missing:
-        hint = f" Names in the file without an image: {examples(surplus)}." if surplus else ""
+        hint = f" Names in the file that fit no image: {examples(surplus)}." if surplus else ""
         raise UserError(
             f"--labels {file}: no label for {len(missing):,} of {len(names):,} images: {examples(missing)}.{hint} "
             "Add the missing lines, or move these images away."

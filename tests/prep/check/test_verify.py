@@ -41,7 +41,7 @@ def test_an_undamaged_store_passes(kind: str, stores: dict[str, Path]) -> None:
     result = alexprep("verify", "--store", stores[kind], "--jobs", "2")
     assert result.exit_code == 0, result.output
     assert f"{stores[kind]}: 42 records of train and val agree with the manifest" in result.stdout
-    assert "not verified, because records do not show them: filter, background" in result.stdout
+    assert "settings that cannot be verified from the records: filter, background" in result.stdout
     assert result.stdout.count("\n") == 2 and "Error" not in result.stderr
 
 

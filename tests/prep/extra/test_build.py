@@ -160,7 +160,10 @@ def test_a_finished_store_gets_fields_without_another_build(
     assert_values(Store.open(store), table[1])
     other = tmp_path / "other.csv"
     write_table(other, photos, seed=1)
-    refused(lambda: build_with(photos, store, [f"age={other}"], runner=UnusedRunner()), "age differs in 70 records")
+    refused(
+        lambda: build_with(photos, store, [f"age={other}"], runner=UnusedRunner()),
+        "in this command differ in 70 records",
+    )
     refused(lambda: build_with(photos, store, [f"age:text={other}"], runner=UnusedRunner()), "age", "int", "text")
     assert build_with(photos, store, runner=UnusedRunner()).fingerprint == added.fingerprint
 

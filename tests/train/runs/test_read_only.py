@@ -82,7 +82,7 @@ def test_a_store_of_another_user_is_read(read_only: Path, photo_folder: Path) ->
     ]
     verify, inspect, statistics, export, preview, build, inside = run_commands(read_only, commands)
     assert verify[0] == inspect[0] == export[0] == preview[0] == 0, (verify, inspect, export, preview)
-    assert statistics[0] == 0 and "colour.json stays as it is: Permission denied." in statistics[2]
+    assert statistics[0] == 0 and "colour.json was not written: Permission denied." in statistics[2]
     assert build[0] == 1 and build[2].startswith("Error: --store store: no permission to write into store")
     assert inside[0] == 1 and "Error: store/files: Permission denied." in inside[2]
 
