@@ -69,7 +69,7 @@ def ablate(replica_timeout: float, **options: Any) -> None:
 
     The command prints how much the errors increase, and the increase that the paper reports. An ablation that was
     trained before is not trained again. To continue after a stop or a kill, run the same command again. All ablations
-    have the same seeds, so they have the same record order and crops. Ablations with the same parameter shapes also
+    are trained with the same seeds, record order and crops. Ablations with the same parameter shapes also
     start with the same parameters.
 
     \b

@@ -119,8 +119,8 @@ def run(
     """Train AlexNet on a store, or continue the run in --run-dir.
 
     To continue after a stop or a kill, run the same command again. `alextrain run --run-dir RUN_DIR` also continues the
-    run: options that you leave out have the values of the run. With --fork, options that you leave out also have the
-    values of the run. A run does not keep --service, so pass this option again.
+    run. For a continued run and for a fork (--fork), options that you leave out have the values of the run in
+    --run-dir. A run does not keep --service, so pass this option again.
 
     \b
     Example:

@@ -39,7 +39,7 @@ class TrainedRun:
 
     @staticmethod
     def open(run_dir: Path, store: Path | None, gpus: str | None, precision: str, which: str = "last") -> TrainedRun:
-        """Load a run's checkpoint and find its store.
+        """Load the checkpoint of a run, and find the store of the run.
 
         run_dir    a run folder, or a checkpoint file
         store      folder of the store; None: the training store, if it exists and is unchanged

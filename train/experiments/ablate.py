@@ -1,7 +1,7 @@
 """Trains the ablations: networks with one part removed or replaced, on one store, with equal seeds and steps.
 
 Each training run has its own run folder, `NAME-seedN`, with the same files as after `alextrain run`. The folder also
-has a file ablation.json with the errors on the split val with one view (the centre crop).
+has a file ablation.json with the errors on the split val, for one view (the centre crop).
 
 A run is not trained again if its ablation.json has the requested number of steps. A run that was stopped or killed
 is resumed.

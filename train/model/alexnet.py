@@ -89,7 +89,7 @@ class AlexNet(nn.Module):
         self._replicas = self._fused.replicas = group
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return logits (N, classes) for float32 images (N, 3, 224, 224), with pixels 0..255 minus the mean.
+        """Return logits (N, classes) for float32 images (N, 3, 224, 224): pixels in 0..255, minus the mean.
 
         The images may be on any device. With a convolutional architecture, `forward` also accepts larger images. For
         larger images, `forward` returns the result of `dense`. Raises ValueError for images of any other shape.

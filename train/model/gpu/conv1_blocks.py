@@ -29,7 +29,7 @@ def block_weights(weight: Tensor) -> Tensor:
 
 
 def image_blocks(images: Tensor, padding: Sequence[int], divisor: float, dtype: torch.dtype) -> Tensor:
-    """Return images (N, 3, H, W) as blocks (N, 48, rows, columns) of `dtype`, channels last, by a Triton kernel.
+    """Convert images (N, 3, H, W) to blocks (N, 48, rows, columns) of `dtype`, channels last, with a Triton kernel.
 
     padding  zero padding in px: (left, right, top, bottom)
     divisor  number by which every pixel is divided

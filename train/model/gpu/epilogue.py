@@ -178,7 +178,7 @@ def stages_for(maps: int, float32: bool, slope_after: bool, shared_bytes: int) -
 
     The result is 3, or 1 if shared memory is too small.
 
-    slope_after   True if the nonlinearity after pooling is "tanh" or "sigmoid", whose gradient needs its output
+    slope_after   True if the nonlinearity after pooling is "tanh" or "sigmoid", whose gradient needs the pooled result
     shared_bytes  shared memory in bytes that a program can have: 227 KiB on an H100 or H200, 163 KiB on an A100
     """
     # Upper bound of the shared memory, in bytes per map of a tile, that Triton 3.6 and 3.9 allocate for 3 stages and

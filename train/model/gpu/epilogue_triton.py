@@ -87,7 +87,7 @@ def _row_maximum(
     TERMS: tl.constexpr,
     POSITIONS: tl.constexpr,
 ):
-    """Return the maximum of each window within one row, and its position in the window: 0, 1 or 2.
+    """Return the maximum of each window within one row, and the column of the maximum in the window: 0, 1 or 2.
 
     The third column of a window of 3 px is the first column of the next window. The value of the third column is
     therefore taken from the next position of the tile. The last window of a tile has no next position, so its maximum

@@ -4,7 +4,7 @@ For the window sums of the normalization, tensor cores compute a product with a 
 factors of this product are bfloat16. TERMS is the number of bfloat16 values that represent one factor. With TERMS = 1,
 a factor has 8 bits of precision, enough for tensors of 16 bits. With TERMS = 3, a factor has 24 bits, as many as
 float32. The product also multiplies every value by zeros. 0 · ∞ and 0 · NaN are NaN. One infinite or NaN value
-therefore makes all maps of the column NaN at its position.
+therefore makes all maps of the column NaN at the position of this value.
 """
 
 # mypy: disable-error-code="no-untyped-def"
