@@ -7,9 +7,9 @@
 
 The worker process belongs to a WorkerPool (prep/workers.py), so a task behaves as without a cluster: it has one BLAS
 thread and the same memory settings. If the worker process crashes, the result of the task is a WorkerDied, which has
-the index of the input. A task is lost if its node dies, or if Ray kills its Ray worker because memory is low. A lost
-task is submitted again, and no input is reported as the cause of the loss. The worker process ends with its Ray worker.
-The Ray worker ends with its node, or with the driver.
+the index of the input that was being processed. A task is lost if its node dies, or if Ray kills its Ray worker because
+memory is low. A lost task is submitted again, and no input is reported as the cause of the loss. The worker process
+ends with its Ray worker. The Ray worker ends with its node, or with the driver.
 """
 
 from __future__ import annotations

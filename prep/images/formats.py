@@ -44,7 +44,7 @@ class BadImage(ValueError):
 
 
 def has_image_signature(head: bytes) -> bool:
-    """Return whether a file that begins with `head` (HEAD_BYTES) may be an image.
+    """Return whether a file may be an image. `head` are its first HEAD_BYTES bytes.
 
     Formats whose extra is not installed also count.
     """
@@ -52,7 +52,7 @@ def has_image_signature(head: bytes) -> bool:
 
 
 def unreadable_reason(head: bytes) -> str:
-    """Return why a file that begins with `head` (HEAD_BYTES) cannot be read here; empty if the file may be readable."""
+    """Return why a file with the first HEAD_BYTES bytes `head` cannot be read; empty if the file may be readable."""
     if not has_image_signature(head):
         return unknown_format()
     format = _modern_format(head)

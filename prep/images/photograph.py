@@ -31,7 +31,7 @@ class Photograph(NamedTuple):
 
     # uint8 (side_px, side_px, 3), RGB: the rescaled central square; for JPEG stores also encoded and decoded
     square: npt.NDArray[np.uint8]
-    orientation: int  # EXIF orientation, which is not applied, as in alexprep; 1 if the file has no orientation
+    orientation: int  # EXIF orientation, which is not applied to `square`; 1 if the file has no orientation
     warnings: tuple[str, ...] = ()  # warnings of the decoder about damage that the decoder ignored
 
 

@@ -33,9 +33,8 @@ _VARIABLES = {  # setting -> environment variables that take precedence over the
 def profile_settings(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
     """Return settings for S3Store from the profile that AWS_PROFILE names, or from the profile `default`.
 
-    Settings that environment variables already set are left out. An access key in the environment replaces all keys of
-    the profile, as in the AWS command line. Raises UserError if a file cannot be read, or if neither file has the
-    profile.
+    A setting is left out if an environment variable gives it. An access key in the environment replaces all keys of the
+    profile, as in the AWS command line. Raises UserError if a file cannot be read, or if neither file has the profile.
     """
     profile = environment.get("AWS_PROFILE", "")
     home = Path(environment.get("HOME", "~")).expanduser()

@@ -287,12 +287,12 @@ def _find_labels(options: ListOptions, root: Path, split: str) -> tuple[Path, by
 def _file_beside(root: Path, parent: Path, split: str) -> Path | None:
     """Return the label file beside a flat folder or archive, or None if there is no such file.
 
-    Raises UserError if there are several label files.
+    Raises UserError if there are several label files. These files count as label files:
 
-    The label file may be named `*ground_truth*.txt` (also in a devkit beside `root`). The label file may have the name
-    of `root` with the extension .txt, .csv or .tsv. The label file may also be LOC_val_solution.csv of Kaggle, which
-    may lie beside the folder ILSVRC. If `root` is a folder, the label file may also be labels.txt, labels.csv or
-    labels.tsv in this folder.
+    -   `*ground_truth*.txt`, beside `root` or in a devkit beside `root`
+    -   the name of `root` with the extension .txt, .csv or .tsv, beside `root`
+    -   labels.txt, labels.csv or labels.tsv, in the folder `root`
+    -   Kaggle's LOC_SPLIT_solution.csv (LOC_val_solution.csv), beside `root` or beside Kaggle's folder ILSVRC
     """
     stem = root.resolve().name if root.is_dir() else root.resolve().stem
     kaggle = [parent] + ([parent.parents[2]] if parent.parts[-3:] == ("ILSVRC", "Data", "CLS-LOC") else [])
