@@ -87,9 +87,8 @@ def list_folder(
     used instead of `root`. System folders, hidden names, and files beside class folders are ignored.
 
     If `root` contains both images and folders, the images are listed in two cases: if all folders are empty, or if
-    `flat` is true and there are at least as many images as folders. In all other cases, the class folders are listed,
-    and the images beside them are left out. UserError is raised instead if there are more than ten images and more
-    images than folders.
+    `flat` is true and there are at least as many images as folders. In other cases, only the class folders are listed.
+    UserError is raised instead if there are more than ten images and more images than folders.
 
     Symbolic links that lead out of `root` are refused unless `follow_links` is true. Raises UserError if `root`
     contains no files, if a class folder is a link that is not followed, or if the classes are ambiguous.
