@@ -5,8 +5,8 @@ thread. Workers ignore Ctrl-C, which the parent handles. Workers exit when the p
 parent. An exception in a task is raised again in the parent. If a worker crashes, the other workers continue. The
 result of the crashed task is a WorkerDied with the index of the input that the worker was processing. The caller
 decides whether the task is tried again (in a build: prep/build/split.py and plan.py). A worker that uses more CPU time
-for an input than the task allows is killed. The result of its task is also a WorkerDied. If a worker ends before its
-first task, the parent raises WorkerNotStarted, whose message contains the error of the worker.
+for an input than the task allows is killed. The result of the killed worker's task is also a WorkerDied. If a worker
+ends before its first task, the parent raises WorkerNotStarted, whose message contains the error of the worker.
 """
 
 from __future__ import annotations

@@ -117,7 +117,7 @@ def planned_copy(source_name: str, target_name: str) -> Iterator[CopyPlan]:
             )
     has_checksums = states.pop(CHECKSUMS, None) is not None and source.is_remote
     checksums = parse_checksums(source.read(CHECKSUMS)) if has_checksums else {}
-    # SHA256SUMS is not used if it has another digest for the manifest: then a program has replaced the store, but not
+    # SHA256SUMS is ignored if its digest of the manifest is wrong: a program may have replaced all files but
     # SHA256SUMS.
     if checksums.get(MANIFEST) != identity.manifest:
         checksums = {}

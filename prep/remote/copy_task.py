@@ -36,8 +36,8 @@ TRIES = 3  # largest number of times that a file is transferred if it arrives wi
 class CopyTask:
     """The task of copying one file. A task is pickled and sent to a worker process."""
 
-    source: str  # name of the folder to copy from, for open_folder
-    target: str  # name of the folder to copy to
+    source: str  # path or URL of the source folder
+    target: str  # path or URL of the destination
     file: StoreFile
     state: FileState  # state of the file in the source
     checksum: str  # SHA-256 (hex) of the file in the source's SHA256SUMS; empty if SHA256SUMS is not used

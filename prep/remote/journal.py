@@ -115,7 +115,7 @@ def remove_journal(target: Folder, paths: Iterable[str]) -> None:
 
 
 def _for_each(request: Callable[[str], T], paths: Iterable[str]) -> list[T]:
-    """Send a request for each path from several threads, and return the results in the order of the paths.
+    """Call `request` for each path, in several threads, and return the results in the order of the paths.
 
     Ctrl-C waits only for the requests that have been sent.
     """

@@ -5,8 +5,8 @@ and `read_npz` return the arrays of NumPy files. `convert` checks Python objects
 the metadata of a checkpoint. Each error has one line: the file, the field, the value found, the value expected, and the
 next step.
 
-A model is a `msgspec.Struct`, a frozen dataclass or a TypedDict. Bounds are part of the types of the fields. The models
-of manifest.json and colour.json, whose format has a schema number, refuse unknown fields (`forbid_unknown_fields=True`,
+A model is a `msgspec.Struct`, a frozen dataclass or a TypedDict. The type of a field includes its bounds. The models of
+manifest.json and colour.json, whose format has a schema number, refuse unknown fields (`forbid_unknown_fields=True`,
 see also prep/schema/unknown_fields.py). Files of a run folder, work files and files of other programs have no schema
 number, so the models of such files ignore unknown fields.
 """

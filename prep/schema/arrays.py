@@ -148,8 +148,8 @@ def read_npz(
 def _header(content: bytes) -> tuple[np.dtype[Any], tuple[int, ...], bool, int]:
     """Return (type, shape, whether in Fortran order, position of the data) from the header of a .npy file.
 
-    NumPy's own reader parses the header as Python code. This function reads only the form that NumPy writes for arrays
-    without fields. Raises ValueError or TypeError for any other header.
+    NumPy's own reader parses the header as Python code. This function reads only headers in the form that NumPy writes
+    for a dtype without fields. Raises ValueError or TypeError for any other header.
     """
     if not content.startswith((b"\x93NUMPY\1\0", b"\x93NUMPY\2\0")):
         raise ValueError(f"begins with {content[:8]!r}, expected NumPy format 1.0 or 2.0")

@@ -69,7 +69,7 @@ def disagreements(manifest: Manifest, data: dict[str, Any]) -> Iterator[str]:
     for name, split in manifest.splits.items():
         for what, found, expected in _split_pairs(manifest, name, split):
             if found != expected:
-                yield f"splits.{name}: {what} {found}, expected {expected}"
+                yield f"splits.{name}: {what} is {found}, expected {expected}"
         for shard in split.shards:
             if not shard.path.startswith(f"{name}/"):
                 yield f"splits.{name}: a shard has the path {shown(shard.path)}, expected {name}/NAME"
@@ -86,21 +86,21 @@ def disagreements(manifest: Manifest, data: dict[str, Any]) -> Iterator[str]:
 def _split_pairs(manifest: Manifest, name: str, split: Split) -> Iterator[tuple[str, object, object]]:
     """Yield (description, value found, value expected) for each rule of one split. The values may be equal."""
     shards, account = split.shards, split.account
-    yield "records of all shards", sum(shard.records for shard in shards), split.records
-    yield "bytes of all shards", sum(shard.bytes for shard in shards), split.bytes
-    yield "different paths of shards", len({shard.path for shard in shards}), len(shards)
-    yield "classes with a count", len(split.label_counts), len(manifest.classes)
-    yield "records of all classes", sum(split.label_counts), split.records
-    yield "inputs kept", account["kept"], split.records
-    yield "inputs kept or bad", account["kept"] + sum(account["bad"].values()), account["inputs"]
-    yield "files with a digest", sorted(account["files"]), sorted(split_files(split.extra))
+    yield "number of records of all shards", sum(shard.records for shard in shards), split.records
+    yield "number of bytes of all shards", sum(shard.bytes for shard in shards), split.bytes
+    yield "number of different paths of shards", len({shard.path for shard in shards}), len(shards)
+    yield "number of classes with a count", len(split.label_counts), len(manifest.classes)
+    yield "number of records of all classes", sum(split.label_counts), split.records
+    yield "number of inputs kept", account["kept"], split.records
+    yield "number of inputs kept or bad", account["kept"] + sum(account["bad"].values()), account["inputs"]
+    yield "list of files with a digest", sorted(account["files"]), sorted(split_files(split.extra))
     for field_name, field in split.extra.items():
         if field.type != "vector":
             yield f"extra.{field_name}.width", field.width, 1
         if field.type != "text":
             size = split.records * field.width * _NUMBER_BYTES[field.type]
             yield f"extra.{field_name}.bytes", field.bytes, size
-    yield "pixels of the moments", split.moments["pixels"], split.pixels
+    yield "number of pixels of the moments", split.moments["pixels"], split.pixels
     smallest = split.records * manifest.settings.side_px**2
     if split.pixels != smallest and not _allows_pixels(manifest.settings, split.pixels, smallest):
         yield "pixels", split.pixels, f"{smallest} or more" if manifest.settings.keep_aspect else smallest

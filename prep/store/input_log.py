@@ -33,9 +33,9 @@ _MAX_REASONS = 20  # this limit keeps the manifest small if there are many diffe
 def summarize_outcomes(outcomes: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     """Count conversions, EXIF orientations, warnings about kept inputs, and reasons for bad inputs.
 
-    The result has the form of Split.account. The _MAX_REASONS most frequent reasons are counted by name. All other
-    reasons are counted together as "other reasons". Of the warnings about an input, only the first warning is counted,
-    by name like the reasons.
+    The result has the form of Split.account. Each of the _MAX_REASONS most frequent reasons has its own count. All
+    other reasons are counted together as "other reasons". Warnings are counted in the same way. If an input has several
+    warnings, only the first is counted.
     """
     converted: Counter[str] = Counter()
     orientations: Counter[str] = Counter()

@@ -91,7 +91,7 @@ ADVICE = "The store is damaged. Build the store again, or take the file from ano
 
 
 class StoreError(UserError):
-    """The store is missing, unfinished, damaged, or of another schema version."""
+    """The store is missing, unfinished or damaged, or its schema number is not SCHEMA."""
 
 
 @dataclass(frozen=True)
@@ -136,8 +136,8 @@ class Store:
     def parse(root: Path, content: bytes, name: str = "") -> Store:
         """Return the store whose manifest.json has these bytes.
 
-        `name` is the name of the store in errors, by default `root`. Raises StoreError if the manifest has another
-        schema version, or if a field is missing or wrong.
+        `name` is the name of the store in errors, by default `root`. Raises StoreError if the schema number is not
+        SCHEMA, or if a field is missing or wrong.
         """
         name = name or str(root)
         path = f"{name.rstrip('/')}/manifest.json"
@@ -192,7 +192,7 @@ class Store:
     def color_stats(self, split: str = "train") -> ColorStats:
         """Return the mean and colour PCA of a split.
 
-        Raises StoreError if colour.json is missing or damaged, or differs from the moments in the manifest.
+        Raises StoreError if colour.json is missing or damaged, or does not follow from the moments in the manifest.
         """
         entry, path = self.split(split), self.root / split / "colour.json"
         hint = f"Write the file with: alexprep pca-stats --store {shell_quoted(self.root)} --split {split}"
@@ -239,7 +239,7 @@ class Store:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 (hex) over the contents and the order of all records, the names of the classes, and extra fields."""
+        """SHA-256 (hex) over the contents and the order of all records, the class names and the extra fields."""
         return digest_json({name: split.fingerprint for name, split in self.splits.items()})
 
     def save(self) -> None:

@@ -148,8 +148,8 @@ def window_checks(settings: GpuCheckSettings, store: Path, format: str) -> Itera
 def make_network(settings: GpuCheckSettings, classes: int, devices: tuple[str, str]) -> AlexNet:
     """Return the network with the initialization of He et al., and with the same parameters on every device.
 
-    The paper's initialization is not used. With it, each gradient is a sum of terms that are much larger than the sum,
-    and the gradients in float32 and float64 differ by up to 10%.
+    The paper's initialization is not used. With the paper's initialization, each gradient is a sum of much larger
+    terms, and the gradients in float32 and float64 differ by up to 10%.
     """
     torch.manual_seed(0)
     return AlexNet(classes, replace(PAPER, init="he"), devices, settings.architecture)

@@ -27,8 +27,8 @@ from train.config.recipes import PAPER
 from train.model.gpu.epilogue import Epilogue, apply_epilogue
 
 # Limits of ‖found − wanted‖ / ‖wanted‖ for the result, the gradient of x, and the gradient of the bias. In bfloat16,
-# rounding the result already gives an error of 1.7e-3. Triton's interpreter truncates instead of rounding, which gives
-# an error of up to 3.5e-3.
+# the rounding of the result alone gives an error of 1.7e-3. Triton's interpreter truncates instead of rounding, which
+# gives an error of up to 3.5e-3.
 TOLERANCES = {torch.float32: (2e-6, 2e-6, 5e-6), torch.bfloat16: (2.0**-8, 2.0**-8, 2.0**-8)}
 # A window is left out if its two largest values differ by less than this share of the larger value. The share is larger
 # than the relative errors of a kernel's normalized values. These errors are about 1e-7 in float32, and up to 2e-3 in

@@ -131,7 +131,7 @@ def test_a_change_of_one_in_any_moment_of_a_ppm_store_is_a_fault(copy_store: Mak
     true = Moments.from_json(Store.open(store).split("train").moments)
     set_moments(store, true)
     assert faults_of(store, workers) == []
-    with pytest.raises(StoreError, match=r"pixels 65537, expected 65536"):
+    with pytest.raises(StoreError, match=r"pixels is 65537, expected 65536"):
         set_moments(store, replace(true, pixels=true.pixels + 1))
     for channel in range(3):
         total = list(true.total)

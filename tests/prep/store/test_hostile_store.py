@@ -53,7 +53,7 @@ DISAGREEMENTS: dict[str, tuple[Change, str]] = {
     "inputs": (lambda d: train(d)["account"].update(inputs=10**9), "inputs kept or bad"),
     "files": (lambda d: train(d)["account"]["files"].update({"../x": "0" * 64}), "files with a digest"),
     "pixels": (lambda d: train(d).update(pixels=1), "pixels of the moments"),
-    "both pixels": (lambda d: (train(d).update(pixels=5), train(d)["moments"].update(pixels=5)), "pixels 5, expected"),
+    "both pixels": (lambda d: (train(d).update(pixels=5), train(d)["moments"].update(pixels=5)), "pixels is 5, "),
     "other split": (lambda d: train(d)["shards"][0].update(path="val/00000"), "expected train/NAME"),
     "outer asymmetric": (lambda d: train(d)["moments"]["outer"][0].__setitem__(1, 0), "expected the value of outer"),
     "total too large": (lambda d: train(d)["moments"]["total"].__setitem__(0, 10**15), "moments: total.0"),

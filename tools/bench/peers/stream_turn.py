@@ -82,7 +82,7 @@ def random_region(height_px: int, width_px: int) -> tuple[int, int, int, int]:
 
 
 def check_batches(batches: Iterator[Any], is_resized: bool = False) -> None:
-    """Check dtype, shape and range of two batches, and that images differ. Raises ValueError if a check fails."""
+    """Check dtype, shape and range of two batches. Raises ValueError if one is wrong, or if images are equal."""
     # Grey levels minus the mean, perhaps with colour noise; in resized images, divided by the standard deviation.
     low, high = (1.5, 3) if is_resized else (64, 512)
     first, second = (np.asarray(next(batches)).copy() for _ in range(2))  # a stream may reuse a batch's memory
