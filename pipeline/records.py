@@ -56,7 +56,7 @@ class RecordBatch(NamedTuple):
     # (N,): addresses of the payloads. In JPEG stores, the addresses of the JPEG files; in PPM stores, the addresses of
     # the first pixels.
     addresses: npt.NDArray[np.uint64]
-    payload_bytes: npt.NDArray[np.int64]  # (N,): sizes of the payloads
+    payload_bytes: npt.NDArray[np.int64]  # (N,): sizes of the payloads in bytes
     is_raw: bool  # True for PPM stores
     memory: object = None  # arrays that hold the payloads that are not in mapped files
     sources: tuple[str, ...] = ()  # (N,): source paths of the records, if a service has sent them
@@ -236,7 +236,7 @@ class Records:
         return f"{self.store.root / self._shards[shard].path}, key {self.key(number)}{suffix}"
 
     def key(self, number: int) -> str:
-        """Return the LMDB key of record `number`, which has 8 digits and is unique in its split."""
+        """Return the LMDB key of record `number`: 8 digits, unique in the split."""
         shard, index = self._locate(number)
         return self._reader(shard).key(index).decode()
 

@@ -64,7 +64,7 @@ typedef struct {
     int64_t bytes;
 } memory;
 
-/* Provide at least `bytes` bytes. The old contents may be lost. Returns 0 if there is no memory. */
+/* Provide at least `bytes` bytes. The old contents may be lost. Returns 0 if malloc fails. */
 static int reserve(memory *self, int64_t bytes) {
     if (self->bytes >= bytes)
         return 1;
@@ -148,7 +148,7 @@ typedef struct {
     const int32_t *flip;           /* (N, V) */
     const float *shift;            /* (N, 3) */
     const float *const *mean;      /* (N, V): addresses in the mean image, as crop.mean; null: no mean */
-    float *out;                    /* (N, V, ...): the images; null: only decode */
+    float *out;                    /* (N, V, ...): the images; null: the records are only decoded */
     int32_t channels_last;
     float scale[3];               /* R, G, B */
     const effects *effects;       /* (N, V); null: no jitter, no grey and no blur */
@@ -176,7 +176,7 @@ static const uint8_t *find_pixels(worker *self, const batch *b, int64_t k, int64
     return decode(self, b->payload[k], b->payload_bytes[k], *top, bottom, *left, right, stride);
 }
 
-/* Resize the rows of crop n, whose upper left pixel is at `pixels`. Returns 0 if there is no memory. */
+/* Resize the rows of crop n, whose upper left pixel is at `pixels`. Returns 0 if malloc fails. */
 static int start_resize(worker *self, const batch *b, int64_t n, const uint8_t *pixels, int64_t stride,
                         resized_rows *out) {
     const int64_t height = height_of(b, n), width = width_of(b, n);
@@ -186,7 +186,7 @@ static int start_resize(worker *self, const batch *b, int64_t n, const uint8_t *
     return 1;
 }
 
-/* Apply the effects of image n to `window`. Returns 0 if there is no memory. */
+/* Apply the effects of image n to `window`. Returns 0 if malloc fails. */
 static int add_effects(worker *self, const batch *b, int64_t n, crop *window) {
     if (!reserve(&self->effects, effect_bytes(b->side)))
         return 0;
@@ -199,7 +199,7 @@ static int add_effects(worker *self, const batch *b, int64_t n, crop *window) {
 enum { LINES = 16 }; /* number of lines that are resized and then normalized while they are in the L1 cache */
 
 /* Write image n. `window` is its crop of the record's pixels. The crop is resized first if b->extent is not null.
- * Returns 0 if there is no memory. */
+ * Returns 0 if malloc fails. */
 static int make_image(worker *self, const batch *b, int64_t n, crop window) {
     const int64_t step = b->extent && !b->effects ? LINES : b->side; /* effects need a complete window */
     float *image = b->out + 3 * b->side * b->side * n;

@@ -86,7 +86,7 @@ class BatchJob(ctypes.Structure):
 
         jpeg           the decoder, or None if the records are raw
         payload        (N,): addresses of the JPEG files, or of the first pixels of the raw images (RGB, no gaps)
-        payload_bytes  (N,): sizes of the JPEG files
+        payload_bytes  (N,): sizes of the JPEG files, in bytes
         size           (N, 2): height and width of each image
         position       (N, V, 2): row and column of each crop in its image
         flip           (N, V): 1 if the crop is mirrored, otherwise 0

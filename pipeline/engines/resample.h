@@ -64,7 +64,7 @@ INLINE int32_t weight_at(const resize_weights *self, int64_t i, int64_t t) {
     return (pair->high[t % 2] << LOW_BITS) + pair->low[t % 2];
 }
 
-/* Resize a row of pixels to `out`, `side` pixels. */
+/* Resize a row of pixels to the `side` pixels of `out`. */
 static void resize_row(const uint8_t *in, int64_t side, const resize_weights *weights, uint8_t *restrict out) {
     for (int64_t i = 0; i < side; i++, out += 3) {
         const uint8_t *pixel = in + 3 * weights->first[i];
@@ -198,7 +198,7 @@ AVX2 static void resize_line_avx2(const uint8_t *rows, int64_t bytes, int64_t he
 #endif
 
 /* A rectangle whose rows were resized, and the weights of its columns. `bytes` is the number of bytes from one row to
- * the next: a multiple of VECTOR, and at least 16 more than the bytes of the pixels. */
+ * the next: a multiple of VECTOR, and at least 16 more than the pixels need. */
 typedef struct {
     uint8_t *rows;
     int64_t height, bytes;
@@ -223,7 +223,7 @@ INLINE int64_t resize_bytes(int64_t height, int64_t width, int64_t side) {
     return (height + ROWS - 1) * line_bytes(side) + weights + copy_bytes(width, pairs);
 }
 
-/* Resize the rows of a rectangle. `memory` has resize_bytes(height, width, side) bytes, and belongs to the result. */
+/* Resize the rows of a rectangle. The result uses the resize_bytes(height, width, side) bytes at `memory`. */
 static resized_rows resize_rows(const uint8_t *pixels, int64_t stride, int64_t height, int64_t width, int64_t side,
                                 uint8_t *memory) {
     resized_rows result = {.rows = memory, .height = height, .bytes = line_bytes(side)};
@@ -260,7 +260,7 @@ static resized_rows resize_rows(const uint8_t *pixels, int64_t stride, int64_t h
 
 /* Write the lines `first` to `end` - 1 of the square to `out`, without gaps. */
 static void resize_columns(const resized_rows *rows, int64_t side, int64_t first, int64_t end, uint8_t *out) {
-    uint8_t line[rows->bytes]; /* more bytes than a line of `out` has */
+    uint8_t line[rows->bytes]; /* longer than a line of `out` */
     for (int64_t i = first; i < end; i++, out += 3 * side) {
         const int fits = (end - i) * 3 * side >= rows->bytes; /* the next line replaces the bytes after line i */
 #ifdef AVX2

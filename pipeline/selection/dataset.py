@@ -24,7 +24,7 @@ class StoredRecord(NamedTuple):
     label: int
     """Index into the names of the classes."""
     key: str
-    """LMDB key of the record, which has 8 digits and is unique in its split."""
+    """LMDB key of the record: 8 digits, unique in the split."""
     source: str
     """Path of the input file, relative to the input folder of the split. Empty if the record has no path."""
     extra: dict[str, Value]

@@ -135,7 +135,8 @@ class Values(NamedTuple):
     """Values that are served with the images of a batch."""
 
     texts: dict[str, list[str]]  # "keys", and "extra/FIELD" for extra fields of texts
-    arrays: dict[str, npt.NDArray[Any]]  # "index", "extra/FIELD" for extra fields of numbers, and the draws by name
+    # "index", "extra/FIELD" for extra fields of numbers, and the names of the random numbers (StepDraws.by_name).
+    arrays: dict[str, npt.NDArray[Any]]
 
 
 def read_values(

@@ -127,7 +127,7 @@ class WindowSource:
             # The damaged record may belong to another batch of the block, so this batch is fetched alone.
             return self._client.fetch(position, [request]).part(slice(None))
         finally:
-            # An error refers to this frame. If the frame also referred to the error, the memory would not be freed.
+            # An error's traceback refers to this frame. A reference from the frame to the error would keep the memory.
             del block
         begin = (position - first) * self._batch_size
         return windows.part(slice(begin, begin + len(request.numbers)))

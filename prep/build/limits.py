@@ -20,9 +20,9 @@ from prep.store.manifest import Settings
 class InputLimits:
     """Limits of the inputs that a build keeps."""
 
-    max_pixels: int = MAX_PIXELS  # an input with more pixels is bad
+    max_pixels: int = MAX_PIXELS  # an input with more pixels than this is bad
     keep_warned: bool = True  # whether an input with warnings of its decoder is kept; if False, such an input is bad
-    time_limit_s: float = TIME_LIMIT_S  # an input that needs more CPU time for decoding is bad; 0: no limit
+    time_limit_s: float = TIME_LIMIT_S  # an input whose decoding takes more CPU time than this is bad; 0: no limit
 
     def decode_options(self, settings: Settings) -> DecodeOptions:
         """Return the decoding options of a build with these limits and with `settings`."""

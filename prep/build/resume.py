@@ -321,7 +321,7 @@ def open_existing(store: Path, plan: BuildPlan) -> Store | None:
 
 
 def _check_same_limits(store: Store, split: str, limits: InputLimits) -> None:
-    """Raise UserError if the new `limits` would keep other inputs than the complete split has."""
+    """Raise UserError if `limits` would keep an input that the finished split left out, or leave out a kept input."""
     changed = ""
     with suppress(OSError, ValueError, KeyError):  # alexprep verify reports a damaged inputs.jsonl
         outcomes = read_outcomes(store.root / split / "inputs.jsonl")

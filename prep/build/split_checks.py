@@ -97,7 +97,7 @@ def check_classes(source: Source, jobs: int, policy: BuildPolicy) -> None:
 
 
 def _check_bad_classes(source: Source, bad: dict[str, str], policy: BuildPolicy) -> None:
-    """Raise UserError if all inputs of a class are known to be `bad` ({name: reason})."""
+    """Raise UserError if all inputs of a class are in `bad`, {name: reason}."""
     if policy.allow_empty_classes or not policy.skip_bad or not bad:
         return
     counts = source.inputs.label_counts(len(source.classes))

@@ -28,7 +28,7 @@ class Fault:
 
     where: str  # name of a shard, such as `train/00003`, or of a file of the store
     key: str  # key of the record; empty if the fault does not concern a single record
-    source: str  # path of the record's input, if it can still be read
+    source: str  # source path in the record; empty if it cannot be read
     what: str
 
     def text(self) -> str:

@@ -321,9 +321,9 @@ def import_caffe(
 ) -> None:
     """Build a split from LMDBs that Caffe's convert_imageset wrote.
 
-    Encoded images and bare pixels (C,H,W, blue first) go through the same steps as image files. The labels of Caffe are
-    kept. Prefer the original images to such LMDBs, because the resizing and compression of convert_imageset cannot be
-    undone.
+    Encoded images and bare pixels (C,H,W, blue first) go through the same steps as image files. The labels in the LMDBs
+    are kept. Prefer the original images to such LMDBs, because the resizing and compression of convert_imageset cannot
+    be undone.
 
     \b
     Example:
