@@ -272,7 +272,7 @@ def test_none_or_two_label_files_next_to_the_folder_are_refused(flat: Path, tmp_
         ("a.JPEG 0\nb.JPEG 2000000000\nc.JPEG 0\nB.JPEG 1\n", (), []),
         (f"a.JPEG 0\nb.JPEG {'9' * 5000}\nc.JPEG 0\nB.JPEG 1\n", (), []),
         (f"a.JPEG 0\nb.JPEG {'9' * 5000}\nc.JPEG 0\nB.JPEG 1\n", ("x", "y"), ["whole number"]),
-        ("-1\n1\n2\n1\n", (), ["line 1", "'-1'", "from 1"]),
+        ("-1\n1\n2\n1\n", (), ["line 1", "'-1'", "not negative"]),
         ("1\n3000000000\n2\n1\n", (), []),
         (f"1\n{'9' * 5000}\n2\n1\n", (), []),
         ("1\n1.5\n2\n1\n", (), ["line 2", "'1.5'"]),
