@@ -21,7 +21,10 @@ from pipeline import Augmentation, EvalLoader, eval_loader, train_loader
 
 
 def save(accelerator: Accelerator, folder: Path, step: int) -> None:
-    """Save the states in FOLDER/STEP, and remove older checkpoints. A kill leaves the earlier checkpoint complete."""
+    """Save a checkpoint in FOLDER/STEP, then remove older checkpoints. A kill never leaves FOLDER without a checkpoint.
+
+    A checkpoint is complete when its folder has the name STEP.
+    """
     accelerator.save_state(str(folder / "partial"))
     accelerator.wait_for_everyone()  # each process has saved the states of its random generators
     if accelerator.is_main_process:
@@ -32,8 +35,8 @@ def save(accelerator: Accelerator, folder: Path, step: int) -> None:
 
 @torch.no_grad()
 def accuracy(accelerator: Accelerator, net: nn.Module, loader: EvalLoader) -> float:
-    """Return the share of images that are classified correctly. The processes share the images; each counts once."""
-    broadcast(list(net.buffers()))  # BatchNorm statistics differ between processes; this uses those of process 0
+    """Return the share of correctly classified images. The images are divided among the processes."""
+    broadcast(list(net.buffers()))  # BatchNorm statistics differ between processes: all use those of process 0
     net.eval()
     correct = torch.zeros(1, dtype=torch.int64, device=accelerator.device)
     for images, labels in loader:  # the last batch can be smaller
@@ -46,11 +49,13 @@ def accuracy(accelerator: Accelerator, net: nn.Module, loader: EvalLoader) -> fl
 @click.argument("store", type=click.Path(exists=True, file_okay=False))
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--epochs", default=90, help="Number of epochs.")
-@click.option("--batch-size", default=256, help="Images in a step of each process.")
-@click.option("--lr", default=0.1, help="First learning rate; 0.1 suits 256 images in a step of all processes.")
+@click.option("--batch-size", default=256, help="Number of images in a batch of each process.")
+@click.option(
+    "--lr", default=0.1, help="Initial learning rate; 0.1 suits batches of 256 images in all processes together."
+)
 @click.option("--size-px", default=224, help="Side of the images in px.")
-@click.option("--width", default=64, help="Channels in the first stage of the network.")
-@click.option("--save-every", default=1000, help="Steps between checkpoints. An epoch also ends with a checkpoint.")
+@click.option("--width", default=64, help="Number of channels in the first stage of the network.")
+@click.option("--save-every", default=1000, help="Save a checkpoint after this number of steps, and after each epoch.")
 def main(
     store: str, folder: Path, epochs: int, batch_size: int, lr: float, size_px: int, width: int, save_every: int
 ) -> None:
@@ -59,13 +64,13 @@ def main(
     accelerator = Accelerator(cpu=not has_gpu, mixed_precision="bf16" if has_gpu else "no")
     device, rank, ranks = accelerator.device, accelerator.process_index, accelerator.num_processes
     settings = replace(Augmentation.preset("resnet"), size_px=size_px)
-    # `prepare` does not take the loaders: they share the records by `shard`, and serve tensors on the device.
+    # The loaders are not passed to `prepare`: `shard` already divides the records, and the tensors are on the device.
     training = train_loader(store, batch_size, device, augmentation=settings, shard=rank, world_size=ranks)
     validation = eval_loader(store, batch_size, device, augmentation=settings, shard=rank, world_size=ranks)
     torch.manual_seed(0)
     net = resnet18(len(training.classes), width)
     sgd = torch.optim.SGD(net.parameters(), lr, momentum=0.9, weight_decay=1e-4)
-    # A schedule from `prepare` would make one step for each process.
+    # The schedule is not passed to `prepare`, which would advance the schedule once for each process.
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(sgd, epochs * len(training))
     replica, optimizer = accelerator.prepare(net, sgd)
     accelerator.register_for_checkpointing(schedule, training)
@@ -73,7 +78,7 @@ def main(
         accelerator.load_state(str(saved[-1]))
     with training, validation:
         while training.epoch < epochs:
-            for images, labels in training:  # one epoch, or its rest after a resumption
+            for images, labels in training:  # one epoch; after a resumption, the rest of the epoch
                 with accelerator.autocast():
                     loss = nn.functional.cross_entropy(replica(images), labels)
                 optimizer.zero_grad()

@@ -11,14 +11,14 @@ import torch
 
 
 def save(path: Path, parts: Mapping[str, Any]) -> None:
-    """Write the states of `parts`, objects with state_dict(). A kill leaves the earlier checkpoint complete."""
+    """Save the state_dict() of each object in `parts`. If a kill interrupts the writing, the old checkpoint stays."""
     partial = path.with_name(f"{path.name}.partial")
     torch.save({name: part.state_dict() for name, part in parts.items()}, partial)
     os.replace(partial, path)
 
 
 def load(path: Path, parts: Mapping[str, Any]) -> None:
-    """Restore the states of `parts`. If there is no checkpoint, change nothing."""
+    """Restore the states of the objects in `parts`. If there is no checkpoint, change nothing."""
     if path.exists():
         states = torch.load(path, map_location="cpu", weights_only=True)
         for name, part in parts.items():

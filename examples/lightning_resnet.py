@@ -23,14 +23,15 @@ from prep.store.manifest import Store
 class Stream(LightningDataModule):
     """The loaders of a store. Each process makes its own loaders. Checkpoints hold the state of the training loader.
 
-    Lightning itself restores the state of a loader only from checkpoints within an epoch (FitLoop.restarting).
+    Lightning itself restores the state of a loader only from a checkpoint that was saved within an epoch
+    (FitLoop.restarting).
     """
 
     def __init__(self, store: str, batch_size: int, size_px: int) -> None:
         super().__init__()
         self.store, self.batch_size = store, batch_size
         self.augmentation = replace(Augmentation.preset("resnet"), size_px=size_px)
-        self.state: dict[str, Any] | None = None  # the state in the checkpoint
+        self.state: dict[str, Any] | None = None  # state of the training loader in a checkpoint; None: no checkpoint
 
     def train_dataloader(self) -> TrainLoader:
         self.loader = train_loader(self.store, self.batch_size, **self.options())
@@ -80,11 +81,11 @@ class Classifier(LightningModule):
 @click.argument("store", type=click.Path(exists=True, file_okay=False))
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--epochs", default=90, help="Number of epochs.")
-@click.option("--batches", type=int, help="Training batches in an epoch of Lightning; all by default.")
-@click.option("--batch-size", default=256, help="Images in a step of each process.")
+@click.option("--batches", type=int, help="Number of training batches in an epoch of Lightning; all by default.")
+@click.option("--batch-size", default=256, help="Number of images in a batch of each process.")
 @click.option("--size-px", default=224, help="Side of the images in px.")
-@click.option("--width", default=64, help="Channels in the first stage of the network.")
-@click.option("--save-every", default=1000, help="Steps between checkpoints.")
+@click.option("--width", default=64, help="Number of channels in the first stage of the network.")
+@click.option("--save-every", default=1000, help="Number of steps between two checkpoints.")
 def main(
     store: str,
     folder: Path,
@@ -103,7 +104,7 @@ def main(
         max_epochs=epochs,
         limit_train_batches=batches,
         precision="bf16-mixed" if torch.cuda.is_available() else "32-true",
-        use_distributed_sampler=False,  # the loaders share the records by `shard`
+        use_distributed_sampler=False,  # `shard` already divides the records among the loaders
         callbacks=[newest],
         logger=False,
     )

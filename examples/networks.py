@@ -1,7 +1,7 @@
 """ResNet-18 (He et al. 2015, table 1): the network of torchvision.models.resnet18.
 
-If torchvision is installed, `torchvision.models.resnet18(num_classes=classes)` is the same network: the same layers,
-names of parameters and initialization. Each program of this folder also trains torchvision's and timm's networks.
+`torchvision.models.resnet18(num_classes=classes)` is the same network as `resnet18(classes)`: layers, initialization
+and names of the parameters are equal. Each program of this folder can also train networks of torchvision and timm.
 """
 
 from __future__ import annotations

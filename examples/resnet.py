@@ -21,9 +21,9 @@ from pipeline import Augmentation, EvalLoader, eval_loader, train_loader
 
 
 def accuracy(net: torch.nn.Module, loader: EvalLoader, device: torch.device) -> float:
-    """Return the share of images that are classified correctly. The ranks share the images; each image counts once."""
+    """Return the share of correctly classified images. The images are divided among the ranks."""
     for buffer in net.buffers():
-        dist.broadcast(buffer, 0)  # BatchNorm statistics differ between ranks; the checkpoint has those of rank 0
+        dist.broadcast(buffer, 0)  # BatchNorm statistics differ between ranks: all use those of rank 0
     net.eval()
     correct = torch.zeros(1, dtype=torch.int64, device=device)
     for images, labels in loader:  # the last batch can be smaller
@@ -37,10 +37,10 @@ def accuracy(net: torch.nn.Module, loader: EvalLoader, device: torch.device) -> 
 @click.argument("store", type=click.Path(exists=True, file_okay=False))
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.option("--epochs", default=90, help="Number of epochs.")
-@click.option("--batch-size", default=256, help="Images in a step of each process.")
+@click.option("--batch-size", default=256, help="Number of images in a batch of each process.")
 @click.option("--size-px", default=224, help="Side of the images in px.")
-@click.option("--width", default=64, help="Channels in the first stage of the network.")
-@click.option("--save-every", default=1000, help="Steps between checkpoints. An epoch also ends with a checkpoint.")
+@click.option("--width", default=64, help="Number of channels in the first stage of the network.")
+@click.option("--save-every", default=1000, help="Save a checkpoint after this number of steps, and after each epoch.")
 def main(store: str, checkpoint: Path, epochs: int, batch_size: int, size_px: int, width: int, save_every: int) -> None:
     """Train ResNet-18 on STORE, or resume from the file CHECKPOINT."""
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # from torchrun
@@ -59,7 +59,7 @@ def main(store: str, checkpoint: Path, epochs: int, batch_size: int, size_px: in
     mixed_precision = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
     with training, validation:
         while training.epoch < epochs:
-            for images, labels in training:  # one epoch, or its rest after a resumption
+            for images, labels in training:  # one epoch; after a resumption, the rest of the epoch
                 with mixed_precision:
                     loss = torch.nn.functional.cross_entropy(replica(images), labels)
                 optimizer.zero_grad()

@@ -32,11 +32,11 @@ def nt_xent(projections: Tensor, temperature: float = 0.1) -> Tensor:
 @click.argument("store", type=click.Path(exists=True, file_okay=False))
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.option("--epochs", default=100, help="Number of epochs.")
-@click.option("--batch-size", default=256, help="Images in a step. Each image has two views.")
-@click.option("--lr", default=3e-4, help="First learning rate of Adam.")
+@click.option("--batch-size", default=256, help="Number of images in a batch. Each image has two views.")
+@click.option("--lr", default=3e-4, help="Initial learning rate of Adam.")
 @click.option("--size-px", default=224, help="Side of the views in px.")
-@click.option("--width", default=64, help="Channels in the first stage of the network.")
-@click.option("--save-every", default=1000, help="Steps between checkpoints. An epoch also ends with a checkpoint.")
+@click.option("--width", default=64, help="Number of channels in the first stage of the network.")
+@click.option("--save-every", default=1000, help="Save a checkpoint after this number of steps, and after each epoch.")
 def main(
     store: str, checkpoint: Path, epochs: int, batch_size: int, lr: float, size_px: int, width: int, save_every: int
 ) -> None:
@@ -48,7 +48,7 @@ def main(
     net, features = resnet18(1, width), 8 * width
     net.fc = nn.Sequential(nn.Linear(features, features), nn.ReLU(), nn.Linear(features, 128))  # the projection head
     net.to(device)
-    optimizer = torch.optim.Adam(net.parameters(), lr, weight_decay=1e-6)  # the paper uses LARS, for 4,096 images
+    optimizer = torch.optim.Adam(net.parameters(), lr, weight_decay=1e-6)  # the paper uses LARS and batches of 4,096
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * len(loader))
     parts = {"net": net, "optimizer": optimizer, "schedule": schedule, "loader": loader}
     checkpoints.load(checkpoint, parts)

@@ -1,4 +1,4 @@
-"""Streams augmented, mean-subtracted image batches of a store, on a GPU or a CPU.
+"""Streams the images of a store in augmented batches, on a GPU or a CPU.
 
     from pipeline import train_loader, eval_loader
 

@@ -9,12 +9,12 @@ The computation of an image has six steps, in this order:
 5. Mean and scale: the mean is subtracted, and the image is divided by the divisor and by `std`.
 6. Erase: a box of some training images becomes 0.
 
-For a record whose central square is S (side_px × side_px × 3, RGB, 0..255), a training image is
+S (side_px × side_px × 3, RGB, 0..255) is the central square of a record. Before the box is erased, a training image is
 
     image[c, i, j] = (W[i, j', c] + shift[c] − mean[c, i, j]) / (divisor · std[c])
     j' = j, or size_px − 1 − j if flipped
 
-before the box is erased. The window W, before its effects, depends on the setting `window`:
+W is the window after jitter, grey and blur. The setting `window` chooses the window:
 
     random      S[y + i, x + j]. y and x are drawn uniformly from 0..side_px − size_px inclusive. For side_px = 256 and
                 size_px = 224 there are 33 × 33 positions. Section 4.1 of the paper counts 32 × 32 positions and 2
@@ -26,7 +26,7 @@ before the box is erased. The window W, before its effects, depends on the setti
                 along the rows, then a pass along the columns. Each pass rounds to bytes
 
 - shift = P·diag(σ)·z with z ~ N(0, I) is one RGB offset for all pixels of an image. The columns of P are the
-  eigenvectors of the covariance matrix of the RGB values. Augmentation.colour names the formula of σ.
+  eigenvectors of the covariance matrix of the RGB values. Augmentation.colour selects the formula of σ.
 - std is 1 if Augmentation.std is None.
 - If a record is not square (`alexprep build-lmdb --keep-aspect`), S begins at row (height − side_px) // 2 and column
   (width − side_px) // 2 of the record.
@@ -109,13 +109,15 @@ def noise_matrix(stats: ColorStats, colour: str, strength: float) -> npt.NDArray
 class Crops(NamedTuple):
     """Crops of N records: V positions and V flips for each record, and one RGB shift for each record."""
 
-    origin: npt.NDArray[np.int32]  # (N, 2): row and column at which the central square begins; 0 for resized regions
-    # (N, V, 2): row and column of the crop in the square, 0..side_px − size_px; 0 if the crop is the complete square;
-    # for a resized region: its row and column in the record
+    # (N, 2): row and column of the record at which the central square begins; 0 for resized regions
+    origin: npt.NDArray[np.int32]
+    # (N, V, 2): row and column of each crop in the central square, 0..side_px − size_px; 0 if the crop is the complete
+    # square. For a resized region: its row and column in the record
     offset: npt.NDArray[np.int32]
     flip: npt.NDArray[np.int32]  # (N, V): 0 or 1
     shift: npt.NDArray[np.float32]  # (N, 3): colour noise, minus the channel means if the mean is one value per channel
-    extent: npt.NDArray[np.int32] | None = None  # (N, V, 2): height and width of the resized regions; None: no regions
+    # (N, V, 2): height and width of the regions that are resized; None: the crops are not resized
+    extent: npt.NDArray[np.int32] | None = None
     effects: Effects | None = None  # effects of the N · V images; None: no effects
 
 
@@ -153,7 +155,7 @@ class Augmenter:
         self.augmentation = augmentation
         self.from_windows = from_windows
         self.is_raw = from_windows or store.settings.format == "ppm"
-        self.max_offset_px = self.side_px - self.size_px  # the largest offset of a crop in the square
+        self.max_offset_px = self.side_px - self.size_px  # the largest row or column of a crop in the central square
         stats = store.color_stats()
         if mean_rgb is None and not isinstance(augmentation.mean, str):
             mean_rgb = augmentation.mean
@@ -173,8 +175,8 @@ class Augmenter:
     ) -> Crops:
         """Return crops of a training batch: one random crop of each record.
 
-        `regions` are the random numbers of pipeline.sampling.draw_regions, or None if no regions are resized.
-        `effect_numbers` are the random numbers of draw_effects, or None if no image can have effects.
+        `regions` are the random numbers of pipeline.sampling.draw_regions, or None if the windows are not resized
+        regions. `effect_numbers` are the random numbers of draw_effects, or None if no image can have effects.
         """
         shift = (draws.normal @ self.noise.T - self.mean_rgb).astype(np.float32)
         flip, offset = draws.flip[:, None], draws.offset[:, None]

@@ -16,8 +16,8 @@ from prep.cluster import LOCAL
 from prep.console import Terminated, print_json, say
 
 _EVERY_S = 5.0  # interval between two lines of progress
-_LEAVE_S = 6.0  # time for consumers to notice that the service was stopped, and to leave the cluster
-_LOOK_S = 1.0  # interval between two checks whether the service was stopped
+_LEAVE_S = 6.0  # time in which loaders of the service notice that the service was stopped, and leave the cluster
+_LOOK_S = 1.0  # interval between two checks of whether the service was stopped
 
 
 def serve_until_stopped(ray: ModuleType, config: ServiceConfig, as_json: bool) -> None:
@@ -38,9 +38,9 @@ def serve_until_stopped(ray: ModuleType, config: ServiceConfig, as_json: bool) -
 
 
 def _stop(ray: ModuleType, name: str) -> None:
-    """Stop the service, and give its consumers _LEAVE_S to leave the cluster.
+    """Stop the service, and wait _LEAVE_S if it has consumers (loaders that read from the service).
 
-    When the cluster ends, Ray kills the processes of consumers that have not left.
+    When the cluster ends, Ray kills the processes of consumers that have not left the cluster.
     """
     # The calls raise an error if Ctrl-C, which signals all processes of the terminal, has already ended the cluster.
     with suppress(ServiceError, TimeoutError, ray.exceptions.RayError):

@@ -43,7 +43,7 @@ def _name_option(default: str | None, text: str) -> Callable[[Command], Command]
 _running_cluster_option = _cluster_option(
     "auto",
     "auto|HOST:PORT",
-    "Ray cluster of the service: the cluster that this machine belongs to (auto), or the cluster at this address.",
+    "Ray cluster of the service: the cluster that this machine belongs to (auto), or the cluster at HOST:PORT.",
 )
 
 
@@ -84,8 +84,8 @@ _running_cluster_option = _cluster_option(
     type=click.IntRange(1),
     default=1,
     show_default=True,
-    help="Number of training runs that read the same stream. The first batch waits until all these runs have "
-    "connected, but at most 60 s.",
+    help="Number of training runs that read the same stream. The service makes the first batch when all these runs "
+    "have connected, or after 60 s.",
 )
 @json_option
 def serve(
@@ -145,7 +145,7 @@ def serve(
 @_running_cluster_option
 @json_option
 def status(name: str | None, cluster: str, as_json: bool) -> None:
-    """Print the state of the services in a cluster: workers, consumers, queue, images made, and unusable nodes.
+    """Print the state of the services in a cluster: workers, consumers, queue, decoded images, and unusable nodes.
 
     \b
     Example:

@@ -57,7 +57,7 @@ def _seed_option(max_seed: int) -> Callable[[Command], Command]:
 )
 @store_option
 @click.option(
-    "--rows", type=click.IntRange(1, 64), default=6, show_default=True, help="Number of images, one in each row."
+    "--rows", type=click.IntRange(1, 64), default=6, show_default=True, help="Number of rows. Each row shows one image."
 )
 @_preset_option
 @_seed_option(2**31 - 1)
@@ -65,8 +65,8 @@ def preview(out: Path, store: Path, rows: int, preset: str, seed: int) -> None:
     """Draw a contact sheet of random augmentations.
 
     Each row shows a stored image and eight random augmentations. If the preset has colour noise, the row also shows the
-    eighth augmentation again with ten times the colour noise. The names of the classes are at the left. Without
-    OUT.png, the file is preview.png.
+    eighth augmentation again with ten times the colour noise. The names of the classes are at the left. By default,
+    OUT.png is preview.png.
 
     \b
     Example:
@@ -98,7 +98,7 @@ def preview(out: Path, store: Path, rows: int, preset: str, seed: int) -> None:
     type=click.IntRange(1),
     default=100,
     show_default=True,
-    help="Number of batches whose classes are counted, spread over the epoch.",
+    help="Number of batches in which the classes are counted. These batches are spread evenly over the epoch.",
 )
 @json_option
 def inspect(
@@ -120,7 +120,7 @@ def inspect(
     records, step_records = opened.split(split).records, batch * world_size
     if records < step_records:
         raise WrongArgument(
-            f"{store} has {records:,} records in {split}, a step takes {step_records:,} records. Choose a smaller "
+            f"{store} has {records:,} records in {split}, but a step takes {step_records:,} records. Choose a smaller "
             "--batch."
         )
     steps, left_out = divmod(records, step_records)
@@ -144,7 +144,7 @@ def inspect(
         print_line(f"{split}: {records:,} records of {len(opened.classes):,} classes")
         print_line(f"epoch: {steps:,} batches of {batch}{loaders}; {left_out:,} records left out")
         print_line(
-            f"shuffle: first blocks of {BLOCK_RECORDS} records, then records within each {WINDOW_RECORDS:,} records"
+            f"shuffle: first blocks of {BLOCK_RECORDS} records, then records within groups of {WINDOW_RECORDS:,}"
         )
         print_line(
             f"distinct classes in a batch: {quality.distinct_classes:.1f} ({quality.share_of_ideal:.1%} of a perfect "

@@ -41,7 +41,7 @@ _BOUND_RECORDS = 2000  # number of records that are repeatedly decoded or copied
 # Number of batches that are taken before each measurement and not counted, because some of them were prefetched.
 _AHEAD_BATCHES = 8
 
-Work = Callable[[], int]  # a function that processes some images and returns their number
+Work = Callable[[], int]  # a function that processes some images, and returns the number of these images
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class BenchResult:
     share_of_bound: float
     # Images/s of each stage together with all stages before it; never more than the rate of the stage before it.
     stages: dict[str, float]
-    bound: str  # description of the upper bound; for JPEG stores, it includes the version of simplejpeg
+    bound: str  # description of the upper bound; for JPEG stores, with the version of simplejpeg
     batch: int
     threads: int
     device: str

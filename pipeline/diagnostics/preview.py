@@ -77,9 +77,9 @@ def save_preview(store: Store, out: Path, rows: int, seed: int, split: str = "tr
 
 
 def save_image_grid(images: npt.NDArray[np.uint8], out: Path) -> None:
-    """Save images uint8 (N, height, width, 3) as one image file, 16 images in a row, at half the width and height.
+    """Save images, uint8 (N, height, width, 3), in one image file. Each image is reduced to half its width and height.
 
-    Raises OSError if the file cannot be written.
+    A row has 16 images. Raises OSError if the file cannot be written.
     """
     count, height, width, _ = images.shape
     columns = min(count, 16)

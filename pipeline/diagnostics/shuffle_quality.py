@@ -21,8 +21,8 @@ LEAST_SHARE = 0.95  # `alexstream inspect` warns if `share_of_ideal` is below th
 class ShuffleQuality:
     """Number of distinct classes in a batch of one epoch: measured, and expected for a perfect shuffle."""
 
-    batches: int  # number of batches that were counted
-    distinct_classes: float  # mean number of distinct classes in a counted batch
+    batches: int  # number of batches in which classes were counted
+    distinct_classes: float  # mean number of distinct classes in these batches
     ideal_distinct_classes: float  # expected number of distinct classes if a batch were drawn at random
     share_of_ideal: float
 
@@ -30,7 +30,7 @@ class ShuffleQuality:
 def ideal_distinct(label_counts: npt.NDArray[np.int64], batch: int) -> float:
     """Return the expected number of classes among `batch` records that are drawn without replacement.
 
-    Class k has label_counts[k] records.
+    Class k has label_counts[k] records. N is the number of all records.
 
     If a class has n of the N records, a batch lacks this class with probability C(N − n, batch) / C(N, batch).
     """
@@ -45,7 +45,7 @@ def ideal_distinct(label_counts: npt.NDArray[np.int64], batch: int) -> float:
 def measure_shuffle_quality(
     store: Store, split: str, batch: int, seed: int, epoch: int, max_batches: int, progress: Progress
 ) -> ShuffleQuality:
-    """Count the classes in up to `max_batches` batches, spread evenly over the epoch.
+    """Count the distinct classes in up to `max_batches` batches. These batches are spread evenly over the epoch.
 
     Raises StoreError for a damaged store.
     """

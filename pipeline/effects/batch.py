@@ -1,14 +1,15 @@
 """Effects of a batch with PyTorch, on any device. The pixels equal those of pipeline/engines/effects.h.
 
-The arithmetic uses 32-bit integers. Each step computes all images that need this step together.
+The arithmetic uses 32-bit integers. An operation, such as a change of the brightness, is computed at once for all
+images that need this operation.
 
 **Hue.** For a pixel with maximum M, minimum m and chroma C = M − m, the hue h in sextants is (g − b) / C if red is the
-maximum. Otherwise, h is 2 + (b − r) / C if green is the maximum, and 4 + (r − g) / C if blue is. After a rotation by d
-sextants, a channel is M − C · max(0, min(k, 4 − k, 1)) with k = (h + d + n) mod 6 and n = 5, 3, 1 for R, G, B. This
-formula equals torchvision's adjust_hue (_rgb2hsv and _hsv2rgb in _functional_tensor.py). The code computes C · k, which
-is a multiple of 1/4096, and therefore does not divide by C. torchvision multiplies the channel by 255.999 / 255 and
-rounds down. Here the factor is 1 + 257 / 65536. The product with 257 / 65536 is rounded down to a multiple of 1/4096,
-and the sum is rounded down to a whole number.
+maximum. Otherwise, h is 2 + (b − r) / C if green is the maximum, and 4 + (r − g) / C if blue is the maximum. After a
+rotation by d sextants, a channel is M − C · max(0, min(k, 4 − k, 1)) with k = (h + d + n) mod 6 and n = 5, 3, 1 for R,
+G, B. This formula equals torchvision's adjust_hue (_rgb2hsv and _hsv2rgb in _functional_tensor.py). The code computes
+C · k, which is a multiple of 1/4096, and therefore does not divide by C. torchvision multiplies the channel by 255.999
+/ 255 and rounds down. Here the factor is 1 + 257 / 65536. The product with 257 / 65536 is rounded down to a multiple of
+1/4096. The sum of the channel and this product is rounded down to a whole number.
 
 **Blur.** A row pass and a column pass use the weights of pipeline.effects.parameters. Products and sums are multiples
 of 1/128. The last step rounds to nearest, as torchvision's gaussian_blur does. Pixels outside the image are reflected
@@ -28,9 +29,11 @@ from torch import Tensor
 from pipeline.effects.parameters import FACTOR_ONE, Effects
 
 _FACTOR_BITS = FACTOR_ONE.bit_length() - 1
-_ROW_BITS = 7  # binary places of the blur's sums
-Function = Callable[[Tensor, Tensor], Tensor]  # of M images, int32 (M, side, side, 3), and a parameter of each
-Step = tuple[Function, Tensor, Tensor]  # a function, the numbers of the images that it changes, and their parameters
+_ROW_BITS = 7  # number of bits after the binary point in the blur's sums
+# A function returns M changed images. The arguments are M images, int32 (M, side, side, 3), and their M parameters.
+Function = Callable[[Tensor, Tensor], Tensor]
+# A function, the indices of the images that the function changes, and the parameters of these images.
+Step = tuple[Function, Tensor, Tensor]
 
 
 def effect_steps(effects: Effects, upload: Callable[[Tensor], Tensor]) -> list[Step]:

@@ -26,7 +26,7 @@ from pipeline.settings.effects import EffectSettings
 Numbers = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.int32]
 
-FACTOR_ONE = 4096  # a factor of 1, or one sextant of the hue, in the integer arithmetic
+FACTOR_ONE = 4096  # the integer that stands for a factor of 1, or for one sextant of the hue
 WEIGHT_ONE = 1 << 16  # sum of the weights of a blur
 NO_OPERATION = -1
 TRIES = (EFFECT_NUMBERS - 12) // 2  # number of boxes that torchvision's RandomErasing tries: 10
@@ -46,11 +46,11 @@ class Effects(NamedTuple):
     steps: npt.NDArray[np.void]
     # (N, R + 2): blur weights at the distances 0..R px, then 0. All 2 · R + 1 weights of a blur sum to WEIGHT_ONE.
     weights: Integers
-    box: Integers  # (N, 4): row, column, height and width of the erased box in the finished image; 0: no box
+    box: Integers  # (N, 4): row, column, height and width of the erased box in the finished image; all 0: no box
 
     @property
     def change_pixels(self) -> bool:
-        """Whether an image has jitter, grey or blur."""
+        """Whether at least one of the images has jitter, grey or blur."""
         steps = self.steps
         return bool((steps["order"] != NO_OPERATION).any() or steps["grey"].any() or steps["radius"].any())
 
@@ -75,8 +75,9 @@ def blur_radius(size_px: int) -> int:
 def effect_parameters(uniform: Numbers, settings: EffectSettings, size_px: int) -> Effects:
     """Return the parameters for N images of `size_px`. `uniform` is the result of pipeline.sampling.draw_effects.
 
-    The numbers of an image are, in this order: four that decide on jitter, grey, blur and erase; the order of the
-    jitter; its four factors; sigma; row and column of the box; areas of the tries; ratios of the tries.
+    The 32 numbers of an image give, in this order: whether the image has jitter, grey, blur and erase (four numbers);
+    the order of the jitter; the four factors of the jitter; the sigma of the blur; row and column of the erased box;
+    areas and then ratios of the ten boxes that are tried.
     """
     shares, order, factors, sigma, position, tries = np.split(uniform, (4, 5, 9, 10, 12), axis=1)
     steps = np.zeros(len(uniform), STEPS_DTYPE)

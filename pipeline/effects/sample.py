@@ -10,8 +10,8 @@ import numpy.typing as npt
 from pipeline.effects.parameters import STEPS_DTYPE, Effects, blur_weights
 
 SIDE_PX = 43
-# First digits of the SHA-256 of the windows after their effects. tests/pipeline/effects/test_batch.py compares the
-# digest with the result of PyTorch. The self-test uses the digest, because workers of a service do not load PyTorch.
+# First digits of the SHA-256 of the windows after their effects. tests/pipeline/effects/test_batch.py checks that
+# PyTorch gives the same digest. The self-test uses the digest, because workers of a service do not load PyTorch.
 _DIGEST = "f233c79db6ec0472"
 
 
@@ -23,7 +23,7 @@ def sample_windows() -> npt.NDArray[np.uint8]:
 
 
 def sample_effects() -> Effects:
-    """Return effects of the four windows. The jitter of each window begins with a different operation."""
+    """Return effects for the four windows. The jitter of each window begins with a different operation."""
     steps = np.zeros(4, STEPS_DTYPE)
     steps["order"], steps["factor"] = (np.arange(4)[:, None] + np.arange(4)) % 4, (5000, 6500, 2500, 10_000)
     steps["grey"], steps["radius"] = (0, 0, 1, 0), (0, 2, 2, 1)

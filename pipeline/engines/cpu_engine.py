@@ -2,8 +2,9 @@
 
 The kernel decodes the part of a JPEG file that the crops need, then crops or resizes, flips and normalizes while the
 pixels are in the CPU's cache. Raw records are cropped directly from the mapped store. All threads work on the same
-batch. A thread that finds no further record in this batch begins the next batch. No thread therefore waits for others
-at the end of a batch. Each thread runs Python code once for each batch, not for each image (docs/measurements.md).
+batch. When all records of this batch are taken, a free thread begins the next batch. At the end of a batch, no thread
+therefore waits for the other threads. Each thread runs Python code once for each batch, not for each image
+(docs/measurements.md).
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ _ALIGNMENT_BYTES = 64
 class DecodeError(Exception):
     """Raised for a batch with records that cannot be decoded.
 
-    `index` is the index of the first record that cannot be decoded.
+    `index` is the position in the batch of the first such record, counted from 0.
     """
 
     def __init__(self, index: int) -> None:

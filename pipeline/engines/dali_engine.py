@@ -33,7 +33,7 @@ class OutputFormat(NamedTuple):
 
     views: int = 1  # number of crops of each record: 1 or 10
     layout: str = "NCHW"  # one of pipeline.augment.LAYOUTS
-    divisor: float = 1.0  # the finished image is divided by this number
+    divisor: float = 1.0  # the pixels minus the mean are divided by this number
     dtype: torch.dtype = torch.float32
     crop_px: int = CROP_PX  # side of the crops; for views="square", side of the central square
     is_resized: bool = False  # whether the crops are regions that are resized to crop_px (Crops.extent)
@@ -63,7 +63,7 @@ def decode_crop(placement: Placement, size_px: int, is_resized: bool = False) ->
 
 
 def decode_inputs(records: RecordBatch, crops: Crops, views: int = 1) -> dict[str, Any]:
-    """Return the inputs of decode_crop. For ten views, the central square is decoded, and otherwise the crop."""
+    """Return the inputs of decode_crop, which decodes the central square for ten views, and one crop for one view."""
     start = crops.origin if views > 1 else crops.origin + crops.offset[:, 0]
     extent = {} if crops.extent is None else {"extent": np.ascontiguousarray(crops.extent[:, 0])}
     return {"jpeg": tensor_list(records.payloads()), "start": np.ascontiguousarray(start), **extent}

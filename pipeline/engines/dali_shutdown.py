@@ -6,7 +6,7 @@ a `with pipeline:` block only ends the definition of the graph, and `release_out
 reference to the pipeline also stops its threads, because `Pipeline.__del__` calls `_shutdown`. The traceback of an
 exception, however, can keep the pipeline alive. DALI itself calls `_shutdown` when the interpreter exits.
 
-The next major version of DALI can change private methods, so pyproject.toml requires an earlier version. The tests in
+The next major version of DALI can change private methods, so pyproject.toml excludes this version. The tests in
 test_dali_shutdown.py fail if DALI lacks the private method. The tests also fail if DALI has a public method with the
 same effect.
 """

@@ -1,4 +1,4 @@
-"""JPEG records on a GPU with effects: DALI decodes the windows, and the device stream computes the images from them.
+"""Images with effects from JPEG records on a GPU: DALI decodes windows, and kernels of PyTorch or Triton do the rest.
 
 The effects need uint8 pixels, so the graph ends with the windows. Jitter, grey, blur and erase are PyTorch operators
 (pipeline.effects.batch). CropFinisher flips and normalizes.

@@ -1,9 +1,9 @@
-"""One interface for the loader's work on a CUDA stream and on a CPU. The work is done in order.
+"""One interface for the work of the loader on a GPU and on a CPU. The work is done in the order in which it was queued.
 
-On a GPU, the loader queues copies and kernels on its own CUDA stream (a side stream). The copies and kernels of the
-side stream run while the consumer's kernels run. Two rules keep the results correct:
+The consumer is the code that uses the batches, usually a training loop. On a GPU, the loader queues copies and kernels
+on its own CUDA stream. They run while kernels of the consumer run. Two rules keep the results correct:
 
-- Before a result is used, its user waits for an event that was recorded after the work that computes the result. With
+- Code that uses a result first waits for an event that was recorded after the work that computes the result. With
   `Event.wait`, a thread of the host waits. With `Event.order`, all kernels that the consumer queues later wait on the
   GPU.
 - The consumer passes its tensors to `Event.order`, which tells torch that the consumer's stream uses their memory.
@@ -51,7 +51,7 @@ class DeviceStream(Protocol):
     def run(self, work: Work) -> None:
         """Queue `work` after all earlier work.
 
-        The results of `work` are undefined until an event that follows `work` has passed. `work` may only use tensors
+        The results of `work` are undefined until an event that follows `work` has passed. `work` may use only tensors
         that this stream made, or that existed before the call.
         """
 

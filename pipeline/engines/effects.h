@@ -66,8 +66,8 @@ INLINE void rotate_hue(uint8_t *restrict r, uint8_t *restrict g, uint8_t *restri
         const int32_t max = high > blue ? high : blue, chroma = max - (low < blue ? low : blue);
         const int32_t unit = chroma << FACTOR_BITS;
         const int32_t from_red = green - blue, from_green = 2 * chroma + blue - red, from_blue = 4 * chroma + red - green;
-        const int32_t hue = max == red ? from_red : max == green ? from_green : from_blue; /* times chroma */
-        int32_t angle = hue * (1 << FACTOR_BITS) + chroma * sextants;                     /* -unit to less than 11 * unit */
+        const int32_t hue = max == red ? from_red : max == green ? from_green : from_blue; /* the hue times chroma */
+        int32_t angle = hue * (1 << FACTOR_BITS) + chroma * sextants; /* from -unit to less than 11 * unit */
         angle = angle < 0 ? angle + 6 * unit : angle;
         angle = angle >= 6 * unit ? angle - 6 * unit : angle;
         r[i] = hue_channel(max, unit, angle + 5 * unit);
@@ -137,7 +137,7 @@ INLINE void blur_channel(uint8_t *restrict x, int64_t side, const uint16_t *weig
     }
 }
 
-/* Size of the memory that apply_effects needs: rows of the blur, the three channels, and the result. */
+/* Number of bytes of memory that apply_effects needs: for rows of the blur, the three channels, and the result. */
 static int64_t effect_bytes(int64_t side) { return 2 * side * row_width(side) + 6 * side * side; }
 
 /* Apply the effects to a window of side * side pixels, whose rows are `stride` bytes apart. Writes the result to

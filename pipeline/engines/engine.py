@@ -37,7 +37,7 @@ class Engine(Protocol):
         """Return the values of the graph's inputs by their names. Each input has one value for each record."""
 
     def start(self, records: RecordBatch, crops: Crops) -> Any:
-        """Start a batch without waiting for it. This method is called only if the engine does not use DALI."""
+        """Start to compute a batch, and return at once. This method is called only if the engine does not use DALI."""
 
     def finish(self, outputs: Any, records: RecordBatch, crops: Crops) -> torch.Tensor:
         """Return the images of a batch, from the outputs of the graph or from the result of `start`.
@@ -55,8 +55,8 @@ def choose_engine(augmenter: Augmenter, placement: Placement, output: OutputForm
 
     On a GPU, the engine is a RawGpuEngine for raw records. For JPEG records, the engine is a DaliWindowEngine if the
     images have effects, and otherwise a DaliEngine. On a CPU, the engine is a CpuEngine if the C kernel can read the
-    records (pipeline.engines.kernels). Otherwise, the engine is a RawGpuEngine if regions are resized or if the images
-    have effects, and otherwise a DaliEngine.
+    records (pipeline.engines.kernels). If the C kernel cannot read the records, the engine is a RawGpuEngine for
+    resized regions and for images with effects, and a DaliEngine for all other images.
     """
     kernel, stream = kernels.native, open_stream(placement)
     if placement.device_id is not None and augmenter.is_raw:

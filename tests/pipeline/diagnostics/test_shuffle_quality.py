@@ -80,4 +80,4 @@ def test_inspect_warns_if_records_are_in_the_order_of_their_classes(
 def test_inspect_refuses_a_batch_larger_than_the_split(many_classes: Path) -> None:
     result = CliRunner().invoke(main, ["inspect", "--store", str(many_classes), "--batch", "321"])
     assert result.exit_code == 2
-    assert "320 records in train, a step takes 321" in result.stderr
+    assert "320 records in train, but a step takes 321" in result.stderr
