@@ -37,7 +37,7 @@ def pytest_configure() -> None:
     """Set environment variables that torch, the C library and Triton read.
 
     OMP_WAIT_POLICY   Idle OpenMP threads of torch sleep, so that other tests can use the cores.
-    RES_OPTIONS       The C library waits one second for an answer of the name server, instead of five. At each
+    RES_OPTIONS       The C library waits one second instead of five for an answer of the name server. At each
                       connection, torch's TCPStore asks the name server for the name of 127.0.0.1.
     TRITON_INTERPRET  Without an NVIDIA driver, Triton's interpreter runs the Triton kernels on the CPU.
     """
@@ -68,7 +68,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Run all _CLUSTER_TESTS and _LONG_TESTS in one process, and never divide another file between two processes."""
+    """Run all _CLUSTER_TESTS and _LONG_TESTS in one process. Never divide any other file between two processes."""
     from xdist.scheduler import LoadScopeScheduling
 
     class ByFile(LoadScopeScheduling):
@@ -215,7 +215,7 @@ def records_of(caffe_datum: Callable[[], Any]) -> Callable[[Path, str], list[tup
 
 
 def compile_changed(source: Path, folder: Path, right: str, wrong: str) -> Path:
-    """Compile a copy of a C file and its headers in which `wrong` replaces `right`, and return the library.
+    """Replace `right` by `wrong` in a copy of a C file and its headers, compile the copy, and return the library.
 
     `right` must occur once.
     """

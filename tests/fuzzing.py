@@ -33,7 +33,7 @@ def examples(quick: int, soak: int) -> pytest.MarkDecorator:
 def changed_bytes(content: bytes) -> st.SearchStrategy[bytes]:
     """Return a hypothesis strategy that draws changed copies of a file. Each copy has one to six changes."""
     end = len(content)
-    # Two thirds of the places are within 200 bytes of the beginning or the end, where file formats have their headers.
+    # Two thirds of the changes are within 200 bytes of the beginning or the end, where file formats have their headers.
     place = st.one_of(st.integers(0, end), st.integers(0, min(end, 200)), st.integers(max(0, end - 200), end))
     piece = st.one_of(st.binary(min_size=1, max_size=9), st.sampled_from(_EXTREMES))
     change = st.tuples(st.sampled_from(("replace", "insert", "remove", "cut", "flip")), place, piece)
@@ -108,9 +108,10 @@ def try_files(
     read: Callable[[bytes], object],
     *allowed: type[Exception],
 ) -> None:
-    """Call `read` with each of `count` files. Assert that `read` returns, or raises an allowed error with one line.
+    """Call `read` with each of `count` files. Assert that `read` returns, or raises an allowed error of one line.
 
-    Allowed errors are UserError and the types in `allowed`. A call may take MAX_CPU_S of CPU time and 1 GB of memory.
+    Allowed errors are UserError and the types in `allowed`. A call may take at most MAX_CPU_S of CPU time and
+    MEMORY_BYTES of memory.
     """
 
     @settings(

@@ -1,8 +1,9 @@
-"""Program for torchrun: an example, whose rank 1 kills itself in its step KILL_AT.
+"""Program for torchrun: runs an example. Rank 1 kills itself in step KILL_AT, counted from 0.
 
     torchrun … -m tests.examples.killed_example EXAMPLE STORE OUTPUT …
 
-Steps are counted from 0. Each rank writes the labels of each step into the file OUTPUT.ATTEMPT.RANK.
+KILL_AT and ATTEMPT are environment variables. Each rank writes the labels of each step into the file
+OUTPUT.ATTEMPT.RANK.
 """
 
 from __future__ import annotations

@@ -27,9 +27,9 @@ class Killed(Exception):
 
 
 class Run:
-    """Calls main() of an example. `losses` and `targets` have the arguments and results of cross_entropy of each step.
+    """Calls main() of an example. `losses` and `targets` have the loss and the labels of each step.
 
-    A call of main() with `kill_at` raises Killed in this step, counted from 0, before the weights change.
+    With `kill_at`, main() is stopped in step `kill_at`, counted from 0, before the weights change.
     """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, example: str) -> None:

@@ -20,9 +20,10 @@ pytestmark = LIGHTNING_WARNINGS
 def test_limited_epochs_continue_in_the_stream_also_after_a_kill(
     store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An epoch of the stream has four batches. With limit_train_batches=3, they are divided into 3 + 1.
+    """An epoch of the stream has four batches.
 
-    Lightning validates at the end of an epoch that has as many batches as the limit.
+    With limit_train_batches=3, Lightning divides them into an epoch of 3 batches and an epoch of 1 batch. Lightning
+    validates only after the epochs of 3 batches.
     """
     validated = []
 

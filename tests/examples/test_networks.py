@@ -41,7 +41,7 @@ def test_initialization_is_that_of_torchvision() -> None:
     state = resnet18(100, 32).state_dict()
     for name in ("conv1.weight", "layer2.0.downsample.0.weight", "layer3.1.conv2.weight"):
         outputs, _, side, _ = state[name].shape
-        expected = (2 / (side * side * outputs)) ** 0.5  # He et al. 2015, fan-out
+        expected = (2 / (side * side * outputs)) ** 0.5  # initialization of He et al. 2015, with fan-out
         assert abs(float(state[name].std()) / expected - 1) < 0.1 and abs(float(state[name].mean())) < 0.1 * expected
     bound = 256**-0.5  # default of nn.Linear: uniform
     assert 0.95 * bound < float(state["fc.weight"].abs().max()) <= bound
@@ -49,7 +49,7 @@ def test_initialization_is_that_of_torchvision() -> None:
 
 
 def expected_output(state: dict[str, Tensor], x: Tensor) -> Tensor:
-    """The network of torchvision/models/resnet.py in evaluation, from functions."""
+    """Return the output of the network of torchvision/models/resnet.py in evaluation mode, computed by its formulas."""
 
     def conv(name: str, x: Tensor, stride: int = 1) -> Tensor:
         weight = state[f"{name}.weight"]

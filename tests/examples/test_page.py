@@ -1,4 +1,4 @@
-"""The commands of docs/examples.md have the arguments and options of the programs, and sizes of files are right."""
+"""docs/examples.md: the programs accept the commands of the page, and the sizes of files are right."""
 
 from __future__ import annotations
 

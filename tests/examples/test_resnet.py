@@ -1,4 +1,4 @@
-"""examples.resnet has the weights of a plain loop. Two processes of resnet and accelerate_resnet share one stream."""
+"""examples.resnet trains the same weights as a plain loop. Two processes of an example share one stream."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.helpers.torchrun.job import Job, Torchrun
 
 
 def accuracy_text(store: Path, state: dict[str, Tensor]) -> str:
-    """Return the share of correctly classified validation images, as the example prints the share."""
+    """Return the top-1 accuracy on the validation images, as the text that the example prints."""
     net = resnet18(3, WIDTH)
     net.load_state_dict(state)
     net.eval()
@@ -74,7 +74,7 @@ def test_two_processes_of_accelerate_share_the_records(store: Path, tmp_path: Pa
 def test_two_processes_share_the_records_and_resume_after_a_kill(
     store: Path, tmp_path: Path, torchrun: Torchrun
 ) -> None:
-    """Rank 1 is killed in the fifth of six steps. The same command then resumes after the fourth step or before."""
+    """Rank 1 is killed in the fifth of six steps. The same command then resumes after the third or fourth step."""
 
     def start(name: str, attempt: int, kill_at: str = "never") -> Job:
         options = ("--epochs", 2, "--batch-size", 4, "--size-px", SIZE_PX, "--width", WIDTH, "--save-every", 1)

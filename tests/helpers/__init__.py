@@ -1,1 +1,1 @@
-"""Code that tests of several modules share."""
+"""Code that the tests of several modules use."""

@@ -33,7 +33,7 @@ Records = Callable[[Path, str], list[tuple[bytes, Any]]]
 PPM = Settings(32, False, "ppm", 90, "area", 0)
 STRICT, SKIP = BuildPolicy(), BuildPolicy(skip_bad=True)
 CLASSES = ("n1", "n2", "n3")
-DEADLINE_S = 240.0  # limit of each wait; the longest wait takes 8 s on an idle machine, 40 s on a busy machine
+DEADLINE_S = 240.0  # time limit of each wait; the longest wait takes 8 s on an idle machine, and 40 s on a busy machine
 
 
 class Stopped(Exception):

@@ -1,4 +1,4 @@
-"""Image files that no camera writes, each with the outcome that a build must report.
+"""Image files that no camera writes, each with the expected result of a build.
 
 The files are damaged, state a false size, or are not images. Files that no library would write are made byte by byte.
 All files are made with the same random generator. Always make all files in the same order, so that each file always has
@@ -26,13 +26,13 @@ RNG = np.random.default_rng(2012)
 
 @dataclass(frozen=True)
 class Expected:
-    """The expected outcome of a file: the file is bad, or is kept with these conversions and this EXIF orientation."""
+    """The expected result for a file: the file is bad, or is kept with these conversions and this EXIF orientation."""
 
     bad: str = ""  # regular expression that matches the reason why the file is bad; empty: the file is kept
     converted: tuple[str, ...] = ()
     orientation: int = 1
-    is_warned: bool = False  # whether the decoder warns about the file, which is kept
-    bad_if_whole: str = ""  # regular expression that matches the reason why the file is bad with --keep-aspect alone
+    is_warned: bool = False  # whether the decoder warns about the file; such a file is kept
+    bad_if_whole: str = ""  # regular expression that matches the reason why the file is bad only with --keep-aspect
 
 
 def decoder_warns(content: bytes) -> bool:
@@ -77,7 +77,7 @@ def with_segment(jpeg: bytes, marker: int, content: bytes) -> bytes:
 
 
 def claiming(jpeg: bytes, height: int, width: int) -> bytes:
-    """Return the file `jpeg` with another size in its frame header."""
+    """Return the file `jpeg` with the size `height` × `width` in its frame header."""
     at = next(m.start() for m in re.finditer(rb"\xff[\xc0\xc2]\x00\x11\x08", jpeg))
     return jpeg[: at + 5] + struct.pack(">HH", height, width) + jpeg[at + 9 :]
 
@@ -125,7 +125,7 @@ def entry(tag: int, kind: int, count: int, value: int, order: str = "<") -> byte
 
 
 def exifs() -> Iterator[tuple[str, bytes, int]]:
-    """Return (name, EXIF block, orientation that must be read from the block)."""
+    """Yield (name, EXIF block, orientation that must be read from the block)."""
     turn = entry(0x0112, 3, 1, 6)
     yield "whole", exif(turn, 1), 6
     yield "whole and big-endian", exif(struct.pack(">HHIHH", 0x0112, 3, 1, 8, 0), 1, ">"), 8
@@ -228,7 +228,7 @@ def pngs() -> Iterator[tuple[str, bytes, Expected]]:
     yield "2^31 wide.png", png(2**31 - 1, 2**31 - 1), BOMB
     yield "no height.png", png(50, 0), UNKNOWN
     grey = Expected(converted=("png", "grey"))
-    yield "99 million pixels.png", png(11_000, 9000, bytes(1376 * 9000), depth=1), grey  # this file has 16 KB
+    yield "99 million pixels.png", png(11_000, 9000, bytes(1376 * 9000), depth=1), grey  # the PNG file has 16 KB
     yield "210 million pixels.png", png(20_000, 10_500, bytes(2501 * 9000), depth=1), BOMB
     yield "9999x9999 without rows.png", png(9999, 9999), BROKEN
 
@@ -329,7 +329,7 @@ def not_images() -> Iterator[tuple[str, bytes, Expected]]:
 
 @cache
 def corpus() -> dict[str, tuple[bytes, Expected]]:
-    """Return {name: (content, expected outcome)} of all files."""
+    """Return {name: (content, expected result)} of all files."""
     files: dict[str, tuple[bytes, Expected]] = {}
     for name, content, expected in (*jpegs(), *pngs(), *others(), *not_images()):
         assert name not in files

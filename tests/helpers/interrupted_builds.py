@@ -42,7 +42,7 @@ from prep.store.lmdb_shard import read
 from prep.store.manifest import Store, StoreError
 from tests.helpers.building import PPM, InlineRunner, Stopped, StoppingRunner, build
 
-remaining: int | None = None  # number of disk operations before the interruption; None: no interruption
+remaining: int | None = None  # number of disk operations left before the interruption; None: no interruption
 mode = ""
 RESTARTS = 14  # larger than the number of disk operations that remove the files of an unfinished build
 LIMITS = (0, 1, 100, 500, 900, 1000, 1200, 2000, 4096, 5000, 8192)  # largest size of a file in bytes, for each n

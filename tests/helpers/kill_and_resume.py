@@ -1,4 +1,4 @@
-"""Program that kills a training ten times and resumes it; tests/train/trainer/test_kill_and_resume.py runs it.
+"""Program that kills and resumes a training up to ten times; tests/train/trainer/test_kill_and_resume.py runs it.
 
     kill_and_resume.py STORE RUN_DIR SEED WHEN [MEMBERS]
 
@@ -52,7 +52,7 @@ members: int | None = None  # number of members of the ensemble; None: a single 
 # The following variables are the state of an attempt that kills itself.
 # Step of the run after which operations are counted; None: operations are never counted.
 first_counted_step: int | None = None
-operations_left = 0  # number of operations before the kill
+operations_left = 0  # number of operations left before the kill
 steps_done = 0  # number of steps that the run has made so far, in all attempts
 report_fd = -1  # pipe to the parent process; just before the kill, the attempt writes the operation to the pipe
 

@@ -46,7 +46,10 @@ def label_file(folder: Path, text: str, name: str = "labels.txt") -> Path:
 def list_labelled(
     folder: Path, labels: Path | None = None, order: str | None = None, store_classes: tuple[str, ...] = ()
 ) -> Source:
-    """Return the listing of a folder without class folders as split val, which may lack some of `store_classes`."""
+    """Return the listing of the split val in a folder without class folders.
+
+    Classes of `store_classes` may have no images.
+    """
     options = ListOptions(labels, order, allow_empty_classes=bool(store_classes))
     return list_source(folder, "val", options, store_classes)
 

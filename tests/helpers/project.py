@@ -14,7 +14,7 @@ def own_namespaces(*kinds: str) -> list[str]:
 
     kinds  kinds of namespaces, such as "--mount"
 
-    Skips the test if this machine does not permit namespaces, as some containers and distributions do.
+    Skips the test if this machine does not permit namespaces. Some containers and distributions forbid namespaces.
     """
     command = ["unshare", *kinds, *([] if os.geteuid() == 0 else ["--map-root-user"])]
     try:

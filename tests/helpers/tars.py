@@ -79,7 +79,8 @@ DAMAGED: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "two blocks of zeros": (lambda tar: overwritten(tar, MEMBER_BYTES, bytes(2 * BLOCK)), "damaged"),
     "a member of zeros": (lambda tar: overwritten(tar, MEMBER_BYTES, bytes(MEMBER_BYTES)), "damaged"),
     "a header of noise": (lambda tar: overwritten(tar, MEMBER_BYTES, bytes(range(256)) * 2), "damaged"),
-    # A download program can create the complete file before it writes the content. The rest of the file is then zeros.
+    # A download program can create a file of the full size before it writes the content. If the program stops early,
+    # the rest of the file is zeros.
     "zeros to a far end": (lambda tar: tar[: 2 * MEMBER_BYTES] + bytes(20 << 20), "truncated"),
     "another archive behind": (lambda tar: tar + tar_of([("n3/d.JPEG", A)]), "damaged"),
     "text behind": (lambda tar: tar + b"the end", "damaged"),

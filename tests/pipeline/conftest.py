@@ -9,7 +9,10 @@ from pipeline.engines import kernels
 
 @pytest.fixture(params=["kernel", "python"])
 def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run a test with the C kernel, and without it. Without it, Pillow resizes the images, and DALI or Python crops."""
+    """Run a test with the C kernel, and without it.
+
+    Without the kernel, Pillow resizes the images, and DALI or Python crops them.
+    """
     if request.param == "python":
         monkeypatch.setattr(kernels, "native", None)
     elif kernels.native is None:

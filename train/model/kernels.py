@@ -1,10 +1,11 @@
 """C kernels (kernels.c) for training on a CPU.
 
-There are kernels for ReLU, normalization and pooling in one pass, for the parameter update, and for sums of squares.
+One kernel applies ReLU, normalization and pooling in one pass. Other kernels compute the normalization alone, the
+parameter update, and sums of squares.
 
 `native` is a NativeKernels object, or None if the kernels could not be compiled or are switched off (prep/compiled.py).
-lrn.py, pooling.py and train/optim use equivalent PyTorch operators if `native` is None or a tensor is not float32. The
-work is divided among as many threads as PyTorch uses. The results have the same bits for any number of threads.
+lrn.py, pooling.py and train/optim use equivalent PyTorch operators if `native` is None or a tensor is not float32. Each
+kernel runs in as many threads as PyTorch uses. The results have the same bits for any number of threads.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ from prep import compiled
 
 SOURCE = Path(__file__).with_name("kernels.c")
 _NORM_BLOCK = 4096  # number of values that are normalized at a time; the values and their squares fit into an L1 cache
-_UPDATE_BLOCK = 1 << 16  # number of parameters in a block; each thread updates, or squares, whole blocks
+_UPDATE_BLOCK = 1 << 16  # number of values in a block; `update` and `sum_of_squares` give each thread whole blocks
 
 
 class NormParams(ctypes.Structure):
-    """Parameters of b = a · (k + α Σ a²)^−¾, with a = max(x, 0) if `relu`, and otherwise a = x.
+    """Parameters of local response normalization: b = a · (k + α Σ a²)^−¾. If `relu`, a = max(x, 0); otherwise a = x.
 
     The sum is over a map and the `reach` maps on either side of it.
     """
@@ -43,12 +44,18 @@ class NormParams(ctypes.Structure):
         super().__init__(maps, min(size // 2, maps - 1), relu, alpha, k)
 
     def padded(self, positions: int) -> int:
-        """Return the length of a buffer for `positions` positions, with zeros before, between and after them."""
+        """Return the number of values in a buffer for `positions` pixels.
+
+        Zeros lie before, between and after the pixels.
+        """
         return int(self.reach + positions * (self.maps + self.reach))
 
 
 class PoolParams(ctypes.Structure):
-    """Parameters of 3 × 3 max-pooling with stride 2. If `normalize` is true, normalization comes first."""
+    """Parameters of 3 × 3 max-pooling with stride 2.
+
+    If `normalize` is true, local response normalization comes before the pooling.
+    """
 
     _fields_ = (
         ("rows", ctypes.c_int64),
@@ -93,7 +100,7 @@ class NativeKernels:
         return out
 
     def norm_backward(self, x: Tensor, grad: Tensor, norm: NormParams) -> Tensor:
-        """Return the gradient with respect to x.
+        """Return the gradient of the loss with respect to x, the input of `self.norm`.
 
         grad  the gradient with respect to the output of `self.norm`
         """
@@ -197,7 +204,7 @@ def run_in_threads(items: int, work: Callable[[int, int], None]) -> None:
 
 
 def _address(x: Tensor, position: int) -> int:
-    """Return the memory address of the first channel at a position of x, a tensor in channels-last layout."""
+    """Return the memory address of channel 0 of pixel number `position` in x, a tensor in channels-last layout."""
     return x.data_ptr() + 4 * position * x.shape[1]
 
 

@@ -23,8 +23,8 @@ ACTIVATION_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {  # these functio
 class FullyConnected(nn.Linear):
     """A fully-connected layer that can also slide over feature maps, as a `side` × `side` convolution.
 
-    weight (units, maps · side²). An input (N, maps · side²) gives (N, units). An input (N, maps, rows, columns) gives
-    (N, units, rows − side + 1, columns − side + 1).
+    The weight has the shape (units, maps · side²). An input (N, maps · side²) gives (N, units). An input (N, maps,
+    rows, columns) gives (N, units, rows − side + 1, columns − side + 1).
     """
 
     def __init__(self, maps: int, units: int, side: int = 1) -> None:
@@ -42,7 +42,7 @@ class Column(nn.Module):
     """The layers of one column: all layers except fc8.
 
     w        widths of the layers of this column
-    visible  number of columns whose activations conv3, fc6 and fc7 of this column receive: all, or 1 without crossings
+    visible  number of columns that pass activations to conv3, fc6 and fc7 of this column: all, or 1 without crossings
     """
 
     def __init__(self, w: Widths, visible: int) -> None:
@@ -63,14 +63,14 @@ def drop(x: Tensor, recipe: Recipe, training: bool, replicas: ReplicaGroup = ALO
     training also divides the other values by 1 − p. If it is False, evaluation multiplies all values by 1 − p.
 
     replicas  the replicas that compute a step together. Their random generators have the same state. Each replica draws
-    random numbers for the rows of all replicas, in the order of the ranks, and uses the numbers of its own rows. One
-    process with all rows would draw the same numbers
+    random numbers for the images of all replicas, in the order of the ranks, and uses the numbers of its own images.
+    One process with all images would draw the same numbers
     """
     p = recipe.dropout
     if p == 0:
         return x
     if training and replicas.size > 1:
-        # Random numbers are drawn in memory order.
+        # Random numbers are drawn in memory order, so `ones` has the layout of x.
         layout = torch.contiguous_format if x.is_contiguous() else torch.channels_last
         ones = x.new_ones((len(x) * replicas.size, *x.shape[1:])).contiguous(memory_format=layout)
         return x * drop(ones, recipe, training)[len(x) * replicas.rank :][: len(x)]
@@ -80,11 +80,12 @@ def drop(x: Tensor, recipe: Recipe, training: bool, replicas: ReplicaGroup = ALO
 
 
 def join_on_devices(parts: Sequence[Tensor], receivers: Sequence[torch.device]) -> list[Tensor]:
-    """Return the tensors `parts`, joined along dim 1: one tensor for each receiver.
+    """Return one tensor for each receiver: the tensors `parts`, joined along dim 1 on this device.
 
-    Equal receivers share the joined tensor.
+    Equal receivers share one tensor.
 
-    No other function moves activations between devices. A single part is returned unchanged, as the only tensor.
+    No other function moves activations between devices. If there is only one part, the result is a list of only this
+    part.
     """
     if len(parts) == 1:
         return list(parts)

@@ -1,4 +1,4 @@
-"""Context manager for evaluation mode: no dropout and no gradients. On exit the previous mode is restored."""
+"""Context manager for evaluation mode: no dropout and no gradients."""
 
 from __future__ import annotations
 

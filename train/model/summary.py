@@ -20,7 +20,7 @@ from train.model.alexnet import AlexNet
 
 @dataclass(frozen=True)
 class LayerRow:
-    """One row of the table, for one layer. `neurons`, `parameters` and `multiply_adds` are sums over both columns."""
+    """One row of the table, for one layer. `neurons`, `parameters` and `multiply_adds` are sums over the columns."""
 
     layer: str
     columns: int  # number of columns that share the layer; 1 for fc8, which is computed on the device of column 0
@@ -54,7 +54,7 @@ def summarize(classes: int, architecture: Architecture = ALEXNET, recipe: Recipe
         inputs, outputs = first.weight.shape[1], shapes[first]
         sees = "all" if architecture.columns == 1 else "both columns" if inputs > own_maps else "own column"
         positions = math.prod(outputs[1:])
-        own_maps = outputs[0] * (36 if name == "conv5" else 1)  # fc6 takes the 6×6 maps of pool5
+        own_maps = outputs[0] * (36 if name == "conv5" else 1)  # fc6 sees the 6 × 6 values of each map of pool5
         rows.append(
             LayerRow(
                 layer=name,

@@ -28,7 +28,7 @@ class RunLength(NamedTuple):
 
 
 class ConsoleView:
-    """Prints each log line: of an interval of --log-every steps, or of a validation. Base class of the other views."""
+    """Prints the log line of each interval and of each validation. Base class of the other views."""
 
     def __init__(self) -> None:
         self._service_status: Callable[[], ServiceStatus | None] = lambda: None

@@ -14,14 +14,14 @@ _AVERAGED = ("loss", "top1_error", "top5_error")
 
 
 class EnsembleView:
-    """Collects the log lines of the members, and shows them in another view.
+    """Collects the log lines of the members, and shows one line for all members in `view`.
 
     Members can be at different steps. The line of a step is shown as soon as all members in training have logged this
     step. The shown line has the mean of the losses and errors, and the loss or error of each member.
     """
 
     def __init__(self, view: ConsoleView, names: Sequence[str]) -> None:
-        """`view` shows the lines. `names` are the names of the members."""
+        """`view` shows the mean lines. `names` are the names of the members."""
         self.view, self._names = view, list(names)
         self._members = {name: _MemberView(self, name) for name in names}
         self._lengths: list[RunLength] = []
@@ -46,7 +46,7 @@ class EnsembleView:
         self.view.begin(length, lines, min(member.newest[0] for member in self._members.values()))
 
     def add(self, name: str, line: Line) -> None:
-        """Take a log line of a member, and show all lines that are complete."""
+        """Keep a log line of a member until all members have logged its step, and call `show_complete`."""
         self._waiting.setdefault((line["step"], line["kind"]), {})[name] = line
         self.show_complete()
 
@@ -114,7 +114,10 @@ class _MemberView(ConsoleView):
 
 
 def _mean_line(lines: Mapping[str, Line]) -> dict[str, Any]:
-    """Return the last member's log line of a step, with mean loss and errors, and the loss or error of each member."""
+    """Return the mean of the members' log lines of a step: the mean loss and the mean errors.
+
+    The line also has the loss or the top-1 error of each member. All other values are those of the last member.
+    """
     *_, last = lines.values()
     means = {key: sum(line[key] for line in lines.values()) / len(lines) for key in _AVERAGED}
     kind = {"train": (MEMBER_LOSSES, "loss"), "val": (MEMBER_TOP1_ERRORS, "top1_error")}

@@ -18,7 +18,11 @@ from train.monitor.step_counters import Counts
 
 
 class StreamWaits:
-    """Total wait times of a loader and its consumer. Unlike TrainLoader.wait_times, `read` may have several callers."""
+    """Total wait times of a loader and its consumer.
+
+    TrainLoader.wait_times returns the times since its last call, so only one caller can use it. `read` can have several
+    callers.
+    """
 
     def __init__(self, loader: TrainLoader) -> None:
         self.loader, self._total = loader, WaitTimes(0, 0.0, 0.0)
@@ -55,7 +59,7 @@ class IntervalMetrics:
         This call also begins the next interval.
 
         With several replicas, `waiting_share` and `stream_waiting_share` are those of the replica that waited longest
-        for its stream. Each value of the memory is the largest value of all replicas.
+        for its stream. `memory_mb` and `gpu_memory_mb` are the largest values of all replicas.
 
         counts  the counts of the interval's steps, over all replicas (counts_of_all)
         norms   the result of train.trainer.divergence.parameter_norms
@@ -111,7 +115,10 @@ def peak_memory(devices: Sequence[torch.device]) -> dict[str, Any]:
 
 
 def largest_memory(memory: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the largest values of several results of peak_memory. GPUs are compared by their position in the list."""
+    """Return the largest memory of each kind in several results of peak_memory.
+
+    GPUs with the same index are compared.
+    """
     largest: dict[str, Any] = {"memory_mb": max(peak["memory_mb"] for peak in memory)}
     if "gpu_memory_mb" in memory[0]:
         largest["gpu_memory_mb"] = [max(column) for column in zip(*(p["gpu_memory_mb"] for p in memory), strict=True)]

@@ -27,10 +27,10 @@ _DRAWINGS_PER_S = 2
 
 
 def sparkline(values: Sequence[float], width: int = _CURVE_WIDTH) -> str:
-    """Return a curve of at most `width` block characters. Each character stands for an equal part of `values`.
+    """Return a curve of at most `width` block characters. The values are divided among the characters.
 
-    The height of a character shows the mean of its part. The lowest mean has the lowest block, and the highest mean has
-    the highest block.
+    The height of a character shows the mean of its values. The lowest mean has the lowest block, and the highest mean
+    has the highest block.
     """
     if not values:
         return ""
@@ -163,7 +163,7 @@ class LiveView(ConsoleView):
         yield Text("")  # an empty row, in which the terminal shows ^C
 
     def _count(self, line: Line) -> None:
-        """Keep those values of a log line that the display shows. Drawing then need not read the line again."""
+        """Keep those values of a log line that the display shows."""
         if line["kind"] == "train":
             self._recent = [*self._recent, line][-RATE_LINES:]
             for key, values in self._values.items():

@@ -1,4 +1,4 @@
-"""The log of replicas other than rank 0, which write and print nothing."""
+"""The log of all ranks except rank 0, which writes and prints nothing."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class SilentLog:
         pass
 
     def interval(self, waits: StreamWaits, network: AlexNet) -> IntervalMetrics:
-        """Begin an interval. It is measured on every rank, because rank 0 logs the maxima over all ranks."""
+        """Begin an interval. Every rank measures its interval, because rank 0 logs the maxima over all ranks."""
         return IntervalMetrics(waits, network)
 
     def train(self, line: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Counters of the steps between two log lines, in tensors on the device: losses, errors, range of labels.
+"""Counters of the steps between two log lines, in tensors on the device: losses, errors, smallest and largest label.
 
 The tensors are allocated once and changed in place, so that a CUDA graph of a step can contain the updates. Only
 `read` waits for the device.
@@ -19,7 +19,7 @@ _NO_LABEL = (2**62, -1)  # initial values of the smallest and the largest label
 
 
 class Counts(NamedTuple):
-    """What StepCounters has collected since the last call of `read`."""
+    """The counts of the steps between two calls of StepCounters.read."""
 
     losses: list[float]  # loss of each step, in nats
     loss_sum: float  # float32 sum of the losses

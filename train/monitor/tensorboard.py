@@ -1,9 +1,9 @@
 """TensorBoard event files with the numbers of metrics.jsonl. TensorBoard's RecordWriter encodes the events.
 
-A resumed run writes a new file. In the new file, the event SessionLog.START comes before all points. TensorFlow also
-writes this event after a restart. SessionLog.START makes TensorBoard discard the points of the resumed step and of all
-later steps. The new file therefore repeats the points of the resumed step. TensorBoard then shows each point once. The
-first event file in a folder begins with the lines that metrics.jsonl already has.
+A run that resumes after step S writes a new file, which begins with the event SessionLog.START of step S. TensorFlow
+also writes this event after a restart. Because of the event, TensorBoard discards the earlier points of step S and of
+all later steps. The new file therefore repeats the points of step S. TensorBoard then shows each point once. The first
+event file in a folder begins with the numbers that metrics.jsonl already has.
 
 TensorBoard's EventFileWriter is not used. The thread of EventFileWriter delays events by up to two minutes, and fails
 with a traceback if the disk is full.
@@ -67,7 +67,7 @@ class EventFile:
     def _event_of(self, line: Mapping[str, Any]) -> Any:
         scalars = tensorboard_scalars({key: value for key, value in line.items() if key not in self._left_out})
         values = [self._summary.Value(tag=tag, simple_value=value) for tag, value in scalars.items()]
-        wall_time = line.get("unix_time_s", time.time())  # files of version 0.1.0 have no unix_time_s
+        wall_time = line.get("unix_time_s", time.time())  # lines of version 0.1.0 have no unix_time_s
         return self._event(step=line["step"], wall_time=wall_time, summary=self._summary(value=values))
 
     def _write(self, events: Iterable[Any]) -> None:
@@ -81,8 +81,8 @@ class EventFile:
 def _next_path(folder: Path) -> tuple[Path, bool]:
     """Return the path of the next event file, and True if the folder has no event file yet.
 
-    The name of the next file sorts after the earlier names, because TensorBoard reads files in the order of the names.
-    Files whose names have no time of ten digits are ignored.
+    The name of the next file sorts after the names of the earlier files, because TensorBoard reads files in the order
+    of the names. Files whose names have no time of ten digits are ignored.
     """
     names = (re.fullmatch(r"events\.out\.tfevents\.([0-9]{10})\..*", path.name, re.DOTALL) for path in folder.iterdir())
     seconds = [int(match[1]) for match in names if match]

@@ -1,4 +1,4 @@
-"""SGD update of many parameters: by the fused kernel of torch.optim.SGD if it works, otherwise by PyTorch operators.
+"""SGD update of many parameters: by the fused kernel of torch.optim.SGD, or else by PyTorch operators.
 
 The update rule (paper_sgd.py), with g = ∂L/∂w, has the learning rate lr in the formula of the velocity v:
 
@@ -12,8 +12,8 @@ computes:
 With the arguments `lr` = −1 and `dampening` = 1 + (lr of the update rule), the function sgd computes the update rule.
 The class torch.optim.SGD accepts no negative lr, so the function sgd is called directly. The kernel behind `fused=True`
 is private and may change. The fused update is therefore first tried on small tensors, once for each device and dtype.
-The fused update is used only if the result is correct. PyTorch operators are slower. PyTorch operators read or write
-eleven values for each parameter, and the fused kernel only five.
+The fused update is used only if the result is correct. For each parameter, PyTorch operators read or write eleven
+values, and the fused kernel only five.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def fused_update_works(device: torch.device, dtype: torch.dtype) -> bool:
         _update_fused([actual[0]], [actual[1]], [actual[2]], momentum=0.5, lr=0.125, decay=0.25)
     except torch.OutOfMemoryError:
         raise
-    # Torch's function has other arguments, or there is no fused kernel.
+    # sgd has other arguments in this version of torch, or no fused kernel for this device and dtype.
     except (AttributeError, TypeError, RuntimeError):
         return False
     return torch.allclose(actual, expected)

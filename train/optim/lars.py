@@ -9,7 +9,7 @@ m and the trust coefficient η:
     w ← w + v
 
 The formulas for v and w are the rule of PaperSGD with the learning rate γ · λ (argument `local_rates` of PaperSGD). In
-the paper, v has the opposite sign. The weight decay is in λ and in v. As in PaperSGD, v contains the learning rate.
+the paper, v has the opposite sign.
 
 The paper leaves three points open. In these points, this module does what the authors' code does (GetLocalRate in
 src/caffe/solvers/sgd_solver.cpp of borisgin/nvcaffe, a fork of NVIDIA's Caffe):
@@ -25,8 +25,8 @@ of λ.
 
 A layer of a network with two columns is divided between the columns, which may be on two GPUs. The norms of a divided
 layer are those of the joined layer. The columns therefore have the same λ, and the network trains like a network with
-one column. Two GPUs exchange 2 · 16 sums of squares in each step. Norms and local rates stay on the device, so the host
-does not wait.
+one column. In each step, each GPU receives at most 2 · 16 sums of squares from the other GPU. Norms and local rates
+stay on the device, so the host does not wait.
 """
 
 from __future__ import annotations

@@ -3,10 +3,10 @@
     v ← momentum · v − decay · ε · w − ε · ∂L/∂w
     w ← w + v
 
-The velocity v contains the learning rate ε. After ε is reduced, v still contains the larger ε of earlier steps, which
-acts for about ten more steps. In torch.optim.SGD, v does not contain ε, and the update is w ← w − ε · v. With
-torch.optim.SGD, a reduction of ε therefore has its full effect at once. If ε is constant, both rules give the same
-weights.
+The velocity v contains the learning rate ε. After ε is reduced, v still contains the larger ε of earlier steps. The
+larger ε therefore acts for about ten more steps. In torch.optim.SGD, v does not contain ε, and the update is
+w ← w − ε · v. With torch.optim.SGD, a reduction of ε therefore has its full effect at once. If ε is constant, both
+rules give the same weights.
 
 The C kernel (train/model/kernels.c) updates float32 parameters on a CPU. fused_sgd.py updates all other parameters, and
 all parameters if the kernels are not compiled. If the learning rates are in a tensor, rate_tensor_update.py updates all
@@ -42,7 +42,7 @@ class PaperSGD(torch.optim.Optimizer):
 
         The default of "lr" and of "weight_decay" is 0. PaperSGD ignores "name".
 
-        local_rates  factors of the learning rates, for each layer (LARS); None: all factors are 1
+        local_rates  computes a factor of the learning rate for each parameter (LARS); None: all factors are 1
         """
         super().__init__(groups, {"lr": 0.0, "weight_decay": 0.0, "momentum": momentum})
         self._local_rates = local_rates
@@ -95,7 +95,10 @@ class PaperSGD(torch.optim.Optimizer):
         self._rate_tensor_update.write_rates([group["lr"] for group in self.param_groups])
 
     def write_addresses(self) -> None:
-        """Write the addresses of the gradients into the kernel's table, after a step was recorded as a CUDA graph."""
+        """Write the table of the Triton kernel (RateTensorUpdate).
+
+        Call this method after a step was recorded as a CUDA graph.
+        """
         assert self._rate_tensor_update is not None
         self._rate_tensor_update.write_addresses()
 

@@ -51,7 +51,7 @@ class RateTensorUpdate:
         self._written: list[float | None] = [None] * groups
         self._decays = torch.tensor([trio.decay for trio in trios], device=self._device)
         self._scales = torch.ones(len(trios), device=self._device)  # factor of each parameter's rate: λ of lars.py
-        # ---- the kernel's table (parameters, 5): addresses of parameter, velocity, gradient; size; group
+        # ---- (parameters, 5): addresses of parameter, velocity and gradient; number of values; index of its group
         self._table = torch.zeros(len(trios), 5, dtype=torch.int64, device=self._device)
         sizes = [trio.parameter.numel() for trio in trios]
         blocks = [(index, start) for index, size in enumerate(sizes) for start in range(0, size, _BLOCK)]
@@ -88,7 +88,7 @@ class RateTensorUpdate:
                 update_with_rate(w, v, w.grad, self._momentum, self._rates[group] * scale, decay)
 
     def write_addresses(self) -> None:
-        """Write the kernel's table. A parameter without a gradient gets the size 0, so that it is not updated."""
+        """Write the table for the kernel. A parameter without a gradient gets 0 values, so that it is not updated."""
         rows = []
         for w, v, group, _ in self._trios:
             if w.grad is None:
@@ -96,8 +96,8 @@ class RateTensorUpdate:
                 continue
             if not same_dense_layout(w, v, w.grad):
                 raise ValueError("a gradient has another memory layout than its parameter")
-            if any(t.data_ptr() % 16 for t in (w, v, w.grad)):  # for example, a view into a larger tensor
-                raise ValueError("a tensor's address is not a multiple of 16 bytes, but the kernel needs a multiple")
+            if any(t.data_ptr() % 16 for t in (w, v, w.grad)):  # for example, t is a view into a larger tensor
+                raise ValueError("a tensor's address is not a multiple of 16 bytes; the kernel needs a multiple of 16")
             rows.append((w.data_ptr(), v.data_ptr(), w.grad.data_ptr(), w.numel(), group))
         self._table.copy_(torch.tensor(rows, dtype=torch.int64))
 

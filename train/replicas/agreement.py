@@ -45,8 +45,8 @@ class Agreement:
     def batches(self, loader: TrainLoader) -> Iterator[Batch]:
         """Yield the batches of `loader`. If a rank lacks its next batch, all ranks raise the ServiceError of this rank.
 
-        If the run uses a service, the ranks exchange one number per step. Without a service, no batch can be missing,
-        and the ranks exchange nothing.
+        If the run uses a service, the ranks tell each other before each step whether they have a batch. Without a
+        service, no batch can be missing, and the ranks exchange nothing.
         """
         if self._group.size == 1 or not self._uses_service:
             yield from loader

@@ -78,7 +78,7 @@ class ReplicaGroup:
         return [values] if self.link is None else self.link.gather(values)
 
     def stack_on_first(self, rows: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """Return the rows of all ranks one below another on rank 0, in the order of the ranks. Other ranks get no rows.
+        """On rank 0, return the rows of all ranks, stacked in the order of the ranks. Other ranks get no rows.
 
         The arrays must have the same type, and the same shape apart from the first axis.
         """
@@ -89,11 +89,11 @@ class ReplicaGroup:
         return values[None] if self.link is None else np.stack(self.link.gather_equal(values))
 
     def gather_json(self, value: Any) -> list[Any]:
-        """Return the values of all ranks, in the order of the ranks. The values pass through JSON."""
+        """Return the values of all ranks, in the order of the ranks. The values are sent as JSON."""
         return [value] if self.link is None else self.link.gather_json(value)
 
     def broadcast_json(self, value: Any) -> Any:
-        """Return the value of rank 0, which passes through JSON. The values of all other ranks are ignored."""
+        """Return the value of rank 0, which is sent as JSON. The values of all other ranks are ignored."""
         return value if self.link is None else self.link.broadcast_json(value)
 
     def broadcast(self, array: npt.NDArray[Any]) -> None:
@@ -133,7 +133,7 @@ class ReplicaGroup:
         raise OtherReplicaFailed(**other) from None
 
     def on_first(self, work: Callable[[], Value]) -> Value:
-        """Return the result of `work`, which is called only on rank 0. The result passes through JSON.
+        """Return the result of `work`, which is called only on rank 0. The result is sent as JSON.
 
         An error of `work` ends all ranks.
         """
@@ -216,7 +216,7 @@ def joined(group: ReplicaGroup, timeout_s: float = REPLICA_TIMEOUT_S) -> Iterato
     except BaseException as caught:
         error = caught
         stopped = isinstance(error, KeyboardInterrupt | Terminated)
-        # If one rank ends with an error, torchrun terminates the other ranks.
+        # If one rank ends with an error, torchrun terminates the other ranks. They then raise OtherReplicaFailed.
         if stopped and (told := link.roll_call.error_of_other()):
             error = OtherReplicaFailed(**{**told, "code": description_of(error)["code"]})
         is_of_group = isinstance(error, ReplicaLost | OtherReplicaFailed)

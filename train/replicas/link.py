@@ -80,7 +80,7 @@ class Link:
         return parts
 
     def stack_on_first(self, rows: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """Return the rows of all ranks one below another on rank 0. Other ranks get no rows."""
+        """On rank 0, return the rows of all ranks, stacked in the order of the ranks. Other ranks get no rows."""
         import torch
 
         counts = [int(count[0]) for count in self.gather_equal(np.array([len(rows)], dtype=np.int64))]
@@ -117,12 +117,12 @@ class Link:
             self.gloo.broadcast([torch.from_numpy(array.reshape(-1).view(np.uint8))], options).wait()
 
     def gather_json(self, value: Any) -> list[Any]:
-        """Return the values of all ranks, in the order of the ranks. The values pass through JSON."""
+        """Return the values of all ranks, in the order of the ranks. The values are sent as JSON."""
         text = np.frombuffer(json.dumps(value).encode(), dtype=np.uint8)
         return [json.loads(part.tobytes()) for part in self.gather(text)]
 
     def broadcast_json(self, value: Any) -> Any:
-        """Return the value of rank 0, which passes through JSON."""
+        """Return the value of rank 0, which is sent as JSON."""
         return json.loads(self.broadcast_bytes(json.dumps(value).encode() if self.rank == 0 else b""))
 
     def barrier(self) -> None:
@@ -130,10 +130,10 @@ class Link:
         self.gather_equal(np.zeros(1, dtype=np.int64))
 
     def new_name(self) -> str:
-        """Return a prefix for keys of the store. Each call returns another prefix. All ranks get the same prefixes.
+        """Return a new prefix for keys of the store. All ranks get the same prefix.
 
-        `alextrain ablate` uses one link for all its trainings. With another prefix, the NCCL connection of a training
-        does not read what the connection of an earlier training wrote.
+        `alextrain ablate` uses one link for all its trainings. Because of the new prefix, the NCCL connection of a
+        training does not read the keys of an earlier training.
         """
         self._names += 1
         return f"connection/{self._names}"
@@ -160,8 +160,8 @@ class Link:
         """End the connection.
 
         error     describes the error that this rank prints; None: this rank prints no error
-        linger_s  longest time for which the connection stays open until the other ranks leave, too. If a rank closed
-                  its connections earlier, it could interrupt the last exchange of a slower rank
+        linger_s  longest time in seconds for which this rank waits until all ranks have left, before it closes its
+                  connections. Without this wait, it could interrupt the last exchange of a slower rank
         """
         self.roll_call.leave(error)
         self.roll_call.wait_for_others(linger_s)

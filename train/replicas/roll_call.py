@@ -1,9 +1,10 @@
 """The roll call after a failed exchange.
 
-The roll call finds out which ranks have ended, hang, or wait for another rank. Every rank has a thread that looks for a
-roll call in the store twice a second. The thread answers with the number of exchanges that its rank has begun. The
-thread also answers while the main thread waits in an exchange. A rank is missing if it gives no answer, or if it has
-begun fewer exchanges than other ranks. If a rank ends because of an error, it first writes the error into the store.
+The roll call finds out which ranks have ended, hang, or wait for another rank. A rank whose exchange failed writes the
+key "roll call" into the store. A thread of every rank looks for this key twice a second. The thread answers with the
+number of exchanges that its rank has begun. The thread also answers while the main thread waits in an exchange. A rank
+is missing if it gives no answer, or if it has begun fewer exchanges than other ranks. If a rank ends because of an
+error, it first writes the error into the store.
 """
 
 from __future__ import annotations
@@ -49,9 +50,9 @@ class RollCall:
                 time.sleep(0.01)
 
     def error_of_other(self) -> dict[str, Any] | None:
-        """Return the error with which another rank has ended.
+        """Return the error with which another rank has ended. Requests to stop do not count.
 
-        Returns None if there is no such rank, or if the store is lost.
+        Returns None if no other rank has ended with an error, or if the store is lost.
         """
         with suppress(Exception):
             for rank in range(len(self._places)):
@@ -63,7 +64,7 @@ class RollCall:
     def call(self, waited_s: float, cause: str) -> ReplicaLost | OtherReplicaFailed:
         """Find the ranks that are missing.
 
-        Returns the error to raise. The result is OtherReplicaFailed if another rank prints the error.
+        Returns the error to raise: ReplicaLost, or OtherReplicaFailed if another rank prints the error.
 
         waited_s  seconds for which this rank has waited for the other ranks
         cause     error message of the failed exchange
@@ -75,10 +76,10 @@ class RollCall:
         return self._error(*answers, waited_s, cause)
 
     def _ask(self) -> tuple[dict[int, int], dict[int, Any]]:
-        """Return two dicts by rank.
+        """Start a roll call. Returns two dicts whose keys are ranks.
 
-        The first dict has the number of exchanges that each rank has begun, for ranks that answered. The second dict
-        has, for ranks that have called `leave`, the error that the rank prints, or None.
+        The first dict has, for each rank that answered, the number of exchanges that the rank has begun. The second
+        dict has, for each rank that has called `leave`, the error that the rank prints, or None.
         """
         with self._lock:
             self._store.set("roll call", b"1")

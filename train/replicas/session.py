@@ -1,9 +1,9 @@
 """The start of a group of replicas: the ranks find each other in the store of torchrun, and agree on a session name.
 
-torchrun keeps its store while it restarts the processes of a group. The store can therefore hold entries of processes
-that have ended. Each process therefore has its own random name. Rank 0 collects the names and writes a list of them,
-with a new random session name. A rank accepts only a list that contains its own name. All later entries of the group
-have the session name as a prefix. No process therefore reads an entry of an earlier group.
+torchrun keeps its store while it restarts the processes of a group. The store can therefore hold keys of processes that
+have ended. Each process therefore has its own random name. Rank 0 collects the names and writes a list of them, with a
+new random session name. A rank accepts only a list that contains its own name. All later keys of the group begin with
+the session name. No process therefore reads a key of an earlier group.
 """
 
 from __future__ import annotations
@@ -78,7 +78,10 @@ def _wait_for_list(store: Any, rank: int, own: dict[str, str], deadline: float, 
 
 
 def has_ended(place: str) -> bool:
-    """Return True if a Session's `place` names a process of this machine that has ended. A zombie counts as ended."""
+    """Return True if `place`, an item of Session.places, is a process of this machine that has ended.
+
+    A zombie counts as ended.
+    """
     process = re.fullmatch(rf"host {re.escape(platform.node())}, process (\d+)", place)
     if process is None:
         return False

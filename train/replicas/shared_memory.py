@@ -1,8 +1,8 @@
 """Sums a float32 vector over the CPU replicas of one machine, in memory that the replicas share.
 
-The memory has a part for each rank and a part for the sum. A rank writes into its own part, and then sums one range of
-all parts. The memory belongs to an anonymous file of rank 0 (memfd_create), which the other ranks open through
-/proc/PID/fd. The kernel frees the memory when the last rank has ended, in whatever way.
+The memory has a part for each rank and a part for the sum. A rank writes into its own part, and then computes one range
+of the sum. The memory belongs to an anonymous file of rank 0 (memfd_create), which the other ranks open through
+/proc/PID/fd. Linux frees the memory when the last rank has ended, in whatever way.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _RANGE_ALIGNMENT = 1024  # ranges begin at multiples of this number, so that no 
 
 
 class NoSharedMemory(Exception):
-    """Raised on all ranks if a rank cannot open the memory. The message gives the reason."""
+    """Raised on all ranks if a rank cannot create or open the shared memory. The message gives the reason."""
 
 
 class SharedMemory:
@@ -84,7 +84,7 @@ def _open(path: str, name: str, size_bytes: int, machine: str) -> Tensor:
 
 
 def _machine() -> str:
-    """Return a text that is different on every machine and after every start of a machine."""
+    """Return a text that identifies this machine since its last start."""
     with suppress(OSError), open("/proc/sys/kernel/random/boot_id") as file:
         return f"{platform.node()} {file.read().strip()}"
     return platform.node()

@@ -1,4 +1,4 @@
-"""Comparison of runs: the fields that differ, the errors, and all learning curves in one figure."""
+"""Comparison of runs: the fields of run.json that differ between runs, the errors, and all learning curves."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from prep.plot_style import figure_format, render_figure
 from train.report.style import plot_curve, save_figure
 from train.runs.run_dir import last_line, read_description, read_metrics, shown_errors
 
-# Fields that are not compared, because they differ between any two runs or follow from other fields.
+# Fields of run.json that are not compared, because they always differ or follow from other fields.
 _NOT_COMPARED = (
     *("settings.run_dir", "settings.store", "settings.store_absolute"),
     *("model.source", "recipe.sources", "length", "classes"),
@@ -178,7 +178,7 @@ def _draw_curves(figure: Any, runs: Sequence[ComparedRun]) -> None:
 
 
 def _shade(position: float) -> tuple[float, float, float]:
-    """Return a color from dark blue (position 0) to orange (1), for more runs than matplotlib has colors."""
+    """Return a color from dark blue (`position` 0) to orange (1), for figures of more than ten runs."""
     return 0.1 + 0.8 * position, 0.25 + 0.3 * position, 0.55 - 0.4 * position
 
 

@@ -103,7 +103,7 @@ def _figures_without_images(trained: TrainedRun) -> Iterator[RunFigure]:
     yield RunFigure(
         "colour-axes",
         "Colour axes of the store",
-        "Principal components of the training pixels, along which section 4.1 adds colour noise.",
+        "Principal components of the training pixels. Section 4.1 of the paper adds colour noise along them.",
         COLOR_AXES_INCHES,
         lambda figure: draw_color_axes(figure, color_stats),
     )
@@ -131,7 +131,7 @@ def _figures_of_images(trained: TrainedRun, split: str, seed: int, index_records
             lambda figure: draw_predictions(figure, predicted, names),
         )
         if "train" in store.splits:
-            # If `split` has enough images, the previous figure does not show the queries.
+            # If `split` has at least PREDICTED + QUERIES images, the queries are not in `predicted`.
             queries = indices[-QUERIES:]
             training_images = stack.enter_context(StoredImages(store, "train"))
             neighbor_index = load_or_build_index(
@@ -149,7 +149,7 @@ def _figures_of_images(trained: TrainedRun, split: str, seed: int, index_records
                 "nearest",
                 "Nearest training images",
                 f"Left: images of {split}. Right: the {len(rows[0].neighbors)} nearest of "
-                f"{len(neighbor_index.labels):,} training images, with class and distance. The distance is that of the "
+                f"{len(neighbor_index.labels):,} training images, with class and distance. The distance is between the "
                 f"{LAYER} activations ({neighbor_index.features.shape[1]:,} units, centre crop). A class is "
                 "orange if it is the class of the image at the left. The paper's figure 4, right.",
                 neighbors_inches(len(rows), len(rows[0].neighbors)),

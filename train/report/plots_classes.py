@@ -10,8 +10,8 @@ import numpy.typing as npt
 
 from train.report.style import BLUE, ORANGE, shorten
 
-WORST = 10  # number of classes in the confusion matrix
-_NAMED = 20  # number of classes in the bar chart of errors
+WORST = 10  # largest number of rows (classes) that are drawn of the confusion matrix
+_NAMED = 20  # largest number of classes in the bar chart of errors
 _NAME_CHARS = 20
 
 ERRORS_INCHES = (8.0, 3.4)
@@ -75,7 +75,7 @@ def draw_class_errors(figure: Any, confusion: Confusion, names: Sequence[str]) -
         bars.text(x, errors[k], f"{images[k] - confusion.counts[k, k]}", ha="center", va="bottom", fontsize=8)
     bars.axhline(overall, color=ORANGE, lw=1, label=f"all: {overall:.1f} %")
     _set_class_ticks(bars.set_xticks, named, names, rotation=60, ha="right")
-    bars.set(ylabel="top-1 error, %\nabove a bar: images with errors")
+    bars.set(ylabel="top-1 error, %\nabove a bar: wrong predictions")
     bars.legend()
 
 

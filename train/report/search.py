@@ -27,10 +27,10 @@ class SearchResult(NamedTuple):
 def search(
     trained: TrainedRun, images: Sequence[Path], count: int, index_records: int, max_pixels: int = MAX_PIXELS
 ) -> tuple[dict[Path, SearchResult], dict[Path, UserError]]:
-    """Find the `count` training images that are nearest to each photograph, among at most `index_records` images.
+    """Find the `count` nearest training images of each photograph, among at most `index_records` training images.
 
-    Returns the results and, for files that cannot be used, the errors. Raises UserError if there is no store, and
-    StoreError if a record is damaged.
+    Returns a dict of the results, and a dict of the errors of files that cannot be used. Raises UserError if there is
+    no store, and StoreError if a record is damaged.
     """
     store = trained.require_store("train")
     squares: dict[Path, Pixels] = {}

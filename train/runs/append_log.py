@@ -1,7 +1,8 @@
-"""Append-only log files. A killed process or a full disk leaves no partly written entry in the file.
+"""Log files to which entries (lines or events) are appended.
 
-A power cut can leave a partly written last entry. `read_lines` (train/formats/lines.py) leaves out such an entry.
-MetricsLog removes it from metrics.jsonl, and `remove_cut_line` removes it from evaluations.jsonl.
+A killed process or a full disk leaves no partly written entry in the file. A power cut can leave a partly written last
+entry. `read_lines` (train/formats/lines.py) leaves out such an entry. MetricsLog removes such an entry from
+metrics.jsonl, and `remove_cut_line` removes it from evaluations.jsonl.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ class AppendLog:
     def add(self, entry: bytes) -> OSError | None:
         """Append `entry` after the pending entries.
 
-        Returns the error if this entry is the first that had to be held in memory, otherwise None.
+        Returns the disk error if `entry` is now the only pending entry, otherwise None.
         """
         nothing_was_pending, self._pending = not self._pending, self._pending + entry
         error = self._write(synced=False)

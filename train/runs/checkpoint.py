@@ -4,10 +4,10 @@
 the state. All checkpoint files are written by `write` and read by `read`.
 
 A checkpoint file is the zip archive that torch.save writes. The file has a temporary name until it is synced to disk.
-The archive comment (APPNOTE 4.3.16, last field) is the SHA-256 of all bytes before the comment. If a single bit of a
-file is altered, `read` therefore rejects the file. A run keeps its newest checkpoints and the checkpoint with the
-lowest validation error. `best.pt` is a hard link to the checkpoint with the lowest validation error, or a copy if the
-file system has no hard links.
+The archive comment (last field of 4.3.16 in the zip specification APPNOTE) is the SHA-256 of all bytes before it. If a
+single bit of a file is altered, `read` therefore rejects the file. A run keeps its newest checkpoints and the
+checkpoint with the lowest validation error. `best.pt` is a hard link to the checkpoint with the lowest validation
+error, or a copy if the file system has no hard links.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Checkpoint:
 
     step: int  # number of steps that the run has completed
     steps_per_epoch: int
-    validation_due: bool  # whether an epoch has just ended and its validation has not been computed yet
+    validation_due: bool  # True if an epoch ended at `step`, and its validation has not been computed yet
     parameters: Mapping[str, Tensor]  # joined parameters by their names (AlexNet.joined_tensors)
     velocity: Mapping[str, Tensor]  # velocity of the optimizer by parameter name, joined like the parameters
     schedule: Mapping[str, Any]  # Schedule.state_dict
@@ -74,7 +74,8 @@ class Checkpoint:
     digest: str = ""
 
 
-_FIELDS = tuple(field.name for field in fields(Checkpoint) if field.name != "digest")  # keys of a file
+# Keys of the dict in a checkpoint file, in addition to "format".
+_FIELDS = tuple(field.name for field in fields(Checkpoint) if field.name != "digest")
 
 
 def path_of(run_dir: Path, step: int) -> Path:
@@ -83,7 +84,7 @@ def path_of(run_dir: Path, step: int) -> Path:
 
 
 def checkpoint_paths(run_dir: Path) -> list[Path]:
-    """Return the checkpoints in a run folder, oldest first. best.pt and files with other names are left out."""
+    """Return the paths of the checkpoints in a run folder, oldest first. best.pt and other names are left out."""
     return sorted(run_dir.glob(f"checkpoint-{'[0-9]' * 8}.pt"))
 
 
@@ -126,8 +127,8 @@ def read(path: Path) -> Checkpoint:
     values must be valid. The names, shapes and types of the tensors must be those of the checkpoint's architecture.
 
     Raises UnreadableCheckpoint if any bit differs from the written file, or if the file cannot be read. Raises
-    UserError for another format, for content that no run writes, for a missing read permission, and if torch cannot
-    load the tensors, for example because memory runs out.
+    UserError for another version of the format, for content that no run writes, for a missing read permission, and if
+    torch cannot load the tensors, for example because memory runs out.
     """
     try:
         with open_regular(path, ADVICE) as file:
@@ -282,17 +283,17 @@ def load_latest(run_dir: Path) -> Checkpoint | None:
     """Return the newest intact checkpoint of a run; None if the run folder has no checkpoint.
 
     A damaged file is reported on standard error and skipped. Raises UserError if all files are damaged. Raises
-    UserError if the newest intact file has an unknown format, or another step than its file name. Raises UserError if
-    a file cannot be opened for lack of read permission.
+    UserError if the newest intact file has an unknown format, or if its step is not the step in its name. Raises
+    UserError if a file cannot be opened for lack of read permission.
     """
     paths = checkpoint_paths(run_dir)
     for path in reversed(paths):
         try:
             state = read(path)
         except UnreadableCheckpoint as error:
-            if path not in checkpoint_paths(run_dir):  # the training process has replaced this file by a newer file
+            if path not in checkpoint_paths(run_dir):  # the training process has removed this file
                 return load_latest(run_dir)
-            say(str(error) if path == paths[0] else f"{error} The previous checkpoint is used.")
+            say(str(error) if path == paths[0] else f"{error} An older checkpoint is used.")
             continue
         expected = path_of(run_dir, state.step)
         if path != expected:

@@ -80,7 +80,7 @@ def check_ensemble_dir(folder: Path, ensemble: Ensemble) -> None:
     """Raise UserError if `ensemble` cannot be trained in `folder`, because the folder holds something else.
 
     The folder may be missing or empty. The folder may hold the same ensemble, with as many members or fewer. If
-    ensemble.json is missing or damaged, the folder may hold only folders of members.
+    ensemble.json is missing or damaged, the folder must hold nothing except folders of members.
     """
     check_output_folder(folder)
     if not folder.exists():
@@ -93,7 +93,7 @@ def check_ensemble_dir(folder: Path, ensemble: Ensemble) -> None:
         if numbers and numbers[-1] > ensemble.members:
             raise UserError(
                 f"--members {ensemble.members}: {folder} holds {member_dir(folder, numbers[-1]).name}. Pass --members "
-                f"{numbers[-1]}, or move this folder away."
+                f"{numbers[-1]}, or move {member_dir(folder, numbers[-1])} away."
             ) from None
     if held is not None:
         if (held.seed, held.stream_seed) != (ensemble.seed, ensemble.stream_seed) or held.members > ensemble.members:
@@ -125,7 +125,8 @@ def make_ensemble_dir(folder: Path, ensemble: Ensemble) -> None:
 def with_members(paths: Iterable[Path]) -> list[Path]:
     """Return `paths`, with the folder of each ensemble replaced by the run folders of its members.
 
-    Raises UserError if the training of a member has not begun, or if the folder of a member holds another run.
+    Raises UserError if the training of a member has not begun, or if the folder of a member holds a run with other
+    seeds.
     """
     expanded: list[Path] = []
     for path in paths:
@@ -137,7 +138,7 @@ def with_members(paths: Iterable[Path]) -> list[Path]:
             if not has_description(run_dir):
                 raise UserError(
                     f"{run_dir}: the training of this member has not begun. Train the ensemble with: alextrain run "
-                    f"--run-dir {shell_quoted(path)}. Or name the members that are trained."
+                    f"--run-dir {shell_quoted(path)}. Or name the folders of members that have been trained."
                 )
             identity = read_description(run_dir)["identity"]
             seeds = identity.get("seed"), identity.get("stream_seed", identity.get("seed"))
@@ -152,7 +153,7 @@ def with_members(paths: Iterable[Path]) -> list[Path]:
 
 
 def check_single_run(path: Path) -> None:
-    """Raise UserError if `path` is the folder of an ensemble, for commands that open one run."""
+    """Raise UserError if `path` is the folder of an ensemble. Commands that open one run call this function."""
     ensemble = read_ensemble(path)
     if ensemble is not None:
         raise UserError(

@@ -21,12 +21,12 @@ _STATE_TEXT = {"new": "not trained yet", "dead": "crashed"}
 def ensemble_status(folder: Path, ensemble: Ensemble) -> dict[str, Any]:
     """Return the object that `alextrain status --json` prints for an ensemble.
 
-    run_dir            the folder, as given
+    run_dir            path of the ensemble's folder, as given on the command line
     state              "training" if a member is being trained; "finished" if all members have finished; otherwise the
                        first of "failed", "dead", "stopped" and "new" that is the state of a member
     alive, finished    alive: a process is training a member; finished: all members have finished
     seed, stream_seed  seed: member k has the seed `seed` + k; stream_seed: the seed of the stream
-    seconds_left       predicted time until all members are trained; None before the first interval has ended
+    seconds_left       predicted time until all members are trained; None until every member has logged an interval
     members            the status of each member (status_of); {"run_dir", "state": "new"} for a member without run.json
 
     Raises UserError for a member whose run.json cannot be read.

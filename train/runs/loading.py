@@ -24,7 +24,7 @@ class TrainedNetwork(NamedTuple):
 
 
 def run_and_checkpoint(path: Path, which: str) -> tuple[Path, str]:
-    """Return the run folder and the checkpoint that a command names.
+    """Return the run folder and the checkpoint that the arguments of a command select.
 
     The checkpoint is "last", "best" or the path of a file.
 

@@ -47,8 +47,8 @@ def store_facts(store: Store) -> dict[str, Any]:
 def save_mean_image(run_dir: Path, store: Store, recipe: Recipe) -> None:
     """Write the mean image of the training split to mean_image.npy, if the recipe subtracts a mean image.
 
-    An existing file with other content is replaced. A file with other content is from an earlier run in this folder,
-    which used another store and ended before its first checkpoint.
+    A mean_image.npy with other content is replaced: an earlier run in this folder used another store, and ended before
+    its first checkpoint.
     """
     if recipe.augmentation.mean not in _NEED_MEAN_IMAGE:
         return
@@ -91,10 +91,10 @@ def training_store(run_dir: Path, description: Mapping[str, Any]) -> Store | Non
 
     1. the path as given to --store, relative to the working directory;
     2. the absolute path at the time when the run was created;
-    3. the path as given to --store, relative to the folder to which --run-dir was relative. This path finds a store
-       that was moved together with its runs.
+    3. DIR/STORE, if `run_dir` is now DIR/RUN, where STORE and RUN are the relative paths as given to --store and
+       --run-dir. This path finds a store that was moved together with its runs.
 
-    Returns None if there is no store at these paths, or only a store with another fingerprint.
+    Returns None if no store at these paths has a training split with the fingerprint in run.json.
     """
     settings = description["settings"]
     given, saved_dir, folder = path_of(settings["store"]), path_of(settings["run_dir"]), run_dir.resolve()
@@ -113,7 +113,10 @@ def training_store(run_dir: Path, description: Mapping[str, Any]) -> Store | Non
 
 
 def saved_store_path(description: Mapping[str, Any]) -> Path:
-    """Return the absolute path of the training store in run.json. A run of version 0.1.0 has only the path as given."""
+    """Return the absolute path of the training store, from run.json.
+
+    A run of version 0.1.0 has only the path as given.
+    """
     settings = description["settings"]
     return path_of(settings.get("store_absolute") or settings["store"])
 

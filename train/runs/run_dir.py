@@ -10,8 +10,8 @@ run/
   best.pt                   the checkpoint with the lowest validation error (train/runs/checkpoint.py)
   mean_image.npy            the mean image, if the recipe subtracts a mean image (train/runs/preprocessing.py)
   evaluations.jsonl         a line for each evaluation of a split (train/evaluation/predictions.py)
-  scores-*.npz              class probabilities of a split (train/evaluation/trained_run.py)
-  index-fc7-*.npz           fc7 activations for the search of nearest neighbors (train/evaluation/neighbors.py)
+  scores-*.npz              probabilities of the classes for each image of a split (train/evaluation/trained_run.py)
+  index-fc7-*.npz           fc7 activations of training images, for nearest neighbors (train/evaluation/neighbors.py)
   tensorboard/              the numbers of metrics.jsonl as TensorBoard's event files (train/monitor/tensorboard.py)
 
 This module does not import torch, so that `alextrain status` starts quickly.
@@ -90,7 +90,7 @@ def read_metrics_lines(run_dir: Path) -> list[tuple[bytes, dict[str, Any]]]:
     """Return the lines of metrics.jsonl in order, each as text and as an object.
 
     The list is empty if the file does not exist. A last line that a power cut left incomplete is left out. Raises
-    UserError for any other line that is wrong, and if the file cannot be read.
+    UserError if a complete line is wrong, or if the file cannot be read.
     """
     path = run_dir / METRICS
     try:

@@ -28,7 +28,7 @@ from train.runs.run_dir import has_description, read_description
 
 # Options of `alextrain run` that set the RunConfig field of the same name, without conversion.
 _PLAIN = ("accumulate", "seed", "stream_seed", "deterministic", "steps", "log_every", "checkpoint_every", "keep")
-# Settings that are not part of the run's identity. Changes of these settings are also printed before the training.
+# Settings outside the run's identity. Their changes are printed before the training, like changes of the identity.
 _SHOWN = ("epochs", "steps", "devices", "deterministic", "log_every", "checkpoint_every", "keep")
 
 
@@ -75,9 +75,9 @@ def requested_config(
     saved    the configuration of the run in --run-dir; None for a new run, for which all `options` are used
     group    the replicas that compute each step
 
-    If the options name another recipe than that of `saved`, the batch size and the epochs of the named recipe are used,
-    unless --batch and --epochs are given. --epochs without --steps removes the limit of steps. Raises UserError for
-    options that contradict each other. Sets the precision of torch.
+    If the options name another recipe than that of `saved`, the named recipe also gives the batch size and the epochs.
+    The options --batch and --epochs replace these values. --epochs without --steps removes the limit of steps. Raises
+    UserError for options that contradict each other. Sets the precision of torch.
     """
     epochs, settings = options["epochs"], options["settings"]
     if saved is None or "recipe" in given:
@@ -136,7 +136,7 @@ def _devices(gpus: str | None, columns: int, saved: RunConfig | None, group: Rep
 
 
 def changed_settings(before: RunConfig, run: Run, theirs: Mapping[str, Any]) -> list[Difference]:
-    """Return the settings in which `run` differs from an earlier run: its configuration `before`, identity `theirs`."""
+    """Return the settings in which `run` differs from the run with the configuration `before` and identity `theirs`."""
     changed = differences(theirs, run.identity)
     pairs = ((name, getattr(before, name), getattr(run.config, name)) for name in _SHOWN)
     return changed + [Difference(name, there, here) for name, there, here in pairs if there != here]

@@ -40,7 +40,7 @@ _STATE_TEXT = {
 def status_of(run_dir: Path) -> dict[str, Any]:
     """Return the object that `alextrain status --json` prints.
 
-    run_dir            the folder, as given
+    run_dir            path of the run folder, as given on the command line
     model, recipe      names of the architecture and the recipe
     classes            number of classes
     seed, stream_seed  seed of the run, and seed of its training stream

@@ -1,8 +1,9 @@
 """Ends a run if a loss, gradient or parameter is NaN or infinite.
 
-Warns of stuck losses, of losses of zero, and of equal labels. Between two log lines, the host does not wait for a
-device. The values of a step stay on the device until the next training line of metrics.jsonl is due. A NaN loss is
-therefore reported when this line is due. The report names the exact step at which the loss was NaN.
+Warns if the loss stays at that of a random guess, if it is zero, or if all labels are equal. Between two log lines, the
+host does not wait for a device. The values of a step stay on the device until the next training line of metrics.jsonl
+is due. A NaN loss is therefore reported when this line is due. The report names the exact step at which the loss was
+NaN.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ MIN_STUCK_STEPS = 100
 STUCK_SHARE = 0.01  # relative tolerance within which a loss counts as ln(classes)
 ZERO_LOSS_NATS = 1e-6  # a mean loss below this value counts as zero
 REPLICA_TOLERANCE = 1e-4  # largest relative difference between the norms of two replicas that rounding can cause
-ONE_CLASS_IMAGES = 32  # if there are fewer images than this number, equal labels may be a coincidence
+ONE_CLASS_IMAGES = 32  # number of images below which equal labels may be a coincidence
 
 
 class Diverged(UserError):
@@ -46,15 +47,15 @@ class DivergenceCheck:
         """`warn` prints a warning. Each kind of warning is printed at most once."""
         self.run, self.network, self._print_warning, self._group = run, network, warn, network.replicas
         self.stuck_steps = max(MIN_STUCK_STEPS, min(STUCK_STEPS, run.last_step // 2))
-        self._stuck_since: int | None = None  # the step after which the mean loss of every interval was ln(classes)
+        self._stuck_since: int | None = None  # since this step, the mean loss of every interval was ln(classes)
         self._warned: set[str] = set()
 
     def check(self, step: int, images: int, counts: Counts, augmentation: Augmentation) -> dict[str, dict[str, float]]:
         """Check the steps since the last check, up to `step`. Returns parameter_norms(network).
 
-        images        number of images in the steps, over all replicas
-        counts        the counts of the steps, over all replicas (counts_of_all)
-        augmentation  the stream's augmentation in the steps
+        images        number of images in the checked steps, over all replicas
+        counts        the counts of the checked steps, over all replicas (counts_of_all)
+        augmentation  the stream's augmentation in the checked steps
 
         If a loss is NaN or infinite, writes the batch of its step into the run folder and raises Diverged. If the norm
         of a gradient or parameter is NaN or infinite, writes the batch of `step` and raises Diverged.

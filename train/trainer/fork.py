@@ -50,8 +50,8 @@ def fork(run: Run, new_dir: Path, group: ReplicaGroup = ALONE) -> Run:
 def preview_fork(run: Run, new_dir: Path | None) -> list[str]:
     """Return the messages of `alextrain run --dry-run`, which say after which step the run or its fork would begin.
 
-    For a new fork, the messages also list the settings that differ from the other run. Writes nothing. Raises UserError
-    if `alextrain run` would refuse to train because of the content of a run folder.
+    For a new fork, the messages also list the settings in which the fork differs from the run that is forked. Writes
+    nothing. Raises UserError if `alextrain run` would refuse to train because of the content of a run folder.
     """
     planned = _moved_to(run, new_dir) if new_dir else run
     resumed = None
@@ -77,7 +77,7 @@ def preview_fork(run: Run, new_dir: Path | None) -> list[str]:
 
 
 def _differences(run: Run, origin: Path, parent: Checkpoint) -> list[Difference]:
-    """Return the settings in which a fork differs from its origin."""
+    """Return the settings in which a fork differs from its origin, the run from which it is forked."""
     before = saved_config(origin)
     if before is None:
         return differences(parent.identity, run.identity)

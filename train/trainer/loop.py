@@ -159,7 +159,7 @@ class _Loop:
                     current = joining
         except ServiceError as error:  # there is no batch for the next step
             self._log_interval([training for training in current if training.steps_since_log], loader)
-            loader = self._stream.move_to(step)  # another replica may lack the batch that this replica has taken
+            loader = self._stream.move_to(step)  # goes back if this replica has already taken the next batch
             if step > first_step:
                 self._save([training for training in current if training in self._active], loader, is_last=True)
             stopped = self._agreement.stop(stop.requested)
@@ -197,7 +197,7 @@ class _Loop:
 class _Stream:
     """The training stream, which is opened again when the schedule changes the colour noise after an epoch.
 
-    The colour noise depends on the epoch only, so that it is the same for all trainings.
+    The colour noise depends only on the epoch, so one stream serves all trainings.
     """
 
     def __init__(self, first: Training, group: ReplicaGroup, resources: ExitStack) -> None:
@@ -208,7 +208,7 @@ class _Stream:
             self._loader.load_state_dict(first.resumed.stream)
 
     def move_to(self, step: int) -> TrainLoader:
-        """Return the loader. The next batch of the stream is the batch of the step after `step`."""
+        """Return the loader. Its next batch is the batch of the step after `step`."""
         epoch, step_of_epoch = divmod(step, self._run.steps_per_epoch)
         if self._schedule.colour(epoch) != self._loader.augmentation.colour:
             service = self._loader.service_status()

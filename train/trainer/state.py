@@ -153,7 +153,7 @@ def load_on_all_ranks(run_dir: Path, identity: Mapping[str, Any], group: Replica
 
 
 def _without_tensors(value: Any, tensors: dict[str, Tensor], path: str) -> Any:
-    """Return a nested value in which None replaces each tensor, and put the tensors into `tensors`."""
+    """Return a copy of the nested `value` with None in place of each tensor, and put the tensors into `tensors`."""
     if isinstance(value, Tensor):
         tensors[path] = value.contiguous()
         return None

@@ -31,7 +31,7 @@ from train.trainer.step_graph import CountedStep, graph_for
 
 
 class Training:
-    """A run in training. As a context manager, it writes into status.json of the run how the training ended.
+    """A run in training. As a context manager, it writes into the run's status.json how the training ended.
 
     `step` is the number of steps that the run has made. `validation_due` is True if an epoch ended with the newest
     step, and the validation of the epoch has not been computed. `resumed` is the checkpoint from which the run
@@ -64,7 +64,7 @@ class Training:
             view.note(f"{run.run_dir}: resumes after step {self.step:,}.")
             self._stream = resumed.stream  # state of the stream after `step`
         with group.together():
-            # None if another rank writes the checkpoints.
+            # None on all ranks except rank 0, which writes the checkpoints.
             self._keeper = self._begin_in_folder() if group.is_first else None
         gradient_sum = None if group.link is None else GradientSum(self.network.parameters(), group.link)
         train_step = TrainingStep(self.network, self.optimizer, config.precision, config.accumulate, gradient_sum)

@@ -1,1 +1,1 @@
-"""Helpers of the tests that run commands under torchrun: a program that starts torchrun quickly, and the jobs."""
+"""Helpers of the tests that run commands under torchrun: jobs, and a program that starts torchrun quickly."""

@@ -85,7 +85,7 @@ class Job:
             time.sleep(0.005)
 
     def ranks(self) -> list[int]:
-        """Return the process IDs of the living ranks, in the order of the ranks; none after torchrun has ended."""
+        """Return the process IDs of the living ranks, in the order of the ranks; [] after torchrun has ended."""
         parent = _stat(self.pid)[1]  # the starter of server.py, which forks torchrun and the ranks
         if not parent:
             return []

@@ -12,11 +12,11 @@ FAULT is one of
     Operations are counted after the run has made k steps. All ten attempts are killed, because a finished run that is
     started again also makes exchanges and works on files.
 `ACTION RANK STEP`
-    After step STEP of the run, rank RANK performs an action, once. If RANK is `any`, every rank performs the action.
-    ACTION is one of: SIGSTOP, SIGTERM (send this signal to the rank itself), stop-all (send SIGTERM to torchrun, and
-    wait half a second), lose-node (kill torchrun and the rank with SIGKILL), wait (until the file RUN_DIR.go exists),
-    error (raise an error that is not a UserError), full-disk (limit the size of files to 60,000 bytes), nan (set a
-    parameter to NaN).
+    After step STEP of the run, rank RANK performs an action, once. If RANK is `any`, the rank that first completes the
+    step performs the action. ACTION is one of: SIGSTOP, SIGTERM (send this signal to the rank itself), stop-all (send
+    SIGTERM to torchrun, and wait half a second), lose-node (kill torchrun and the rank with SIGKILL), wait (until the
+    file RUN_DIR.go exists), error (raise an error that is not a UserError), full-disk (limit the size of files to
+    60,000 bytes), nan (set a parameter to NaN).
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ torchrun_pid = int(os.environ["TORCHRUN_PID"])
 fault, *numbers = os.environ.get("FAULT", "none").split()
 steps_done = 0  # number of steps that the run has made
 kind = ""  # kind of the operation before which this process is killed: file, exchange or step; "": it is not killed
-operations_left = 0  # number of operations of this kind before the kill
+operations_left = 0  # number of operations of this kind left before the kill
 
 
 def before_operation(kind_of_operation: str, name: str) -> None:

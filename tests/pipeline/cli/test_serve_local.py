@@ -19,7 +19,7 @@ import pytest
 from prep.console import usable_cores
 from tests.helpers.project import ROOT
 
-DEADLINE_S = 150.0  # longest time of each wait; on an idle machine, the longest wait takes 10 s
+DEADLINE_S = 150.0  # time limit of each wait; on an idle machine, the longest wait takes 10 s
 # The program CONSUMER reads an epoch from the service and prints a digest of the batches. Then it waits for a line on
 # standard input, reads a second epoch, and prints the digest of the second epoch.
 CONSUMER = """
@@ -99,7 +99,7 @@ def alexstream(*words: str) -> Program:
 
 
 def session_of(pid: int) -> int:
-    """Return the session of a process, or -1 if the process has ended."""
+    """Return the session ID of a process, or -1 if the process has ended."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -113,7 +113,7 @@ def processes_of_session(session: int) -> list[int]:
 
 @pytest.fixture(scope="module")
 def serving(store: Path) -> Iterator[tuple[Program, dict[str, Any]]]:
-    """Start a service that starts its own Ray cluster. Yields the program, and the first line of its output."""
+    """Start a service that starts its own Ray cluster. Yields the program, and the JSON object that it prints first."""
     pytest.importorskip("ray")
     program = alexstream("serve", "--store", str(store), "--name", "here", "--ahead", "4", "--json")
     try:

@@ -34,7 +34,7 @@ TURNS = (0, 1, 300, 819, 2048, 4095)  # shifts of the hue, in units of 1/4096 of
 
 
 def windows(count: int, side: int) -> Pixels:
-    """Return noise, smooth ramps, grey pixels and saturated colours."""
+    """Return `count` images: smooth ramps in image 1, grey pixels in 2, saturated colours in 3, noise in all others."""
     rng = np.random.default_rng(side)
     images = rng.integers(0, 256, (count, side, side, 3), dtype=np.uint8)
     images[1] = np.linspace(0, 255, side)[:, None, None] * [1, 0.5, 0.9]
@@ -69,7 +69,7 @@ def difference(images: Pixels, expected: Pixels) -> npt.NDArray[np.int64]:
 
 @pytest.mark.parametrize("factor", FACTORS)
 def test_brightness_and_saturation_have_the_bits_of_torchvision(factor: int) -> None:
-    """A product of 8 bits and 16 bits is exact in float32, so torchvision rounds only in its last step."""
+    """The product of a pixel of 8 bits and a factor of 16 bits is exact in float32, so torchvision rounds only once."""
     images = windows(4, 48)
     for image, bright, saturated in zip(
         images, jittered(images, BRIGHTNESS, factor), jittered(images, SATURATION, factor), strict=True
@@ -106,7 +106,10 @@ def test_a_factor_of_one_and_a_full_turn_change_nothing() -> None:
 
 
 def test_grey_is_the_exact_floor_of_the_weighted_sum_of_all_colours() -> None:
-    """0.2989 r + 0.587 g + 0.114 b in integers. For a few colours, torchvision's float32 gives one grey level less."""
+    """Grey is 0.2989 r + 0.587 g + 0.114 b, computed in integers.
+
+    For a few colours, torchvision's float32 gives one grey level less.
+    """
     green, blue = np.meshgrid(np.arange(256), np.arange(256), indexing="ij")
     effects = no_effects(1, 256)
     effects.steps["grey"] = 1

@@ -25,7 +25,7 @@ def draw(settings: EffectSettings, size_px: int = 224, seed: int = 1) -> Effects
 
 
 def assert_uniform(values: np.ndarray, low: float, high: float) -> None:
-    """Chi-square test with 20 bins: 43.8 is exceeded with probability 0.001."""
+    """Chi-square test with 20 bins: for uniform values, the statistic exceeds 43.8 with probability 0.001."""
     counts, _ = np.histogram(values, 20, (low, high))
     assert counts.sum() == len(values)
     expected = len(values) / 20
@@ -37,7 +37,7 @@ def assert_share(chosen: np.ndarray, share: float) -> None:
 
 
 def test_each_effect_has_its_share_and_the_effects_are_independent() -> None:
-    effects = draw(replace(SIMCLR, blur_sigma=(1, 2)))  # a sigma of 0.1 px changes nothing
+    effects = draw(replace(SIMCLR, blur_sigma=(1, 2)))  # a blur with a sigma of 0.1 px changes nothing
     chosen = {
         0.8: (effects.steps["order"] >= 0).any(axis=1),
         0.2: effects.steps["grey"] == 1,
@@ -52,7 +52,7 @@ def test_each_effect_has_its_share_and_the_effects_are_independent() -> None:
 def test_factors_are_uniform_in_the_ranges_of_color_jitter() -> None:
     factor = draw(EffectSettings(jitter=(0.8, 0.4, 1.5, 0.2))).steps["factor"]
     for k, (low, high) in enumerate([(0.2, 1.8), (0.6, 1.4), (0.0, 2.5)]):
-        assert_uniform(factor[:, k] / 4096, low - 1 / 8000, high + 1 / 8000)  # rounded to multiples of 1/4096
+        assert_uniform(factor[:, k] / 4096, low - 1 / 8000, high + 1 / 8000)  # factors are multiples of 1/4096
     turns = factor[:, 3] / (6 * 4096)
     assert factor[:, 3].min() >= 0 and turns.max() < 1
     assert_uniform(np.where(turns > 0.5, turns - 1, turns), -0.2002, 0.2002)
@@ -122,7 +122,7 @@ def test_the_parameters_are_a_pure_function_of_seed_epoch_and_step_with_fixed_bi
 
 
 def test_the_preset_simclr_has_the_effects_of_the_published_code() -> None:
-    """google-research/simclr, tf2/data_util.py: random_color_jitter with strength 1, random_blur, and no mean."""
+    """google-research/simclr, tf2/data_util.py: random_color_jitter (strength 1), random_blur, no mean subtracted."""
     preset = Augmentation.preset("simclr")
     assert (preset.jitter, preset.jitter_share, preset.grey) == ((0.8, 0.8, 0.8, 0.2), 0.8, 0.2)
     assert (preset.blur, preset.blur_sigma, preset.erase) == (0.5, (0.1, 2.0), 0.0)

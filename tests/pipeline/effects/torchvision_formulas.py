@@ -1,7 +1,7 @@
 """torchvision's formulas of the effects, restated in NumPy for one uint8 image (side, side, 3).
 
 The source is torchvision/transforms/_functional_tensor.py and transforms.py. The arithmetic is float32, as in
-torchvision, apart from the blur in float64.
+torchvision, apart from the blur, which is computed in float64.
 """
 
 from __future__ import annotations

@@ -22,8 +22,8 @@ class DeferredStream:
     dali_stream: Any = None
 
     def __init__(self) -> None:
-        self.ordered: set[int] = set()  # addresses of the tensors that were passed to Event.order
-        self.waits = 0  # number of calls of Event.wait for events of this stream
+        self.ordered: set[int] = set()  # addresses of the tensors that were passed to DeferredEvent.order
+        self.waits = 0  # number of calls of DeferredEvent.wait for events of this stream
         self._lock = threading.RLock()
         self._queue: deque[Callable[[], object]] = deque()
         self._queued = self._done = 0

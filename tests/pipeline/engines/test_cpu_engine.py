@@ -69,7 +69,7 @@ def test_a_library_that_computes_wrongly_is_not_used(tmp_path: Path, right: str,
 def test_all_compiler_flags_give_the_same_bits(
     stores: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: str
 ) -> None:
-    """The settings have a mean image, and resized windows with all effects."""
+    """Two settings have a mean image. The third setting has resized windows with all effects."""
     settings = (
         ("NCHW", Augmentation(mean="aligned", divisor=1.1)),
         ("NHWC", Augmentation(mean="aligned", divisor=1.1)),

@@ -80,7 +80,7 @@ def test_batches_are_those_of_the_cpu(
         return served
 
     if kind == "jpeg":
-        monkeypatch.setattr(kernels, "native", None)  # compare DALI with DALI; the C kernel differs in the last bit
+        monkeypatch.setattr(kernels, "native", None)  # compare two streams of DALI: the C kernel's bits differ
     expected = batches()
     streams.append(DeferredStream())
     found = batches()
@@ -112,8 +112,8 @@ def test_the_finisher_is_at_most_one_batch_ahead_of_the_gpu(
     streams.append(DeferredStream())
     with train_loader(stores["ppm"], 5, seed=1) as loader:
         next(iter(loader))
-        loader._prefetcher._finisher.submit(lambda: None).result()  # waits for the batches that were requested
-        one_batch = 5  # copies of pixels, windows, shifts and labels, and the finishing kernel
+        loader._prefetcher._finisher.submit(lambda: None).result()  # waits until the requested batches are finished
+        one_batch = 5  # pieces of work: copies of pixels, windows, shifts and labels, and the finishing kernel
         assert streams[0].queued_work == one_batch and streams[0].waits >= 3
 
 

@@ -46,7 +46,7 @@ def photograph(height: int, width: int, seed: int = 0) -> Pixels:
 def decode(
     files: Sequence[bytes], positions: Sequence[Sequence[tuple[int, int]]], side: int, threads: int = 1
 ) -> tuple[npt.NDArray[np.float32], int]:
-    """Return the crops (N · V, side, side, 3) of N files at V positions each, and the number of the first bad file."""
+    """Return the crops (N · V, side, side, 3) of N files at V positions each, and the first bad file's index, or N."""
     assert kernels.native
     arrays = [np.frombuffer(file, np.uint8) for file in files]
     count, views = len(files), len(positions[0])

@@ -22,7 +22,7 @@ Pixels = npt.NDArray[np.uint8]
 
 @pytest.fixture(scope="module", params=["avx2", "any CPU"])
 def kernel(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> kernels.NativeKernels:
-    """The compiled kernel, and the kernel compiled without the code for AVX2."""
+    """A test that uses this fixture runs with the compiled kernel, and with the kernel compiled without AVX2."""
     if kernels.native is None:
         pytest.skip("no C compiler")
     if request.param == "avx2":
@@ -45,7 +45,10 @@ def windows(kernel: kernels.NativeKernels, image: Pixels, boxes: Sequence[Sequen
 
 @pytest.mark.parametrize("side", [33, 64])
 def test_every_ratio_of_lengths_has_the_bits_of_pillow(kernel: kernels.NativeKernels, side: int) -> None:
-    """Lengths from 1/16 to 9 times the side: 2 to 18 weights a pixel. Black and white pixels show each weight."""
+    """The boxes are 1/16 to 9 times as long as the side, so a pixel has 2 to 18 weights.
+
+    Black and white pixels show each weight.
+    """
     rng = np.random.default_rng(side)
     image = np.ascontiguousarray(rng.integers(0, 2, (9 * side, 9 * side, 3)) * 255, np.uint8)
     lengths = [side // 16, side // 2 + 1, side - 1, side, side + 1, 3 * side // 2, 2 * side + 1, 3 * side, 9 * side]
@@ -57,7 +60,10 @@ def test_every_ratio_of_lengths_has_the_bits_of_pillow(kernel: kernels.NativeKer
 
 
 def test_no_byte_after_the_pixels_is_read_or_written(kernel: kernels.NativeKernels) -> None:
-    """The pixels and the windows end before a page of memory without access. A child process would end with SIGSEGV."""
+    """The pixels and the windows end before a page of memory without access.
+
+    An access to this page would end the child process with SIGSEGV.
+    """
     page, height, width, protect = mmap.PAGESIZE, 11, 17, ctypes.CDLL(None).mprotect
     protect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     pages = np.frombuffer(mmap.mmap(-1, 20 * page), np.uint8)

@@ -69,7 +69,7 @@ def position(loader: TrainLoader | EvalLoader) -> int:
 
 
 class Interrupt:
-    """Calls `next(iterator)`, and raises KeyboardInterrupt at point `number` of the project's code."""
+    """Calls `next(iterator)`, and raises KeyboardInterrupt at the `number`-th signal point in this project's code."""
 
     def __init__(self, number: int) -> None:
         self._left = number

@@ -1,4 +1,7 @@
-"""Fixture: a test runs with the C library that finds records, and without. Helpers that read and compare records."""
+"""Fixture `search`: a test runs with and without the C library that finds records.
+
+Helpers that read and compare records.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ def stored(store: Store, split: str) -> list[tuple[str, bytes, Datum]]:
 
 @pytest.fixture(params=["C library", "py-lmdb"])
 def search(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A test that uses this fixture runs with the C library and without."""
+    """A test that uses this fixture runs with and without the C library."""
     if request.param == "py-lmdb":
         monkeypatch.setattr(kernels, "native", None)
     elif kernels.native is None:

@@ -1,4 +1,4 @@
-"""Damaged records, wrong checksums and records with another kind of picture are refused, with their location."""
+"""Damaged records, wrong checksums and pictures of a wrong format or size are refused, with the record's location."""
 
 from __future__ import annotations
 
