@@ -212,7 +212,7 @@ def is_correct(kernels: NativeKernels) -> bool:
     """Return True if the kernels give the same results as float64 PyTorch operators on small tensors.
 
     Two calls of _is_correct_for test every function. The tests cover windows that are clipped at the first and last
-    map, and numbers of maps that are not a multiple of the vector length. The tests also cover ReLU before
+    map. In the tests, the number of maps is not a multiple of the vector length. The tests also cover ReLU before
     normalization and ReLU after pooling.
     """
     return _is_correct_for(kernels, 44, 5, (6, 7), True, False) and _is_correct_for(kernels, 9, 7, (5, 8), False, True)

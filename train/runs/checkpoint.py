@@ -127,8 +127,8 @@ def read(path: Path) -> Checkpoint:
     values must be valid. The names, shapes and types of the tensors must be those of the checkpoint's architecture.
 
     Raises UnreadableCheckpoint if any bit differs from the written file, or if the file cannot be read. Raises
-    UserError for another version of the format, for content that no run writes, for a missing read permission, and if
-    torch cannot load the tensors, for example because memory runs out.
+    UserError for another version of the format, for content that no run writes, and for a missing read permission.
+    Raises UserError if torch cannot load the tensors, for example because memory runs out.
     """
     try:
         with open_regular(path, ADVICE) as file:

@@ -35,8 +35,8 @@ def fork(run: Run, new_dir: Path, group: ReplicaGroup = ALONE) -> Run:
 
     The new run begins with the newest checkpoint in the folder of `run`. If `new_dir` already holds the same fork,
     nothing is written. With several replicas, only rank 0 reads and writes the folders. Raises UserError if the folder
-    of `run` has no checkpoint, if the shape of a parameter would change, or if `new_dir` holds another run or other
-    files.
+    of `run` has no checkpoint, or if the shape of a parameter would change. Raises UserError if `new_dir` holds another
+    run or other files.
     """
     with group.together():
         forked = _moved_to(run, new_dir)

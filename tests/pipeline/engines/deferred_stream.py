@@ -1,8 +1,9 @@
 """A DeviceStream for tests on a CPU, which does its work as late as a GPU could do it.
 
-Queued work is done only when the code waits for an event that was recorded after the work, or when the code orders the
-consumer's work after this event. Before the work is done, the memory of the results holds NaN (floating-point numbers)
-or 113 (integers). If the code does not wait, a test sees NaN or 113 instead of the results.
+Queued work is done as late as possible: when the code under test uses an event that was recorded after the work. The
+code either waits for the event, or orders the consumer's work after the event. Before the work is done, the memory of
+the results holds NaN (floating-point numbers) or 113 (integers). If the code does not wait, a test sees NaN or 113
+instead of the results.
 """
 
 from __future__ import annotations
