@@ -80,7 +80,7 @@ FORBIDDEN_LIBRARIES = {"prep": {"torch", "nvidia"}, "pipeline": set(), "train": 
 
 
 def module_name(path: Path, root: Path = ROOT) -> str:
-    """Return `prep.store.manifest` for prep/store/manifest.py; `prep.store` for prep/store/__init__.py."""
+    """Return the name of the module in a file, for example `prep.store` for prep/store/__init__.py."""
     parts = path.relative_to(root).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 2 else parts)
 

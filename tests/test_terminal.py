@@ -32,7 +32,7 @@ from train.config.run_config import RunConfig
 from train.runs.run import Run
 from train.trainer.loop import fit
 
-# The name has a window title, a C1 cursor movement, DEL, a bidi control, line separators, and ends of lines.
+# HOSTILE has a window title, a C1 cursor movement, DEL, a bidi control, line separators, and ends of lines.
 HOSTILE = "\x1b]0;x\x07\x9b2J\x7f\u202e\u2028\x85\n\r"
 SHOWN = r"\x1b]0;x\x07\x9b2J\x7f\u202e\u2028\x85\n\r"
 CLASSES = [f"{letter}{HOSTILE}" for letter in "abc"]
@@ -50,7 +50,7 @@ EXCEPTIONS = {
 
 
 def dotted_name(node: ast.expr) -> str:
-    """Return `sys.stdout` for the expression sys.stdout; "" for an expression that is not a dotted name."""
+    """Return a dotted name such as sys.stdout as text, and "" for any other expression."""
     if isinstance(node, ast.Attribute) and (parent := dotted_name(node.value)):
         return f"{parent}.{node.attr}"
     return node.id if isinstance(node, ast.Name) else ""

@@ -11,7 +11,7 @@ from tests.helpers.project import ROOT
 
 # Modules whose functions can run code from a file, or create arbitrary objects from a file.
 UNSAFE_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
-# {call: argument}; without this argument, the call is unsafe.
+# {call: (argument, value)}; without this argument, the call is unsafe.
 NEEDED_ARGUMENTS = {("np", "load"): ("allow_pickle", False), ("torch", "load"): ("weights_only", True)}
 
 # Modules that may import an unsafe module, with the reason.

@@ -1,4 +1,5 @@
-"""Helpers of the tests of streams: take, compare and concatenate batches, read labels, and skip tests without C kernel.
+"""Helpers of the tests of streams: take, compare and concatenate batches, read labels, and skip tests that need the C
+kernel.
 
 In the fixture `numbered_store` the images of a split have different labels, so labels identify the records of a batch.
 """

@@ -136,7 +136,7 @@ def test_a_loader_closes_safely_when_an_error_leaves_its_with_block(broken: Path
 
 
 def test_a_jpeg_that_cannot_be_decoded_stops_the_stream_even_with_a_correct_checksum(broken: Path) -> None:
-    """The second half of the compressed pixels is zeros. The headers of the file are right."""
+    """The second half of the JPEG file is zeros. The headers of the file are intact."""
     halved = lambda data: data[: len(data) // 2] + bytes(len(data) // 2)  # noqa: E731
     change(broken, "val", 3, lambda value: replace(Datum.decode(value), data=halved(Datum.decode(value).data)).encode())
     with eval_loader(broken, 4) as loader:

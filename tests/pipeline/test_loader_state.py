@@ -268,7 +268,7 @@ def test_channel_stats_are_mean_and_std_of_the_training_pixels(stores: dict[str,
     assert np.allclose(unit.mean, pixels.mean(0) / 255) and np.allclose(unit.std, pixels.std(0) / 255)
 
 
-IMAGENET = ChannelStats((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), 1)  # the values that torchvision uses
+IMAGENET = ChannelStats((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), 1)  # torchvision's mean and std of ImageNet
 
 
 @pytest.mark.parametrize(("layout", "dtype"), [("NCHW", "float32"), ("NHWC", torch.float16)])

@@ -53,7 +53,7 @@ def test_batches_have_as_many_classes_as_with_a_perfect_shuffle_if_the_store_is_
 
 @pytest.mark.parametrize("size", [16_384, 40_000])
 def test_neighboring_records_of_the_store_are_far_apart_in_an_epoch(size: int) -> None:
-    """The records of a batch come from as many blocks as 128 random records of a shuffle window, within 3 %."""
+    """A batch of 128 records has as many different blocks as 128 random records of a shuffle window, within 3 %."""
     blocks = WINDOW_RECORDS // BLOCK_RECORDS
     ideal = blocks * (1 - (1 - 1 / blocks) ** 128)
     mixed = epoch_permutation(size, 0, 0) // BLOCK_RECORDS
@@ -107,7 +107,7 @@ def test_crop_offsets_are_uniform_over_33_by_33(draws_of_400_steps: tuple[np.nda
     table = np.zeros((33, 33))
     np.add.at(table, tuple(offsets.T), 1)
     chi2 = ((table - n / 1089) ** 2 / (n / 1089)).sum()
-    assert abs(chi2 - 1088) < 3.3 * np.sqrt(2 * 1088)  # rows and columns are independent
+    assert abs(chi2 - 1088) < 3.3 * np.sqrt(2 * 1088)  # row and column offsets are independent
 
 
 def test_half_of_the_images_are_flipped(draws_of_400_steps: tuple[np.ndarray, ...]) -> None:

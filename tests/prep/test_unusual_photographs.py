@@ -330,5 +330,5 @@ def test_no_lock_builds_without_a_lock_file(tmp_path: Path) -> None:
     base = ["build-lmdb", photos, "--store", tmp_path / "store", "--side", "40", "--jobs", "1"]
     assert alexprep(*base, "--no-lock").exit_code == 0
     assert ".lock" not in os.listdir(tmp_path / "store")
-    assert alexprep(*base).exit_code == 0  # without the option, the next command locks the folder again
+    assert alexprep(*base).exit_code == 0  # without --no-lock, the next command locks the folder
     assert ".lock" in os.listdir(tmp_path / "store")

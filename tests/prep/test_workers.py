@@ -393,7 +393,10 @@ def test_preload_imports_a_module_before_the_first_task() -> None:
 def test_a_worker_that_cannot_start_says_why(
     script: str, parts: tuple[str, ...], preload: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """The workers run a program that ends at once, instead of Python. Its output appears only in the error."""
+    """The workers run a program that ends at once, instead of Python.
+
+    The output of this program appears only in the error.
+    """
     program, before = tmp_path / "python", multiprocessing.spawn.get_executable()
     program.write_text(script)
     program.chmod(0o755 if script else 0o644)

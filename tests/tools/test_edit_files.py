@@ -69,7 +69,7 @@ def samples(store: Path, tmp_path: Path) -> Path:
 def outcome_with(
     command: Callable[[Any], object], samples: Path, patch: pytest.MonkeyPatch, limit_s: float = 60
 ) -> Outcome:
-    """Return the outcome of `alexprep inspect` after `command` has replaced Store.open."""
+    """Return the outcome of `alexprep inspect`, in which `command` replaces Store.open."""
     patch.setattr(prep.cli.check.Store, "open", staticmethod(command))
     target = Target("store/manifest.json", "json", ("store",), (INSPECT,))
     return check_edit(target, Edit(target.file, "", "x", lambda path: None), target.commands, samples, limit_s)[0]

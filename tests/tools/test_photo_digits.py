@@ -70,7 +70,7 @@ def test_the_label_is_the_digit_that_is_drawn(dataset: Path) -> None:
         cells = np.asarray(square, float)[1:9, 1:9]
         correlations = [np.corrcoef(cells.ravel(), prototype.ravel())[0, 1] for prototype in prototypes]
         correct += int(np.argmax(correlations)) == int(path.parent.name[1:])
-    assert correct / len(paths) > 0.5  # a guess is correct in 0.1 of the images; digits off the middle correlate less
+    assert correct / len(paths) > 0.5  # random guesses give 0.1; digits off the middle correlate less
 
 
 def test_the_hard_data_set_draws_each_training_digit_four_times_and_each_validation_digit_once(tmp_path: Path) -> None:

@@ -87,7 +87,7 @@ def test_the_division_into_shards_does_not_change_the_stream(stores: dict[str, P
 def with_gaps(photo_folder: Path, tmp_path_factory: pytest.TempPathFactory, build: Build) -> Store:
     """A store that was built with --on-bad skip from a source with six unreadable files.
 
-    The keys of the unreadable files are missing in the store.
+    The store has no records for these files, so its keys are not consecutive numbers.
     """
     source = tmp_path_factory.mktemp("gaps") / "photos"
     shutil.copytree(photo_folder, source)
@@ -175,7 +175,7 @@ def test_the_c_library_finds_every_intact_record_itself(
     """The slow search, which reads records one by one, is never used for intact records."""
 
     def refuse(self: Records, number: int) -> None:
-        raise AssertionError(f"record {number} was read one by one")
+        raise AssertionError(f"record {number} was read by the slow search")
 
     monkeypatch.setattr(Records, "__getitem__", refuse)
     for store in (*map(Store.open, stores.values()), with_gaps):

@@ -1,4 +1,4 @@
-"""Random access to records: contents, numbers of records, damage, and use by torch's DataLoader in other processes."""
+"""Random access to records: contents, len(), damaged records, and worker processes of torch's DataLoader."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.pipeline.streaming import stored_labels
 def test_a_record_is_what_lmdb_protobuf_and_pillow_read(
     stores: dict[str, Path], records_of: Callable[[Path, str], list[tuple[bytes, Any]]], kind: str, split: str
 ) -> None:
-    """The records of the stores named `-whole` are not square."""
+    """In the stores whose kind ends with `-whole`, the images are not square."""
     expected = records_of(stores[kind], split)
     with RecordDataset(stores[kind], split) as dataset:
         assert len(dataset) == len(expected)

@@ -139,7 +139,7 @@ def test_single_records_have_the_values_of_their_source(built: tuple[Path, dict[
 
 
 def test_a_service_sends_the_values_of_each_batch_of_a_block(built: tuple[Path, dict[str, Values]]) -> None:
-    """WindowMaker makes the windows of several requests in one call, as the workers of a service do."""
+    """One call of WindowMaker makes the windows of three requests, as in a worker of a service."""
     store, values = built
     opened, rng = Store.open(store), np.random.default_rng(2)
     numbers = rng.integers(0, 70, 12)
@@ -193,7 +193,7 @@ def test_a_damaged_column_is_an_error(
         next(iter(loader))
     assert "train/extra/" in str(error.value) and len(str(error.value).splitlines()) == 1
     with train_loader(tmp_path / "store", 4, **{**OPTIONS, "fields": ("keys",)}) as loader:
-        next(iter(loader))  # the columns are not read
+        next(iter(loader))  # this loader does not read the columns of extra fields
 
 
 @pytest.mark.skipif(kernels.native is None, reason="needs the C kernel: without it, columns are read into memory")

@@ -22,7 +22,7 @@ from tests.pipeline.streaming import batches_equal, take_batches
 def test_the_fields_of_training_batches(
     stores: dict[str, Path], records_of: Callable[[Path, str], list[tuple[bytes, Any]]]
 ) -> None:
-    """The expected record numbers and draws are those that pipeline.sampling computes for the step."""
+    """The test computes the expected record numbers and draws of each step with pipeline.sampling."""
     expected = records_of(stores["ppm"], "train")
     with (
         train_loader(stores["ppm"], 4, seed=9, threads=1) as plain,

@@ -1,4 +1,4 @@
-"""Mixtures of stores: shares and order of an epoch, contents of batches, states, damage, and stores that differ."""
+"""Mixtures of stores: shares of the stores, record order, batches, states, damage, and stores that differ."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def pairs(stores: list[Path], *shares: float) -> list[tuple[str | Path, float]]:
 
 
 def test_an_epoch_takes_the_passes_of_each_store_in_turn() -> None:
-    """Each store serves one permutation of its records after another, also across epochs."""
+    """The records of a store come in one permutation after another. A permutation may continue in the next epoch."""
     sizes, counts, epochs = (7, 100, 3), (20, 30, 60), 12
     orders = [mixed_order(sizes, counts, 5, epoch) for epoch in range(epochs)]
     first = 0

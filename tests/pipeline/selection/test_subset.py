@@ -34,7 +34,7 @@ def test_the_labels_of_a_split_are_those_of_its_records(store: Path, numbered_st
 
 
 def test_an_epoch_of_a_subset_is_the_shuffle_of_its_records(numbered_store: Path) -> None:
-    """The formula: record k of an epoch is number P[k] of the sorted subset, with P from epoch_permutation."""
+    """Record k of an epoch is element P[k] of the sorted subset, where P is the result of epoch_permutation."""
     chosen = sorted(NUMBERS)
     expected = [[chosen[k] for k in epoch_permutation(12, 6, epoch)] for epoch in range(2)]
     mask = np.isin(np.arange(TRAIN_RECORDS), NUMBERS)
@@ -197,7 +197,10 @@ def test_weights_are_given_for_all_records_and_used_for_the_subset(numbered_stor
 
 
 def test_class_names_and_balanced_weights_need_the_records(store: Path, tmp_path: Path) -> None:
-    """With a service, the folder of a store may lack the shards. A subset of record numbers does not read a shard."""
+    """With a service, the folder of a store may lack the shards.
+
+    If a subset consists of record numbers, no shard is read.
+    """
     shutil.copytree(store, tmp_path / "store", ignore=shutil.ignore_patterns("[0-9]*"))
     for selection in ({"subset": CLASSES[:1]}, {"weights": "balanced"}):
         with pytest.raises(StoreError, match="train/00000"):

@@ -1,4 +1,4 @@
-"""Several views of the records of a mixture and of weighted draws: contents of batches, and states within an epoch."""
+"""Loaders with several views of each record, for mixtures and weighted draws: batches, and states within an epoch."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def load(selection: dict[str, Any], batch_size: int = BATCH, **options: Any) -> 
 
 
 def test_each_view_is_a_crop_of_the_selected_record(two: list[Path], selection: dict[str, Any]) -> None:
-    """Without mean and noise, view v of record k is the crop at `offset[k, v]`, mirrored if `flip[k, v]` is 1."""
+    """View v of record k in a batch is the crop at `offset[k, v]`, mirrored if `flip[k, v]` is 1."""
     sets, epochs = [RecordDataset(store) for store in two], 2
     if "stores" in selection:
         order = [mixed_order(RECORDS, (6, 11), SEED, epoch)[:16] for epoch in range(epochs)]

@@ -101,7 +101,7 @@ class Service:
     ) -> dict[str, Any]:
         """Wait until `reached(status)` is true, and return the status.
 
-        If the test fails here, its message names the condition with the text `what`.
+        After `limit_s` seconds, the test fails with a message that contains `what`.
         """
         deadline = time.monotonic() + limit_s
         while not reached(status := self.status()):

@@ -4,8 +4,8 @@
 
 The class ConsumerProcess starts this program for the tests. Each line of the standard input is a command. `open
 NAME@HOST:PORT` opens a training loader, `take N` takes N batches, and `close` closes the loader. After each command the
-program prints a JSON value. After `take`, the value is the list of the digests of the batches. After all other
-commands, the value is null.
+program prints a JSON value. After `take`, the value is the list of the digests of the batches. After `open` and
+`close`, the value is null.
 """
 
 from __future__ import annotations

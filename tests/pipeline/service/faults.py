@@ -35,7 +35,10 @@ class DeadlyWorker(Worker):
 
 
 class DeadlyCoordinator(Coordinator):
-    """A coordinator whose workers are DeadlyWorkers. If MAX_TRIES workers die with the same batch, the batch fails."""
+    """A coordinator whose workers are DeadlyWorkers.
+
+    After MAX_TRIES workers have died while making a batch, the batch fails.
+    """
 
     async def begin(self) -> tuple[int, str]:
         worker_group.Worker = DeadlyWorker  # type: ignore[misc]
@@ -104,7 +107,7 @@ def node_commands(address: str, *, cores: int = 1, options: str = "") -> str:
 
 
 def until_shut_down(command: str) -> str:
-    """Return a shell command that runs `command` until the standard input is closed, and then ends it by SIGTERM."""
+    """Return a shell command that runs `command`, and sends SIGTERM to `command` when the standard input is closed."""
     return f"{{ {command} & read line; kill $!; wait $!; }}"
 
 

@@ -150,7 +150,7 @@ def test_a_store_that_differs_on_all_nodes_ends_the_start_with_the_reason(
 def test_wrong_options_are_refused_before_a_cluster_starts(
     store: Path, options: list[str], code: int, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # With this value, `import ray` fails. If a command tried to start Ray, it would print an error about the import.
+    # After the next line, `import ray` fails. A command that tried to start Ray would print an error about the import.
     monkeypatch.setitem(sys.modules, "ray", None)
     result = CliRunner().invoke(main, ["serve", "--store", str(store), *options])
     assert result.exit_code == code and message in result.output
@@ -170,7 +170,7 @@ def test_without_ray_the_commands_say_how_to_install_it(
 
 
 def example_state(**changes: Any) -> dict[str, Any]:
-    """Return a state as the coordinator returns it."""
+    """Return an example of the state that a coordinator returns."""
     worker = {"host": "left", "node": "ab12", "pid": 7, "blocks": 1}
     consumer = {"name": "gpu/9/12ab", "split": "train", "seed": 3, "position": 1234, "shares": True}
     state: dict[str, Any] = {

@@ -59,7 +59,7 @@ def positions(service: Service) -> list[int]:
 
 @contextmanager
 def closed_on_failure(loaders: list[TrainLoader]) -> Iterator[None]:
-    """Close the loaders if the `with` block fails. The threads that wait for batches then end, too."""
+    """Close the loaders if the `with` block fails. The threads that wait for batches then end."""
     try:
         yield
     except BaseException:
@@ -94,7 +94,7 @@ def test_five_consumers_wait_for_each_other_and_share_what_is_decoded(
 
 
 def test_loaders_with_other_effects_share_the_windows(store: Path, serve: Serve, loaders: list[TrainLoader]) -> None:
-    """The service decodes each window once. Each loader adds its own effects, flips, colours and mean."""
+    """The service decodes each window once. Each loader applies its own effects, flips, colours and mean."""
     batches, service = 30, serve(store, 1, consumers=2, ahead=8, patience_s=NEVER_S)
     settings = [replace(Augmentation.preset(name), size_px=64) for name in ("resnet", "simclr")]
     with ThreadPoolExecutor(2) as pool, closed_on_failure(loaders):
@@ -109,7 +109,7 @@ def test_loaders_with_other_effects_share_the_windows(store: Path, serve: Serve,
 
 @pytest.mark.soak
 def test_the_fastest_consumer_waits_for_the_slowest(store: Path, serve: Serve, loaders: list[TrainLoader]) -> None:
-    """The slow consumer pauses, and then receives the batches that the service has kept for it."""
+    """The slow consumer pauses, and then receives batches that the service has kept."""
     ahead = 5
     service = serve(store, 1, ahead=ahead, consumers=2, patience_s=NEVER_S)
     loaders += [consume(store, service) for _ in range(2)]

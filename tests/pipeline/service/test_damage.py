@@ -25,9 +25,9 @@ from tests.pipeline.service.faults import DEADLY_RECORD, MAX_TRIES, DeadlyCoordi
 from tests.pipeline.streaming import batches_equal, stored_labels, take_batches
 from tests.pipeline.test_damaged_store import DAMAGE, change, stopped_with
 
-# {kind of damage: number of the damaged record of split val}; there is one damaged record in each third of the split.
+# {kind of damage: index of the damaged record in split val}. Each third of the split has one damaged record.
 DAMAGED = {"flipped bit": 3, "label": 9, "cut off": 17}
-STEP = 4  # the step that needs the damaged record of split train, with batches of 4 and seed 0
+STEP = 4  # with batches of 4 and seed 0, this step needs the damaged record of split train
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def test_a_damaged_record_ends_an_evaluation_with_the_error_of_the_local_stream(
     for at in (service.at, None):
         with eval_loader(broken, 2, shard=third, world_size=3, service=at, threads=1) as loader:
             messages.append(stopped_with(loader)[0])
-            # The second try fails, too, because the record is not skipped.
+            # The second pass over the loader fails at the same record, because a loader skips no record.
             assert stopped_with(loader) == (messages[-1], 0)
     assert messages[0] == messages[1]
     assert f"{broken}/val/00000, key 000000{DAMAGED[damage]:02d}" in messages[0] and "alexprep verify" in messages[0]
@@ -84,7 +84,7 @@ def test_batches_before_a_damaged_record_are_served_and_other_consumers_go_on(
 def test_a_store_that_is_cut_while_workers_read_it_ends_in_an_error(
     numbered_store: Path, tmp_path: Path, serve: Serve
 ) -> None:
-    """A worker that reads the missing part of the file is not killed, and its error names the shard.
+    """A worker survives reading the missing part of the shard. The error of the worker names the shard.
 
     The test then kills the worker. New workers detect the damage at their start, so no node can serve the store. A
     consumer must not wait for a worker forever.

@@ -50,7 +50,7 @@ class Killer(threading.Thread):
             pid = self._service.coordinator_pid()
         try:
             os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:  # the process has ended in the meantime
+        except ProcessLookupError:  # the process had already ended
             return False
         return True
 

@@ -23,7 +23,7 @@ KEPT = AHEAD + 1  # number of batches that the service keeps for one consumer
 MOST = 2 * (KEPT + 2 * WORKERS) + PREFETCHED + 5
 
 
-SETTLED_S = 3.0  # once the object stores have not changed for this time, Ray has freed the objects of other tests
+SETTLED_S = 3.0  # the object stores must not change for this time before a test measures them
 
 
 def settled_bytes(cluster: TestCluster) -> int:
@@ -71,7 +71,7 @@ def test_a_closed_loader_gives_back_blocks_that_it_has_read_in_part(
 ) -> None:
     before = settled_bytes(cluster)
     service = serve(store, WORKERS, ahead=16)  # a block has four batches
-    gc.disable()  # the memory must not wait for the garbage collector
+    gc.disable()  # the memory must be freed without Python's garbage collector
     try:
         with train_loader(store, BATCH, service=service.at, threads=1) as loader:
             take_batches(loader, 1)
@@ -114,7 +114,8 @@ def test_metrics_that_prometheus_reads(cluster: TestCluster, store: Path, serve:
     service = serve(store, 1, ahead=AHEAD)
     with train_loader(store, BATCH, service=service.at, threads=1) as loader:
         take_batches(loader, 6)
-        # The loader still reads ahead for a moment, and the metrics reach the agents of the nodes once a second.
+        # The test waits until metrics and status agree: the loader still reads ahead, and metrics are sent once a
+        # second.
         deadline, values, status = time.monotonic() + DEADLINE_S, dict[str, float](), service.status()
         names = {"consumers", "consumer_wait_seconds_total"}
 

@@ -115,7 +115,7 @@ def same_fields(first: Any, second: Any) -> bool:
 
 
 def test_fields_of_a_subset_with_weights(store: Path, service: Service) -> None:
-    """Other loaders use the service at the same time, with another subset and without source paths."""
+    """Two more loaders use the service at the same time: one without `fields`, and one with another subset."""
     selection: dict[str, Any] = {"subset": CLASSES[:2], "weights": "balanced", "threads": 1}
     with (
         train_loader(store, 4, service=service.at, fields=FIELDS, **selection) as remote,
@@ -138,7 +138,8 @@ def test_fields_of_a_subset_with_weights(store: Path, service: Service) -> None:
 
 
 def test_extra_fields(serve: Serve, tmp_path: Path) -> None:
-    """The consumer sees only the manifest and the colour statistics of its store, so the workers send the values.
+    """The consumer sees only the manifest and the colour statistics of its store, so the workers send the values of the
+    extra fields.
 
     A consumer without extra fields reads the same blocks.
     """

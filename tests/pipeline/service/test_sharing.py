@@ -1,7 +1,7 @@
 """Tests of the rules by which consumers wait for each other: single cases and random histories, on a simulated clock.
 
-A random history consists of consumers of different speeds and a model of the coordinator. The model keeps the batches
-that Sharing.is_needed names, and counts how often each batch is made.
+A random history consists of consumers of different speeds and a model of the coordinator. The model keeps a batch while
+Sharing.is_needed is true, and counts how often each batch is made.
 """
 
 from __future__ import annotations

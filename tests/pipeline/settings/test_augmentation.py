@@ -1,4 +1,4 @@
-"""Settings of the images: values that are allowed, presets, and the settings in the state of a stream."""
+"""Augmentation: allowed values, presets, and the augmentation in the state of a stream."""
 
 from __future__ import annotations
 

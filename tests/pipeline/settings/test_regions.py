@@ -58,7 +58,10 @@ def test_regions_have_the_distribution_of_torchvision(size: tuple[int, int]) -> 
 
 
 def test_a_region_is_the_first_try_that_fits_or_the_central_rectangle() -> None:
-    """Each region is computed again in Python from the same numbers. With small and long records, some tries fail."""
+    """The test computes each region again from the same random numbers.
+
+    In small or narrow images, some tries do not fit.
+    """
     sizes = [(256, 256), (32, 33), (32, 200), (400, 32), (35, 64)] * 60
     numbers = draw_regions(0, 3, 1, len(sizes), (0.3, 1.0), (0.5, 2.5))
     boxes = choose_regions(numbers, np.array(sizes, np.int32), (0.5, 2.5))

@@ -46,7 +46,7 @@ TOLERANCE = 1e-3  # grey levels
 
 
 def pillow(image: Image.Image, box: list[int], size: int) -> np.ndarray:
-    """Return the region `box` (top, left, height, width) of an image, resized to size × size, (size, size, 3)."""
+    """Return the region `box` (top, left, height, width) of an image, resized to (size, size, 3)."""
     top, left, height, width = box
     part = image.crop((left, top, left + width, top + height))
     rows = part.resize((size, height), Image.Resampling.BILINEAR)
@@ -139,7 +139,7 @@ def test_the_engine_for_raw_records_on_a_gpu_has_the_bits_of_the_c_kernel(stores
 def test_the_dali_graph_of_a_gpu_resizes_almost_as_pillow(
     stores: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """DALI's filter has other weights than Pillow's. The graph of a GPU runs on a CPU here, with another decoder."""
+    """DALI's filter has other weights than Pillow's. Here, the graph for a GPU runs on a CPU, with DALI's decoder."""
 
     def dali_engine(augmenter: Augmenter, stream: DeferredStream, output: OutputFormat, threads: int) -> DaliEngine:
         return DaliEngine(augmenter, Placement.parse("cpu"), output, stream)
@@ -171,7 +171,7 @@ def test_crops_of_other_sizes_equal_the_formula(stores: dict[str, Path], kind: s
 
 @pytest.mark.usefixtures("engine")
 def test_training_on_centre_crops_and_std_equal_the_formula(stores: dict[str, Path]) -> None:
-    """A mean of three grey levels and a std have the same meaning in training and in evaluation."""
+    """Training and evaluation subtract the three channel means and divide by the three values of `std`."""
     store = Store.open(stores["jpeg"])
     settings = Augmentation((1.0, 2.0, 3.0), "off", window="centre", size_px=100, flip=1.0, std=(2.0, 4.0, 8.0))
     order, squares = epoch_permutation(30, 0, 0), stored_squares(store, "train")

@@ -103,7 +103,7 @@ def test_probe_accepts_every_format_that_can_be_decoded(tmp_path: Path) -> None:
 
 
 def test_all_obviously_bad_inputs_are_named_before_the_build(with_bad: Path, tmp_path: Path) -> None:
-    """The error counts the bad files that the probe finds, the folder, and the link out of the source.
+    """The error counts the bad files that the probe finds, folder.JPEG, and the link out of the source.
 
     The probe does not find the truncated file, because the probe reads only the first bytes of a file.
     """
@@ -291,7 +291,7 @@ def test_a_photograph_that_needs_too_much_memory_is_left_out(
 
 
 def test_a_strict_build_reads_again_what_an_earlier_run_skipped(with_bad: Path, tmp_path: Path) -> None:
-    """A run with --on-bad skip finishes shards from which it leaves bad inputs out.
+    """A run with --on-bad skip finishes shards without their bad inputs.
 
     The next run, with --on-bad fail, builds these shards again.
     """
@@ -388,4 +388,4 @@ def test_other_files_without_read_permission_end_the_command_in_one_line(name: s
     assert result.exit_code in (1, 2) and str(path) in error and "Traceback" not in result.stderr, result.output
     assert (
         "Permission denied" in error or "is not readable" in error
-    )  # click checks that files are readable, except for the user root
+    )  # click itself refuses an unreadable file, but not for the user root

@@ -173,7 +173,7 @@ def test_the_store_equals_that_of_a_build_without_a_cluster(
 def test_import_caffe_on_a_cluster_gives_the_same_store(
     nodes: tuple[Any, ModuleType], whole: Store, tmp_path: Path
 ) -> None:
-    """The input is a shard of another store, because a shard is an LMDB of Caffe Datums."""
+    """The input of import-caffe is a shard of another store. Every shard is an LMDB of Caffe Datums."""
     words = ("import-caffe", whole.root / "train" / "00000", *WORDS, "--json", "--store")
     results = [alexprep(*words, tmp_path / "pool"), alexprep(*words, tmp_path / "ray", "--cluster", nodes[0].address)]
     assert [result.exit_code for result in results] == [0, 0], results[1].output

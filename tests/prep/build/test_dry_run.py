@@ -160,4 +160,5 @@ def test_parquet_rows_are_decoded_without_writing(tmp_path: Path) -> None:
     parquet._row_group.cache_clear()
     estimate = estimate_build(source, tmp_path / "s", PPM, InlineRunner(), STRICT, Progress(1, "pictures"))
     assert estimate.decoded == 6 and not estimate.bad and snapshot(tmp_path) == before
-    assert parquet._row_group.cache_info().misses == 4  # two files, each with row groups of two rows and of one row
+    # Each of the two files has a row group of two rows and a row group of one row.
+    assert parquet._row_group.cache_info().misses == 4

@@ -67,7 +67,7 @@ def test_the_command_reports_a_full_disk_in_one_line_with_exit_code_3(
 ) -> None:
     """A limit on file sizes simulates the full disk.
 
-    With two jobs, one worker reaches the limit first and fails. alexprep kills the other worker within a shard.
+    With two jobs, one worker reaches the limit first and fails. alexprep then kills the other worker during its shard.
     """
     store = tmp_path / "store"
     limited = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, resource.RLIM_INFINITY))\n"

@@ -216,7 +216,7 @@ def test_a_signal_ends_the_build_which_can_be_resumed(
 
 def test_ctrl_c_is_handled_while_the_workers_start(start: Start, tmp_path: Path) -> None:
     """A terminal also sends SIGINT to the workers. The workers must ignore SIGINT even while they start."""
-    # Building 3,000 images takes seconds on any machine.
+    # With 3,000 images, the build cannot end before the signal is sent.
     ends, slow = [], make_pictures(tmp_path / "photos", 3000, (220, 260), distinct=6)
     for delay_s in (0.05, 0.2, 0.35):
         command = start(slow, tmp_path / str(delay_s))
@@ -230,7 +230,7 @@ def test_ctrl_c_is_handled_while_the_workers_start(start: Start, tmp_path: Path)
 
 
 def test_a_signal_does_not_wait_for_the_shards_in_progress(start: Start, tmp_path: Path) -> None:
-    """Shards of 64 large images take seconds. SIGTERM ends the build before the first shard is finished."""
+    """Each shard has 64 large images. SIGTERM must end the build before the first shard is finished."""
     photos = make_pictures(tmp_path / "photos", 128, (1700, 1800), distinct=1)
     command = start(photos, tmp_path / "store")
     command.wait_for("shard in progress", lambda: any(command.work_dir.glob("*.tmp/data.mdb")))

@@ -284,7 +284,7 @@ def test_a_second_build_at_the_same_time_is_refused(small: Path, tmp_path: Path)
 
 
 def test_restart_discards_an_unfinished_build(small: Path, tmp_path: Path) -> None:
-    """The restarted store has the files of a build that was never interrupted."""
+    """After a build with `restart`, the store has the same files as after an uninterrupted build."""
     store = tmp_path / "store"
     with pytest.raises(Stopped):
         build(small, store, replace(PPM, side_px=40), runner=StoppingRunner(2))

@@ -165,9 +165,9 @@ def test_a_large_photograph_is_averaged_to_fewer_pixels(make_store: Callable[...
 def test_the_photograph_has_typical_colours_and_half_the_contrast(
     make_store: Callable[..., Any], natural: ColorStats
 ) -> None:
-    """The image with half the contrast of the split is chosen.
+    """take_sample chooses the image with half the contrast of the split.
 
-    The other images, which are not chosen, have a single component, a tint, or more or less contrast.
+    The other images have a single principal component, a tint, more contrast or less contrast.
     """
     rng, vectors = np.random.default_rng(3), np.array(natural.eigenvectors)
 
@@ -413,7 +413,7 @@ def test_a_full_disk_leaves_the_existing_file(store: Path, tmp_path: Path, monke
 
 
 def damage_record(store: Store, number: int, change: Callable[[bytes], bytes | None]) -> None:
-    """Replace the value of the second record of shard `number` by change(value); delete the record if that is None."""
+    """Replace the value of the second record of shard `number` by change(value). None deletes the record."""
     folder = store.root / f"train/{number:05d}"
     with lmdb.open(str(folder), lock=False) as env, env.begin(write=True) as txn:
         key, value = list(txn.cursor())[1]

@@ -54,7 +54,7 @@ def files_in(folder: Path) -> dict[str, bytes]:
 
 
 class OtherOs:
-    """The module os with some replaced functions. It replaces the module os in prep.check.export alone."""
+    """A replacement for the module os in prep.check.export. `functions` override functions of os."""
 
     def __init__(self, **functions: Callable[..., Any]) -> None:
         self.__dict__ |= functions

@@ -115,7 +115,7 @@ def test_odd_names_of_inputs_are_not_faults(tmp_path: Path, build: Build, worker
 
 
 def test_a_shard_without_a_good_input_is_not_a_fault(tmp_path: Path, build: Build, workers: WorkerPool) -> None:
-    """A shard without good inputs has no records, so the manifest does not name it."""
+    """A shard without good inputs has no records, so the manifest does not list this shard."""
     listing = Listing()
     for number in range(128):
         listing.add(f"n0/{number}.ppm".encode(), 0)

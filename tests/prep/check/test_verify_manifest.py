@@ -119,7 +119,7 @@ def test_a_manifest_with_values_of_wrong_types_is_a_fault_or_a_store_error(
 
 
 def set_moments(store: Path, moments: Moments) -> None:
-    """Write moments to the manifest, and a colour.json that agrees with these moments."""
+    """Write `moments` to the manifest, and write a colour.json that agrees with them."""
     change_manifest(store, lambda data: train_split(data).update(moments=moments.to_json(), pixels=moments.pixels))
     stats = compute_color_stats(Store.open(store).split("train").records, moments)
     (store / "train" / "colour.json").write_text(json.dumps(stats.__dict__))
@@ -158,7 +158,7 @@ def shifted(true: Moments, levels: int) -> Moments:
 
 
 def test_moments_beyond_the_loss_of_jpeg_are_a_fault(copy_store: MakeStore, workers: WorkerPool) -> None:
-    """In a store of JPEG records, the mean, the covariance or the mean image is wrong by more than JPEG's loss."""
+    """JPEG compression cannot explain the changes of the mean, the covariance and the mean image in this test."""
     store = copy_store(150, "jpeg")
     true = Moments.from_json(Store.open(store).split("train").moments)
     set_moments(store, true)

@@ -66,7 +66,7 @@ def copied(built: Path, tmp_path: Path) -> Path:
 
 
 def sources(store: Store, split: str = "train") -> list[str]:
-    """Return the paths of the photographs of all records, in order."""
+    """Return the paths of the photographs of all records, in record order."""
     shards = [lmdb_shard.read(Path(path)) for path in store.shard_paths(split)]
     return [Datum.decode(value).source.decode() for shard in shards for _, value in shard]
 
@@ -107,7 +107,7 @@ def test_each_record_has_the_values_of_its_photograph(built: Path, table: tuple[
 def test_the_fingerprint_covers_the_fields_and_a_store_without_fields_stays_as_it_was(
     built: Path, photos: Path, tmp_path: Path
 ) -> None:
-    """docs/store-format.md states the canonical JSON of the fingerprint."""
+    """The test computes the fingerprint as docs/store-format.md defines it."""
     data = json.loads((built / "manifest.json").read_bytes())
     split = data["splits"]["train"]
     shards = [shard["digest"] for shard in split["shards"]]
@@ -134,7 +134,7 @@ def test_a_build_goes_on_after_a_kill_and_refuses_other_values(
     built: Path, photos: Path, table: tuple[Path, Values], tmp_path: Path
 ) -> None:
     store, extra = tmp_path / "store", [f"{name}={table[0]}" for name in FIELDS]
-    with pytest.raises(Exception, match=r"^$"):  # the runner stops between the shards
+    with pytest.raises(Exception, match=r"^$"):  # StoppingRunner(1) stops the build after one shard
         build_with(photos, store, extra, runner=StoppingRunner(1))
     other = tmp_path / "other.csv"
     write_table(other, photos, seed=1)
@@ -237,7 +237,7 @@ def _flip(path: Path) -> None:
 
 
 def _signed(store: Path, file: str, change: Callable[[Any], Any]) -> None:
-    """Change the array of a file, and write its digest and the fingerprints into the manifest."""
+    """Change the array in a column file, and update the file's digest and the fingerprints in the manifest."""
     array = np.load(store / "train" / file)
     np.save(store / "train" / file, change(array))
     sign_column(store / "train" / file)
@@ -285,7 +285,7 @@ def test_a_truncated_column_is_found_while_it_is_read(copied: Path) -> None:
         path.write_bytes(path.read_bytes()[:200])
         from prep.store import kernels
 
-        if kernels.native is None:  # the column was read into memory
+        if kernels.native is None:  # without the C kernel, the column was read into memory earlier
             return
         with pytest.raises(StoreError, match=r"box\.npy: truncated or unreadable"):
             columns.take(np.arange(70))

@@ -214,7 +214,7 @@ class FakeColumns:
 
 
 class FakeStore:
-    """A store with the fields of some columns."""
+    """A store whose split has the extra fields of `columns`."""
 
     def __init__(self, columns: dict[str, Column]) -> None:
         self.extra = {name: column.entry() for name, column in columns.items()}

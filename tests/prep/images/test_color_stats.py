@@ -133,7 +133,10 @@ def test_eigenvalues_descend_and_red_is_positive(seed: int) -> None:
 
 
 def test_an_eigenvector_without_red_has_its_first_component_positive() -> None:
-    """The channels are uncorrelated, and B varies most. The components are the axes of B, G and R, each positive."""
+    """The channels are uncorrelated, and B varies most.
+
+    The eigenvectors are the positive axes of B, G and R, in this order.
+    """
     pixels = np.zeros((3, 100, 3), np.uint8)
     for channel, amplitude in enumerate((10, 40, 90)):
         pixels[channel, :50, channel] = amplitude

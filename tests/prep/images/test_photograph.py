@@ -27,7 +27,10 @@ SETTINGS = Settings(32, False, "ppm", 90, "area", 0)
 
 
 def prepare_or_die(task: Any, task_progress: TaskProgress) -> Any:
-    """A replacement for a decoder. One file crashes the process, and another file keeps it in C code forever."""
+    """A replacement for a decoder.
+
+    One file crashes the process, and another file keeps the process in C code forever.
+    """
     task_progress.begin(0, 0.2)
     if task.path.name == "crash.jpg":
         os.kill(os.getpid(), signal.SIGSEGV)

@@ -25,7 +25,7 @@ GREY, RGB, PALETTE, GREY_ALPHA, RGB_ALPHA = 0, 2, 3, 4, 6  # colour types of PNG
 def png(
     size: tuple[int, int], color_type: int, bits: int, rows: Sequence[bytes], trns: bytes = b"", plte: bytes = b""
 ) -> bytes:
-    """Return a PNG file of (width, height) with these rows of pixels and with the chunks tRNS and PLTE."""
+    """Return a PNG file of `size` (width, height) with the pixel rows `rows` and the chunks tRNS and PLTE."""
 
     def chunk(name: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
@@ -50,7 +50,7 @@ def words(*values: int) -> bytes:
 def test_pixels_are_blended_with_the_background(mode: str, background: str) -> None:
     """All pairs of a pixel value and an alpha are compared with a computation in float64.
 
-    The image has 300 rows, because prep.images.rgb computes blocks of 256 rows.
+    The image has 300 rows, more than a block of prep.images.rgb (256 rows).
     """
     value, alpha = np.meshgrid(np.arange(256, dtype=np.uint8), np.arange(300, dtype=np.uint8))
     channels = [value, 255 - value, value // 3, alpha] if mode == "RGBA" else [value, alpha]

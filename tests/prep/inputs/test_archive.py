@@ -68,12 +68,15 @@ def tar_of_tars(root: Path) -> bytes:
 
 
 def make_ilsvrc_download(photo_folder: Path, root: Path) -> Path:
-    """Write two archives and a devkit, as downloaded from image-net.org. The class numbers do not follow the names."""
+    """Write two archives and a devkit, as downloaded from image-net.org.
+
+    The numbers of the classes are not in the order of the class names.
+    """
     data = root / "ILSVRC2012_devkit_t12" / "data"
     data.mkdir(parents=True)
     (root / "ILSVRC2012_img_train.tar").write_bytes(tar_of_tars(photo_folder))
     (root / "ILSVRC2012_img_val.tar").write_bytes(tar_of(val_members(photo_folder)))
-    numbers = {1: 3, 2: 1, 3: 2}  # {position in sorted order, from 1: ILSVRC2012_ID}
+    numbers = {1: 3, 2: 1, 3: 2}  # {position of a class in sorted order, from 1: its ILSVRC2012_ID}
     names = sorted(path.name for path in (photo_folder / "train").iterdir())
     rows = [(number, names[position - 1], "words", 0) for position, number in numbers.items()]
     rows.append((4, "n00000044", "an inner node", 2))

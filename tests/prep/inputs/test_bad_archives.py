@@ -172,14 +172,17 @@ def test_a_file_without_images_or_not_a_tar_is_one_line(what: str, tmp_path: Pat
     if part == "compressed":
         assert "Decompress" in lines[-1]
     assert not (tmp_path / "store" / "manifest.json").exists()
-    if what not in ("empty tar", "folders alone", "links alone"):  # inside another tar, the file is refused, too
+    if what not in ("empty tar", "folders alone", "links alone"):  # the same content is refused inside another tar
         inner: list[Member] = [("n1.tar", tar_of([("a.JPEG", A)])), ("n2.tar", content)]
         with pytest.raises(UserError, match=part if content else r"x\.tar"):
             list_tar(tar_of(inner), tmp_path / "x.tar")
 
 
 def test_the_command_counts_and_names_refused_members(photo_folder: Path, tmp_path: Path) -> None:
-    """With --on-bad fail, the error names one refused member. With --on-bad skip, inputs.jsonl lists all of them."""
+    """With --on-bad fail, the error names one refused member.
+
+    With --on-bad skip, inputs.jsonl lists all refused members.
+    """
     members = train_members(photo_folder)
     odd = [member for name, (member, _) in ODD.items() if "folder" not in name]
     double: Member = (members[0][0], b"no picture at all")

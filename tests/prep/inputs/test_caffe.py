@@ -174,7 +174,8 @@ def test_the_same_images_as_files_give_the_same_records(
 ) -> None:
     """A store from Caffe's LMDB and a store from files have equal colour moments and classes.
 
-    In the first store, the source of a record is its key in Caffe's LMDB. In the second, it is the path of the file.
+    In the first store, the source of a record is its key in Caffe's LMDB. In the second store, the source is the path
+    of the file.
     """
     paths = sorted((photo_folder / "train").glob("*/*"))
     classes = sorted({path.parent.name for path in paths})

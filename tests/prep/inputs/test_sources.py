@@ -25,7 +25,7 @@ def test_classes_other_than_those_of_the_store_are_refused(tmp_path: Path) -> No
         list_images(root, store_classes=("n1", "n2", "n3"))
     with pytest.raises(UserError, match=r"2 classes, the store has 2\. Only here: n2\. Only in the store: n3\."):
         list_images(root, store_classes=("n1", "n3"))
-    # The class n2 is refused even with the option, because n2 has no label in the store.
+    # Even with allow_empty_classes, the class n2 is refused, because n2 has no label in the store.
     with pytest.raises(UserError, match=r"Only here: n2\. All splits"):
         list_source(root, "val", ListOptions(allow_empty_classes=True), ("n1", "n3"))
 

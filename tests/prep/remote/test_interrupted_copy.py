@@ -93,7 +93,8 @@ def test_a_copy_that_is_killed_again_and_again_transfers_no_verified_file_twice(
     def arrived() -> dict[str, bytes]:
         return server.objects(prefix) if is_upload else contents(tmp_path / "copy")
 
-    kept, first = list[int](), set[str]()  # numbers of verified files after the kills; shards verified at the last kill
+    # `kept` has the number of verified files after each kill, and `first` has the shards verified at the last kill.
+    kept, first = list[int](), set[str]()
     for _ in range(2):
         command = CopyCommand(source, target)
         kill_at_request(proxy, command, int(rng.integers(*((20, 28) if is_upload else (5, 7)))))

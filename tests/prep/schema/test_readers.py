@@ -1,4 +1,4 @@
-"""prep.schema reads all files. No other module opens files for reading, or parses content that can be wrong."""
+"""In prep, only prep.schema reads files and parses content that can be wrong. ALLOWED lists the exceptions."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ def test_a_process_is_controlled_by_lines(tmp_path: Path) -> None:
     assert process.read_line() == "ready"
     process.send("go 1")
     assert process.read_line() == "did go 1"
-    process.wait()  # this closes the standard input of the process
+    process.wait()  # wait() closes the standard input of the process
 
 
 def test_a_process_that_fails_is_reported_with_its_last_error(tmp_path: Path) -> None:

@@ -90,7 +90,10 @@ def test_other_windows_or_effects_on_the_device_fail_the_window_checks(
 def test_the_engines_of_a_gpu_pass_the_window_checks_on_a_cpu(
     settings: GpuCheckSettings, stores: dict[str, Path], monkeypatch: pytest.MonkeyPatch, format: str
 ) -> None:
-    """Every second loader, which is the loader of the device, has the engine of a GPU. Its operators run on the CPU."""
+    """Every second loader, which is the loader of the device, has the engine of a GPU.
+
+    The operators of this engine run on the CPU.
+    """
     calls, choose_engine = [], loader_base.choose_engine
 
     def choose(augmenter: Augmenter, placement: Placement, output: OutputFormat, threads: int) -> Engine:

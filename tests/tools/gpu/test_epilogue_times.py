@@ -19,8 +19,8 @@ from train.config.architecture import ALEXNET
 @pytest.mark.parametrize(
     ("layer", "forward", "backward"),
     [
-        # For one image in bfloat16, the input has 96 · 55² values and the output has 96 · 27² values, of two bytes
-        # each. Pooling adds one byte for each output value.
+        # In layer 1, for one image in bfloat16, the input has 96 · 55² values and the output has 96 · 27² values, of
+        # two bytes each. Pooling adds one byte for each output value.
         ("layer 1", 2 * 96 * 3025 + 3 * 96 * 729, 4 * 96 * 3025 + 3 * 96 * 729),
         ("layer 2", 2 * 256 * 729 + 3 * 256 * 169, 4 * 256 * 729 + 3 * 256 * 169),
         ("conv3", 4 * 384 * 169, 6 * 384 * 169),

@@ -33,7 +33,7 @@ def test_a_turn_is_as_long_as_asked_and_does_not_count_prefetched_batches(monkey
 
 
 def test_each_turn_sets_its_precision(settings: GpuCheckSettings, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The precision switches are global, and timings of another precision change them in between."""
+    """The precision switches are global. Timings of another precision may have changed them before a timing begins."""
     calls: list[Any] = []
     monkeypatch.setattr(timings, "set_precision", lambda *arguments: calls.append(arguments))
     timings.make_contestant(settings, "bf16", 2, lambda: None, 1, "bf16").prepare()
@@ -120,7 +120,7 @@ def test_kernels_are_sorted_into_kinds_by_their_names_and_callers(call_chain: li
 def test_a_kernel_counts_once_and_the_span_of_an_annotation_does_not(
     settings: GpuCheckSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The time of a kernel counts once, for the operation that launched it, and not for the annotated code around."""
+    """The time of a kernel counts once, for the operation that launched it, but not for an annotation."""
 
     def event(name: str, parent: Any = None, kernels: Any = ()) -> SimpleNamespace:
         launched = [SimpleNamespace(name=kernel, duration=time_us) for kernel, time_us in kernels]

@@ -31,7 +31,7 @@ def write_signed(path: Path, content: object) -> Path:
 
 
 def write_signed_pickle(path: Path, pickle_bytes: bytes, **records: bytes) -> Path:
-    """Write an archive with the entry data.pkl (`pickle_bytes`) and the entries `records`, and add the digest."""
+    """Write an archive with data.pkl (`pickle_bytes`), byteorder, version and the files `records`. Add the digest."""
     with open(path, "w+b") as file:
         with zipfile.ZipFile(file, "w") as archive:
             entries = {"data.pkl": pickle_bytes, "byteorder": b"little", "version": b"3\n", **records}

@@ -42,7 +42,8 @@ def test_section_3_5_neurons_of_each_layer() -> None:
 def test_section_3_5_60_million_parameters_layer_by_layer() -> None:
     """A convolution has maps × (side² × inputs + 1) parameters.
 
-    `side` is the side of the kernel, and `inputs` is the number of maps that a column of the layer reads.
+    `maps` is the number of output maps, `side` is the side of the kernel, and `inputs` is the number of maps that a
+    column reads.
     """
     parameters = {row.layer: row.parameters for row in summarize(1000)}
     assert parameters == {

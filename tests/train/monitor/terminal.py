@@ -44,7 +44,7 @@ def run_in_terminal(command: Sequence[str], columns: int, keys: Mapping[str, byt
 
 
 def screen_rows(output: str, columns: int) -> list[str]:
-    """Return the rows of a terminal after `output`.
+    """Return the rows that a terminal shows after it has received `output`.
 
     The output may contain text, line ends, and the escape codes that move the cursor up or erase a line.
     """

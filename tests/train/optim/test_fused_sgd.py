@@ -1,6 +1,6 @@
 """The fused parameter update has the same bits as torch's private kernel.
 
-Where the fused update cannot be used, the fallback gives nearly the same values.
+If the fused update cannot be used, the update by PyTorch operators gives nearly the same values.
 """
 
 from __future__ import annotations

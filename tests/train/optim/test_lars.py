@@ -84,7 +84,10 @@ def train(
 @pytest.mark.parametrize("steps", [1, 20])
 @pytest.mark.parametrize("kind", ["kernel", "operators", "float64", "rate tensor", "rate tensor in Triton"])
 def test_the_update_is_the_formula_of_the_paper(steps: int, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The 20 learning rates are a warm-up and then a polynomial decay. The batch is half of the recipe's batch."""
+    """The 20 learning rates are a warm-up and then a polynomial decay.
+
+    The batch size is half of the recipe's batch size.
+    """
     if kind != "kernel":
         monkeypatch.setattr(kernels, "native", None)
     elif kernels.native is None:

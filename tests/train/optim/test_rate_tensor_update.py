@@ -76,7 +76,10 @@ def test_parameters_of_two_types_are_refused() -> None:
 
 
 def test_optimizer_with_a_rate_tensor_takes_the_same_steps() -> None:
-    """PaperSGD.step is compared with and without a rate tensor, over three steps. The rate of one group changes."""
+    """The test compares three steps of PaperSGD with and without a rate tensor.
+
+    The learning rate of one group changes.
+    """
     parameters = [[trio.parameter for trio in make_trios()] for _ in range(2)]
     optimizers = [
         PaperSGD([{"params": p[:2], "weight_decay": 0.01, "lr": 0.1}, {"params": p[2:], "lr": 0.2}], MOMENTUM)

@@ -49,7 +49,7 @@ def assert_same_training(store: Path, actual: Path, settings: dict[str, Any], al
         # Float32 rounds each parameter by up to 2⁻²⁴ of its value.
         tolerance = 1e-4 * update_norm + 2**-24 * tensor.norm()
         assert error_norm <= tolerance, (name, float(error_norm / update_norm))
-        assert update_norm > 0 or name == "conv2.bias"  # with the small weights, some units are always 0
+        assert update_norm > 0 or name == "conv2.bias"  # small weights: some units are always 0
     assert torch.equal(state.random, expected.random) and state.identity == expected.identity
     for line, expected_line in zip(metrics_without_clock(actual), metrics_without_clock(alone), strict=True):
         assert line.keys() == expected_line.keys() and line["lr" if line["kind"] == "train" else "images"]

@@ -77,7 +77,7 @@ def test_every_flipped_bit_and_every_cut_is_detected(uninterrupted_run: Path, tm
 def test_loading_a_checkpoint_executes_no_code(tmp_path: Path) -> None:
     """The pickle of the test would create a folder. torch.load with weights_only refuses this pickle.
 
-    The checkpoint counts as unreadable.
+    A checkpoint with this pickle counts as unreadable.
     """
 
     class MakesFolder:

@@ -99,7 +99,7 @@ def test_a_run_in_a_folder_whose_name_is_not_utf_8_is_read_and_forked(
     fit(Run.open(small_config(Path("store"), Path("run"), steps=1)))
     config = saved_config(Path("run"))
     assert config is not None and config.store == Path("store")
-    for _ in range(2):  # the second call accepts the fork that the first call began
+    for _ in range(2):  # the second call continues the fork that the first call began
         fit(fork(Run.open(replace(config, steps=2)), Path("fork")))
     path = read_description(Path("fork"))["ancestry"][0]["path"]
     assert path == f"{tmp_path}/photos-\\udcff/run"

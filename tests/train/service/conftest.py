@@ -122,7 +122,7 @@ def store_without_records(stores: dict[str, Path], tmp_path_factory: pytest.Temp
 
 
 def config_with_two_streams(store: Path, run_dir: Path, **changes: Any) -> RunConfig:
-    """Return small_config without colour noise after epoch 2, so that the run opens a second training stream."""
+    """Return small_config with a change after epoch 2: without colour noise, the run opens a second training stream."""
     recipe = small_config(store, run_dir).recipe
     schedule = (ScheduleChange(1.5, lr=0.002), ScheduleChange(2, colour="off"))
     return small_config(store, run_dir, recipe=replace(recipe, schedule=schedule), **changes)

@@ -88,7 +88,7 @@ def test_the_members_of_an_ensemble_train_on_one_stream_of_a_service(
 def test_two_processes_evaluate_the_images_of_a_service(
     stores: dict[str, Path], lasting_service: Service, local_run: Path, torchrun: TorchrunServer, tmp_path: Path
 ) -> None:
-    """Each image is decoded once. The last batch of each process is smaller than the others."""
+    """The service decodes each image once. The last batch of each process is smaller than its other batches."""
     run_dir, made = shutil.copytree(local_run, tmp_path / "run"), lasting_service.images_made()
     words = ("evaluate", run_dir, "--store", stores["jpeg"], "--gpus", "cpu", "--views", "10")
     (expected,) = json_lines(*words)

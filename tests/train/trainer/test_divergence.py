@@ -67,7 +67,7 @@ def test_an_infinite_parameter_or_gradient_stops_the_run_although_the_loss_is_fi
 
 
 def check(divergence: DivergenceCheck, step: int, results: list[StepResult]) -> None:
-    """Pass the results of the last steps before `step` to the check, as the training loop does."""
+    """Pass `results`, the results of the last steps up to `step`, to the check, as the training loop does."""
     counters = StepCounters(torch.device("cpu"), len(results))
     for result in results:
         counters.add(*result)

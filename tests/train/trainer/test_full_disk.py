@@ -21,7 +21,7 @@ from train.runs.checkpoint import checkpoint_paths
 from train.runs.run import Run
 from train.trainer.loop import fit
 
-LESS_THAN_A_CHECKPOINT = 60_000  # limit of the size of files, in bytes; a checkpoint is larger
+LESS_THAN_A_CHECKPOINT = 60_000  # largest size of a file in bytes; a checkpoint is larger
 
 
 def test_a_run_trains_on_while_the_disk_is_full_and_has_the_same_result(

@@ -108,7 +108,7 @@ def test_a_batch_in_parts_gives_the_same_update(parts: int) -> None:
 
 
 def test_a_batch_in_parts_keeps_only_the_activations_of_one_part() -> None:
-    """The test compares the largest number of bytes that autograd saves for the backward pass, without parameters."""
+    """For 1 and 4 parts, the test measures how many bytes autograd saves at most, without the parameters."""
     peaks_bytes = []
     for parts in (1, 4):
         model, step = make_step(PAPER, parts=parts)

@@ -69,7 +69,7 @@ def test_a_signal_during_a_validation_stops_at_once_and_the_resumed_run_validate
 def test_a_signal_just_before_a_validation_stops_before_it_begins() -> None:
     """The signal arrives after the loop has looked for signals, and before the validation begins.
 
-    The run must not make the validation first, which takes minutes on ImageNet.
+    The run must stop before the validation, because a validation on ImageNet takes minutes.
     """
     with stop_requests() as stop:
         os.kill(os.getpid(), signal.SIGTERM)

@@ -129,7 +129,7 @@ def test_the_program_ends_cleanly(ended: dict[str, Any]) -> None:
 
 
 def test_a_lost_service_is_left_when_no_thread_waits_in_ray(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The service answers one request. After this answer, nothing more arrives, not even the pixels of the request."""
+    """The service answers one request for windows. The pixels of this answer and all later answers never arrive."""
     pixels_requested, waiting, waiting_at_exit = threading.Event(), set[int](), list[int]()
 
     def get(reference: Any, timeout: float) -> Any:

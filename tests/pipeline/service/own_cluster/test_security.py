@@ -19,7 +19,7 @@ from tests.pipeline.service.consumer import digests
 from tests.pipeline.service.faults import TOKEN, Machine, free_port, head_commands
 from tests.pipeline.streaming import take_batches
 
-# Settings with which Ray soon refuses a program. Without these settings, a refusal takes two minutes.
+# With these settings, Ray refuses a program soon. Without these settings, a refusal takes two minutes.
 _SHORT = ("RAY_NUM_REDIS_GET_RETRIES=1", "RAY_py_gcs_connect_timeout_s=5")
 PROGRAM = """
 import sys

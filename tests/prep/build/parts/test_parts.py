@@ -1,4 +1,5 @@
-"""Tests of builds in parts (`build-lmdb --part`). Parts run in any order, repeatedly, at the same time, or are killed.
+"""Tests of builds in parts (`build-lmdb --part`). The tests run parts in any order, repeatedly or at the same time, and
+kill parts.
 
 Every finished store must equal the store of a build without parts: manifest, files and fingerprint.
 """

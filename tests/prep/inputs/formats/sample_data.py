@@ -126,7 +126,7 @@ def tiny_imagenet(pictures: Pictures, root: Path) -> Path:
 
 
 def zipped(make: Callable[[Pictures, Path], Path]) -> Callable[[Pictures, Path], Path]:
-    """Return a function that calls `make`, and packs the resulting folder and its name into a zip archive."""
+    """Return a function that packs the folder that `make` returns into a zip archive, under the folder's name."""
 
     def make_zip(pictures: Pictures, root: Path) -> Path:
         folder = make(pictures, root.with_name(f"{root.name}-folder"))

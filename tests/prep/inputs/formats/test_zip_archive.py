@@ -58,9 +58,9 @@ def test_encrypted_members_and_unknown_methods_are_refused(tmp_path: Path) -> No
     path = zip_file(tmp_path / "x.zip", {"n1/a.jpg": CONTENT, "n1/b.jpg": CONTENT, "n1/c.jpg": CONTENT})
     content = bytearray(path.read_bytes())
     entry = content.index(b"PK\1\2")
-    content[entry + 8] |= 1  # flags of the first entry
+    content[entry + 8] |= 1  # flags of the first directory entry
     entry = content.index(b"PK\1\2", entry + 1)
-    content[entry + 10] = 93  # compression method of the second entry: Zstandard
+    content[entry + 10] = 93  # compression method of the second directory entry: Zstandard
     path.write_bytes(content)
     refused = dict(list_source(path, "train").refused)
     assert refused["n1/a.jpg"] == "encrypted"
@@ -120,7 +120,10 @@ def test_a_damaged_archive_is_an_error_of_one_line(tmp_path: Path) -> None:
 
 
 def test_archives_of_other_programs_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One archive has a name with é, or with a backslash. Another has a leading script, zip64 fields and a comment."""
+    """Two archives have names with é or a backslash.
+
+    A third archive has a leading script, zip64 fields and a comment.
+    """
     windows = zipfile.ZipInfo("n1/a.jpg")
     windows.create_system = 0
     path = zip_file(tmp_path / "plain.zip", {windows: CONTENT, "n1/é.jpg": CONTENT})
@@ -147,7 +150,10 @@ def test_archives_of_other_programs_are_read(tmp_path: Path, monkeypatch: pytest
 def test_members_with_sizes_and_offsets_of_zip64_are_read(
     compression: int, limit: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """force_zip64 puts zip64 fields into the headers of members; a small limit puts them into the directory, too."""
+    """force_zip64 puts zip64 fields into the headers of members.
+
+    A small `limit` also puts zip64 fields into the directory.
+    """
     if limit is not None:
         monkeypatch.setattr(zipfile, "ZIP64_LIMIT", limit)
     contents = {f"n{k % 2}/{k}.jpg": CONTENT + bytes([k]) * (50 * k) for k in range(4)}

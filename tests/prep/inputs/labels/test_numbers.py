@@ -21,7 +21,10 @@ SYNSETS = ("n01", "n02", "n03", "n04")
 
 
 def labels_for(numbers: str, tmp_path: Path, order: str | None = None, classes: tuple[str, ...] = ()) -> list[int]:
-    """Write a label file that gives each word of `numbers` to one of a.jpg, b.jpg, …, and return the labels read."""
+    """Write a label file that gives the words of `numbers` to a.jpg, b.jpg and so on.
+
+    Return the labels read from it.
+    """
     names = [f"{chr(97 + k)}.jpg" for k in range(len(numbers.split()))]
     root = touch(tmp_path / "photos", *names)
     rows = [f"{name} {text}\n" for name, text in zip(names, numbers.split(), strict=True)]

@@ -14,9 +14,9 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 NORM = Lrn(size=5, alpha=0.1, beta=0.75, k=2.0)
 ACTIVATIONS = {"none": lambda v: v, "relu": F.relu, "tanh": torch.tanh, "sigmoid": torch.sigmoid}
-# (maps of a column, height, width, epilogue). The epilogues are those of all recipes and networks. The cases include
-# odd sizes, numbers of maps that are not powers of two, incomplete tiles, several tiles (35 columns or rows), and
-# another exponent than the paper's.
+# (number of maps of a column, height, width, epilogue). The epilogues are those of all recipes and networks. The cases
+# include odd sizes, numbers of maps that are not powers of two, incomplete tiles, several tiles (35 columns or rows),
+# and another exponent than the paper's.
 CASES = [
     (6, 7, 9, Epilogue("relu", NORM, 3)),  # layers 1 and 2 of the recipes `paper` and `caffe`
     (6, 5, 35, Epilogue("none", NORM, 3, "relu")),  # layer 1 of the recipe `released`
@@ -44,7 +44,7 @@ def expected_output(x: Tensor, bias: Tensor, epilogue: Epilogue) -> Tensor:
 
 
 def columns_last(x: Tensor, columns: int, dtype: torch.dtype, joined: bool) -> list[Tensor]:
-    """Return leaf tensors that require gradients: x itself if `joined`, otherwise the part of each column."""
+    """Return leaf tensors that require gradients: x itself if `joined`, otherwise the maps of each column."""
     parts = [x] if joined else list(x.chunk(columns, dim=1))
     return [p.to(dtype).contiguous(memory_format=torch.channels_last).requires_grad_() for p in parts]
 
@@ -195,7 +195,7 @@ def test_an_epilogue_that_the_kernels_cannot_compute_is_refused(arguments: dict[
 def test_stages_fit_into_shared_memory(
     maps: int, float32: bool, slope_after: bool, expected: tuple[int, int, int]
 ) -> None:
-    """`expected` is the number of stages on an H200, an A100 and an RTX 4090.
+    """`expected` has the number of pipeline stages for each GPU: H200, A100 and RTX 4090.
 
     With more stages, a program would need more shared memory than the GPU has.
     """

@@ -37,7 +37,10 @@ def assert_equal_up_to_rounding(run_dir: Path, expected_dir: Path) -> None:
 def test_a_machine_joins_and_another_is_lost_while_torchrun_runs(
     torchrun: TorchrunServer, stores: dict[str, Path], tmp_path: Path
 ) -> None:
-    """The run begins on one machine. From step 4 or later, it continues on two machines. After step 7, one is lost."""
+    """The run begins on one machine.
+
+    From step 4 or later, it continues on two machines. After step 7, one machine is lost.
+    """
     run_dir = tmp_path / "run"
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
