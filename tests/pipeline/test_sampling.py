@@ -71,7 +71,7 @@ def test_a_shuffle_window_consists_of_complete_blocks(size: int) -> None:
     seen: list[set[int]] = []
     for first in range(0, size, WINDOW_RECORDS):
         blocks, counts = np.unique(order[first : first + WINDOW_RECORDS] // BLOCK_RECORDS, return_counts=True)
-        # Not all blocks are complete: a shuffle window may begin and end within a block, and the last block is shorter.
+        # A shuffle window may begin and end within a block, and the last block of the store is shorter than the others.
         assert len(blocks) <= WINDOW_RECORDS // BLOCK_RECORDS + 2
         last = (size - 1) // BLOCK_RECORDS
         assert sum(count < BLOCK_RECORDS for block, count in zip(blocks, counts, strict=True) if block != last) <= 2

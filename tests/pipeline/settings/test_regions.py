@@ -1,4 +1,4 @@
-"""Resized regions: their distribution is that of torchvision's RandomResizedCrop.get_params, restated in Python."""
+"""Resized regions have the distribution of torchvision's RandomResizedCrop.get_params, which the test restates."""
 
 from __future__ import annotations
 

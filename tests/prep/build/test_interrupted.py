@@ -135,7 +135,10 @@ def test_a_build_killed_at_random_moments_is_finished_by_the_same_command(
 def test_a_build_killed_at_two_hundred_random_moments_is_finished(
     start: Start, slow: Path, slow_store: Store, tmp_path: Path
 ) -> None:
-    """Every build runs as a command in its own process. Every tenth build is killed five times, all others once."""
+    """Every build runs as a command in its own process.
+
+    Every tenth build is killed five times, and every other build is killed once.
+    """
     rng = np.random.default_rng(200)
 
     def finish(store: Path) -> Store:

@@ -1,4 +1,4 @@
-"""prep.build.preflight and --dry-run: estimates are compared with the build that follows, and nothing is written."""
+"""prep.build.preflight and --dry-run: estimates are compared with a real build, and --dry-run writes nothing."""
 
 from __future__ import annotations
 

@@ -66,7 +66,7 @@ def figure() -> Any:
 
 @pytest.fixture
 def blank(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave the figure empty, because drawing takes a second. This is for tests that do not check the drawing."""
+    """Leave the figure empty, because drawing takes a second. Tests that do not check the drawing use this fixture."""
     pytest.importorskip("matplotlib")
     monkeypatch.setattr("prep.check.color_plot.draw_figure", lambda *of: None)
 

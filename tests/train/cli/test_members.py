@@ -37,7 +37,7 @@ def run_words(store: Path, run_dir: Path) -> list[object]:
 
 @pytest.fixture(scope="module")
 def ensemble(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An ensemble of two networks that were trained for two steps. A test must not write into the folder."""
+    """An ensemble of two networks that were trained for two steps. A test must not write into the ensemble's folder."""
     folder = tmp_path_factory.mktemp("members") / "pair"
     (result,) = json_lines(*run_words(store, folder), "--members", "2")
     assert result["run_dir"] == str(folder) and "val" not in result

@@ -66,7 +66,8 @@ def test_run_in_threads_covers_every_item_once(items: int, threads: int, monkeyp
 
 @needs_kernel
 def test_kernels_read_and_write_only_inside_their_tensors() -> None:
-    """In one pass, each tensor ends just before a protected page. In another pass, it begins just after such a page.
+    """In one pass, each tensor ends just before a protected page. In another pass, each tensor begins just after a
+    protected page.
 
     An access to a protected page kills the process.
     """
