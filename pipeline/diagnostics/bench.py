@@ -227,7 +227,7 @@ def _take(prefetcher: Prefetcher) -> int:
 
 
 def _bound_work(records: Records, is_jpeg: bool, pool: ThreadPoolExecutor, threads: int) -> Work:
-    """Return a function for the upper bound: `threads` threads only decode (JPEG) or only copy (PPM) records."""
+    """Return a function that only decodes JPEG records, or only copies PPM records, on `threads` threads."""
     # decode_jpeg and np.copy release the global interpreter lock (GIL).
     process: Callable[[Any], object] = decode_jpeg if is_jpeg else np.copy
     payloads = [records[number].payload for number in range(min(len(records), _BOUND_RECORDS))]

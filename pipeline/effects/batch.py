@@ -54,7 +54,7 @@ def effect_steps(effects: Effects, upload: Callable[[Tensor], Tensor]) -> list[S
 
 
 def apply_effects(windows: Tensor, steps: list[Step]) -> None:
-    """Change windows, uint8 (N, side, side, 3), in place."""
+    """Apply the steps to windows, uint8 (N, side, side, 3), in place."""
     for function, numbers, parameter in steps:
         pixels = windows.index_select(0, numbers).to(torch.int32)
         windows.index_copy_(0, numbers, function(pixels, parameter).to(torch.uint8))

@@ -65,9 +65,10 @@ class Effects(NamedTuple):
 
 
 def blur_radius(size_px: int) -> int:
-    """Return the radius of the blur's kernel: the kernel has 2 · radius + 1 weights, about a tenth of `size_px`.
+    """Return the radius of the blur's kernel, which has 2 · radius + 1 weights on each axis.
 
-    For 224 px the kernel has 23 weights (SimCLR: tf2/data_util.py, random_blur and gaussian_blur).
+    The number of weights is about a tenth of `size_px`. For 224 px the kernel has 23 weights (SimCLR:
+    tf2/data_util.py, random_blur and gaussian_blur).
     """
     return size_px // 10 // 2
 
@@ -132,9 +133,9 @@ def blur_weights(sigma_px: Numbers, radius: int) -> Integers:
 def erased_boxes(tries: Numbers, position: Numbers, settings: EffectSettings, size_px: int) -> Integers:
     """Return the boxes (N, 4) of RandomErasing.get_params: row, column, height and width.
 
-    A try has a uniform area and a log-uniform ratio of height to width. The box is the first try whose height and width
-    are less than `size_px`. If there is no such try, the box is empty. `tries` is (N, 2, TRIES) and `position` is
-    (N, 2), uniform in [0, 1).
+    Each try is a box with a uniform area and a log-uniform ratio of height to width. The result is the first try whose
+    height and width are less than `size_px`. If there is no such try, the box is empty. `tries` is (N, 2, TRIES) and
+    `position` is (N, 2), uniform in [0, 1).
     """
     (smallest, largest), (low, high) = settings.erase_scale, np.log(settings.erase_ratio)
     area = size_px**2 * (smallest + (largest - smallest) * tries[:, 0])

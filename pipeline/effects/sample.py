@@ -32,5 +32,5 @@ def sample_effects() -> Effects:
 
 
 def is_expected(images: npt.NDArray[np.float32]) -> bool:
-    """Return whether `images` (4, SIDE_PX, SIDE_PX, 3) are the windows with their effects."""
+    """Return whether `images` (4, SIDE_PX, SIDE_PX, 3) equal the four windows after their effects."""
     return sha256(images.astype(np.uint8).tobytes()).hexdigest().startswith(_DIGEST)

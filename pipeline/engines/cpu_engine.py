@@ -57,10 +57,7 @@ class CpuEngine:
     def __init__(
         self, augmenter: Augmenter, kernel: NativeKernels, output: OutputFormat, threads: int, decode_only: bool = False
     ) -> None:
-        """If `decode_only` is true, records are decoded and their pixels are dropped.
-
-        `finish` then returns an empty tensor.
-        """
+        """If `decode_only` is true, records are decoded without making images, and `finish` returns an empty tensor."""
         self._kernel, self._threads, self._decode_only = kernel, threads, decode_only
         self._views, self._layout, self._dtype = output.views, output.layout, output.dtype
         self._scale = 1 / (output.divisor * augmenter.std_rgb)  # (3,)
@@ -83,7 +80,7 @@ class CpuEngine:
         return {}
 
     def start(self, records: RecordBatch, crops: Crops) -> _Started:
-        """Queue a batch for the threads, after the batches that were started earlier. Does not wait."""
+        """Queue a batch for the threads, after the batches that were started earlier, and return at once."""
         side, count = self._crop_px, crops.flip.size
         shape = (3, side, side) if self._layout == "NCHW" else (side, side, 3)
         images = None if self._decode_only else self._memory.array((count, *shape))
