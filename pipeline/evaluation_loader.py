@@ -15,8 +15,8 @@ import numpy.typing as npt
 import torch
 
 from pipeline.augment import SQUARE, Augmentation, eval_offsets
+from pipeline.device import Placement
 from pipeline.loader_base import Loader
-from pipeline.placement import Placement
 from pipeline.prefetch import BatchInput
 from pipeline.selection.fields import AnyBatch, Batch, EvalOptions, FieldBatch, FieldName, LoaderOptions
 from pipeline.selection.subset import Subset

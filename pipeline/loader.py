@@ -28,9 +28,9 @@ import numpy.typing as npt
 import torch
 
 from pipeline.augment import Augmentation
+from pipeline.device import Placement
 from pipeline.evaluation_loader import EvalLoader, eval_loader
 from pipeline.loader_base import STREAM_VERSION, Loader, WaitTimes
-from pipeline.placement import Placement
 from pipeline.prefetch import BatchInput
 from pipeline.sampling import EpochOrders, StepDraws, draw_step, epoch_order
 from pipeline.selection.fields import AnyBatch, Batch, FieldBatch, FieldName, LoaderOptions, TrainOptions

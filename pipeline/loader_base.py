@@ -15,9 +15,9 @@ import numpy.typing as npt
 import torch
 
 from pipeline.augment import LAYOUTS, Augmentation, Augmenter, Crops, check_choice
+from pipeline.device import Placement
 from pipeline.engines.dali_engine import OutputFormat
 from pipeline.engines.engine import choose_engine
-from pipeline.placement import Placement
 from pipeline.prefetch import READ_AHEAD, BatchInput, Job, Prefetcher
 from pipeline.records import RecordBatch, Records
 from pipeline.sampling import StepDraws

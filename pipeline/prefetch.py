@@ -29,12 +29,12 @@ import numpy.typing as npt
 import torch
 
 from pipeline.augment import Crops
+from pipeline.device import Placement
 from pipeline.engines.cpu_engine import DecodeError
 from pipeline.engines.dali_engine import build_pipeline
 from pipeline.engines.dali_shutdown import shut_down
 from pipeline.engines.device_stream import Event
 from pipeline.engines.engine import Engine
-from pipeline.placement import Placement
 from pipeline.records import RecordBatch, Records
 from pipeline.selection.mixture import MixedRecords
 from prep.store.manifest import StoreError

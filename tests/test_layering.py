@@ -54,7 +54,7 @@ ROOMS = {
         ),
     ),
     "pipeline": (
-        *("pipeline.settings", "pipeline.sampling", "pipeline.placement", "pipeline.records", "pipeline.effects"),
+        *("pipeline.settings", "pipeline.sampling", "pipeline.device", "pipeline.records", "pipeline.effects"),
         *("pipeline.augment", "pipeline.still_image", "pipeline.selection"),
         *("pipeline.engines", "pipeline.windows", "pipeline.service", "pipeline.prefetch", "pipeline.loader_base"),
         *("pipeline.evaluation_loader", "pipeline.loader"),
@@ -193,7 +193,7 @@ def test_imports_are_found_at_the_top_in_functions_and_for_type_checking(tmp_pat
 def test_only_placement_chooses_the_decoder_of_a_gpu() -> None:
     """DALI's name for a decoder that uses a GPU is "mixed"."""
     names = [path.name for path in python_files("pipeline") if '"mixed"' in path.read_text()]
-    assert names == ["placement.py"]
+    assert names == ["device.py"]
 
 
 def test_the_configuration_of_a_run_loads_no_torch() -> None:

@@ -21,13 +21,13 @@ import simplejpeg
 import torch
 
 from pipeline.augment import Augmentation, Augmenter, Crops
+from pipeline.device import Placement
 from pipeline.engines import kernels
 from pipeline.engines.cpu_engine import CpuEngine
 from pipeline.engines.dali_engine import OutputFormat, decode_crop, decode_inputs
 from pipeline.engines.device_stream import DeviceStream
 from pipeline.engines.engine import Engine, choose_engine
 from pipeline.loader import TrainLoader
-from pipeline.placement import Placement
 from pipeline.prefetch import BatchInput, Prefetcher
 from pipeline.records import RecordBatch, Records
 from pipeline.sampling import draw_step

@@ -13,9 +13,9 @@ import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
 from pipeline.augment import Augmentation, Augmenter
+from pipeline.device import Placement
 from pipeline.engines.dali_engine import OutputFormat
 from pipeline.engines.engine import choose_engine
-from pipeline.placement import Placement
 from pipeline.prefetch import BatchInput, Prefetcher
 from pipeline.records import Records
 from pipeline.sampling import draw_step

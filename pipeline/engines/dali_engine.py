@@ -16,8 +16,8 @@ import numpy.typing as npt
 import torch
 
 from pipeline.augment import CROP_PX, Augmenter, Crops, eval_offsets
+from pipeline.device import Placement, dali
 from pipeline.engines.device_stream import DeviceStream
-from pipeline.placement import Placement, dali
 from pipeline.records import RecordBatch
 
 Node = Any  # nvidia.dali.pipeline.DataNode

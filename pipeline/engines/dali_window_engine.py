@@ -11,10 +11,10 @@ from typing import Any
 import torch
 
 from pipeline.augment import Augmenter, Crops
+from pipeline.device import Placement
 from pipeline.engines.dali_engine import Node, OutputFormat, decode_crop, decode_inputs
 from pipeline.engines.device_stream import DeviceStream
 from pipeline.engines.finish_crops import CropFinisher
-from pipeline.placement import Placement
 from pipeline.records import RecordBatch
 
 

@@ -22,7 +22,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from pipeline.placement import Placement
+from pipeline.device import Placement
 
 Work = Callable[[], object]
 

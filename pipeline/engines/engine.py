@@ -11,13 +11,13 @@ from typing import Any, Protocol
 import torch
 
 from pipeline.augment import Augmenter, Crops
+from pipeline.device import Placement
 from pipeline.engines import kernels
 from pipeline.engines.cpu_engine import CpuEngine
 from pipeline.engines.dali_engine import DaliEngine, OutputFormat
 from pipeline.engines.dali_window_engine import DaliWindowEngine
 from pipeline.engines.device_stream import DeviceStream, open_stream
 from pipeline.engines.raw_gpu_engine import RawGpuEngine
-from pipeline.placement import Placement
 from pipeline.records import RecordBatch
 
 

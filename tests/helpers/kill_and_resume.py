@@ -34,7 +34,7 @@ from typing import Any
 
 import torch
 
-import pipeline.placement
+import pipeline.device
 from tests.helpers.small_training import load_modules_of_a_training, small_config
 from train.experiments.ensemble import member_configs, train_members
 from train.monitor.console_view import ConsoleView
@@ -161,7 +161,7 @@ def main(store: Path, run_dir: Path, seed: int, when: str) -> None:
 
 
 if __name__ == "__main__":
-    pipeline.placement.dali()
+    pipeline.device.dali()
     load_modules_of_a_training()
     os.fsync, checkpoint.append_digest = counted("fsync", os.fsync), counted("digest", checkpoint.append_digest)
     TrainingStep.__call__ = counted_step

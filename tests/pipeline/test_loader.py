@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from pipeline.augment import Augmentation
+from pipeline.device import Placement
 from pipeline.loader import Batch, eval_loader, train_loader
-from pipeline.placement import Placement
 from pipeline.sampling import epoch_permutation
 from prep.console import UserError
 from prep.store.manifest import StoreError

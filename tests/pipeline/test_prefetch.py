@@ -14,11 +14,11 @@ import pytest
 import torch
 
 from pipeline.augment import Augmentation, Augmenter
+from pipeline.device import Placement
 from pipeline.engines import kernels
 from pipeline.engines.dali_engine import DaliEngine, OutputFormat
 from pipeline.engines.engine import choose_engine
 from pipeline.engines.raw_gpu_engine import RawGpuEngine
-from pipeline.placement import Placement
 from pipeline.prefetch import DALI_GPU_AHEAD, ENGINE_AHEAD, FINISHED_AHEAD, READ_AHEAD, BatchInput, Prefetcher
 from pipeline.records import Records
 from prep.store.manifest import Store, StoreError

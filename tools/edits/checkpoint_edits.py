@@ -227,7 +227,7 @@ def _edit_metadata(name: str, value: Any) -> Apply:
 
 
 def signed(apply: Apply) -> Apply:
-    """Return an edit that makes the edit `apply` and then appends a correct digest."""
+    """Return an edit that first calls `apply`, and then appends a correct digest to the file."""
 
     def apply_and_sign(path: Path) -> None:
         apply(path)

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from pipeline.placement import dali
+from pipeline.device import dali
 from prep.console import UserError, usable_cores
 from train.config.devices import Devices
 from train.model.gpu.fault import triton_fault

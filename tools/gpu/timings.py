@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from pipeline.device import Placement, dali
 from pipeline.engines.dali_shutdown import shut_down
 from pipeline.loader import Batch, TrainLoader, train_loader
-from pipeline.placement import Placement, dali
 from prep.console import UserError, usable_cores
 from prep.store.manifest import Store
 from tools.bench.harness import Contestant, Row, race
@@ -264,7 +264,7 @@ def kernel_kind(call_chain: list[str]) -> str:
 
 
 def cuda_graph_rates(settings: GpuCheckSettings) -> list[Row]:
-    """Return images/s of the step in the last precision, launched in two ways.
+    """Return images/s of the training step for two ways to launch the step, in the last of `settings.precisions`.
 
     The first way launches the step kernel by kernel. The second way is that of `alextrain run`, which replays a graph.
     """

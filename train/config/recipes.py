@@ -136,8 +136,8 @@ CAFFE = _variant(
     input_divisor=(1.0, "train_val.prototxt: only the mean subtracted"),
     augmentation=(
         AlexNetAugmentation(mean="aligned", colour="off", strength=0.0),
-        "data_transformer.cpp:113: the part of the mean image under the crop; random crop and flip, no colour noise. "
-        "Caffe's crops are of 227 px; conv1 has 55 × 55 positions, as with our crops of 224 px",
+        "data_transformer.cpp:113: subtracts the part of the mean image at the position of the crop; random crop and "
+        "flip, no colour noise. Caffe's crops are of 227 px; conv1 has 55 × 55 positions, as with our crops of 224 px",
     ),
     activation=("relu", "train_val.prototxt"),
     lrn=(

@@ -1,5 +1,6 @@
-"""Counters of the steps between two log lines, in tensors on the device: losses, errors, smallest and largest label.
+"""Sums of losses and errors, and smallest and largest label, over the steps between two log lines.
 
+The values are in tensors on the device.
 The tensors are allocated once and changed in place, so that a CUDA graph of a step can contain the updates. Only
 `read` waits for the device.
 """

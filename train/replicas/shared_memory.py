@@ -84,7 +84,7 @@ def _open(path: str, name: str, size_bytes: int, machine: str) -> Tensor:
 
 
 def _machine() -> str:
-    """Return a text that identifies this machine since its last start."""
+    """Return a text that identifies this machine. The text changes when the machine is restarted."""
     with suppress(OSError), open("/proc/sys/kernel/random/boot_id") as file:
         return f"{platform.node()} {file.read().strip()}"
     return platform.node()

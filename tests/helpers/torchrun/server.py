@@ -35,7 +35,7 @@ from typing import Any, NoReturn
 from torch.distributed import run as torchrun
 from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
 
-import pipeline.placement
+import pipeline.device
 from tests.helpers.small_training import load_modules_of_a_training
 
 _PR_SET_PDEATHSIG = 1
@@ -169,7 +169,7 @@ def start(request: dict[str, Any]) -> int:
 
 
 def main() -> None:
-    pipeline.placement.dali()
+    pipeline.device.dali()
     load_modules_of_a_training()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the starters leave no zombie processes
     for line in sys.stdin:

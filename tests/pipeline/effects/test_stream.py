@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from pipeline.augment import Augmentation, Augmenter, Crops
+from pipeline.device import Placement
 from pipeline.effects.batch import apply_effects, effect_steps
 from pipeline.effects.parameters import effect_parameters
 from pipeline.engines import kernels
@@ -20,7 +21,6 @@ from pipeline.engines.dali_engine import OutputFormat, build_pipeline
 from pipeline.engines.dali_window_engine import DaliWindowEngine
 from pipeline.engines.raw_gpu_engine import RawGpuEngine
 from pipeline.loader import TrainLoader, eval_loader, train_loader
-from pipeline.placement import Placement
 from pipeline.records import RecordBatch, Records
 from pipeline.sampling import draw_effects, draw_params, draw_step
 from prep.console import UserError

@@ -6,8 +6,8 @@ import os
 
 import numpy as np
 
+from pipeline.device import dali
 from pipeline.engines.dali_shutdown import shut_down
-from pipeline.placement import dali
 
 
 def test_dali_has_the_private_method_and_no_public_one() -> None:

@@ -18,13 +18,13 @@ import torch
 
 from pipeline import loader_base, prefetch
 from pipeline.augment import Augmentation, Augmenter
+from pipeline.device import Placement
 from pipeline.engines import engine as engine_module
 from pipeline.engines import kernels
 from pipeline.engines.dali_engine import DaliEngine, OutputFormat
 from pipeline.engines.device_stream import CudaStream
 from pipeline.engines.raw_gpu_engine import RawGpuEngine
 from pipeline.loader import Batch, eval_loader, train_loader
-from pipeline.placement import Placement
 from pipeline.prefetch import CONSUMER_AHEAD
 from prep.store.manifest import Store
 from tests.pipeline.engines.deferred_stream import DeferredEvent, DeferredStream

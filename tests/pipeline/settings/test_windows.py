@@ -17,12 +17,12 @@ import torch
 from PIL import Image
 
 from pipeline.augment import Augmentation, Augmenter
+from pipeline.device import Placement
 from pipeline.engines import engine as engines
 from pipeline.engines import kernels
 from pipeline.engines.dali_engine import DaliEngine, OutputFormat
 from pipeline.engines.raw_gpu_engine import RawGpuEngine
 from pipeline.loader import TrainLoader, eval_loader, train_loader
-from pipeline.placement import Placement
 from pipeline.records import Records
 from pipeline.sampling import choose_regions, draw_flips, draw_params, draw_regions, draw_step, epoch_permutation
 from pipeline.windows import WindowMaker, WindowRequest

@@ -12,13 +12,13 @@ import torch
 import tools.gpu.checks as checks
 from pipeline import loader_base
 from pipeline.augment import Augmenter
+from pipeline.device import Placement
 from pipeline.engines.dali_engine import DaliEngine, OutputFormat
 from pipeline.engines.dali_window_engine import DaliWindowEngine
 from pipeline.engines.device_stream import open_stream
 from pipeline.engines.engine import Engine
 from pipeline.engines.raw_gpu_engine import RawGpuEngine
 from pipeline.loader import Batch, TrainLoader
-from pipeline.placement import Placement
 from tools.gpu.settings import GpuCheckSettings
 from train.model import alexnet
 from train.model.alexnet import AlexNet

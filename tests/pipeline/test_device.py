@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.placement import Placement
+from pipeline.device import Placement
 from prep.console import WrongArgument
 
 
