@@ -34,7 +34,7 @@ def test_command_of_the_page_is_accepted(
 
 def test_sizes_in_the_comparison_are_those_of_the_files() -> None:
     program, modules = (
-        int(text.replace(",", "")) for text in re.findall(r"\| ([\d,]+) characters; ([\d,]+) in two", PAGE)[0]
+        int(text.replace(",", "")) for text in re.findall(r"\| ([\d,]+) characters, and ([\d,]+) in two", PAGE)[0]
     )
     sizes = {path.stem: len(path.read_text("utf-8")) for path in (ROOT / "examples").glob("*.py")}
     assert abs(sizes["resnet"] - program) <= 100
