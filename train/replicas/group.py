@@ -208,7 +208,11 @@ def joined(group: ReplicaGroup, timeout_s: float = REPLICA_TIMEOUT_S) -> Iterato
     if group.size == 1:
         yield group
         return
-    link = connect(group.rank, group.size, timeout_s)
+    try:
+        link = connect(group.rank, group.size, timeout_s)
+    except OtherReplicaFailed:
+        wait_for_message()
+        raise
     note_joined()
     try:
         yield replace(group, link=link)

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from train.replicas.errors import ReplicaLost
+from train.replicas.errors import OtherReplicaFailed, ReplicaLost
 from train.replicas.roll_call import RollCall
 from train.replicas.session import begin_session
 
@@ -31,6 +31,9 @@ class Link:
         host, port   address of the TCPStore through which the ranks find each other
         hosts_store  whether this process runs the server of the TCPStore; False if torchrun runs the server
         timeout_s    longest time in seconds for which an exchange waits for another rank
+
+        Raises ReplicaLost if the connection fails, or OtherReplicaFailed if it fails because another rank has ended
+        with an error.
         """
         from torch.distributed import (  # type: ignore[attr-defined]  # torch does not list the stores in __all__
             DistError,
@@ -43,6 +46,7 @@ class Link:
         self._closes: list[Callable[[], object]] = []
         self._names = 0  # number of names that new_name has returned
         self.timeout = timedelta(seconds=timeout_s)
+        roll_call: RollCall | None = None
         try:
             store = TCPStore(host, port, is_master=hosts_store, timeout=self.timeout, wait_for_workers=False)
             session = begin_session(PrefixStore("alextrain", store), rank, size, timeout_s)
@@ -50,9 +54,13 @@ class Link:
             # connection.
             second = TCPStore(host, store.port, is_master=False, timeout=self.timeout, wait_for_workers=False)
             self.store: Any = PrefixStore(f"alextrain/{session.name}", store)
-            self.roll_call = RollCall(PrefixStore(f"alextrain/{session.name}", second), rank, session.places, timeout_s)
+            calls = PrefixStore(f"alextrain/{session.name}", second)
+            self.roll_call = roll_call = RollCall(calls, rank, session.places, timeout_s)
             self.gloo: Any = ProcessGroupGloo(self.store, rank, size, self.timeout)
         except (DistError, RuntimeError) as error:
+            # A rank can be connected, and end with an error, while this rank is still connecting.
+            if roll_call is not None and (told := roll_call.error_of_other()):
+                raise OtherReplicaFailed(**told) from None
             raise ReplicaLost(
                 f"rank {rank} of {size} cannot connect to the other replicas through {host}:{port} "
                 f"({str(error).splitlines()[0][:200]}). Check that this address can be reached, or set "

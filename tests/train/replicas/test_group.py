@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from torch import distributed
 
 from prep.console import Terminated, UserError, WrongArgument
 from tests.train.replicas.ranks import run_ranks
@@ -129,6 +130,25 @@ def test_an_error_of_one_rank_ends_the_others_without_a_second_message(monkeypat
             assert str(outcome) == "rank 1 of 3: the record is damaged."
         else:
             assert isinstance(outcome, OtherReplicaFailed) and str(outcome) == "the record is damaged."
+
+
+def test_an_error_of_one_rank_ends_a_rank_that_is_still_connecting(monkeypatch: pytest.MonkeyPatch) -> None:
+    connect_gloo = distributed.ProcessGroupGloo
+
+    def slow_on_rank_0(store: object, rank: int, size: int, timeout: object) -> object:
+        connection = connect_gloo(store, rank, size, timeout)
+        if rank == 0:
+            time.sleep(1.5)  # meanwhile, rank 1 ends
+            raise RuntimeError("Connection closed by peer")
+        return connection
+
+    def work(group: ReplicaGroup) -> None:
+        raise UserError("the record is damaged.")
+
+    monkeypatch.setattr(distributed, "ProcessGroupGloo", slow_on_rank_0)
+    connecting, ended = run_ranks(monkeypatch, 2, work)
+    assert isinstance(connecting, OtherReplicaFailed) and str(connecting) == "the record is damaged."
+    assert str(ended) == "rank 1 of 2: the record is damaged."
 
 
 def test_the_rank_that_ends_without_an_error_is_named_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
