@@ -1,7 +1,7 @@
 """Shared fixtures: a few photographs in ILSVRC's layout, stores built from them, and Caffe's Datum in protobuf.
 
 `photo_folder`, `store`, `stores` and `numbered_store` are made once in each test process. All tests of the process
-share these folders, so a test must write only into a copy of a shared folder. `make test` runs two test processes at
+share these folders, so a test must write only into a copy of a shared folder. `make test` runs three test processes at
 the same time, so the time limits of a test must suit a slow machine.
 """
 
@@ -11,6 +11,7 @@ import os
 import shutil
 import signal
 import subprocess
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
@@ -55,27 +56,43 @@ _CLUSTER_TESTS = (
 )
 
 
-# Files with few tests that take long. xdist begins with the group that has the most tests, the cluster tests, so these
-# files join that group. Otherwise one process would run these files at the end, while the other process waits.
-_LONG_TESTS = ("tests/train/trainer/test_kill_and_resume.py", "tests/test_wheel.py")
+_LONG_TESTS = ("tests/train/trainer/test_kill_and_resume.py", "tests/test_wheel.py")  # run after the cluster tests
+# Folders and files of the tests that start torchrun, which loads torch once for all of them.
+_TORCHRUN_TESTS = ("tests/train/replicas", "tests/train/trainer/test_stop_requests.py", "tests/examples")
+
+
+def _group(test: str) -> str:
+    """Return the group of a test: the name of its file, or the name of several files that run in one process."""
+    if test.startswith((*_CLUSTER_TESTS, *_LONG_TESTS)):
+        return "cluster"
+    return "torchrun" if test.startswith(_TORCHRUN_TESTS) else test.partition("::")[0]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Give the tests with the marker `soak` (`make soak`) a time limit of one hour instead of five minutes."""
+    """Give the tests with the marker `soak` (`make soak`) a time limit of one hour instead of five minutes.
+
+    If the tests run in several processes, the groups that wait most begin first, and the other groups follow by their
+    number of tests. The processes then end at about the same time.
+    """
     for item in items:
         if item.get_closest_marker("soak"):
             item.add_marker(pytest.mark.timeout(3600))
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        counts = Counter(_group(item.nodeid) for item in items)
+        first = ("cluster", "torchrun")
+        items.sort(key=lambda item: (_group(item.nodeid) not in first, -counts[_group(item.nodeid)]))
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Run all _CLUSTER_TESTS and _LONG_TESTS in one process. Never divide any other file between two processes."""
+    """Run each group of tests in one process, in the order of pytest_collection_modifyitems."""
     from xdist.scheduler import LoadScopeScheduling
 
-    class ByFile(LoadScopeScheduling):
+    class ByGroup(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            return "cluster" if nodeid.startswith((*_CLUSTER_TESTS, *_LONG_TESTS)) else nodeid.partition("::")[0]
+            return _group(nodeid)
 
-    return ByFile(config, log)
+    config.option.loadscopereorder = False
+    return ByGroup(config, log)
 
 
 @pytest.fixture(scope="session")
