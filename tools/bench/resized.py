@@ -52,7 +52,7 @@ from tools.bench.harness import (
 )
 from tools.bench.loaders import Batches, import_dali, jpeg_store, our_batches
 from tools.bench.peers.stream_turn import BATCH, CROP_PX, RATIO, SCALE
-from tools.bench.stream import StreamBenchmark
+from tools.bench.stream import StreamBenchmark, peer_options, store_options
 
 _REGIONS, _RECORDS = "bound: decode the regions", "bound of FFCV: decode the records"
 _BOUND_BATCHES = 16  # number of batches whose regions are decoded for the bound, again and again
@@ -131,18 +131,7 @@ def add_contestants(benchmark: StreamBenchmark, ffcv: Path | None, spdl: Path | 
 
 
 @click.command(cls=BenchmarkCommand)
-@click.option(
-    "--store",
-    type=click.Path(path_type=Path),
-    help="Store of JPEG records.  [default: a store of photo digits, made for this run]",
-)
-@click.option(
-    "--threads",
-    type=click.IntRange(1),
-    default=2,
-    show_default=True,
-    help="Number of worker threads or processes, and largest number of cores, of each contestant.",
-)
+@store_options
 @click.option(
     "--seconds",
     type=click.FloatRange(0, min_open=True),
@@ -150,12 +139,7 @@ def add_contestants(benchmark: StreamBenchmark, ffcv: Path | None, spdl: Path | 
     show_default=True,
     help="Counted time of a turn, in seconds.",
 )
-@click.option(
-    "--ffcv-python", type=INTERPRETER, metavar="PATH", help="Python interpreter with FFCV.  [default: no FFCV]"
-)
-@click.option(
-    "--spdl-python", type=INTERPRETER, metavar="PATH", help="Python interpreter with SPDL.  [default: no SPDL]"
-)
+@peer_options
 @click.option(
     "--torchvision-python",
     type=INTERPRETER,

@@ -234,19 +234,32 @@ def add_contestants(
         say(f"{name}: {versions}")
 
 
+def store_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options --store and --threads of the benchmarks of streams."""
+    command = click.option(
+        "--threads",
+        type=click.IntRange(1),
+        default=2,
+        show_default=True,
+        help="Number of worker threads or processes, and largest number of cores, of each contestant.",
+    )(command)
+    return click.option(
+        "--store",
+        type=click.Path(path_type=Path),
+        help="Store of JPEG records.  [default: a store of photo digits, made for this run]",
+    )(command)
+
+
+def peer_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options that name the Python interpreters with FFCV and with SPDL."""
+    for option, name in (("--spdl-python", "SPDL"), ("--ffcv-python", "FFCV")):
+        text = f"Python interpreter with {name}.  [default: no {name}]"
+        command = click.option(option, type=INTERPRETER, metavar="PATH", help=text)(command)
+    return command
+
+
 @click.command(cls=BenchmarkCommand)
-@click.option(
-    "--store",
-    type=click.Path(path_type=Path),
-    help="Store of JPEG records.  [default: a store of photo digits, made for this run]",
-)
-@click.option(
-    "--threads",
-    type=click.IntRange(1),
-    default=2,
-    show_default=True,
-    help="Number of worker threads or processes, and largest number of cores, of each contestant.",
-)
+@store_options
 @click.option(
     "--seconds",
     type=click.FloatRange(0, min_open=True),
@@ -254,12 +267,7 @@ def add_contestants(
     show_default=True,
     help="Duration of each timed run of a contestant, in seconds.",
 )
-@click.option(
-    "--ffcv-python", type=INTERPRETER, metavar="PATH", help="Python interpreter with FFCV.  [default: no FFCV]"
-)
-@click.option(
-    "--spdl-python", type=INTERPRETER, metavar="PATH", help="Python interpreter with SPDL.  [default: no SPDL]"
-)
+@peer_options
 @click.option(
     "--webdataset-python",
     type=INTERPRETER,
