@@ -42,7 +42,8 @@ LABEL org.opencontainers.image.title="alexnet" \
       org.opencontainers.image.description="Photographs in, a trained AlexNet out" \
       org.opencontainers.image.version="0.1.0" \
       org.opencontainers.image.licenses="Apache-2.0"
-# Triton and matplotlib keep caches in /home/alexnet. --user may name any user, so every user may write there.
+# Triton and matplotlib keep caches in /home/alexnet. `docker run --user` may name any user, so every user may write
+# to this folder.
 RUN useradd --uid 10001 --user-group --create-home --no-log-init alexnet \
     && chmod 1777 /home/alexnet \
     && install --directory --owner=10001 --group=10001 /data

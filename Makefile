@@ -1,4 +1,5 @@
-# On a new machine, run for example `make demo` or `make test`. Each target first sets up a virtual environment .venv.
+# On a new machine, run for example `make demo` or `make test`. Each target except help and
+# clean first sets up the virtual environment .venv, unless it is up to date.
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -26,7 +27,7 @@ docs: .venv/ready  ## Build the documentation site in site/; warnings are errors
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 	@$(BIN)/python -m tools.docs.check_site site
 
-bench: .venv/ready  ## Measure the build, the stream, the training step and replicas, and compare other programs
+bench: .venv/ready  ## Measure the build, the stream, the training step and replicas, and compare with other programs
 	$(BIN)/python -m tools.bench.build --rounds 3
 	$(BIN)/python -m tools.bench.stream
 	$(BIN)/python -m tools.bench.train
