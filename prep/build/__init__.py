@@ -1,4 +1,4 @@
-"""Building one split of a store: estimate, plan, build of the shards, resuming after an interruption, assembly."""
+"""Builds one split of a store: estimates and plans the build, builds or resumes the shards, and assembles the split."""
 
 from typing import TYPE_CHECKING, Any
 

@@ -33,8 +33,9 @@ def assemble_split(plan: BuildPlan, root: Path, existing: Store | None, policy: 
     """Write the files of a split whose shards are all built, and then the manifest.
 
     `root` is the folder of the store. The manifest also lists the splits that the `existing` store already has. Raises
-    UserError if a work file of a shard is missing, damaged or from other inputs. Also raises UserError if no input is
-    an image, or if `policy` does not allow the number of bad inputs or the loss of all inputs of a class.
+    UserError if a work file of a shard is missing or damaged, or was written for other inputs. Also raises UserError if
+    no input is an image, if there are more bad inputs than `policy` allows, or if all inputs of a class are bad and
+    `policy` does not allow empty classes.
     """
     source, settings, folder = plan.source, plan.settings, plan.folder
     moments, shards, bad = Moments(), [], len(source.refused)
@@ -105,9 +106,9 @@ def assemble_split(plan: BuildPlan, root: Path, existing: Store | None, policy: 
 
 
 def _read_square_sum(path: Path, summary: Summary, settings: Settings) -> npt.NDArray[np.int64]:
-    """Return the sum of the central squares of a shard, int64 (side_px, side_px, 3), from its work file.
+    """Return the sum of the central squares of a shard's images, int64 (side_px, side_px, 3), from its work file.
 
-    Raises UserError if the file is damaged, or if the sums cannot belong to the records in the shard's summary.
+    Raises UserError if the file is damaged, or if the sums contradict the shard's summary.
     """
     advice = "Pass --restart to build from scratch."
     expected = ArrayShape(("<i8",), (settings.side_px, settings.side_px, 3))
@@ -138,7 +139,7 @@ def _refuse_lost_classes(plan: BuildPlan, records_of_label: Counter[int]) -> Non
 
 
 def _outcomes(plan: BuildPlan) -> Iterator[Mapping[str, Any]]:
-    """Yield the lines of inputs.jsonl: the ignored inputs, the refused inputs, then those of the shards in order."""
+    """Yield the lines of inputs.jsonl: first for ignored inputs, then for refused inputs, then for inputs in shards."""
     yield from ({"source": name, "fate": IGNORED, "why": reason} for name, reason in plan.source.ignored)
     yield from ({"source": name, "fate": "bad", "why": reason} for name, reason in plan.source.refused)
     for number in range(plan.shard_count):

@@ -124,10 +124,10 @@ def build_from(
     positions. Without `classes`, labels that are names give the classes, in sorted order. Labels that are positions get
     the class names of the store, or the names 0, 1, 2 and so on in a new store. The names of the items must be unique,
     and become the source paths of the records. Items named CLASS/FILE therefore give the same fingerprint as files in
-    class folders. `extra` has the values of extra fields, such as {"age": 3, "box": [0.1, 0.2], "caption": "a cat"}. A
-    whole number gives the type int, any other number float, a sequence of numbers vector, and a str text. All items
-    have the same fields with the same types. `jobs` is the number of worker processes, by default the number of usable
-    cores. The other arguments are the options of `alexprep build-lmdb`.
+    class folders. `extra` has the values of extra fields, such as {"age": 3, "box": [0.1, 0.2], "caption": "a cat"}.
+    The values give the type of a field: int for whole numbers, float for other numbers, vector for sequences of
+    numbers, and text for str. All items have the same fields with the same types. `jobs` is the number of worker
+    processes, by default the number of usable cores. The other arguments are the options of `alexprep build-lmdb`.
 
     If a build was interrupted, the same call with the same items resumes the build. Raises UserError for a wrong
     argument or item, and in all cases in which `alexprep build-lmdb` ends with an error. Raises DiskFull if the disk is
@@ -190,9 +190,9 @@ def _check_arguments(settings: Settings, split: str, on_bad: str, on_warning: st
 def _write_items(
     items: Iterable[Item], path: Path, settings: Settings, split: str
 ) -> tuple[LabelledRows, dict[str, Column]]:
-    """Write all images into the file `path`. In place of a modification time, `mtime_ns` is the content's CRC-32.
+    """Write all images into the file `path`. Return the inputs, sorted by path, and the columns of the extra fields.
 
-    Returns the inputs, sorted by path, and their extra values.
+    Items have no modification time. `mtime_ns` of an input is therefore the CRC-32 of its content.
     """
     rows, values = LabelledRows(f"the {split} items"), ItemValues()
     total = len(items) if isinstance(items, Sized) else 0

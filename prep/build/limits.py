@@ -40,9 +40,10 @@ class InputLimits:
         return BadImage(reason, limit="time_limit", seconds=self.time_limit_s)
 
     def find_changed(self, outcomes: Iterable[Mapping[str, Any]], largest_px: int) -> str:
-        """Return the name of an input that an earlier run kept and these limits leave out, or the other way round.
+        """Return the name, or the number of pixels, of an input to which these limits would give another fate.
 
-        Returns an empty text if there is no such input.
+        Such an input was kept by an earlier run but would be left out by these limits, or was left out but would be
+        kept. Returns an empty text if there is no such input.
 
         outcomes    the lines of inputs.jsonl of the earlier run
         largest_px  number of pixels of the largest input that the earlier run kept

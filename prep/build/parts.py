@@ -5,7 +5,7 @@ example as the tasks of a SLURM array). Two files serve as locks:
 
     store/.lock                            each part holds a shared lock; `join` holds an exclusive lock, and so does a
                                            build without --part
-    store/train/.build/part-3-of-8.lock    part 3 of 8 holds an exclusive lock, so that it does not run twice
+    store/train/.build/part-3-of-8.lock    part 3 of 8 holds an exclusive lock, so that no second process runs part 3
 
 The first part that runs begins the build: it writes its listing and settings into the new folder .build. Every other
 part compares its own listing and settings with these files. When a part finds that all shards are finished, the part

@@ -58,8 +58,7 @@ DEFAULT_POLICY = BuildPolicy()
 class BuildPlan:
     """The inputs of a split in record order, their division into shards of similar length, and the state of the build.
 
-    The state of the build is in files in `work_dir` (see prep/build/split.py). Shards have numbers 0 to `shard_count` −
-    1.
+    The state of the build is in files in `work_dir` (see prep/build/split.py). Shards are numbered from 0.
     """
 
     def __init__(
@@ -88,12 +87,12 @@ class BuildPlan:
         return self.source.inputs.permutation(self.settings.seed)
 
     def extra_columns(self) -> dict[str, Column]:
-        """Return the extra fields of the source: a row for each input, in record order."""
+        """Return {name: column} of the source's extra fields. A column has one row for each input, in record order."""
         return {name: column.take(self.permutation) for name, column in self.source.extra.items()}
 
     @cached_property
     def extra_digests(self) -> dict[str, str]:
-        """Digests of the extra fields. `digest` leaves them out, so that fields can be added to a finished split."""
+        """{name: digest} of the extra fields. `digest` leaves them out, so that a finished split can get new fields."""
         return {name: column.digest() for name, column in self.extra_columns().items()}
 
     def task(self, number: int) -> ShardTask:
@@ -160,7 +159,7 @@ class BuildPlan:
     def _read_counts(self, name: str, type_: type[T]) -> T:
         try:
             return read_work_file(type_, self.work_dir / name, max_bytes=64 << 20)
-        except (FileNotFoundError, UserError):  # counting begins again
+        except (FileNotFoundError, UserError):  # a missing or damaged file counts as empty
             return type_()
 
     def sample(self, shard_numbers: Sequence[int], count: int = 16) -> list[ShardTask]:

@@ -104,7 +104,7 @@ def check_inputs(plan: BuildPlan, policy: BuildPolicy, jobs: int, unfinished: Se
 def bad_inputs_error(
     bad: Sequence[tuple[str, str]], total: int, policy: BuildPolicy, listed_in: Path | None = None
 ) -> UserError:
-    """Return the error message for too many bad inputs.
+    """Return the error for too many bad inputs.
 
     `bad` has (name, reason) of each bad input, and `total` is the number of all inputs.
     """
@@ -147,9 +147,9 @@ def space_error(folder: Path, text: str) -> DiskFull:
 
 
 def fits_surely(count: int, settings: Settings, folder: Path) -> bool:
-    """Return whether even `count` records of the largest expected size fit on the disk.
+    """Return whether `count` records fit on the disk even if all of them have the largest expected size.
 
-    If the records fit, no sample is measured.
+    If they do, the callers need not build a sample to estimate the size.
     """
     return count * _max_record_bytes(settings) < free_bytes(folder)
 
@@ -248,7 +248,7 @@ def _build_tasks(
     finished: dict[int, BuiltInMemory],
     crashes: Counter[str],
 ) -> Iterator[ShardTask]:
-    """Add the results of `tasks` to `finished`. Yield the tasks whose worker process ended; they are tried again."""
+    """Add the results of `tasks` to `finished`. Yield the tasks to try again: their worker processes did not finish."""
     done_before, bad_before = progress.done, progress.bad
 
     def on_progress(counts: Counts) -> None:
@@ -271,7 +271,10 @@ def _build_tasks(
 
 
 def _measure(task: ShardTask, task_progress: TaskProgress) -> BuiltInMemory:
-    """Build the records of a task in memory. The first record is built twice: its first build loads the libraries."""
+    """Build the records of a task in memory.
+
+    The first record is also built once before the measured time begins, because its first build loads the libraries.
+    """
     warm_up = replace(task, inputs=task.inputs[:1])
     list(ShardBuilder(warm_up, TaskProgress()).records())
     return _build_records(task, task_progress)

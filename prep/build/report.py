@@ -1,4 +1,4 @@
-"""Output of `alexprep` commands: lines of text, or one JSON object with --json."""
+"""Prints the results of `alexprep` commands as lines of text, or as one JSON object with --json."""
 
 from __future__ import annotations
 

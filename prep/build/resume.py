@@ -215,9 +215,10 @@ def _difference(before: Input, after: Input) -> str:
 def background_of(store: Path, restart: bool) -> str | None:
     """Return Settings.background of the store.
 
-    If there is no store, return the setting of an unfinished build, or else None. An unfinished build that `restart`
-    will discard does not count. A store of an older version has no setting for the background. The result is then
-    DROPPED, because older versions dropped the alpha channel.
+    If there is no store, return the setting of an unfinished build, or None if there is no such build either. If
+    `restart` is true, an unfinished build does not count, because it will be discarded. For a store that an older
+    version of this package built, the result is DROPPED: the older versions dropped the alpha channel, and had no
+    setting for the background.
     """
     if (store / "manifest.json").exists():
         return Store.open(store).settings.background
@@ -335,10 +336,7 @@ def _check_same_limits(store: Store, split: str, limits: InputLimits) -> None:
 
 
 def refuse_store_in_source(source: Source, store: Path) -> None:
-    """Raise UserError if the build would write into the source.
-
-    The next build would list the new files as inputs.
-    """
+    """Raise UserError if the build would write into the source, because the next build would list the new files."""
     root, store_path = source.reader.root.resolve(), store.resolve()
     if root.is_dir():
         is_inside = store_path.is_relative_to(root) or root == store_path / source.split

@@ -57,7 +57,7 @@ class ShardTask:
     folder: Path  # the split's folder in the store
     settings: Settings
     skip_bad: bool
-    # Inputs that are not read again, each with the reason.
+    # Path -> reason, for inputs that are bad without being read again: they crashed workers or took too much CPU time.
     unreadable: Mapping[str, BadImage] = field(default_factory=dict)
     build_id: str = ""  # BuildPlan.build_id
     limits: InputLimits = DEFAULT_LIMITS

@@ -1,6 +1,7 @@
-"""Builds a split, or estimates a build. Steps: make a plan, check it, build the shards in worker processes, assemble.
+"""Builds a split, or estimates how much disk space and time a build needs.
 
-A killed build loses only the shards that were in progress. Running the same command again finishes the build, and the
+A build makes a plan and checks it, builds the shards in worker processes, and assembles the split from the shards. A
+killed build loses only the shards that were in progress. Running the same command again finishes the build, and the
 fingerprint is the same as after an uninterrupted build. If a worker process crashes, the crash is counted for the input
 that the process was reading. Without --on-bad skip, the build then stops. With --on-bad skip, the shard is built again,
 and the input is left out after a second crash. These files hold the state of an unfinished build:
@@ -64,7 +65,7 @@ class BuildEstimate:
 
     inputs: int
     classes: int
-    # (name, reason) of inputs that the listing refused, that `probe` found, or that could not be decoded in the sample
+    # (name, reason) of each bad input: refused by the listing, found by `probe`, or not decodable in the sample.
     bad: tuple[tuple[str, str], ...]
     outcomes: tuple[Mapping[str, Any], ...]  # lines of inputs.jsonl for decoded inputs and inputs of finished shards
     done: int  # number of inputs in finished shards
@@ -86,7 +87,7 @@ def build_split(
 ) -> Store:
     """Build one split into the folder `store` and return the store. A finished split is not built again.
 
-    If a finished split lacks extra fields of `source`, only their columns are written.
+    If a finished split lacks extra fields of `source`, only the columns of these fields are written.
 
     Raises UserError if the store or an unfinished build has other settings or inputs, if another build holds the lock,
     if `policy` does not allow the bad inputs, or if a worker process crashed. Raises DiskFull if the disk is full.
@@ -243,9 +244,10 @@ def _run_tasks(
     policy: BuildPolicy,
     bad_before: int,
 ) -> None:
-    """Build the shards `shard_numbers`. Raises UserError if too many inputs are bad or a worker process crashed.
+    """Build the shards `shard_numbers`. Raises UserError if too many inputs are bad.
 
-    If `policy` skips bad inputs, a shard is built again after the crash of its worker process.
+    If a worker process crashes, its shard is built again if `policy` skips bad inputs. If it does not, UserError is
+    raised.
     """
     done_before = progress.done
     refused = len(plan.source.refused)
@@ -259,10 +261,10 @@ def _run_tasks(
             )
 
     again: list[int] = []
-    # closing() stops the workers before the caller releases the lock, even after an error.
     reader = plan.source.reader
     if shard_numbers and isinstance(reader, UnpackingReader):
         reader = reader.unpacking_into(plan.work_dir / "unpacked", free_bytes(plan.folder))
+    # closing() stops the workers before the caller releases the lock, even after an error.
     with closing(runner.map(build_shard, _tasks(plan, shard_numbers, reader), on_progress)) as results:
         for task, result in results:
             if isinstance(result, WorkerDied):
@@ -275,7 +277,10 @@ def _run_tasks(
 
 
 def _record_dead_worker(plan: BuildPlan, task: ShardTask, died: WorkerDied, policy: BuildPolicy) -> None:
-    """Record the input at which a worker process ended. Raises UserError unless the shard can be built again."""
+    """Record the input that a worker process was reading when the process crashed or used too much CPU time.
+
+    Raises UserError unless the shard can be built again.
+    """
     if died.index == NOT_STARTED:
         raise UserError(f"A worker process {died.describe()} before reading an input. Run the same command again.")
     name, limit_s = name_text(task.inputs[died.index].path), task.limits.time_limit_s

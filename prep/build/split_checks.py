@@ -29,7 +29,7 @@ from prep.workers import Runner
 def check_splits(
     sources: Sequence[Source], store: Path, settings: Settings, runner: Runner, policy: BuildPolicy, with_space: bool
 ) -> None:
-    """Check all splits of a build. With `with_space`, also check whether all splits together fit on the disk.
+    """Check all splits of a build. If `with_space` is true, also check whether all splits together fit on the disk.
 
     Raises UserError or DiskFull if the build of any split would be refused.
     """
@@ -70,8 +70,8 @@ def _check_space(needed_bytes: int, count: int, store: Path) -> None:
 def check_classes(source: Source, jobs: int, policy: BuildPolicy) -> None:
     """Raise UserError if no input of a class can be an image, so that the class would lose all its inputs.
 
-    Of each input, only the size and the first bytes are read. If the build stops at its first bad input, the function
-    reads nothing, because such a build cannot lose a whole class.
+    Only the size and the first bytes of an input are read. If `policy` stops the build at the first bad input, or
+    allows empty classes, nothing is checked.
     """
     if policy.allow_empty_classes or not policy.skip_bad or not len(source.inputs):
         return
@@ -79,7 +79,7 @@ def check_classes(source: Source, jobs: int, policy: BuildPolicy) -> None:
     order = np.argsort(labels, kind="stable")
     starts = np.searchsorted(labels[order], np.arange(len(source.classes) + 1))
     inputs_of = {k: order[starts[k] : starts[k + 1]].tolist() for k in range(len(source.classes))}
-    # Label -> number of inputs that are known to be bad.
+    # Label of a class of which all inputs checked so far are bad -> number of these inputs.
     undecided = {label: 0 for label, indices in inputs_of.items() if indices}
     reasons: list[tuple[str, str]] = []
     lost: list[int] = []

@@ -53,10 +53,11 @@ def refuse_other_types(store: Store, split: str, columns: Mapping[str, Column]) 
 
 
 def new_columns(store: Store, split: str, columns: Mapping[str, Column]) -> dict[str, Column]:
-    """Return those of `columns` that a complete split lacks. `columns` have a row for each input, in record order.
+    """Return those of `columns` that a complete split lacks.
 
-    The returned columns have a row for each record. Raises UserError if the split has one of the fields with another
-    type or value, and StoreError if the store is damaged.
+    Each of `columns` has a row for each input, in record order. Each returned column has a row for each record. Raises
+    UserError if the split already has one of the fields, but with another type or other values. Raises StoreError if
+    the store is damaged.
     """
     if not columns:
         return {}
@@ -94,7 +95,10 @@ def new_columns(store: Store, split: str, columns: Mapping[str, Column]) -> dict
 
 
 def add_columns(store: Store, split: str, columns: Mapping[str, Column]) -> Store:
-    """Write `columns`, a row for each record, into a complete split, and then the manifest. Returns the new store."""
+    """Write `columns` into a complete split, then the manifest, and return the new store.
+
+    Each of `columns` has a row for each record.
+    """
     if not columns:
         return store
     entry = store.split(split)

@@ -37,7 +37,7 @@ class ExtraOption(NamedTuple):
     """One value of --extra."""
 
     field: str
-    type: str | None  # one of EXTRA_TYPES; None: the type that the values have
+    type: str | None  # one of EXTRA_TYPES; if None, the values in the file give the type
     path: Path
 
     @property
@@ -76,7 +76,7 @@ def parse_extra(texts: tuple[str, ...]) -> list[ExtraOption]:
 
 
 def check_field(name: str, where: str) -> None:
-    """Raise WrongArgument for a name that a field cannot have. `where` is the beginning of the error."""
+    """Raise WrongArgument if a field cannot have this name. The message begins with `where`."""
     if not _FIELD.fullmatch(name):
         raise WrongArgument(f"{where}: expected an identifier of up to 64 letters, digits and _ as FIELD, such as age.")
     if name in ("path", "split"):
@@ -224,7 +224,7 @@ class _Values:
 
 
 def _rows(option: ExtraOption, with_header: bool = False) -> Iterator[Row]:
-    """Yield the rows of a file. With `with_header`, the first Row has the names of the value's columns as its cells."""
+    """Yield the rows of a file. If `with_header` is true, a Row with the names of the value's columns comes first."""
     where, path_column, split_column, columns, width = option.where, -1, -1, [0], 0
     for line, cells in read_rows(option.path, where, _EXPECTED):
         if path_column < 0:

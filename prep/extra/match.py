@@ -28,11 +28,11 @@ from prep.inputs.reader import Source
 from prep.store.extra import Column
 
 Integers = npt.NDArray[np.int64]
-_MAX_NAMESAKES = 16  # largest number of inputs with one file name whose folders are compared with a path
+_MAX_NAMESAKES = 16  # if more inputs have the file name of a path, their folders are not compared with the path
 
 
 def with_extra(sources: Sequence[Source], options: Sequence[ExtraOption]) -> list[Source]:
-    """Return the sources with the extra values of their inputs, and print type and counts of each field.
+    """Return the sources with the extra values of their inputs. Print, for each field, its type and numbers of rows.
 
     Raises UserError if an input has no row, or several rows with different values. Also raises UserError if a row fits
     inputs of both splits, or if ValueTable.read refuses the file.
@@ -148,7 +148,10 @@ class _InputPaths:
         return (fitting[0] if fitting else -1), -1
 
     def _suffix(self, path: bytes) -> int:
-        """Return the index of the input whose path is `path` or the longest part of it after a slash; −1 if none is."""
+        """Return the index of the input whose path is `path`, or else the part of `path` after one of its slashes.
+
+        If several parts are paths of inputs, the longest part counts. Returns −1 if there is no such input.
+        """
         begin = 0
         while True:
             end = path[begin:]
@@ -184,9 +187,9 @@ class _Hashes:
         self._sorted = array("q", hashes[self._order].tobytes())
 
     def find(self, key: bytes | str, count: int = 2) -> list[int]:
-        """Return the indices of at most `count` keys with the hash of `key`.
+        """Return the indices of at most `count` keys that have the same hash as `key`.
 
-        Different keys rarely have equal hashes.
+        In rare cases, such a key differs from `key`.
         """
         value = hash(key)
         position = bisect_left(self._sorted, value)

@@ -23,7 +23,7 @@ _EXPECTED = {
 
 
 class ItemValues:
-    """The extra values of the items so far. The first item gives the names, types and widths of the fields."""
+    """The extra values of all items added so far. The first item gives the names, types and widths of the fields."""
 
     def __init__(self) -> None:
         self._types: dict[str, str] = {}
@@ -32,7 +32,10 @@ class ItemValues:
         self._texts: dict[str, list[bytes]] = {}
 
     def add(self, values: Mapping[str, object], number: int) -> None:
-        """Add the values of item `number`. Raises UserError for other fields, and for a value of another type."""
+        """Add the values of item `number`.
+
+        Raises UserError if the item has other fields than item 0, or a value of another type than in item 0.
+        """
         if not number:
             for name, value in values.items():
                 check_field(name, f"item 0: extra field {name!r}")
@@ -63,7 +66,7 @@ class ItemValues:
         return columns
 
     def _add(self, name: str, value: Any) -> None:
-        """Raises TypeError, ValueError or OverflowError for a wrong value."""
+        """Add one value. Raises TypeError, ValueError or OverflowError if the value is wrong."""
         type_ = self._types[name]
         if isinstance(value, bool) or (isinstance(value, str) != (type_ == "text")):
             raise TypeError

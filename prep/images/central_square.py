@@ -1,7 +1,7 @@
 """Position of the central square in an image: the crop that the paper (section 2) makes after rescaling.
 
-The offset is rounded down: if the margin is odd, the top and left sides get the smaller half. Builds, colour
-statistics, streams and inference on single images all use this position.
+If the margin around the square is odd, the top and left sides get the smaller half. Builds, colour statistics, streams
+and inference on single images all use this position.
 """
 
 from __future__ import annotations

@@ -3,9 +3,9 @@
 22 of ILSVRC's JPEGs are CMYK and are converted to RGB. EXIF orientation is reported but not applied; the authors' data
 preparation did not apply it either. Transparent images are drawn over a background colour. From channels of 16 bits,
 only the high bytes are kept. Nearly all files of ILSVRC are colour JPEGs. libjpeg-turbo (prep.images.jpeg) decodes
-these files a quarter faster than Pillow, with the same pixels. Pillow decodes the other formats, the grey and CMYK
-JPEGs, and the JPEGs that libjpeg-turbo cannot decode or warns about. For broken bytes, a decoder may raise any
-exception. decode_image raises BadImage instead.
+these files a quarter faster than Pillow, and gives the same pixels. Pillow decodes the other formats, the grey and CMYK
+JPEGs, and the JPEGs that libjpeg-turbo cannot decode or warns about. Whatever exception a decoder raises for damaged
+bytes, decode_image raises BadImage in its place.
 """
 
 from __future__ import annotations
@@ -60,8 +60,9 @@ class DecodeOptions:
 
     max_pixels: int = MAX_PIXELS  # an image with more pixels is refused before it is decoded
     background: str = DEFAULT_BACKGROUND  # colour behind transparent pixels, see prep.images.rgb
-    # JPEGs with more pixels are decoded at 1/2, 1/4 or 1/8 of their size. 0: no JPEG is reduced. The shorter side keeps
-    # at least `min_side_px` pixels. Reducing limits the memory for large photographs and changes their pixels slightly.
+    # JPEGs with more pixels than this are decoded at 1/2, 1/4 or 1/8 of their height and width; 0: no JPEG is reduced.
+    # The shorter side keeps at least `min_side_px` pixels. Large photographs then need less memory, but their pixels
+    # change slightly.
     reduce_above: int = 0
     min_side_px: int = 1
 
@@ -172,10 +173,7 @@ _pillow_lock = threading.Lock()  # _with_pillow sets a limit and a warning filte
 
 
 def _unlock_in_child() -> None:
-    """In a forked child, replace the lock.
-
-    The thread of the parent that may have held the lock does not exist in the child.
-    """
+    """In a forked child, replace the lock: a thread of the parent that holds it would never release it in the child."""
     global _pillow_lock
     _pillow_lock = threading.Lock()
 
@@ -193,7 +191,7 @@ def _with_pillow(content: bytes, options: DecodeOptions, use: Callable[[Image.Im
     with _pillow_lock, warnings.catch_warnings():
         # Pillow warns about odd EXIF data, which is harmless, and about large sizes, which this module checks.
         warnings.simplefilter("ignore")
-        # Pillow refuses an image only if it has more than twice this number of pixels; check_size has the exact limit.
+        # Pillow refuses an image only if it has more than twice MAX_IMAGE_PIXELS; check_size applies the exact limit.
         largest, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, options.max_pixels
         try:
             with caught_stderr() as said, Image.open(io.BytesIO(content), formats=formats) as image:

@@ -74,7 +74,7 @@ class PixelSums:
         self.side_px = side_px
         self._pixels = 0
         self._sums = np.zeros(9, np.int64)  # sums of R, G, B, RR, RG, RB, GG, GB, BB
-        # Sum of the latest central squares, at most _MAX_PENDING of them, that are not yet in `_squares`.
+        # Sum of the central squares, at most _MAX_PENDING, that have not yet been added to `_squares`.
         self._pending_squares = np.zeros((side_px, side_px, 3), np.uint16)
         self._squares = np.zeros((side_px, side_px, 3), np.int64)
         self._pending = 0
@@ -114,7 +114,7 @@ def _add_moments(image: npt.NDArray[np.uint8], sums: npt.NDArray[np.int64]) -> N
     A sum of 256 products of 8-bit numbers is less than 2^24. The sum over 256 rows is therefore exact in float32, the
     fastest type. The sums over blocks of 256 rows are added in float64, which is exact up to 2^53. In each row, the
     three channels stay interleaved. The elementwise product of a row and the same row shifted by one element contains
-    R·G and G·B. A product with a shift of two elements contains R·B.
+    R·G and G·B. If the row is shifted by two elements, the product contains R·B.
     """
     height, width = image.shape[:2]
     rows = image.reshape(height, 3 * width)

@@ -1,7 +1,7 @@
 """Image formats that alexnet reads: signatures, the list of accepted formats, and the packages that some formats need.
 
 The format is detected from the content, never from the file name. Pillow reads most formats itself. HEIC and JPEG XL
-are read with Pillow plugins, which are extras of this project.
+are read with Pillow plugins, which pip installs with the extras `heic` and `jxl` of this project.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _JXL_SIGNATURES = (b"\xff\x0a", b"\0\0\0\x0cJXL \r\n\x87\n")
 _AVIF_BRANDS = (b"avif", b"avis")
 _HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1")
 
-# Pillow's name of a format that needs a plugin -> (usual name, module of the plugin, extra of this project)
+# Pillow's name of a format that needs a plugin -> (usual name, module of the plugin, pip extra that installs it)
 _PLUGINS = {"HEIF": ("HEIC", "pillow_heif", "heic"), "JXL": ("JPEG XL", "pillow_jxl", "jxl")}
 
 
@@ -44,9 +44,9 @@ class BadImage(ValueError):
 
 
 def has_image_signature(head: bytes) -> bool:
-    """Return whether a file may be an image. `head` are its first HEAD_BYTES bytes.
+    """Return whether a file with the first HEAD_BYTES bytes `head` may be an image.
 
-    Formats whose extra is not installed also count.
+    A file in a format whose plugin is not installed also counts as an image.
     """
     return head.startswith(_SIGNATURES) or _modern_format(head) is not None
 

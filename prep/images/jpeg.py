@@ -18,8 +18,8 @@ Pixels = npt.NDArray[np.uint8]  # (H, W, 3) RGB
 def decode_jpeg(content: bytes, reduced_to: tuple[int, int] | None = None) -> Pixels:
     """Decode a JPEG to RGB pixels, uint8 (H, W, 3). Decoding runs without Python's global interpreter lock (GIL).
 
-    `reduced_to` is the (height, width) of the image divided by 2, 4 or 8 and rounded up. With `reduced_to`, libjpeg
-    makes the smaller image directly from the coefficients, so that the whole image is never in memory.
+    If `reduced_to` is given, the decoded image has this (height, width): those of the file, divided by 2, 4 or 8 and
+    rounded up. libjpeg makes the smaller image directly from the coefficients, so the whole image is never in memory.
 
     Raises ValueError for a file that libjpeg cannot decode or warns about. EXIF orientation is not applied.
     """
@@ -95,7 +95,8 @@ def check_jpeg(content: bytes | memoryview, height: int, width: int) -> str:
         if marker == _SCAN:
             if not frame or not segment:
                 break
-            is_single = frame != 0xC2 and segment[0] == 3  # a first scan of all channels is the only scan
+            # In a file that is not progressive, a first scan with all three channels is the only scan.
+            is_single = frame != 0xC2 and segment[0] == 3
             scans = 1 if is_single else bytes(content[offset:]).count(bytes([0xFF, _SCAN]))
             return f"a JPEG file of {scans:,} scans, expected at most {MAX_SCANS}" if scans > MAX_SCANS else ""
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):

@@ -19,9 +19,9 @@ _before: list[int] = []  # a copy of the descriptor of standard error, while sta
 
 
 def _reset_in_child() -> None:
-    """In a forked child, undo a redirection of standard error by another thread of the parent.
+    """In a forked child, undo the redirection of standard error if a thread of the parent has redirected it.
 
-    A thread of the parent does not run in the child, so the redirection by the thread would never end.
+    That thread does not run in the child, so it would never end the redirection.
     """
     global _lock
     _lock = threading.Lock()
@@ -34,7 +34,7 @@ os.register_at_fork(after_in_child=_reset_in_child)
 
 @contextmanager
 def caught_stderr() -> Iterator[list[str]]:
-    """Redirect file descriptor 2 during a `with` block.
+    """Redirect file descriptor 2 during a `with` block, and yield a list that is empty until the block ends.
 
     After the block, the list holds the lines that were written to the descriptor. Empty lines and known harmless lines
     are left out. At most three lines are kept, each of at most 160 characters. If there were more lines, a fourth item

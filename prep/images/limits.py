@@ -34,10 +34,10 @@ def cpu_time_limit(seconds: float, error: Exception) -> Iterator[None]:
     """Raise `error` in a `with` block when this process has used `seconds` of CPU time since the block began.
 
     The CPU time is the time of all threads of the process. Waiting for a disk does not count. There is no limit if
-    `seconds` is 0, or if the block does not run in the main thread. Only the main thread receives signals. Python can
-    stop the block only between two of its own instructions. A long call of a C function is therefore not interrupted,
-    and prep.workers ends the process instead. If a library has caught the exception that stops the block, `error` is
-    raised at the end of the block.
+    `seconds` is 0, or if the block does not run in the main thread, because only the main thread receives signals.
+    Python can stop the block only between two of its own instructions. A long call of a C function is therefore not
+    interrupted; prep.workers ends a process that such a call keeps busy for too long. If a library catches the
+    exception that stops the block, `error` is raised at the end of the block.
     """
     if not seconds or threading.current_thread() is not threading.main_thread():
         yield

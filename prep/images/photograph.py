@@ -1,7 +1,7 @@
-"""Prepares single photographs like the inputs of a build: decode, rescale, encode as in the store, central square.
+"""Prepares single photographs like the inputs of a build, and cuts out their central squares.
 
-`prepare_photographs` works in a separate process. A file that crashes this process or keeps it busy does not harm the
-caller.
+`prepare_photographs` works in a separate process, so a file that crashes this process or keeps it busy does not harm
+the caller.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ from prep.workers import NOT_STARTED, TaskProgress, WorkerDied, WorkerPool
 class Photograph(NamedTuple):
     """A photograph that was prepared like a record of a store."""
 
-    # uint8 (side_px, side_px, 3), RGB: the rescaled central square; for JPEG stores also encoded and decoded
+    # The central square of the rescaled photograph, uint8 (side_px, side_px, 3), RGB. If the records of the store are
+    # JPEGs, the rescaled photograph was also encoded as JPEG and decoded again.
     square: npt.NDArray[np.uint8]
     orientation: int  # EXIF orientation, which is not applied to `square`; 1 if the file has no orientation
     warnings: tuple[str, ...] = ()  # warnings of the decoder about damage that the decoder ignored

@@ -34,7 +34,7 @@ Integers = npt.NDArray[np.int64]
 
 
 def rescaled_size(width: int, height: int, side_px: int) -> tuple[int, int]:
-    """Return (width, height) in px with a shorter side of `side_px`.
+    """Return the size (width, height) in px that an image has after its shorter side is rescaled to `side_px`.
 
     The longer side is rounded, with halves rounded up.
     """
@@ -48,8 +48,8 @@ def rescale(
     """Rescale uint8 (H, W, 3) to `side_px` on the shorter side, and cut out the central square unless `keep_aspect`.
 
     Returns uint8 (side_px, side_px, 3), or (H', W', 3) with `keep_aspect` (see rescaled_size). The central square
-    begins at (longer rescaled side − side_px) // 2. If the image is enlarged, an output pixel covers less than one
-    source pixel. `area` then uses the bicubic filter. Raises ValueError if `filter` is not one of FILTERS.
+    begins at (longer rescaled side − side_px) // 2. If the image is enlarged, `area` uses the bicubic filter, because
+    an output pixel then covers less than one source pixel. Raises ValueError if `filter` is not one of FILTERS.
     """
     if filter not in FILTERS:
         raise ValueError(f"filter {filter!r}: expected one of {', '.join(FILTERS)}")
@@ -78,9 +78,9 @@ class _Arithmetic:
     values between the passes and 12 for the weights. float32's mantissa has 24 bits. All filters except `area` use
     float64, and so many bits that further bits would rarely change an 8-bit pixel.
 
-    The weights of the first pass are multiples of 2^-first_bits, and are multiplied by 2^between_bits in memory. The
-    sums of the first pass then only need to be rounded to integers. The weights of the second pass are multiples of
-    2^-second_bits, and are multiplied by 2^-between_bits in memory.
+    The weights of the first pass are multiples of 2^-first_bits. They are stored multiplied by 2^between_bits, so that
+    the sums of the first pass only need to be rounded to integers. The weights of the second pass are multiples of
+    2^-second_bits. They are stored multiplied by 2^-between_bits.
     """
 
     dtype: type[np.float32] | type[np.float64]
@@ -248,7 +248,7 @@ def _area_weights(n_in: int, n_out: int, outputs: Integers) -> tuple[Integers, F
 def _kernel_weights(n_in: int, n_out: int, outputs: Integers, name: str) -> tuple[Integers, Floats]:
     """Return the first input index (outputs,) and the weights (outputs, taps) of each output for a filter in _KERNELS.
 
-    If the line becomes shorter, the kernel is widened by n_in/n_out.
+    If the line becomes shorter, the kernel is widened by the factor n_in/n_out.
     """
     radius, kernel = _KERNELS[name]
     scale = n_in / n_out

@@ -33,7 +33,7 @@ _MAX_BOXES_BYTES = 20_000  # AVIF and HEIC files describe the image within their
 
 
 class FileFacts(NamedTuple):
-    """Properties of the pixels in a file. Pillow's `mode` does not show these properties."""
+    """Properties of the pixels in a file that Pillow's `mode` does not show."""
 
     bits: int = 8  # number of bits of a channel
     is_grey: bool = False  # whether the file has grey levels, with or without alpha
@@ -122,8 +122,8 @@ def _over_background(image: Image.Image, background: str) -> npt.NDArray[np.uint
 def _repair_transparent_color(image: Image.Image, bits: int) -> None:
     """Convert the transparent colour of a PNG to the range of Pillow's 8-bit pixels.
 
-    Pillow scales pixels with 2-bit and 4-bit grey levels to 0..255, and keeps the high bytes of 16-bit pixels. Pillow
-    does not convert the transparent colour. `bits` is the number of bits of a channel in the file.
+    Pillow scales pixels with 2-bit and 4-bit grey levels to 0..255, and keeps the high bytes of 16-bit pixels, but does
+    not convert the transparent colour in the same way. `bits` is the number of bits of a channel in the file.
     """
     color = image.info.get("transparency")
     if image.mode == "L" and isinstance(color, int) and bits in (2, 4):

@@ -1,11 +1,11 @@
 """Images in tar archives, which are read without unpacking the archives.
 
-A name in an archive is never used as a path on the disk. ILSVRC2012_img_train.tar contains one tar for each class.
-ILSVRC2012_img_val.tar is flat. Archives that are not ILSVRC's may contain class folders. The members of a tar are not
-compressed, even in a tar inside another tar. Each input is therefore a byte range of the archive file, given by offset
-and length. Every worker process reads its inputs directly from the archive file. The name of an input is the name that
-its file has in the unpacked archive. An archive and the folder unpacked from it therefore give the same records in the
-same order.
+A name in an archive is never used as a path on the disk. An archive contains one tar for each class, as
+ILSVRC2012_img_train.tar does, or images without folders, as ILSVRC2012_img_val.tar does, or class folders. The members
+of a tar are not compressed, even if the tar is inside another tar. Each input is therefore a byte range of the archive
+file, given by offset and length, and every worker process reads its inputs directly from the archive file. The name of
+an input is the name that its file has in the unpacked archive. An archive and the folder unpacked from it therefore
+give the same records in the same order.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Finds the class folders or the flat folder in an archive, by the same rules as for folders on the disk."""
+"""Finds the class folders in an archive, or its only folder with images, by the rules of prep/inputs/folder.py."""
 
 from __future__ import annotations
 
@@ -38,13 +38,14 @@ class ArchiveContents:
         self.images = Listing()
         self.folders: set[bytes] = set()
         self.refused: list[tuple[str, str]] = []  # (name, reason)
-        self.hidden: set[bytes] = set()  # folders whose names begin with a dot, and whose members are left out
+        # Folders whose members are left out: their names begin with a dot, or they are system folders in a class tar.
+        self.hidden: set[bytes] = set()
 
     def add(self, name: bytes, size: int = 0, location: int = 0, reason: str = "") -> None:
-        """Add an image and its folder.
+        """Add an image to `images`, or to `refused` if a `reason` to refuse the image is given. Also add its folder.
 
-        If there is a `reason` to refuse the image, add a refused member instead. An empty name is ignored. The folder
-        of a refused image is added too, so that its class exists even if all images of the class are refused.
+        The folder of a refused image is added too, so that its class exists even if all images of the class are
+        refused. An empty name is ignored.
         """
         folder, _, file = name.rpartition(b"/")
         parts = folder.split(b"/")
@@ -103,11 +104,12 @@ def refuse_folders_in_class_tars(where: str, tars: Sequence[ClassTar]) -> None:
 
 
 def found_inputs(path: Path, contents: ArchiveContents, flat: bool, classes_are_given: bool = False) -> FoundInputs:
-    """Find the class folders or the flat folder in the contents of the archive (or folder of archives) `path`.
+    """Find the class folders, or the only folder with images, in the archive (or folder of archives) `path`.
 
-    The rules are those of prep.inputs.folder.list_folder. If several members have the same name, the last of these
-    members is kept. If `flat` is true and all images are in one folder, the result has no classes. Raises UserError if
-    there is no image, if a class folder is a link, or if the classes are ambiguous.
+    `contents` has the members of the archive. The rules for folders are those of prep.inputs.folder.list_folder. If
+    several members have the same name, the last of these members is kept. If `flat` is true and all images are in one
+    folder, the result has no classes. Raises UserError if there is no image, if a class folder is a link, or if the
+    classes are ambiguous.
     """
     refused = contents.refused
     if not len(contents.images):
@@ -144,20 +146,19 @@ def found_inputs(path: Path, contents: ArchiveContents, flat: bool, classes_are_
 class _Tree:
     """The folders of an archive, and which of them are class folders.
 
-    In `root`, `has_images`, `inner_folders` and the keys of `folders_in`, a name ends with a slash. The name of the top
-    folder of the archive is b"".
+    In `root`, `has_images`, `inner_folders` and the keys of `folders_in`, the path of a folder ends with a slash, and
+    b"" is the top folder of the archive. All other paths have no slash at the end.
     """
 
     def __init__(self, path: Path, contents: ArchiveContents) -> None:
         self.path, self.contents = path, contents
         self.ignored = [(name_text(folder), NO_CLASS) for folder in sorted(contents.hidden)]
         self.indices = self._kept_images()
-        self.has_images: set[bytes] = set()  # folders (with a slash at the end) that directly contain images
-        # Folder with a slash -> names of the folders in this folder.
-        self.folders_in: defaultdict[bytes, set[bytes]] = defaultdict(set)
+        self.has_images: set[bytes] = set()  # folders that directly contain images
+        self.folders_in: defaultdict[bytes, set[bytes]] = defaultdict(set)  # folder -> the folders directly inside it
         self.root = b""
-        self.class_folders: list[bytes] = []  # paths of the class folders, without a slash at the end
-        self.inner_folders: set[bytes] = set()
+        self.class_folders: list[bytes] = []
+        self.inner_folders: set[bytes] = set()  # folders that are not class folders, but contain class folders
         folders = {folder for folder in contents.folders if not _no_class_part(folder)}
         for index in self.indices:
             folder, slash, name = contents.images.path(index).rpartition(b"/")
@@ -177,8 +178,7 @@ class _Tree:
         images, kept = self.contents.images, array("q")
         junk: set[bytes] = set()
         order = _sorted_indices(images)
-        # Folder -> the part of its path that is never a class; b"" if there is no such part.
-        no_class: dict[bytes, bytes] = {}
+        no_class: dict[bytes, bytes] = {}  # folder -> result of _no_class_part for this folder
         for position, index in enumerate(order):
             path = images.path(index)
             folder, _, name = path.rpartition(b"/")
@@ -199,7 +199,7 @@ class _Tree:
         return kept
 
     def enter_single_folders(self) -> None:
-        """While the root contains only a folder that contains folders but no images, make this folder the root."""
+        """While the root contains only one folder, and that folder has folders but no images, make it the root."""
         while self.root not in self.has_images and len(self.folders_in[self.root]) == 1:
             below = next(iter(self.folders_in[self.root])) + b"/"
             if below in self.has_images or not self.folders_in[below]:
@@ -210,7 +210,8 @@ class _Tree:
     def is_flat(self, flat: bool) -> bool:
         """Return whether the images are in the root itself.
 
-        Raises UserError if images and class folders lie side by side.
+        Raises UserError if the root contains folders with images, and also more than ten images and more images than
+        folders.
         """
         folders = self.folders_in[self.root]
         if not folders:
@@ -261,7 +262,7 @@ class _Tree:
     def check_links(self) -> None:
         """Raise UserError if a link lies beside class folders, because the link may be a class.
 
-        A link whose name has a file extension is not a class.
+        A link whose name has a file extension other than `.tar` is not a class, and is ignored.
         """
         inner = {name_text(folder) for folder in self.inner_folders}
         for entry in list(self.contents.refused):
@@ -278,14 +279,17 @@ class _Tree:
 
 
 def _no_class_part(folder: bytes) -> bytes:
-    """Return the path up to the first folder that is never a class (`__MACOSX`); b"" if there is no such folder."""
+    """Return the path of the first folder in `folder` that is never a class (`a/__MACOSX` for `a/__MACOSX/b`).
+
+    Returns b"" if there is no such folder.
+    """
     parts = folder.split(b"/") if folder else []
     first = next((k for k, part in enumerate(parts) if is_no_class_folder(part)), None)
     return b"" if first is None else b"/".join(parts[: first + 1])
 
 
 def _sorted_indices(images: Listing) -> Sequence[int]:
-    """Return indices of `images` sorted by folder, name and offset.
+    """Return the indices of all `images`, sorted by folder, name and offset.
 
     If `images` is already sorted, returns a range, which saves memory.
     """

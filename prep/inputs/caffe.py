@@ -2,8 +2,8 @@
 
 Bare pixels have the layout C,H,W, and the channels are blue, green, red (caffe/src/caffe/util/io.cpp, CVMatToDatum).
 The reader converts bare pixels to the layout H,W,C with the channels red, green, blue. An image from an LMDB is
-processed like an image file: it is rescaled if its shorter side differs from the store's side, then encoded and
-checksummed. The key of the Caffe record becomes the source path of the new record.
+processed like an image file: it is rescaled unless its shorter side already has the length of the images in the store,
+then encoded and checksummed. The key of the Caffe record becomes the source path of the new record.
 """
 
 from __future__ import annotations

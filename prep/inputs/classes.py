@@ -1,4 +1,4 @@
-"""Classes of a data set: which folders are not classes, the order of the classes, and classes without a photograph.
+"""Rules for the classes of a data set: folders that are never classes, order of the classes, classes without images.
 
 Every input format uses these functions, so that the same data set has the same classes in every format. A label is an
 index into the classes.
@@ -18,7 +18,8 @@ from prep.inputs.names import composed, name_text, visible
 from prep.schema import MAX_TEXT_BYTES, read_regular
 from prep.store.models import MAX_CLASSES
 
-# Folders that operating systems, network drives and programs create. Except for RECYCLED and RECYCLER, case is ignored.
+# Folders that operating systems, network drives and programs create. Upper and lower case are treated as equal, except
+# that the names RECYCLED and RECYCLER must be in upper case.
 _NO_CLASS_FOLDERS = re.compile(
     rb"lost\+found|found\.\d{3}|\$recycle\.bin|(?-i:RECYCLE[DR])|\$extend|\$winreagent|\$sysreset|"
     rb"system volume information|@eadir|@tmp|@__thumb|#recycle|#snapshot|~snapshot|@recycle|"
@@ -61,15 +62,15 @@ def is_system_file(name: bytes) -> bool:
 
 
 def has_image_name(name: bytes) -> bool:
-    """Return whether the extension of a file name is one that images have.
+    """Return whether a file name has the extension of an image file.
 
-    Files in class folders are inputs, whatever their names are.
+    A file in a class folder is an input even if its name has another extension.
     """
     return _IMAGE_NAMES.fullmatch(name) is not None
 
 
 def may_be_image(name: bytes) -> bool:
-    """Return whether a file may be an image according to its name.
+    """Return whether a file with this name may be an image.
 
     Files named `a.jpg` or `a` may be images. Files named `README`, `a.txt` or `a.db` may not.
     """
@@ -78,12 +79,12 @@ def may_be_image(name: bytes) -> bool:
 
 
 def class_names(folders: Sequence[bytes], where: str, are_given: bool = False) -> list[str]:
-    """Return the names of class folders.
+    """Return the class name of each class folder.
 
-    A name is the path of the folder. If all paths end with the same part (`n01/images`), this part is left out. Raises
-    UserError if a part of a path is the name of a split. `are_given` says whether the store or a file lists all
-    classes. If not, also raises UserError if a class folder is inside another, or if only some class folders are at the
-    top.
+    The class name is the path of the folder. If all paths end with the same part (`n01/images`), this part is left out.
+    `are_given` is true if the store or a file lists all classes. Raises UserError if a part of a path is the name of a
+    split. If `are_given` is false, UserError is also raised if a class folder is inside another class folder, or if
+    some class folders are at the top level and others are deeper.
     """
     parts = [folder.split(b"/") for folder in folders]
     inner = [path for path in parts if len(path) > 1]
@@ -133,7 +134,7 @@ def order_classes(names: Iterable[str], origin: str) -> tuple[str, ...]:
     If all names are numbers, the order is that of the numbers; otherwise, the names are sorted as text. The parts of a
     name with slashes (`a/airfield`) are compared one after another. Parts are compared as numbers if all names in the
     same folder are numbers. Raises UserError, which begins with `origin`, if two names are the same number (`1` and
-    `01`). Also raises UserError if only some names are numbers, and these numbers would be sorted differently as text.
+    `01`). Also raises UserError if only some names are numbers, and sorting these as text would give another order.
     """
     names = set(names)
     _compare_spellings(names, origin)
@@ -241,9 +242,10 @@ def wanted_classes(
 ) -> tuple[tuple[str, ...], str]:
     """Return the classes in the order of the labels, and a text that says where these classes come from.
 
-    If the store has classes, these are returned; otherwise, those of `file` (`--classes`). Without store and file,
-    there are no classes. `found` are the classes of the images. Raises UserError if the file has other classes than the
-    store, or has them in another order.
+    If the store has classes, the classes of the store are returned. If the store has none, the classes in `file`, the
+    file of --classes, are returned. If `file` is None too, the result is empty. `found` has the classes of the images;
+    it helps to recognize the class names in the file. Raises UserError if the file has other classes than the store, or
+    has the same classes in another order.
     """
     if file is None:
         return tuple(store_classes), "the store"
@@ -259,9 +261,9 @@ def wanted_classes(
 
 
 def refuse_empty_classes(where: str, empty: Sequence[str], refused: Iterable[tuple[str, str]] = ()) -> None:
-    """Raise UserError if there are `empty` classes, which have no photograph.
+    """Raise UserError if `empty`, the list of the classes without a photograph, has an entry.
 
-    `refused` has (name, reason) of each refused input.
+    `refused` has the name of each refused input and the reason for refusing it; the message quotes one of the reasons.
     """
     if not empty:
         return
@@ -294,8 +296,8 @@ def read_class_file(file: Path, known: Collection[str] = ()) -> tuple[str, ...]:
     A line consists of the name of a class, or begins with such a name: `n01440764 tench`, `/a/airfield 0`, `cat,0`.
     The name is the longest `known` class with which the line begins, or else the first word of the line. Lines that
     begin with `#`, and a first line such as `class` (a header), are left out unless they begin with a `known` class.
-    Raises UserError if the file cannot be read, if a class occurs twice, or if a line has several classes. Also raises
-    UserError if the lines have numbers after the names, and these numbers do not ascend.
+    Raises UserError if the file cannot be read, if a class occurs twice, or if a line names several classes. Also
+    raises UserError if the numbers after the names are 0 to K − 1 or 1 to K for K lines, but do not ascend.
     """
     try:
         text = name_text(read_regular(file, MAX_TEXT_BYTES, "Name a text file.").removeprefix(b"\xef\xbb\xbf"))
@@ -333,7 +335,7 @@ def read_class_file(file: Path, known: Collection[str] = ()) -> tuple[str, ...]:
 
 
 def _has_classes(rest: str, name: str, known: Collection[str]) -> bool:
-    """Return whether the rest of a line, after the name of the class, consists of names of other classes."""
+    """Return whether `rest`, the text after the class `name` in a line, consists only of names of other classes."""
     words = set(re.split(r"[,;\s]+", rest)) - {""}
     return bool(words) and all(word in known and word != name and not is_number(word) for word in words)
 

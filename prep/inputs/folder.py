@@ -1,4 +1,4 @@
-"""Images in folders: one folder for each class, at any depth, or one flat folder.
+"""Images in folders: one folder for each class, at any depth, or one folder with all images.
 
 The label of an image in a class folder is the position of this folder in the order of the classes, counted from 0.
 """
@@ -79,16 +79,16 @@ class FolderReader:
 def list_folder(
     root: Path, split: str, follow_links: bool, flat: bool = False, classes_are_given: bool = False
 ) -> FoundInputs:
-    """List the files of class folders or of a flat folder, sorted by the bytes of their names. No file is opened.
+    """List the files of class folders, or of one folder with all images, sorted by the bytes of their names.
 
-    A class folder is a folder at any depth that contains images, or that contains nothing. The class name of a class
-    folder is the path of the folder. A class folder may be inside another class folder if the store or a file names all
-    classes (`classes_are_given`). If `root` contains only one folder, and this folder contains folders, this folder is
-    used instead of `root`. System folders, hidden names, and files beside class folders are ignored.
+    No file is opened. A class folder is a folder at any depth that contains images, or that contains nothing. The class
+    name of a class folder is its path. A class folder may be inside another class folder if the store or a file names
+    all classes (`classes_are_given`). If `root` contains only one folder, and this folder contains folders, this folder
+    is used instead of `root`. System folders, hidden names, and files beside class folders are ignored.
 
     If `root` contains both images and folders, the images are listed in two cases: if all folders are empty, or if
-    `flat` is true and there are at least as many images as folders. In other cases, only the class folders are listed.
-    UserError is raised instead if there are more than ten images and more images than folders.
+    `flat` is true and there are at least as many images as folders. Otherwise, UserError is raised if there are more
+    than ten images and more images than folders. In all other cases, only the class folders are listed.
 
     Symbolic links that lead out of `root` are refused unless `follow_links` is true. Raises UserError if `root`
     contains no files, if a class folder is a link that is not followed, or if the classes are ambiguous.
@@ -115,7 +115,7 @@ def list_folder(
 @dataclass(frozen=True, slots=True)
 class _Entry:
     name: bytes
-    mode: int  # stat.S_IFREG or stat.S_IFDIR; 0 for an entry that is refused
+    mode: int  # stat.S_IFREG for a file, stat.S_IFDIR for a folder, 0 for an entry that is refused
     size: int = 0
     mtime_ns: int = 0
     reason: str = ""  # the reason why the entry is refused; empty if it is not refused
@@ -158,7 +158,7 @@ class _Walk:
     def is_flat(self, folder: Path, entries: Sequence[_Entry], flat: bool) -> bool:
         """Return whether the images are in `folder` itself.
 
-        Raises UserError if images and class folders lie side by side.
+        Raises UserError if images lie beside folders that are not empty, and it is unclear which of them to list.
         """
         folders, files, links = _sorted_out(entries)
         if not folders and not links:
@@ -198,7 +198,7 @@ class _Walk:
         """Add the class folders in the folder `parent` and below it.
 
         `parent` is a path below `folder`, or empty for `folder` itself. `around` has the device and inode numbers of
-        the folders that contain `parent`. The device and inode numbers reveal a link to one of the containing folders.
+        the folders that contain `parent`. These numbers reveal a link from `parent` to a folder that contains it.
         """
         folders, _, links = _sorted_out(entries)
         if links:
@@ -216,7 +216,7 @@ class _Walk:
                 self.progress.advance()
 
     def refuse_aliases(self) -> None:
-        """Raise UserError if two class folders are the same folder: each photograph would have two labels."""
+        """Raise UserError if two class folders are the same folder, because each photograph would have two labels."""
         found: dict[bytes, bytes] = {}
         for path in self.class_folders if self.has_linked_folders else ():
             other = found.setdefault(os.path.realpath(os.path.join(self.folder, path)), path)
@@ -306,7 +306,7 @@ def _may_have_classes(entry: _Entry) -> bool:
 
 
 def _sorted_out(entries: Sequence[_Entry]) -> tuple[list[_Entry], list[_Entry], list[_Entry]]:
-    """Return three lists: folders that may be classes, files, and unfollowed links to folders."""
+    """Return three lists: folders that may be classes, files, and refused links to folders."""
     folders = [entry for entry in entries if stat.S_ISDIR(entry.mode) and not is_no_class_folder(entry.name)]
     files = [entry for entry in entries if stat.S_ISREG(entry.mode)]
     return folders, files, [entry for entry in entries if entry.is_folder_link and not is_no_class_folder(entry.name)]

@@ -1,6 +1,6 @@
 """List of the inputs of a split, and the record order of the split.
 
-To save memory, the list is one array for each field.
+To save memory, the list has one array for each field of the inputs, and not one object for each input.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from prep.schema import ArrayShape, read_npz
 
 OWN_FILE = -1  # `location` of an input that is a separate file, not a part of an archive or LMDB
 
-# The fields of Input except `path`, with the names of their columns in a saved listing.
+# Field of Input (all fields except `path`) -> name of the column in a saved listing.
 _COLUMNS = {"label": "label", "size": "size", "mtime_ns": "stamp_ns", "location": "at"}
 
 
@@ -30,11 +30,13 @@ _COLUMNS = {"label": "label", "size": "size", "mtime_ns": "stamp_ns", "location"
 class Input:
     """One image that is to be stored."""
 
-    path: bytes  # `class/name` in the folder or archive (only `name` without class folders), or the key in a Caffe LMDB
+    # `class/name` in a folder or archive; `name` if there are no class folders; the key in a Caffe LMDB.
+    path: bytes
     label: int  # 0..K−1
     size: int = 0  # size in bytes when the input was listed
     mtime_ns: int = 0  # modification time of the file, or of the archive that contains the input; 0 for an LMDB
-    location: int = OWN_FILE  # byte offset of the content in an archive, or index of the LMDB
+    # Position of the content: byte offset in an archive, index of the LMDB, or a value of formats.shards.pack_location.
+    location: int = OWN_FILE
 
 
 class Listing:
@@ -87,7 +89,8 @@ class Listing:
     def digest(self) -> str:
         """Return the SHA-256 (hex) of the paths, labels and sizes of all inputs.
 
-        The records also depend on the contents of the files and on the settings.
+        Listings with equal digests may give different records, because the records also depend on the contents of the
+        files and on the settings.
         """
         digest = hashlib.sha256(self._paths)
         for column in (self._ends, self._columns["label"], self._columns["size"]):
@@ -124,7 +127,7 @@ class Listing:
         """Read a file that `save` wrote; `classes` is the number of classes.
 
         Raises OSError if the file cannot be read. Raises UserError, with `advice` in its message, if the file is
-        damaged. The arrays are not compressed, so they have no more bytes than the file.
+        damaged. The arrays in the file are not compressed, so they cannot need more memory than the size of the file.
         """
         integers = ArrayShape(("<i8",), (None,))
         expected = dict.fromkeys(("ends", *_COLUMNS.values()), integers)

@@ -1,6 +1,6 @@
 """Interface of the input formats: a list of the images with their labels, and a reader of the image contents.
 
-Each format has a module with a function that lists the images and a class that implements InputReader.
+Each format has a module with a function that lists the images, and that returns an InputReader for their contents.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class UnpackingReader(InputReader, Protocol):
     """A reader that reads single inputs slowly, but is faster if it may first unpack the inputs into a folder."""
 
     def unpacking_into(self, folder: Path, free_bytes: int) -> InputReader:
-        """Return a reader that unpacks inputs into `folder`, or `self` if `free_bytes` of disk space are too few."""
+        """Return a reader that unpacks inputs into `folder`, or `self` if `free_bytes` of disk space are not enough."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class ListOptions:
     """Options of `alexprep build-lmdb` that say how a split is listed, and where its labels come from."""
 
     labels: Path | None = None  # label file of images without class folders; None: use the label file beside the images
-    # Meaning of numbers in a label file, one of LABEL_ORDERS. With None, the numbers must have a single meaning.
+    # Meaning of numbers in a label file, one of LABEL_ORDERS. If None, the numbers must allow only one meaning.
     label_order: str | None = None
     # ILSVRC's devkit as a folder, .tar.gz or meta.mat; None: use the devkit beside the images.
     devkit: Path | None = None
@@ -77,13 +77,15 @@ class Source:
     split: str
     classes: tuple[str, ...]
     inputs: Listing
-    refused: tuple[tuple[str, str], ...] = ()  # name and reason of each refused file, which counts as a bad input
-    # Name and reason of files and folders that are not inputs, such as files beside class folders.
+    # Name of each refused file, and the reason for refusing it. A refused file counts as a bad input.
+    refused: tuple[tuple[str, str], ...] = ()
+    # Name of each file or folder that is not an input, such as a file beside class folders, and the reason.
     ignored: tuple[tuple[str, str], ...] = ()
     labels_from: Path | None = None  # the label file that was read; None if class folders give the labels
-    # Numbers of those lines of the label file whose input is on no other line. None: there is no label file.
+    # Numbers of the lines of the label file, without the lines of an image that several lines name. None if there is no
+    # label file.
     label_lines: npt.NDArray[np.int64] | None = field(default=None, compare=False)
-    # Extra fields by name: the value of each input, in the order of `inputs`.
+    # Name of an extra field -> the values of the inputs in this field, in the order of `inputs`.
     extra: Mapping[str, Column] = field(default_factory=dict, compare=False)
 
 
@@ -93,7 +95,7 @@ class FoundInputs:
 
     listing: Listing
     classes: tuple[str, ...]
-    is_flat: bool  # whether there are no class folders; all labels are then 0, and `classes` is empty
-    refused: tuple[tuple[str, str], ...]  # (name, reason)
-    ignored: tuple[tuple[str, str], ...] = ()  # name and reason of each ignored file or folder (see Source.ignored)
-    root: Path | None = None  # folder to which the names are relative, if this is not the folder that was listed
+    is_flat: bool  # True if the images have no class folders and no labels yet: labels are 0, and `classes` is empty
+    refused: tuple[tuple[str, str], ...]  # (name, reason); see Source.refused
+    ignored: tuple[tuple[str, str], ...] = ()  # (name, reason); see Source.ignored
+    root: Path | None = None  # folder to which the names are relative; None means the folder that was listed

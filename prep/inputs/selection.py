@@ -1,9 +1,9 @@
 """Inputs that are left out on purpose: photographs that `--exclude` names, and classes that `--classes` does not name.
 
 A line of `--exclude FILE` is the path of a file in the split (`n01440764/n01440764_36.JPEG`), the name of the file with
-or without its extension, or a number. A number is allowed if all names of the split differ only in their numbers.
-Number 36 then means the file whose name ends in 36, such as ILSVRC2012_val_00000036.JPEG. Empty lines and lines that
-begin with # are ignored.
+or without its extension, or a number. A number is allowed if the file names of the split differ only in the number
+before the extension. A line with the number 36 then means the file with this number in its name, such as
+ILSVRC2012_val_00000036.JPEG. Empty lines and lines that begin with # are ignored.
 """
 
 from __future__ import annotations
@@ -121,9 +121,8 @@ def selected_classes(
 ) -> tuple[Listing, tuple[str, ...], list[tuple[str, str]]]:
     """Leave out the classes that `class_file` does not name.
 
-    Returns the remaining inputs, their classes, and each class that is left out, with the reason. No class is left out
-    if the file names a class that is not in `classes`, or if the file names no class in `classes`. The labels are
-    indices into the returned classes.
+    Returns the remaining inputs, their classes, and each class that is left out, with the reason. If the file names a
+    class that is not in `classes`, no class is left out. The labels are indices into the returned classes.
     """
     names = set(read_class_file(class_file, set(classes))) if class_file is not None else set()
     if not names or not names < set(classes):
@@ -149,8 +148,9 @@ def named_by_position(
     """Return the class names for class folders that are numbers, such as ImageNetV2's folders 0 to 999.
 
     Folder k is the class at position k in the sorted order of `wanted`. The positions are counted from 1 if
-    `label_order` is `sorted`, and from 0 if it is `sorted-from-0`. Class folders that are not numbers are returned
-    unchanged. Raises UserError if the label order is not given, or if the number of a folder has no class.
+    `label_order` is `sorted`, and from 0 if it is `sorted-from-0`. If one of `classes` is not a number, or if a name in
+    `wanted` is a number, `classes` is returned unchanged. Raises UserError if `label_order` has another value, or if
+    the number of a folder is not the position of a class.
     """
     if not classes or not wanted or not all(map(is_number, classes)) or any(map(is_number, wanted)):
         return tuple(classes)

@@ -50,7 +50,10 @@ def list_source(
     options: ListOptions = DEFAULT_OPTIONS,
     store_classes: Sequence[str] = (),
 ) -> Source:
-    """List one split. `where` is a result of find_splits, or a folder or archive whose layout is recognized.
+    """List one split.
+
+    `where` is a value in the result of find_splits, or the path of a folder or archive. The layout of a path is
+    recognized.
 
     The labels come from class folders or from the format itself. Images with neither class folders nor labels in the
     format need a label file (prep/inputs/labels). `store_classes` are the classes of the store, or of the split that
@@ -75,7 +78,7 @@ def list_source(
 
 
 def _select_classes(found: FoundInputs, options: ListOptions, store_classes: Sequence[str], where: str) -> FoundInputs:
-    """If class folders are numbers, replace these by class names. Leave out classes that --classes does not name."""
+    """Replace class folders that are numbers by class names. Then leave out classes that --classes does not name."""
     wanted = store_classes or (read_class_file(options.class_file) if options.class_file else ())
     classes = named_by_position(found.classes, wanted, options.label_order, where)
     listing, classes, left_out = selected_classes(found.listing, classes, options.class_file, where)

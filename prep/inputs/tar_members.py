@@ -38,10 +38,10 @@ _NO_MEMBER_LIST: dict[str, Any] = {"stream": True} if sys.version_info >= (3, 13
 
 
 class BoundedFile(io.BufferedReader):
-    """A file that limits reads.
+    """A file that refuses to read too many bytes.
 
-    The limits are MAX_HEADER_BYTES for one read, and 2·MAX_HEADER_BYTES for all reads between two calls of
-    `allow_header`.
+    One read may return MAX_HEADER_BYTES, and all reads between two calls of `allow_header` together may return
+    2·MAX_HEADER_BYTES.
     """
 
     def __init__(self, path: Path) -> None:

@@ -2,9 +2,9 @@
 
 Classes with the same name become one class. The classes of the first store keep their labels. The new classes of the
 other stores follow in the order of these stores. A record whose label stays the same is copied whole. In other records,
-only the label and the checksum change. The new store has the records in the order of a build of all inputs together. If
-the stores have the same classes and no input was left out, the new store also has the fingerprint of a build of all
-inputs together.
+only the label and the checksum change. The records of the new store have the same order as in a store that is built
+from all inputs together. If the stores have the same classes and no input was left out, the two stores also have the
+same fingerprint.
 
 The same call resumes a merge that was interrupted. store/SPLIT/.build/merge.json holds the digest of the source
 records. As in a build (prep/build/split.py), one summary for each finished shard lies beside merge.json.
@@ -74,10 +74,10 @@ def merge_stores(
 ) -> Store:
     """Merge two or more stores into the new store `target`, and return the new store.
 
-    `progress` counts records. With `restart`, an unfinished merge in `target` is discarded. Raises UserError if fewer
-    than two stores are given, if one of the stores is `target`, or if two stores have the same records. Also raises
-    UserError if the settings of the stores differ in more than the seed, if their extra fields differ, if `target`
-    holds anything but this merge, or if a record is damaged. The new store has the seed of the first store. Raises
+    `progress` counts records. If `restart` is true, an unfinished merge in `target` is discarded. The new store has the
+    seed of the first store. Raises UserError if fewer than two stores are given, if one of the stores is `target`, or
+    if two stores have the same records. Also raises UserError if the settings of the stores differ in more than the
+    seed, if their extra fields differ, if `target` holds anything but this merge, or if a record is damaged. Raises
     DiskFull if the disk is full.
     """
     stores = _open_stores(sources, target)
@@ -224,7 +224,7 @@ def _report_equal_names(plan: BuildPlan) -> None:
 
 
 def _list_records(shards: Sequence[SourceShard], runner: Runner) -> Listing:
-    """Return the records of all shards. `mtime_ns` is the CRC-32 of a record, `location` its shard and index."""
+    """Return the records of all shards. Of a record, `mtime_ns` is the CRC-32, and `location` the shard and index."""
     found: dict[int, Listing] = {}
     for (number, shard), result in runner.map(list_shard, list(enumerate(shards)), lambda counts: None):
         if isinstance(result, WorkerDied):

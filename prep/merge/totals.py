@@ -10,16 +10,19 @@ from prep.store.manifest import Split, Store
 
 
 def origin(split: Split) -> dict[str, Any]:
-    """Return the item for a source split in the list `sources` of Split.account.
+    """Return the item for the source split `split` in the list `sources`, which is in the account of the merged split.
 
-    If the source split is itself the result of a merge, the item contains its `sources`.
+    If `split` is itself the result of a merge, the item contains the list `sources` of `split`.
     """
     origin = {"fingerprint": split.fingerprint, "records": split.records}
     return {**origin, "sources": split.account["sources"]} if "sources" in split.account else origin
 
 
 def sum_counts(accounts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the sums of all counts (numbers or objects of numbers) in the accounts. `largest_px` is the maximum."""
+    """Return the sums of all counts (numbers or objects of numbers) in the accounts.
+
+    For `largest_px`, the result has the largest value instead of the sum.
+    """
     total: dict[str, Any] = {}
     for account in accounts:
         for name, value in account.items():

@@ -1,4 +1,4 @@
-"""A folder with one tar for each class: ILSVRC's training images after ILSVRC2012_img_train.tar was unpacked.
+"""A folder with one tar for each class, such as the folder into which ILSVRC2012_img_train.tar was unpacked.
 
 The name of a tar without `.tar` is the name of a class. The tars are read without unpacking them
 (prep/inputs/archive.py).
@@ -23,9 +23,9 @@ from prep.inputs.tar_members import BoundedFile, iterate_members
 def list_class_tars(folder: Path, split: str) -> tuple[ShardReader, FoundInputs]:
     """List the images of all tars in `folder`. An input has the name CLASS/FILE, as in unpacked class folders.
 
-    Folders inside a tar are ignored, but the images in these folders are listed. Files and folders beside the tars are
-    left out. `FoundInputs.ignored` has their names and the reason. Raises UserError if a tar is compressed, damaged or
-    truncated, or is a link to a file that does not exist.
+    The images in folders inside a tar are listed, too, but the names of these folders are ignored. Files and folders
+    beside the tars are left out; `FoundInputs.ignored` has their names and the reason. Raises UserError if a tar is
+    compressed, damaged or truncated, or is a link to a file that does not exist.
     """
     entries = sorted(folder.iterdir())
     tars = [path for path in entries if is_tar_name(path) and path.is_file()]

@@ -26,7 +26,7 @@ _NO_CSV = "Expected rows of `path,label`, for example `cat/1.jpg,cat`, with or w
 
 
 def csv_splits(path: Path) -> list[str]:
-    """Return those of train and val that occur in the column `split`; [] if there is no such column.
+    """Return which of the splits train and val occur in the column `split`; [] if there is no such column.
 
     Prints how many rows are left out because they belong to other splits. Raises UserError if no row belongs to train
     or val.
@@ -46,9 +46,7 @@ def csv_splits(path: Path) -> list[str]:
 def list_csv(
     path: Path, split: str, options: ListOptions, store_classes: Sequence[str]
 ) -> tuple[FolderReader, FoundInputs]:
-    """List the images that a CSV file names.
-
-    An image that is missing is refused.
+    """List the images that a CSV file names. An image that is missing is added to `FoundInputs.refused`.
 
     Raises UserError if the file is no CSV of paths and labels, or if no image has a label.
     """
@@ -113,10 +111,9 @@ def _rows(path: Path, tell: bool = False) -> Iterator[tuple[int, bytes, str, str
 
 
 def _columns(path: Path, cells: Sequence[str]) -> tuple[tuple[int, int, int], bool]:
-    """Return two values.
+    """Return the indices of the columns of paths, labels and splits, and whether the first row, `cells`, is a header.
 
-    The first returned value has the indices of three columns: paths, labels, and splits (−1 if there is no such
-    column). The second returned value says whether `cells` is a header.
+    The index of the column of splits is −1 if there is no such column.
     """
     names = [cell.strip("# ").lower() for cell in cells]
 

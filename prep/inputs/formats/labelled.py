@@ -1,8 +1,8 @@
 """Inputs of formats that give a label with each input: rows of Parquet files and CSV lists, samples of WebDatasets.
 
-A label is the name of a class. If all labels are numbers, a label is the position of a class, counted from 0. If the
-name of an input has no folder, the input gets the name CLASS/NAME. With the name CLASS/NAME, the images give the same
-records as in class folders.
+A label is the name of a class, or, if all labels are numbers, the position of a class, counted from 0
+(LabelledRows.found has the exceptions). If the name of an input in a Parquet file or WebDataset has no folder, the
+input gets the name CLASS/NAME, so that the images give the same records as in class folders.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class LabelledRows:
         self.origin = origin
         self.rows = Listing()  # the labels in the listing are indices into `texts`
         self.texts: dict[str, int] = {}  # label as text -> index of this text
-        self.labels_are_names = False  # whether a label of digits can also be the name of a class
+        self.labels_are_names = False  # whether every label is the name of a class, even a label of digits
         self.refused: list[tuple[str, str]] = []  # (name, reason)
         self.unlabelled: list[str] = []  # names of the refused inputs whose class is not known
         self.ignored: list[tuple[str, str]] = []  # (name, reason)
@@ -71,15 +71,17 @@ class LabelledRows:
     ) -> FoundInputs:
         """Return all inputs with their classes.
 
-        A label that is a number is the position of a class if `are_positions` is true and no class of the store has a
-        number as its name. In all other cases, such a label can also be the name of a class, as in a label file.
-        UserError is raised if both meanings are possible, unless `options.label_order` states the meaning.
+        If all labels are numbers and `are_positions` is true, a label is the position of a class, unless a class of the
+        store has a number as its name. If `are_positions` is false, or a class of the store has such a name, a number
+        can also be the name of a class, as in a label file. UserError is raised if both meanings are possible, unless
+        `options.label_order` states the meaning.
 
-        The name of class k is the k-th name in the first of these lists that exists: `names` (from the format itself),
-        the file `options.class_file`, `store_classes`. Without any list, the name is k. With `in_class_folders`, an
-        input whose name has no folder gets its class as the folder. Raises UserError if there is no input, if a label
-        is no class, or if two inputs have the same name. Unless `options.allow_empty_classes` is true, also raises
-        UserError if an input has no label and no list of all classes is given.
+        The first of these lists that exists has the classes in the order of the labels: `names` (from the format
+        itself), the file `options.class_file`, `store_classes`. If no list exists, the labels give the classes: the
+        names in their order, or the numbers from 0 to the largest label. If `in_class_folders` is true, an input whose
+        name has no folder gets its class as the folder. Raises UserError if there is no input, if a label is no class,
+        or if two inputs have the same name. Unless `options.allow_empty_classes` is true, also raises UserError if an
+        input has no label and no list of all classes is given.
         """
         if not len(self.rows):
             raise UserError(f"{self.origin}: {_first_reason(self.refused)}.")

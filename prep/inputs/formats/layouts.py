@@ -1,4 +1,4 @@
-"""Recognizes the layout of a SOURCE and finds its splits. Only names and the first bytes of files are read, no images.
+"""Recognizes the layout of a SOURCE and finds its splits. No image is read.
 
 folders        class folders, or images in one folder with a label file
 tar            a tar of class folders, of class tars, or of images
@@ -6,7 +6,7 @@ class-tars     a folder with one tar for each class
 zip            a zip archive of class folders or of images, with or without folders train and val
 tiny-imagenet  train/CLASS/images/…, val/images/… and val/val_annotations.txt
 kaggle         ILSVRC/Data/CLS-LOC, and LOC_val_solution.csv for the labels of val
-webdataset     tar files with samples KEY.jpg and KEY.cls or KEY.json
+webdataset     tar files whose samples have an image KEY.jpg, and a label in KEY.cls or KEY.json
 parquet        Parquet files with columns image and label, also in a folder for each split or configuration
 csv            a CSV file of paths and labels
 """
@@ -73,7 +73,7 @@ def find_splits(source: Path, split: str | None, layout: str | None = None) -> d
 
 
 def split_source(path: Path, layout: str | None = None) -> SplitSource:
-    """Return the images in a folder or an archive that is one split.
+    """Return the location of the images in a folder or an archive that is one split.
 
     Raises UserError if the folder or archive does not have the layout `layout`, or has several splits.
     """
@@ -176,7 +176,7 @@ def _one_path(path: Path, layout: str | None) -> SplitSource:
 
 
 def _one_folder(path: Path, layout: str | None) -> SplitSource:
-    """Return the images in a folder that is one split."""
+    """Return the location of the images in a folder that is one split."""
     if layout is None:
         layout = _layout_of_folder(path)
     if layout in ("class-tars", "webdataset", "parquet", "csv"):
@@ -252,7 +252,7 @@ def _files(folder: Path, suffix: str) -> list[Path]:
 
 
 def _report_ignored_folders(source: Path, found: dict[str, SplitSource]) -> None:
-    """If only one split was found, print which other folders are ignored. The folder `train` may be a class."""
+    """If only one split was found, print which other folders are ignored, because the folder `train` may be a class."""
     paths: Sequence[Path] = [where.path for where in found.values()]
     if (
         len(found) < len(SPLITS)

@@ -1,12 +1,13 @@
 """Images in Parquet files as Hugging Face writes them: a column `image` of {bytes, path}, and a column `label`.
 
 The class names come from the schema's metadata, which the library `datasets` writes (features.py, ClassLabel). pyarrow
-reads the files; install it with the extra `parquet`. The name of an input is the path in its row. If rows have no path,
-or if paths occur twice, the name consists of the file name and the number of the row.
+reads the files; pip installs it with the extra `parquet`. The name of an input is the path in its row. If rows have no
+path, or if paths occur twice, the name consists of the file name and the number of the row.
 
-To read a row, pyarrow must decompress a whole row group, which often has 100 images. A build reads rows in a random
-order. The first worker that needs a Parquet file therefore unpacks all its images into one file in the store's work
-folder. A build removes this folder at the end. Without the folder, each call of `read` decompresses a row group.
+To read a row, pyarrow must decompress a whole row group, which often has 100 images, and a build reads the rows in a
+random order. The first worker that needs a Parquet file therefore unpacks all images of the file into one file in the
+store's work folder, which the build removes at the end. If too little disk space is free for the unpacked images, each
+call of `read` decompresses a row group.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ class ParquetReader:
         return replace(self, unpacked=folder)
 
     def read(self, item: Input) -> bytes:
-        """Return the image file in a row. Raises BadImage if there is none, and UserError if the file is unreadable."""
+        """Return the image in a row. Raises BadImage if the row has none, and UserError if the file is damaged."""
         index, row = unpack_location(item.location)
         path = self.root / self.files[index]
         if self.unpacked is None:
@@ -102,8 +103,8 @@ def list_parquet(
 ) -> tuple[ParquetReader, FoundInputs]:
     """List the rows of Parquet files. Only paths and labels are read, not the images.
 
-    Raises UserError if pyarrow is missing, if a file is damaged, or if it has no column of images or of labels. Also
-    raises UserError if the files have different class names.
+    Raises UserError if pyarrow is missing, if a file is damaged, or if a file has no column of images or of labels.
+    Also raises UserError if the columns or the class names differ between the files.
     """
     pq = _pyarrow_parquet()
     root, file_names = root_and_files(files)
@@ -216,7 +217,7 @@ def _columns(path: Path, schema: Any) -> _Columns:
 
 
 def _is_text(kind: Any) -> bool:
-    """Return whether a column of this type contains texts. A text of digits is the name of a class."""
+    """Return whether a column of this type contains texts. A text is the name of a class, even if it is a number."""
     import pyarrow.types as types
 
     kind = kind.value_type if types.is_dictionary(kind) else kind
@@ -274,10 +275,7 @@ def _file(path: str) -> tuple[Any, npt.NDArray[np.int64]]:
 
 @lru_cache(maxsize=64)
 def _opened(path: str, mtime_ns: int) -> tuple[Any, npt.NDArray[np.int64]]:
-    """Open a file.
-
-    The file is not mapped into memory: if a mapped file becomes shorter, the kernel kills the process (SIGBUS).
-    """
+    # The file is not mapped into memory: if a mapped file becomes shorter, the kernel kills the process (SIGBUS).
     file = _pyarrow_parquet().ParquetFile(path, memory_map=False)
     counts = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
     return file, np.cumsum([0, *counts])

@@ -105,9 +105,9 @@ class ShardReader:
 
 
 def root_and_files(paths: Sequence[Path]) -> tuple[Path, tuple[str, ...]]:
-    """Return the folder of some files as the root, and the names of the files relative to the root.
+    """Return a root, and the names of the files `paths` relative to it.
 
-    The root of a single file is the file itself.
+    The root is the folder of the files, or, if there is only one file, the file itself.
     """
     if len(paths) == 1:
         return paths[0], ("",)

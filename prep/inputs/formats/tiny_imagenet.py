@@ -1,8 +1,8 @@
 """Tiny ImageNet, unpacked or as the zip archive that is offered for download.
 
 The training images are in CLASS/images, beside CLASS_boxes.txt. The validation images are in the folder `images`.
-val_annotations.txt has a line for each image: name, class and the corners of a box, separated by tabs. The names of
-inputs are CLASS/FILE in train, as in class folders, and FILE in val, as in a flat folder with a label file.
+val_annotations.txt has a line for each image: name, class and the corners of a box, separated by tabs. The name of an
+input is CLASS/FILE in train, as in class folders. In val, the name is FILE, as in a folder of images with a label file.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def _parse_annotations(content: bytes, where: str) -> dict[bytes, str]:
 def _labelled(
     origin: str, found: FoundInputs, labels: dict[bytes, str], options: ListOptions, store_classes: Sequence[str]
 ) -> FoundInputs:
-    """Return the inputs of a flat folder with their labels. An image without a label is refused."""
+    """Return the images of the split val with their labels. An image without a label is refused."""
     rows = LabelledRows(origin)
     rows.labels_are_names = True
     listed = [found.listing.path(k) for k in range(len(found.listing))]

@@ -1,9 +1,9 @@
 """WebDataset: tar files whose members KEY.EXTENSION form samples, such as `1.jpg` with `1.cls` or `1.json`.
 
 A sample is a sequence of consecutive members with the same key. The key of a member is its name up to the first dot
-after the last slash: the key of a/b.seg.png is a/b. webdataset/tariterators.py (base_plus_ext) has the same rule. The
-label of a sample is the content of KEY.cls, or a field of KEY.json. Images are read directly from the tar files, as
-byte ranges.
+after the last slash: the key of a/b.seg.png is a/b. The library webdataset has the same rule (tariterators.py,
+base_plus_ext). The label of a sample is the content of KEY.cls, or a field of KEY.json. Images are read directly from
+the tar files, as byte ranges.
 """
 
 from __future__ import annotations
@@ -32,7 +32,10 @@ _PEEKED_MEMBERS = 32
 
 
 class _Member:
-    """A member of a sample: extension in lower case, size, offset in the tar, and the text of a label."""
+    """A member of a sample: its key, extension, size and offset in the tar, and the bytes of KEY.cls or KEY.json.
+
+    `kind` is the extension in lower case. `text` is b"" for members without a label.
+    """
 
     def __init__(self, name: bytes, size: int, offset: int, text: bytes) -> None:
         match = _KEY.fullmatch(name)
@@ -126,7 +129,7 @@ def _members(path: Path, refused: list[tuple[str, str]], keep_text: bool = True)
 def _double_member(sample: Sequence[_Member]) -> str:
     """Return the reason to refuse a sample that has two images or two labels of the same extension.
 
-    Two samples with one key look like a sample with two images.
+    Two consecutive samples with the same key are refused, too, because they look like one sample with two images.
     """
     seen: set[bytes] = set()
     for member in sample:

@@ -129,7 +129,7 @@ def _make_decompressor(method: int, head: bytes, start: int) -> tuple[Any, int]:
         return zlib.decompressobj(-15), start
     if method == 12:
         return bz2.BZ2Decompressor(), start
-    # LZMA data begin with two bytes of version and the size of the properties, which is 5.
+    # LZMA data begin with a version number of two bytes, followed by the size of the properties, which must be 5.
     if method != 14 or len(head) < 9 or head[2] != 5:
         raise ValueError(f"compression method {method}")
     literal, dictionary_bytes = head[4], int.from_bytes(head[5:9], "little")

@@ -22,7 +22,7 @@ _END, _END64_LOCATOR, _END64 = b"PK\5\6", b"PK\6\7", b"PK\6\6"
 _ENTRY = struct.Struct("<4s4B4HL2L5H2L")  # one entry of the central directory, without its name
 _MAX_COMMENT = 0xFFFF
 _READ_BYTES = 1 << 20
-_UNIX, _DOS = 3, 0  # numbers of the operating system that wrote an entry
+_UNIX, _DOS = 3, 0  # the number in an entry that says on which operating system the entry was written
 METHODS = {0: "stored", 8: "deflate", 12: "bzip2", 14: "lzma"}  # the compression methods that can be read
 
 
@@ -141,7 +141,7 @@ def _entries(file: BinaryIO, size: int, start: int, shift: int) -> Iterator[ZipE
 def _with_zip64(extra: bytes, *values: int) -> tuple[int, int, int]:
     """Return uncompressed size, compressed size and offset.
 
-    If a value is FFFFFFFF, the true value is in the extra field 1.
+    If a value is FFFFFFFF, the true value is in the part of `extra` that has the tag 1.
     """
     at, numbers = 0, list(values)
     while at + 4 <= len(extra):

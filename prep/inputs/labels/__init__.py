@@ -1,4 +1,4 @@
-"""Label files, which give the labels of images without class folders, in many text formats.
+"""Reads label files in many text formats. A label file gives the labels of images without class folders.
 
 This package also reads the class numbers of ILSVRC's devkit.
 """

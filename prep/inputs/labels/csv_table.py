@@ -1,4 +1,4 @@
-"""Rows of a CSV file, and the usual names of its columns. The separator is a comma, a tab or a semicolon."""
+"""Reads the rows of a CSV file with commas, tabs or semicolons, and lists the usual names of its columns."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ SPLITS_BY_NAME = {"train": "train", "training": "train", "val": "val", "valid": 
 def read_rows(path: Path, where: str, expected: str) -> Iterator[tuple[int, list[str]]]:
     """Yield (number of the row's last line, cells) for each row. Empty rows and comments are left out.
 
-    A byte that is not UTF-8 becomes a surrogate. `where` names the file in errors, and `expected` is the last sentence
-    of an error. Raises UserError if the file cannot be read, or is no CSV.
+    A byte that is not UTF-8 becomes a surrogate. Raises UserError if the file cannot be read, or is no CSV. The message
+    begins with `where`. The message for a file that is no CSV ends with the sentence `expected`.
     """
     try:
         with TextIOWrapper(open_regular(path), "utf-8-sig", "surrogateescape", newline="") as file:

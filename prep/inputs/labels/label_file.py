@@ -51,8 +51,8 @@ class Row:
 class ImageNames:
     """Finds images by the names in a label file.
 
-    A name in the file may lack the folders or the extension of the image. The file may spell the extension and letters
-    with accents differently from the image (`.JPEG` for `.jpg`).
+    A name in the label file may lack the folders or the extension of the image. The label file may spell the extension
+    (`.JPEG` for `.jpg`) and letters with accents in another way than the name of the image.
     """
 
     def __init__(self, names: Sequence[bytes]) -> None:
@@ -85,7 +85,7 @@ class ImageNames:
 
     @cached_property
     def have_hashes(self) -> bool:
-        """Return whether the name of an image begins with `#`, as comments do."""
+        """Return whether the name of an image begins with `#`. A line that begins with `#` is then not a comment."""
         return any(name.startswith(b"#") for name in self._by_name)
 
     def score(self, text: str) -> int:
@@ -144,7 +144,7 @@ def _is_single(line: str) -> bool:
 
 
 def _single_column(file: Path, lines: Sequence[tuple[int, str]], images: ImageNames) -> Rows:
-    """Return the rows of a file with one label on each line (ILSVRC's ground truth)."""
+    """Return the rows of a file with only a label on each line, such as ILSVRC's ground truth."""
     rows = [Row(number, "", _class_text(line.strip().rstrip(",;").strip("\"'"))) for number, line in lines]
     notes = []
     if len(rows) > 1 and not is_number(rows[0].label) and all(is_number(row.label) for row in rows[1:]):
@@ -180,7 +180,7 @@ def _name_and_label(file: Path, lines: Sequence[tuple[int, str]], images: ImageN
             best, chosen, columns = max(scores), delimiter, scores
     if best < 0:
         are_single = [_is_single(line) for _, line in lines]
-        # The error shows a line of the rarer kind: a line with one column if most lines have several columns.
+        # The error shows the first line of the rarer kind: with one column if most lines have several, and vice versa.
         odd = 2 * sum(are_single) < len(lines)
         number, line = lines[are_single.index(odd)] if odd in are_single else lines[0]
         raise UserError(f"--labels {file}, line {number}: {line[:60]!r}, expected `name label`.")
@@ -290,7 +290,7 @@ def _split_at_blanks(line: str, images: ImageNames) -> list[str]:
 
 
 def _is_header(rows: Sequence[Sequence[str]], name_column: int, images: ImageNames) -> bool:
-    """Return whether the first row has names of columns and no image, such as `filename label`."""
+    """Return whether the first row has the names of the columns, such as `filename label`, and not an image."""
     first = [field.strip("# ").lower() for field in rows[0]]
     name, others = first[name_column], first[:name_column] + first[name_column + 1 :]
     if images.find(rows[0][name_column]) is not None or has_image_name(name.encode(errors="replace")):
@@ -327,7 +327,7 @@ def _label_column(file: Path, header: Sequence[str] | None, width: int, name_col
 
 
 def _without_boxes(file: Path, rows: list[Row]) -> list[Row]:
-    """Return the rows of Kaggle's LOC_val_solution.csv without bounding boxes.
+    """Return the rows of Kaggle's LOC_val_solution.csv without the bounding boxes after the labels.
 
     Rows of other files are returned unchanged.
     """

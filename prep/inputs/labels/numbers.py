@@ -27,7 +27,7 @@ from prep.inputs.names import composed
 LABEL_ORDERS = ("sorted", "sorted-from-0", "name", "devkit")
 
 _NO_LABELS = ("nan", "<na>", "#n/a", "n/a")  # texts that programs write for a missing label, in lower case
-# Numbers that cannot be labels: (pattern, what the message says is expected instead).
+# Patterns of numbers that cannot be labels, each with the text that says what is expected instead.
 _ODD_NUMBERS = (
     (re.compile(r"-\d+"), "a number from 0"),
     (re.compile(r"[-+]?(\d+\.\d*|\.\d+)(e[-+]?\d+)?|[-+]?\d+e[-+]\d+|\+\d+|\d{19,}", re.I), "a whole number"),
@@ -55,8 +55,9 @@ class LabelTexts:
     def resolve(self, order: str | None, is_ground_truth: bool) -> tuple[dict[str, int], tuple[str, ...], str]:
         """Return {text: label}, the classes, and the label order that was used.
 
-        `order` is the value of --label-order, or None if the option is not given. Raises UserError if a text is no
-        class, or if the texts have more than one meaning.
+        `order` is the value of --label-order, or None if the option is not given. `is_ground_truth` says whether the
+        lines of the file have only labels and no names. Raises UserError if a text is no class, or if the texts can
+        have more than one meaning.
         """
         refuse_odd_labels(self.where, self.texts, self.classes, self.example, may_mix=order == "name")
         if order is None and is_ground_truth and self.are_numbers:
@@ -76,7 +77,7 @@ class LabelTexts:
         return self._guess()
 
     def _guess(self) -> tuple[dict[str, int], tuple[str, ...], str]:
-        """Return the labels of the texts in the label order that fits the texts.
+        """Return the same values as `resolve`, with the label order that fits the texts.
 
         Raises UserError if no order fits, if only `sorted` fits, or if several orders give different labels.
         """

@@ -181,9 +181,10 @@ def _by_name(file: Path, rows: Sequence[Row], images: ImageNames, names: Sequenc
 def _by_position(file: Path, rows: Rows, names: Sequence[bytes], root: Path) -> dict[bytes, Row]:
     """Return {image: its row} of a file with only a label on each line.
 
-    Line k has the label of the k-th image in the order of the names. The names of ILSVRC's images contain a number. If
-    all images have such names and there are fewer images than lines, line k has the label of the image with number k.
-    Otherwise, raises UserError if there are more or fewer lines than images.
+    Line k has the label of the k-th image in the order of the names. There is one exception: if all images have
+    ILSVRC's names, which contain a number, and there are more lines than images, line k has the label of the image with
+    the number k. In all other cases, UserError is raised if there are more or fewer lines than images. UserError is
+    also raised if the order of the names is ambiguous, or if the images are ILSVRC's test images.
     """
     if _TEST_IMAGE.match(names[0]) and "test" not in file.name:
         raise UserError(
@@ -285,7 +286,7 @@ def _find_labels(options: ListOptions, root: Path, split: str) -> tuple[Path, by
 
 
 def _file_beside(root: Path, parent: Path, split: str) -> Path | None:
-    """Return the label file beside a flat folder or archive, or None if there is no such file.
+    """Return the label file beside `root`, a folder or archive without class folders. None if there is no such file.
 
     Raises UserError if there are several label files. These files count as label files:
 
