@@ -64,7 +64,7 @@ class BuildPlan:
     def __init__(
         self, source: Source, folder: Path, settings: Settings, skip_bad: bool, limits: InputLimits | None = None
     ) -> None:
-        """If `limits` is None, a shard counts as finished whatever limits it was built with.
+        """If `limits` is None, a finished shard is kept even if it was built with other limits.
 
         Raises UserError if a store cannot have the classes of `source`.
         """

@@ -185,7 +185,7 @@ class BuiltInMemory:
 
     @property
     def inputs(self) -> int:
-        """Number of inputs. Each of these inputs gave a record or was bad."""
+        """Number of inputs that were processed: those that gave a record, and the bad inputs."""
         return self.records + len(bad_outcomes(self.outcomes))
 
     def __add__(self, other: BuiltInMemory) -> BuiltInMemory:
@@ -217,9 +217,9 @@ def build_sample(tasks: Sequence[ShardTask], runner: Runner) -> BuiltInMemory:
 def build_in_memory(plan: BuildPlan, shard_numbers: Sequence[int], runner: Runner, progress: Progress) -> BuiltInMemory:
     """Build the records of all inputs of some shards in memory. Nothing is written.
 
-    Worker processes build the records, as in a build. Inputs are taken in the order of the listing, which every format
-    reads fast. An input is bad if it crashes a worker twice or takes too long. Raises the errors of a build that skips
-    bad inputs.
+    Worker processes build the records, as in a build. Inputs are taken in the order of the listing, because every
+    format can be read fast in this order. An input is bad if it crashes a worker twice or takes too long. Raises the
+    errors of a build that skips bad inputs.
     """
     indices, first = plan.sorted_input_indices(shard_numbers), plan.task(shard_numbers[0])
     count = max(1, min(_PROBE_CHUNK, len(indices) // (4 * runner.jobs)))

@@ -237,8 +237,8 @@ def check_same_settings(requested: Settings, begun: Mapping[str, Any], store: Pa
         new, old = getattr(requested, field.name), begun[field.name]
         if new != old and field.name == "background" and old == DROPPED:
             raise UserError(
-                f"{store} was begun by a version that dropped the alpha channel of images, so --background {new} "
-                "cannot be used. Leave out --background, or choose another --store."
+                f"{store} was begun by a version of alexprep that dropped the alpha channel of images, so --background "
+                f"{new} cannot be used. Leave out --background, or choose another --store."
             )
         if new != old:
             option = "side" if field.name == "side_px" else field.name.replace("_", "-")

@@ -71,8 +71,8 @@ def summary_path(folder: Path, number: int) -> Path:
 def build_shard(task: ShardTask, task_progress: TaskProgress) -> None:
     """Build one shard and write its summary. Each processed input is counted in `task_progress`.
 
-    Raises UserError if the disk fails, and for a bad input unless the task skips bad inputs. Raises DiskFull if the
-    disk is full.
+    Raises UserError if the disk fails, or if an input is bad and the task does not skip bad inputs. Raises DiskFull if
+    the disk is full.
     """
     builder = ShardBuilder(task, task_progress)
     store_shard(task.folder, task.number, builder.records(), builder.results)

@@ -246,8 +246,8 @@ def _run_tasks(
 ) -> None:
     """Build the shards `shard_numbers`. Raises UserError if too many inputs are bad.
 
-    If a worker process crashes, its shard is built again if `policy` skips bad inputs. If it does not, UserError is
-    raised.
+    If a worker process crashes and `policy` skips bad inputs, the shard of this process is built again. If a worker
+    process crashes and `policy` does not skip bad inputs, UserError is raised.
     """
     done_before = progress.done
     refused = len(plan.source.refused)

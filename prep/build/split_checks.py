@@ -124,7 +124,7 @@ def check_store_folder(store: Path) -> None:
 
 
 def compare_splits(sources: Sequence[Source]) -> None:
-    """Warn if two splits list the same files.
+    """Print a warning if two splits have the same files with the same labels.
 
     Raise UserError if lines of one label file match images of both splits.
     """

@@ -56,7 +56,10 @@ class Row(NamedTuple):
 
 
 def parse_extra(texts: tuple[str, ...]) -> list[ExtraOption]:
-    """Return the values of --extra. Raises WrongArgument for a wrong form, type or FIELD, or a repeated FIELD."""
+    """Parse the values of --extra, such as `age:int=ages.csv`.
+
+    Raises WrongArgument if a value has another form, if its type or FIELD is not allowed, or if a FIELD occurs twice.
+    """
     options: dict[str, ExtraOption] = {}
     for text in texts:
         name, separator, path = text.partition("=")

@@ -1,1 +1,1 @@
-"""Input formats: class folders, flat folders with label files, tar and zip archives, Parquet files, Caffe's LMDBs."""
+"""Input formats: class folders, images with label files, tar and zip archives, Parquet files, Caffe's LMDBs."""

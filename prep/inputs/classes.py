@@ -133,8 +133,8 @@ def order_classes(names: Iterable[str], origin: str) -> tuple[str, ...]:
 
     If all names are numbers, the order is that of the numbers; otherwise, the names are sorted as text. The parts of a
     name with slashes (`a/airfield`) are compared one after another. Parts are compared as numbers if all names in the
-    same folder are numbers. Raises UserError, which begins with `origin`, if two names are the same number (`1` and
-    `01`). Also raises UserError if only some names are numbers, and sorting these as text would give another order.
+    same folder are numbers. `origin` is the beginning of messages. Raises UserError if two names are the same number
+    (`1` and `01`). Also raises UserError if only some names are numbers, and these have another order as text.
     """
     names = set(names)
     _compare_spellings(names, origin)

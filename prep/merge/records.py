@@ -28,7 +28,7 @@ ADVICE = "Check the store with: alexprep verify"
 
 @dataclass(frozen=True)
 class SourceShard:
-    """A shard of a source store. The new store gives the label `labels[k]` to the class with label k in this store."""
+    """A shard of a source store. The class with label k in the source store gets label `labels[k]` in the new store."""
 
     folder: Path
     records: int

@@ -39,7 +39,7 @@ _ONLY_SPLIT = ""  # key of a split that has no name
 class SplitSource:
     """Location of the images of one split."""
 
-    path: Path  # a folder, an archive, or a list of files
+    path: Path  # a folder, an archive, a CSV file or a Parquet file
     layout: str = "folders"  # one of LAYOUTS; never kaggle, because the splits of Kaggle's layout are folders
     # Folder of the split in a zip archive, with a slash at its end; b"" if the split is the whole archive.
     inside: bytes = b""

@@ -127,7 +127,7 @@ def _members(path: Path, refused: list[tuple[str, str]], keep_text: bool = True)
 
 
 def _double_member(sample: Sequence[_Member]) -> str:
-    """Return the reason to refuse a sample that has two images or two labels of the same extension.
+    """Return the reason to refuse a sample with two images, or two labels, that have the same extension.
 
     Two consecutive samples with the same key are refused, too, because they look like one sample with two images.
     """

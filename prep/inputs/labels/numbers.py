@@ -4,12 +4,12 @@ A text is the name of a class, or a number with one of several meanings.
 
 If a text can mean two different classes, the program does not guess: UserError asks for --label-order.
 
-| label order   | meaning of the number k                                          |
-| ------------- | ---------------------------------------------------------------- |
-| sorted        | the k-th class in the order of the classes, counted from 1       |
-| sorted-from-0 | the class with label k: counted from 0 (Caffe's val.txt)         |
-| name          | the class whose name is k                                        |
-| devkit        | the class whose ILSVRC2012_ID is k in the meta.mat of the devkit |
+| label order   | meaning of the number k                                                           |
+| ------------- | --------------------------------------------------------------------------------- |
+| sorted        | position k in the order of the classes, counted from 1                            |
+| sorted-from-0 | position k in the order of the classes, counted from 0, as in Caffe's val.txt     |
+| name          | the class whose name is k                                                         |
+| devkit        | the class whose ILSVRC2012_ID is k in the meta.mat of the devkit                  |
 """
 
 from __future__ import annotations

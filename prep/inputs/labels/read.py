@@ -36,7 +36,7 @@ class Labels(NamedTuple):
     label_of: dict[bytes, int]  # name of the image -> label from 0
     classes: tuple[str, ...]
     file: Path  # the label file
-    lines: npt.NDArray[np.int64]  # sorted numbers of the lines whose image is on no other line
+    lines: npt.NDArray[np.int64]  # see Source.label_lines; sorted
 
 
 def read_labels(
@@ -76,8 +76,8 @@ def read_labels(
             _refuse_further_columns(where, rows.rows)
     elif not label_texts.are_numbers and not classes and not all(_SYNSET.fullmatch(text) for text in texts):
         raise UserError(
-            f"{where}: each line has only a label, such as {examples(list(texts))}, and no list says whether the "
-            "labels are classes. "
+            f"{where}: each line has only a label, such as {examples(list(texts))}, and there is no list of classes "
+            "to which the labels could be compared. "
             "Expected `name label` on each line, or the classes in a file: --classes FILE."
         )
     label_of, classes, order = label_texts.resolve(options.label_order, not rows.has_names)
