@@ -3,7 +3,7 @@
     python -m examples.accelerate_resnet store checkpoints
     accelerate launch -m examples.accelerate_resnet store checkpoints
 
-The same command resumes from the newest checkpoint, with the next batch.
+If the program is interrupted, the same command resumes the training from the newest checkpoint, with the next batch.
 """
 
 import shutil
@@ -36,7 +36,7 @@ def save(accelerator: Accelerator, folder: Path, step: int) -> None:
 @torch.no_grad()
 def accuracy(accelerator: Accelerator, net: nn.Module, loader: EvalLoader) -> float:
     """Return the share of correctly classified images. The images are divided among the processes."""
-    broadcast(list(net.buffers()))  # BatchNorm statistics differ between processes: all use those of process 0
+    broadcast(list(net.buffers()))  # BatchNorm statistics differ between processes, so all use those of process 0
     net.eval()
     correct = torch.zeros(1, dtype=torch.int64, device=accelerator.device)
     for images, labels in loader:  # the last batch can be smaller
@@ -51,7 +51,7 @@ def accuracy(accelerator: Accelerator, net: nn.Module, loader: EvalLoader) -> fl
 @click.option("--epochs", default=90, help="Number of epochs.")
 @click.option("--batch-size", default=256, help="Number of images in a batch of each process.")
 @click.option(
-    "--lr", default=0.1, help="Initial learning rate; 0.1 suits batches of 256 images in all processes together."
+    "--lr", default=0.1, help="Initial learning rate; 0.1 suits a total of 256 images in the batches of all processes."
 )
 @click.option("--size-px", default=224, help="Side of the images in px.")
 @click.option("--width", default=64, help="Number of channels in the first stage of the network.")

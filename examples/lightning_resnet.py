@@ -2,7 +2,7 @@
 
     python -m examples.lightning_resnet store checkpoints
 
-The same command resumes from the newest checkpoint, with the next batch.
+If the program is interrupted, the same command resumes the training from the newest checkpoint, with the next batch.
 """
 
 from dataclasses import replace
@@ -23,15 +23,15 @@ from prep.store.manifest import Store
 class Stream(LightningDataModule):
     """The loaders of a store. Each process makes its own loaders. Checkpoints hold the state of the training loader.
 
-    Lightning itself restores the state of a loader only from a checkpoint that was saved within an epoch
-    (FitLoop.restarting).
+    This class restores the state of the training loader, because Lightning itself does so only from a checkpoint that
+    was saved within an epoch (FitLoop.restarting).
     """
 
     def __init__(self, store: str, batch_size: int, size_px: int) -> None:
         super().__init__()
         self.store, self.batch_size = store, batch_size
         self.augmentation = replace(Augmentation.preset("resnet"), size_px=size_px)
-        self.state: dict[str, Any] | None = None  # state of the training loader in a checkpoint; None: no checkpoint
+        self.state: dict[str, Any] | None = None  # training loader's state from a checkpoint; None: no checkpoint
 
     def train_dataloader(self) -> TrainLoader:
         self.loader = train_loader(self.store, self.batch_size, **self.options())

@@ -3,8 +3,8 @@
     python -m examples.resnet store resnet.pt
     torchrun --nproc-per-node 2 -m examples.resnet store resnet.pt
 
-The same command resumes from the checkpoint, with the next batch. On a CPU, the weights then have the same bits as
-without the interruption.
+If the program is interrupted, the same command resumes the training from the checkpoint, with the next batch. On a CPU,
+the trained weights then have the same bits as without the interruption.
 """
 
 import os
@@ -23,7 +23,7 @@ from pipeline import Augmentation, EvalLoader, eval_loader, train_loader
 def accuracy(net: torch.nn.Module, loader: EvalLoader, device: torch.device) -> float:
     """Return the share of correctly classified images. The images are divided among the ranks."""
     for buffer in net.buffers():
-        dist.broadcast(buffer, 0)  # BatchNorm statistics differ between ranks: all use those of rank 0
+        dist.broadcast(buffer, 0)  # BatchNorm statistics differ between ranks, so all use those of rank 0
     net.eval()
     correct = torch.zeros(1, dtype=torch.int64, device=device)
     for images, labels in loader:  # the last batch can be smaller

@@ -2,7 +2,7 @@
 
     python -m examples.simclr store simclr.pt
 
-The same command resumes from the checkpoint, with the next batch.
+If the program is interrupted, the same command resumes the training from the checkpoint, with the next batch.
 """
 
 from dataclasses import replace

@@ -16,7 +16,7 @@ from pipeline import Augmentation, train_loader
 BATCH, STEPS_PER_EPOCH, EPOCHS = 7, 4, 2  # the fixture `store` has 30 training and 12 validation images of 3 classes
 SIZE_PX, WIDTH = 32, 8
 OPTIONS = ("--epochs", EPOCHS, "--batch-size", BATCH, "--size-px", SIZE_PX, "--width", WIDTH)
-# Lightning 2.6 calls a function that torch 2.13 deprecates, and warns of the checkpoints from which a run resumes.
+# Lightning 2.6 calls a function that torch 2.13 deprecates, and warns that the checkpoint folder is not empty.
 LIGHTNING_WARNINGS = pytest.mark.filterwarnings(
     "ignore:.*LeafSpec.*:FutureWarning", "ignore:Checkpoint directory .* exists and is not empty:UserWarning"
 )

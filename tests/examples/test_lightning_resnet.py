@@ -22,8 +22,8 @@ def test_limited_epochs_continue_in_the_stream_also_after_a_kill(
 ) -> None:
     """An epoch of the stream has four batches.
 
-    With limit_train_batches=3, Lightning divides them into an epoch of 3 batches and an epoch of 1 batch. Lightning
-    validates only after the epochs of 3 batches.
+    With limit_train_batches=3, Lightning divides these batches into an epoch of 3 batches and an epoch of 1 batch.
+    Lightning validates only after the epochs of 3 batches.
     """
     validated = []
 

@@ -1,4 +1,4 @@
-"""docs/examples.md: the programs accept the commands of the page, and the sizes of files are right."""
+"""Tests of docs/examples.md: the programs accept the page's commands, and the page states the right file sizes."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ def test_loss_is_equation_1(temperature: float) -> None:
 def test_positive_pairs_are_the_views_of_one_image(
     store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first loss is that of the views in the order of the paper: all first views, then all second views."""
+    """The first loss equals the loss of the same views in the paper's order: all first views, then all second views."""
     run = Run(monkeypatch, "simclr")
     run(store, tmp_path / "simclr.pt")
     images, _ = stream_batches(store, "simclr", views=2)[0]

@@ -67,7 +67,7 @@ class Preprocessing:
 
     shorter_side_px: int
     mean: str
-    mean_rgb: tuple[float, ...]  # value subtracted from each channel; for a mean image, its average in each channel
+    mean_rgb: tuple[float, ...]  # value subtracted from each channel; with a mean image: its average in each channel
     mean_image: Mapping[str, Any] | None  # object with the keys "shape" (side, side, 3), "dtype" and "base64"
     # Number by which the pixels minus the mean are divided before they enter the network in the file. torchvision's
     # weights contain the complete division, so the number is 1. An onnx graph divides by Recipe.input_divisor, so the
@@ -87,9 +87,9 @@ class Preprocessing:
     layout: str = "NCHW"
     channel_order: str = "RGB"
     range: tuple[int, int] = (0, 255)
-    # Only for torchvision, instead of the mean and input_divisor. The keys "mean" and "std" are the arguments of
-    # Normalize, for pixels in [0, 1]. The key "exact" is False if the network subtracts a mean image, because "mean" is
-    # then only the average of this image.
+    # None except in a torchvision file, where `normalise` replaces the fields `mean` and `input_divisor`. The keys
+    # "mean" and "std" are the arguments of torchvision's Normalize, for pixels in [0, 1]. The key "exact" is False if
+    # the network subtracts a mean image, because "mean" is then only the average of this image.
     normalise: Mapping[str, Any] | None = None
 
 

@@ -85,9 +85,9 @@ def from_torchvision_weights(
     """Return the weights of torchvision's state_dict as parameters for AlexNet.load_joined_tensors.
 
     `mean_rgb`, in grey levels, is the mean that is subtracted from the images of the new network. `normalization` is
-    the normalization with which the weights were trained. Raises KeyError or ValueError if `state` has a name that
-    torchvision's AlexNet does not have, or has no conv1 with 3 input channels. The caller checks all other names and
-    shapes with AlexNet.load_joined_tensors.
+    the normalization with which the weights were trained. Raises KeyError if `state` has a name that torchvision's
+    AlexNet does not have, or lacks conv1, fc6 or fc7. Raises ValueError if conv1 does not have 3 input channels. The
+    caller checks all other names and shapes with AlexNet.load_joined_tensors.
     """
     tensors = {name: tensor.double() for name, tensor in from_torchvision(state).items()}
     weight = tensors["conv1.weight"]

@@ -1,7 +1,7 @@
 """Top-1 error, top-5 error and loss over a split, of one network or of the averaged probabilities of several networks.
 
 A view is a crop of 224 px. An image has one view (the centre crop), ten views (section 4.1), or a dense grid of views.
-The dense grid has a crop at every 32 px of the central square (AlexNet.dense).
+The dense grid has crops at a stride of 32 px in the central square (AlexNet.dense).
 """
 
 from __future__ import annotations
@@ -103,14 +103,14 @@ def evaluate(
     class probabilities are written into this array, float32 (images that `loader` serves, classes). After the
     evaluation, the network is in the same mode (training or evaluation) as before.
 
-    If `group` has several replicas, all ranks call this function with the same parameters. The loader of a rank serves
-    the rank's part of the split (`shard` and `world_size` of eval_loader). The returned result is that of the whole
-    split, and has the same bits on every rank. The counts of misses and images are summed as integers, so they are
-    exact.
+    If `group` has several replicas, all ranks must call this function, and their networks must have equal parameters.
+    The loader of a rank serves the rank's part of the split (`shard` and `world_size` of eval_loader). The returned
+    result is that of the whole split, and has the same bits on every rank. The counts of misses and images are summed
+    as integers, so they are exact.
 
-    Raises UserError for a precision that the network's devices do not support. Raises RuntimeError if the loaders serve
-    more or fewer images than the split has, because the error rates would be wrong. Also raises the errors
-    of the loader, and of ReplicaGroup.sum.
+    Raises UserError for a precision that the network's devices do not support. Raises RuntimeError if the loaders of
+    all ranks together serve more or fewer images than the split has, because the error rates would then be wrong. Also
+    raises the errors of the loader and of ReplicaGroup.sum.
     """
     set_precision(precision, network.devices)
     misses, loss, images = torch.zeros(2, dtype=torch.int64), 0.0, 0

@@ -34,9 +34,9 @@ from train.model.precision import autocast, set_precision
 def capture_activations(network: AlexNet, layers: Sequence[str]) -> Iterator[dict[str, list[Tensor]]]:
     """Return a context in which each forward pass writes the activations of `layers` into the yielded dict.
 
-    The keys of the dict are the layers. Each value is a list with one tensor per column of the network. For fc8, the
-    list has only one tensor. The tensor of a conv layer has shape (N, maps, height, width), and the tensor of a fully
-    connected layer has shape (N, units). Raises UserError for a layer that is not one of LAYERS.
+    The keys of the dict are the names of the layers. Each value is a list with one tensor per column of the network.
+    For fc8, the list has only one tensor. The tensor of a conv layer has shape (N, maps, height, width), and the tensor
+    of a fully connected layer has shape (N, units). Raises UserError for a layer that is not one of LAYERS.
     """
     unknown = [layer for layer in layers if layer not in LAYERS]
     if unknown:
@@ -48,7 +48,7 @@ def capture_activations(network: AlexNet, layers: Sequence[str]) -> Iterator[dic
 
     def make_hook(layer: str, column: int) -> Callable[[Any, Any, Tensor], None]:
         def hook(module: Any, inputs: Any, output: Tensor) -> None:
-            # This is a copy, because the nonlinearity of the network overwrites `output`.
+            # The output is copied, because the nonlinearity of the network overwrites `output`.
             value = output.detach().clone()
             value = value if layer == "fc8" else nonlinearity(value)
             if column == 0:

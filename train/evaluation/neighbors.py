@@ -1,8 +1,9 @@
 """Nearest neighbors of an image: the training images with the nearest fc7 activations (figure 4, right).
 
-An index holds keys, labels and fc7 activations (of the centre crops) of the training images. The index for the
-checkpoint of step 232 is saved as `index-fc7-00000232.npz` in the run folder. A saved index is reused if it has the
-requested checkpoint, training split, number of records and precision. Otherwise, a new index replaces the saved index.
+An index holds keys, labels and fc7 activations (of the centre crops) of training images. The index for the checkpoint
+of step 232 is saved as `index-fc7-00000232.npz` in the run folder. A saved index is reused if it was built from the
+same checkpoint and training split, with the same number of records and the same precision. Otherwise, a new index
+replaces the saved index.
 """
 
 from __future__ import annotations

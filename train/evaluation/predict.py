@@ -64,8 +64,8 @@ def load_photographs(
     """Yield (path, central square) of photographs that are preprocessed like the images of the training store.
 
     If a file cannot be used, yields (path, error) for this file, and continues with the next file. Prints a message if
-    a file has an EXIF orientation other than 1, or if the decoder warns. The EXIF orientation is
-    not applied, because alexprep does not apply it to training images.
+    a file has an EXIF orientation other than 1, or if the decoder warns. The EXIF orientation is not applied, because
+    alexprep does not apply the EXIF orientation of training images.
     """
     for path, photograph in read_photographs(paths, transform.settings, max_pixels):
         if isinstance(photograph, UserError):

@@ -1,9 +1,9 @@
 """Class probabilities of all images of a split, saved as .npz, and the log of evaluations.
 
-A saved file is a NumPy .npz file without pickles. The arrays have one row for each image, in the order of the store:
-`probabilities` float32 (N, classes), `labels` int64 (N,), and `keys` (N,) of 8 digits. `about` is a JSON text with the
-keys run, step, checkpoint, split, split_fingerprint, views, precision and classes. The value of checkpoint is the
-digest of the checkpoint, a SHA-256.
+A saved file is a NumPy .npz file without pickles. Three arrays have one row for each image, in the order of the store:
+`probabilities` float32 (N, classes), `labels` int64 (N,), and `keys` (N,), the record keys of 8 digits. `about` is a
+JSON text with the fields run, step, checkpoint, split, split_fingerprint, views, precision and classes. The field
+checkpoint is the SHA-256 digest of the checkpoint.
 
 `evaluations.jsonl` in the run folder has one line for each evaluation.
 """
@@ -37,7 +37,7 @@ from train.replicas.group import ALONE, ReplicaGroup
 from train.runs.append_log import AppendLog, remove_cut_line
 from train.runs.checkpoint import Checkpoint
 
-DENSE = "dense"  # value of `views` for a crop at every 32 px of the central square
+DENSE = "dense"  # value of `views` for a grid of crops, with a stride of 32 px, in the central square
 _EVALUATIONS = "evaluations.jsonl"
 _LARGEST_SUM_ERROR = 0.01  # largest allowed difference between 1 and the sum of an image's probabilities
 _ARRAYS = {
@@ -131,8 +131,8 @@ def predict_split(
     threads           number of threads that prepare images; None: one for each usable core
     service           the service that decodes the images, as for eval_loader; None: this process decodes the images
     service_fallback  what happens if the service is lost, as for eval_loader
-    group             replicas, of which each evaluates its part of the split. On all ranks but rank 0, the returned
-                      Predictions hold no images
+    group             replicas; each replica evaluates its own part of the split. On rank 0, the returned Predictions
+                      hold the whole split. On all other ranks, the returned Predictions hold no images
 
     Rank 0 shows the progress of its own part. Raises the errors of `evaluate` and of eval_loader.
     """
@@ -243,7 +243,7 @@ def record_evaluation(run_dir: Path, about: Mapping[str, Any], result: EvalResul
     """Append a line to the run's evaluations.jsonl, for the report. Raises UserError for a disk error.
 
     If the user has no permission to write into the run folder, a warning is printed instead. Call read_evaluations
-    before the evaluation, so that a damaged file is reported first.
+    before the evaluation begins, so that a damaged evaluations.jsonl is reported before the long computation.
     """
     line = {name: about[name] for name in ("step", "split", "split_fingerprint", "views", "precision")}
     path = run_dir / _EVALUATIONS

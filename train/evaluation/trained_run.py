@@ -109,7 +109,7 @@ class TrainedRun:
         )
         record_evaluation(self.run_dir, predictions.about, result)
         if not os.access(self.run_dir, os.W_OK):  # for example, the run of another user
-            say(f"{path}: the predictions are not saved, because you have no permission to write here.")
+            say(f"{path}: the predictions are not saved, because you have no permission to write into this folder.")
             return predictions
         for old in older:
             old.unlink(missing_ok=True)

@@ -92,7 +92,7 @@ def plan_runs(
             continue
         changed, architecture = apply_overrides(base, ablation.settings), networks[ablation.model]
         if ablation is not BASELINE and changed == base and ablation.model == BASELINE.model:
-            say(f"{ablation.name}: left out, because it does not change recipe {base.name}.")
+            say(f"{ablation.name}: this ablation is left out, because it does not change recipe {base.name}.")
             continue
         for run_seed in range(seed, seed + seeds):
             config = RunConfig(
@@ -139,10 +139,10 @@ def ablate(runs: Sequence[AblationRun], group: ReplicaGroup = ALONE) -> list[Out
 
 
 def known_errors(run: Run) -> tuple[float | None, float | None] | None:
-    """Return the errors (top-1, top-5) in 0..1 in the ablation.json of a run; (None, None) if the training diverged.
+    """Return the errors (top-1, top-5), in 0..1, that ablation.json holds; (None, None) if the training diverged.
 
     Returns None if ablation.json is missing, or if its number of steps is not run.last_step. Raises UserError if the
-    file cannot be read or is damaged, and if the folder holds another run.
+    file cannot be read or is damaged, or if the folder holds another run.
     """
     path, advice = run.run_dir / RESULT, "Remove this file, and repeat the command to measure the run again."
     try:

@@ -2,8 +2,8 @@
 
 Krizhevsky, Sutskever and Hinton (2012) averaged the predictions of five networks. The seed of a member determines its
 initial parameters and its dropout. All members share the stream, with its record order, crops and colour noise. Each
-member is an ordinary run with its own run folder. A member has the same bits as a run that is trained alone with the
-same seed and stream seed.
+member is an ordinary run with its own run folder. The weights of a member have the same bits as if the member were
+trained alone with the same seed and stream seed.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Finds the ensemble that the options of `alextrain run` describe: a new ensemble, or the ensemble in --run-dir.
 
-`alextrain run` calls this module, and reports a missing store, before it imports torch. The module therefore does not
-import torch at its top.
+`alextrain run` reports a missing store before it imports torch. Because this module is used before that import, it does
+not import torch at its top.
 """
 
 from __future__ import annotations
@@ -55,8 +55,9 @@ def requested_ensemble(options: Mapping[str, Any], given: Collection[str]) -> En
     for name, seed in seeds.items():
         if seed != getattr(held, name) and not fork:
             raise UserError(
-                f"--{name.replace('_', '-')} {seed}: the ensemble in {run_dir} has {getattr(held, name)}. Omit the "
-                "option, name a new --run-dir, or begin new runs from the newest checkpoints with --fork NEW_DIR."
+                f"--{name.replace('_', '-')} {seed}: the ensemble in {run_dir} has the {name.replace('_', ' ')} "
+                f"{getattr(held, name)}. Omit the option, name a new --run-dir, or begin new runs from the newest "
+                "checkpoints with --fork NEW_DIR."
             )
     return Ensemble(count, **seeds)
 

@@ -1,11 +1,11 @@
-"""The AlexNet module in PyTorch: two columns on one or two devices, for every architecture of train/config.
+"""AlexNet as a PyTorch module, for every architecture in train/config/architecture.py.
 
-Paper: sections 3.2 and 3.5, figure 2. Each of the two columns has half of the maps or units of every layer except fc8.
-Each column is on one device; both columns can be on the same device. The arrows in figure 2 cross before conv3, fc6,
-fc7 and fc8. There, `cross` joins the activations of both columns. In all other layers, and in every normalization, a
-column sees only its own maps. A network of one column has no crossings. Feature maps are in channels-last layout, in
-which convolution, pooling and normalization across maps are faster than in channels-first layout. On a CPU, a training
-step takes a third less time in channels-last layout.
+The paper describes the network in sections 3.2 and 3.5 and in figure 2. Each of the two columns has half of the maps or
+units of every layer except fc8. Each column is on one device; both columns can be on the same device. The arrows in
+figure 2 cross before conv3, fc6, fc7 and fc8. Before these layers, `cross` joins the activations of both columns. In
+all other layers, and in every normalization, a column sees only its own maps. A network of one column has no crossings.
+Feature maps are in channels-last layout, in which convolution, pooling and normalization across maps are faster than in
+channels-first layout. On a CPU, a training step takes a third less time in channels-last layout.
 
 Shapes, per column, for N images:
 
@@ -46,8 +46,8 @@ class AlexNet(nn.Module):
 
     classes       number of classes
     recipe        gives activation, normalization, pooling, crossing, dropout, initialization and input_divisor
-    devices       device of column 0 and device of column 1, which may be equal; a network of one column ignores the
-                  second
+    devices       the device of column 0 and the device of column 1, which may be the same device; a network of one
+                  column ignores the second device
     architecture  columns and layer widths
 
     Raises ValueError unless there are two devices, or as many devices as columns.
@@ -75,7 +75,7 @@ class AlexNet(nn.Module):
             column.to_empty(device=device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's type stubs lack this overload
         self.fc8.to_empty(device=self.devices[0])
         self._fused = FusedNetwork(self._columns, self.fc8, recipe, architecture, self.devices)
-        self.layer_by_layer = False  # whether each layer is called as a module, with its forward hooks, even on a GPU
+        self.layer_by_layer = False  # True: each layer is called as a module, so that forward hooks run even on a GPU
         if self.devices[0].type != "meta":
             initialize(self)
 
@@ -104,11 +104,12 @@ class AlexNet(nn.Module):
         return self._fully_connected([maps.flatten(1) for maps in self._convolutional(images)])
 
     def dense(self, images: Tensor) -> Tensor:
-        """Return logits (N, classes, rows, columns) for all crops of 224 px of images (N, 3, H, W).
+        """Return logits (N, classes, rows, columns) for images (N, 3, H, W): one vector of logits for each crop.
 
-        The stride of the crops is 32 px. Images of 256 px give 2 × 2 crops. At the edge of a crop, the layers see the
-        adjacent pixels of the image instead of zero padding. The logits are therefore close, but not equal, to the
-        logits of `forward` for each crop alone. Raises ValueError for images smaller than 224 px.
+        The crops have 224 px and a stride of 32 px, so an image of 256 px has 2 rows and 2 columns of crops. At the
+        edge of a crop, the layers see the adjacent pixels of the image instead of zero padding. The logits are
+        therefore close, but not equal, to the logits of `forward` for each crop alone. Raises ValueError for images
+        smaller than 224 px.
         """
         if images.dim() != 4 or images.shape[1] != 3 or min(images.shape[2:]) < CROP_PX:
             raise ValueError(f"images of shape {tuple(images.shape)}, expected (N, 3, H, W), H and W ≥ {CROP_PX}")
@@ -116,13 +117,11 @@ class AlexNet(nn.Module):
         return self._fully_connected(self._fused.maps(images) if fused else self._convolutional(images))
 
     def cross(self, halves: Sequence[Tensor], receivers: Sequence[torch.device] | None = None) -> list[Tensor]:
-        """Return the activations of both columns, joined along dim 1 with column 0 first.
-
-        There is one tensor for each receiver.
+        """Return the activations `halves` of both columns, joined along dim 1 with column 0 first, for each receiver.
 
         receivers  devices that need the joined tensor; None: the device of each column
 
-        Columns on the same device share the joined tensor. In a network of one column the activations are returned
+        Columns on the same device share the joined tensor. In a network of one column, the activations are returned
         unchanged.
         """
         return join_on_devices(halves, receivers or self.devices)
@@ -180,7 +179,7 @@ class AlexNet(nn.Module):
         return [column for column in self.columns if isinstance(column, Column)]
 
     def _uses_fused_kernels(self, images: Tensor) -> bool:
-        """Return True if train/model/gpu computes the layers.
+        """Return True if the fused kernels of train/model/gpu compute the layers for these images.
 
         The result is False if a device is not a GPU or lacks working Triton kernels. The result is also False if
         `layer_by_layer` is true, if torch compiles the network, or if the images need a gradient.

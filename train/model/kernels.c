@@ -1,27 +1,28 @@
 /* Operations of a training step on a CPU, each in one pass over memory: ReLU, local response normalization and
  * max-pooling; the parameter update; sums of squares. kernels.py calls the functions. lrn.py, pooling.py and
  * train/optim have equivalents in PyTorch operators. Feature maps are channels-last arrays (images, rows, columns,
- * maps) without gaps. A "position" is one row and column of one image: `maps` consecutive values. */
+ * maps) without gaps. A "position" is one pixel of one image: `maps` consecutive values. */
 
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
 
-#ifdef CLONES /* compile each function twice; the dynamic linker picks the faster one that this CPU can run */
+#ifdef CLONES /* compile each function twice; the dynamic linker picks the fastest version that this CPU can run */
 #define EACH_CPU __attribute__((target_clones("arch=x86-64-v3", "default")))
 #else
 #define EACH_CPU
 #endif
 #define INLINE static inline __attribute__((always_inline))
 
-/* Parameters of b = a (k + alpha * sum of a² over `reach` maps on either side)^-3/4. beta is always 3/4. */
+/* Parameters of b = a (k + alpha * sum of a²)^-3/4. The sum is over a map and the `reach` maps on each side of this
+ * map. beta is always 3/4. */
 typedef struct {
     int64_t maps, reach; /* reach < maps */
     int64_t relu;        /* nonzero: a = max(x, 0); zero: a = x */
     float alpha, k;
 } norm_params;
 
-/* Parameters of 3 by 3 max-pooling with stride 2. b is pooled if `normalize`, and otherwise x. */
+/* Parameters of 3 by 3 max-pooling with stride 2. If `normalize`, b (see norm_params) is pooled, and otherwise x. */
 typedef struct {
     int64_t rows, columns; /* of x, at least 3 */
     int64_t normalize, relu_after;
@@ -136,8 +137,9 @@ EACH_CPU void norm_backward(const float *x, const float *grad, int64_t positions
     }
 }
 
-/* Pool three rows of x into one row of `windows` windows: the maximum of each 3 by 3 window, and its index 0 to 8 in
- * the window. As in PyTorch, the first of equal values counts, and NaN counts as greater than any number. */
+/* Pool three rows of x into one row of `windows` windows. Write the maximum of each 3 by 3 window, and the index, 0 to
+ * 8, of the maximum within the window. As in PyTorch, the first of equal values counts, and NaN counts as greater than
+ * any number. */
 INLINE void pool_row(const float *const rows[3], int64_t windows, int64_t maps, int64_t relu, float *restrict out,
                      uint8_t *restrict argmax) {
     for (int64_t q = 0; q < windows; q++, out += maps, argmax += maps) {
@@ -162,10 +164,10 @@ INLINE void pool_row(const float *const rows[3], int64_t windows, int64_t maps, 
 typedef struct {
     const float *grad; /* the gradient of the pooled row */
     const uint8_t *argmax;
-    int32_t first_index; /* index, in a window, of the row's left position: 0, 3 or 6; NO_WINDOWS: row in no window */
+    int32_t first_index; /* index of the leftmost value of the row within a window: 0, 3 or 6; or NO_WINDOWS */
 } window_row;
 
-#define NO_WINDOWS 10 /* larger than every value of argmax, which is at most 9 */
+#define NO_WINDOWS 10 /* no window covers the value; larger than every value of argmax, which is at most 9 */
 
 INLINE float gradient_if(const float *grad, const uint8_t *argmax, int64_t at, int32_t index) {
     const float gradient = grad[at];
@@ -176,7 +178,8 @@ INLINE float gradient_if(const float *grad, const uint8_t *argmax, int64_t at, i
 INLINE void unpool_row_from(window_row a, window_row b, int64_t both, int64_t columns, int64_t maps,
                             float *restrict out) {
     const int64_t windows = POOLED(columns);
-    /* Column 2q is the left of window q and the right of window q - 1; column 2q + 1 is the middle of window q. */
+    /* Column 2q of x is the left column of window q and the right column of window q - 1. Column 2q + 1 is the middle
+     * column of window q. */
     for (int64_t q = 0; q <= windows; q++) {
         const int64_t this = (q < windows ? q : q - 1) * maps, last = (q > 0 ? q - 1 : q) * maps;
         const int32_t left = q < windows ? 0 : NO_WINDOWS, right = q > 0 ? 2 : NO_WINDOWS, middle = left + 1;
@@ -195,7 +198,8 @@ INLINE void unpool_row_from(window_row a, window_row b, int64_t both, int64_t co
     }
 }
 
-/* Compute the gradient of row `row` of x. Row 2p is the top of the row p of windows and the bottom of the row p - 1. */
+/* Compute the gradient of row `row` of x. Row 2p of x is the top row of the windows in window row p, and the bottom row
+ * of the windows in window row p - 1. */
 INLINE void unpool_row(const float *grad, const uint8_t *argmax, int64_t row, int64_t rows, int64_t columns,
                        int64_t maps, float *restrict out) {
     const int64_t p = row / 2, length = POOLED(columns) * maps, last = POOLED(rows) - 1;
@@ -256,7 +260,7 @@ EACH_CPU void update(float *restrict w, float *restrict v, const float *restrict
     }
 }
 
-#define LANES 8 /* independent sums, so that the compiler can use vectors without changing the order of an addition */
+#define LANES 8 /* number of independent sums; the compiler can use vectors without reordering the additions of a sum */
 
 /* Write the sum of the squares of each block of `block` values of x, in float64. The last block can be shorter. The
  * square of a float32 number is exact in float64. */

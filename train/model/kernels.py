@@ -29,7 +29,7 @@ _UPDATE_BLOCK = 1 << 16  # number of values in a block; `update` and `sum_of_squ
 class NormParams(ctypes.Structure):
     """Parameters of local response normalization: b = a · (k + α Σ a²)^−¾. If `relu`, a = max(x, 0); otherwise a = x.
 
-    The sum is over a map and the `reach` maps on either side of it.
+    Σ a² is the sum over a map and the `reach` maps on each side of this map.
     """
 
     _fields_ = (
@@ -46,7 +46,7 @@ class NormParams(ctypes.Structure):
     def padded(self, positions: int) -> int:
         """Return the number of values in a buffer for `positions` pixels.
 
-        Zeros lie before, between and after the pixels.
+        In the buffer, `reach` zeros lie before the first pixel, between two pixels, and after the last pixel.
         """
         return int(self.reach + positions * (self.maps + self.reach))
 
@@ -118,8 +118,9 @@ class NativeKernels:
     def pool(self, x: Tensor, pool: PoolParams, norm: NormParams) -> tuple[Tensor, Tensor]:
         """Apply ReLU, normalization and max-pooling to x, as the parameters `norm` and `pool` specify.
 
-        Returns the pooled maps, and a uint8 tensor of the same shape. The uint8 tensor has the index 0 to 8 of each
-        maximum in its window, or 9 where the ReLU after pooling has the gradient 0.
+        Returns the pooled maps, and a uint8 tensor of the same shape. For each pooled value, the uint8 tensor has the
+        index, 0 to 8, of the maximum within the pooling window. If the ReLU after pooling has the gradient 0, the
+        uint8 tensor has 9 instead.
         """
         images, maps, rows, columns = x.shape
         out, argmax = (
@@ -211,9 +212,9 @@ def _address(x: Tensor, position: int) -> int:
 def is_correct(kernels: NativeKernels) -> bool:
     """Return True if the kernels give the same results as float64 PyTorch operators on small tensors.
 
-    Two calls of _is_correct_for test every function. The tests cover windows that are clipped at the first and last
-    map. In the tests, the number of maps is not a multiple of the vector length. The tests also cover ReLU before
-    normalization and ReLU after pooling.
+    Two calls of _is_correct_for test every function. The tests cover normalization windows that are clipped at the
+    first and last map, numbers of maps that are not a multiple of the vector length, ReLU before normalization, and
+    ReLU after pooling.
     """
     return _is_correct_for(kernels, 44, 5, (6, 7), True, False) and _is_correct_for(kernels, 9, 7, (5, 8), False, True)
 

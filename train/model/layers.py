@@ -42,7 +42,8 @@ class Column(nn.Module):
     """The layers of one column: all layers except fc8.
 
     w        widths of the layers of this column
-    visible  number of columns that pass activations to conv3, fc6 and fc7 of this column: all, or 1 without crossings
+    visible  number of columns whose activations are the input of this column's conv3, fc6 and fc7: all columns, or 1
+             if the network has no crossings
     """
 
     def __init__(self, w: Widths, visible: int) -> None:
@@ -62,9 +63,10 @@ def drop(x: Tensor, recipe: Recipe, training: bool, replicas: ReplicaGroup = ALO
     Training sets values to zero with probability p = recipe.dropout. If recipe.dropout_scales_training is True,
     training also divides the other values by 1 − p. If it is False, evaluation multiplies all values by 1 − p.
 
-    replicas  the replicas that compute a step together. Their random generators have the same state. Each replica draws
-    random numbers for the images of all replicas, in the order of the ranks, and uses the numbers of its own images.
-    One process with all images would draw the same numbers
+    replicas  the replicas that compute a training step together. The random generators of all replicas have the same
+              state. Each replica draws random numbers for the images of all replicas, in the order of the ranks, and
+              uses only the numbers for its own images. The numbers are therefore the same as in one process that has
+              the images of all replicas
     """
     p = recipe.dropout
     if p == 0:
@@ -80,12 +82,12 @@ def drop(x: Tensor, recipe: Recipe, training: bool, replicas: ReplicaGroup = ALO
 
 
 def join_on_devices(parts: Sequence[Tensor], receivers: Sequence[torch.device]) -> list[Tensor]:
-    """Return one tensor for each receiver: the tensors `parts`, joined along dim 1 on this device.
+    """Join the tensors `parts` along dim 1. Returns the joined tensor on each device of `receivers`, in their order.
 
-    Equal receivers share one tensor.
+    If a device occurs twice in `receivers`, the list has the same tensor twice. If `parts` has only one tensor, the
+    result is a list of only this tensor, unchanged and on its own device.
 
-    No other function moves activations between devices. If there is only one part, the result is a list of only this
-    part.
+    No other function moves activations between devices.
     """
     if len(parts) == 1:
         return list(parts)

@@ -7,15 +7,15 @@ Across maps, for map i of one column:
 As in the paper, α is not divided by n. The authors' code (layer.py: scale / size) and torch.nn.LocalResponseNorm divide
 α by n. For the same result, the `alpha` of torch.nn.LocalResponseNorm must be n times the α of this module.
 
-The module has three implementations. Each implementation can apply a ReLU first, and saves only x for the backward
-pass:
+For training and evaluation, the module has three implementations of the normalization across maps. Each of them can
+apply a ReLU first, and saves only x for the backward pass:
 
     kernels.c       for float32 on a CPU with β = ¾ (two square roots give s^−¾); errors of at most 6 ulp
     gpu/            Triton kernels for a GPU, if Triton is installed and works (see gpu/fault.py)
     _LrnOperators   PyTorch operators, for all other cases; the tests compare the other implementations with this class
 
-torch.export cannot trace C kernels. torch.export also converts in-place additions to scatter operations. Exported
-networks therefore use `_traceable`.
+torch.export cannot trace C kernels, and converts in-place additions to scatter operations. A network that is exported
+therefore uses a fourth implementation, `_traceable`.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ class _LrnOperators(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None, None]:
         # If i is in the window of j, db_j/da_i = s_j^−β [i = j] − 2αβ a_i a_j s_j^−(β+1); otherwise db_j/da_i = 0. i is
-        # in the window of j exactly if j is in the window of i.
+        # in the window of j exactly if j is in the window of i, so the sum over j is a sum over the window of i.
         (x,) = ctx.saved_tensors
         size, alpha, beta, k, relu = ctx.constants
         a = _activations(x, relu)

@@ -1,9 +1,9 @@
 """Max-pooling with stride 2 (section 3.4 of the paper). On a CPU, ReLU and normalization are fused with the pooling.
 
-Windows of 3 px overlap. On a CPU, memory access takes more time than arithmetic. kernels.c therefore computes ReLU,
-normalization and pooling in one pass over memory. For the backward pass, one byte is saved for each pooled value. The
-input is saved only if there is a normalization. If kernels.c cannot be used, PyTorch operators are applied one after
-the other.
+Neighboring windows of 3 px overlap. On a CPU, memory access takes more time than arithmetic. kernels.c therefore
+computes ReLU, normalization and pooling in one pass over memory. For the backward pass, one byte is saved for each
+pooled value. The input is saved only if there is a normalization. If kernels.c cannot be used, PyTorch operators are
+applied one after the other.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """LARS: SGD that scales the learning rate of each layer, for batches of thousands of images.
 
-You, Gitman and Ginsburg 2017, Large Batch Training of Convolutional Networks (arXiv 1708.03888), algorithm 1. Algorithm
-1 uses the weights w of a layer, their gradient g, the learning rate γ of the schedule, the weight decay β, the momentum
-m and the trust coefficient η:
+The source is algorithm 1 of Large Batch Training of Convolutional Networks (Y. You, I. Gitman and B. Ginsburg 2017,
+arXiv 1708.03888). Algorithm 1 uses the weights w of a layer, their gradient g, the learning rate γ of the schedule, the
+weight decay β, the momentum m and the trust coefficient η:
 
     λ = η · ‖w‖ / (‖g‖ + β · ‖w‖)               the local rate of the layer
     v ← m · v − γ · λ · (g + β · w)
@@ -18,10 +18,13 @@ src/caffe/solvers/sgd_solver.cpp of borisgin/nvcaffe, a fork of NVIDIA's Caffe):
 - λ is 1 if ‖w‖ or ‖g‖ is 0. With λ = 0, biases that start at 0 could not change.
 - λ is not limited. With `larc_policy: "clip"`, a later version of the authors' code limits γ · λ to γ.
 
-The authors' code differs from the paper, and from this module, in two points. In λ, the authors' code uses one β for
-all parameters, even for parameters without weight decay. For parameters without weight decay, this module uses β = 0.
-On a CPU, the authors' code computes ‖g + β · w‖ instead of ‖g‖. Later versions of the authors' code leave β · ‖w‖ out
-of λ.
+The authors' code differs from the paper, and from this module, in two points:
+
+- In λ, the authors' code uses one β for all parameters, even for parameters without weight decay. This module uses
+  β = 0 for parameters without weight decay.
+- On a CPU, the authors' code computes ‖g + β · w‖ instead of ‖g‖.
+
+Later versions of the authors' code also leave β · ‖w‖ out of λ.
 
 A layer of a network with two columns is divided between the columns, which may be on two GPUs. The norms of a divided
 layer are those of the joined layer. The columns therefore have the same λ, and the network trains like a network with
@@ -57,7 +60,7 @@ class LocalRates:
 
     @torch.no_grad()
     def __call__(self, decay_of: Mapping[nn.Parameter, float]) -> dict[nn.Parameter, Tensor]:
-        """Return λ of each parameter in `decay_of`, as float64 () on the device of the parameter.
+        """Return λ of each parameter in `decay_of`: a float64 tensor of shape () on the device of the parameter.
 
         decay_of  {parameter with a gradient: its weight decay}
         """
@@ -69,7 +72,7 @@ class LocalRates:
         rates: dict[nn.Parameter, Tensor] = {}
         for column, own in zip(columns, by_column, strict=True):
             sums = torch.zeros_like(own)
-            for others in by_column:  # F.pad gives `others` the length of `column`: it adds zeros, or cuts
+            for others in by_column:  # F.pad appends zeros to `others`, or cuts its end, to the length of `column`
                 sums += F.pad(others.to(own.device, non_blocking=True), (0, len(column) - others.shape[1]))
             weights, gradients = sums.sqrt().unbind()
             decays = self._decay_tensor(own.device, tuple(decay_of[parameter] for parameter in column))
@@ -79,7 +82,7 @@ class LocalRates:
         return rates
 
     def _decay_tensor(self, device: torch.device, decays: tuple[float, ...]) -> Tensor:
-        """Return the weight decays as float64 (n,).
+        """Return the n weight decays as a float64 tensor of shape (n,).
 
         Only the first call with these arguments copies data to the device. A CUDA graph cannot contain such a copy.
         """
@@ -91,7 +94,7 @@ class LocalRates:
 def _sums_of_squares(parameters: Sequence[nn.Parameter]) -> Tensor:
     """Return float64 (2, n) on the device of the parameters: Σ w² and Σ g² of each of the n parameters."""
     tensors = [*parameters, *(p.grad for p in parameters if p.grad is not None)]
-    if tensors[0].device.type == "cuda":  # foreach operations need only a few launches for all tensors
+    if tensors[0].device.type == "cuda":  # foreach operations launch only a few kernels for all tensors
         sums = torch.stack(torch._foreach_norm(tensors)).double().square()
     else:
         sums = torch.stack([_sum_of_squares(tensor) for tensor in tensors])
@@ -99,7 +102,10 @@ def _sums_of_squares(parameters: Sequence[nn.Parameter]) -> Tensor:
 
 
 def _sum_of_squares(x: Tensor) -> Tensor:
-    """Return Σ x², float64 (). PyTorch's float32 norm of a layer with 38 million weights would be 0.25 % too small."""
+    """Return Σ x² as a float64 tensor of shape ().
+
+    PyTorch's own float32 norm of a layer with 38 million weights would be 0.25 % too small.
+    """
     if kernels.native is not None and x.device.type == "cpu" and x.dtype == torch.float32 and same_dense_layout(x):
         return torch.tensor(kernels.native.sum_of_squares(x), dtype=torch.float64)
     values = x.flatten()

@@ -32,7 +32,7 @@ from train.optim.rate_tensor_update import RateTensorUpdate, Trio, update_with_r
 class PaperSGD(torch.optim.Optimizer):
     """SGD by the paper's rule.
 
-    In a group with lr 0, neither the parameters nor the velocity change (weights.cu:148).
+    In a group with lr 0, neither the parameters nor their velocities change (weights.cu:148).
     """
 
     def __init__(
@@ -103,7 +103,10 @@ class PaperSGD(torch.optim.Optimizer):
         self._rate_tensor_update.write_addresses()
 
     def _step_with(self, local_rates: LocalRates) -> None:
-        """Update every parameter that has a gradient, with its group's learning rate times its local rate."""
+        """Update every parameter that has a gradient.
+
+        The learning rate is that of the parameter's group, times the parameter's local rate.
+        """
         group_of = {
             parameter: group
             for group in self.param_groups

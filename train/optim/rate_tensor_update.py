@@ -51,7 +51,7 @@ class RateTensorUpdate:
         self._written: list[float | None] = [None] * groups
         self._decays = torch.tensor([trio.decay for trio in trios], device=self._device)
         self._scales = torch.ones(len(trios), device=self._device)  # factor of each parameter's rate: λ of lars.py
-        # ---- (parameters, 5): addresses of parameter, velocity and gradient; number of values; index of its group
+        # One row for each parameter: addresses of parameter, velocity and gradient; number of values; group's index
         self._table = torch.zeros(len(trios), 5, dtype=torch.int64, device=self._device)
         sizes = [trio.parameter.numel() for trio in trios]
         blocks = [(index, start) for index, size in enumerate(sizes) for start in range(0, size, _BLOCK)]
@@ -88,7 +88,11 @@ class RateTensorUpdate:
                 update_with_rate(w, v, w.grad, self._momentum, self._rates[group] * scale, decay)
 
     def write_addresses(self) -> None:
-        """Write the table for the kernel. A parameter without a gradient gets 0 values, so that it is not updated."""
+        """Write the table for the kernel.
+
+        In the row of a parameter without a gradient, the number of values is 0, so that the kernel does not update the
+        parameter.
+        """
         rows = []
         for w, v, group, _ in self._trios:
             if w.grad is None:

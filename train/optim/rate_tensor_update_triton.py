@@ -11,7 +11,7 @@ import triton.language as tl  # type: ignore[import-not-found,import-untyped,unu
 
 @triton.jit  # type: ignore[untyped-decorator,unused-ignore]
 def _tensor(table, entry):
-    """Return the pointer to a float32 tensor whose address is number `entry` of the table, a multiple of 16 bytes."""
+    """Return the pointer to a float32 tensor: the address table[entry], which is a multiple of 16 bytes."""
     return tl.multiple_of(tl.load(table + entry), 16).to(tl.pointer_type(tl.float32))
 
 

@@ -29,7 +29,7 @@ def _restored(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_every_operator_of_a_training_has_a_deterministic_algorithm(
     stores: dict[str, Path], tmp_path: Path, recipe: str
 ) -> None:
-    """With the option, PyTorch raises RuntimeError for a nondeterministic operator.
+    """With --deterministic, PyTorch raises RuntimeError for a nondeterministic operator.
 
     On a CPU, the option must not change a bit of the result.
     """

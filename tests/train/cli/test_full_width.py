@@ -1,4 +1,4 @@
-"""The commands of alextrain run one after another on a CPU, with the paper's network at full width."""
+"""Executes commands of alextrain one after another, on a CPU, with the paper's network at full width."""
 
 from __future__ import annotations
 

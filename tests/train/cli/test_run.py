@@ -28,7 +28,7 @@ def small_alexnet(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def default_signals() -> Iterator[None]:
-    """Set the default action of SIGHUP, because nohup may have changed it. Restore the handlers after the test."""
+    """Reset SIGHUP to its default action, which nohup may have changed. Restore all handlers after the test."""
     before = {signum: signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGHUP)}
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
     yield

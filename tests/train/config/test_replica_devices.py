@@ -80,5 +80,5 @@ def test_replicas_divide_the_cores_that_they_share() -> None:
     all_cores = list(range(8))
     assert threads_per_replica(all_cores, [all_cores] * 4) == 2
     assert threads_per_replica(all_cores, [all_cores] * 16) == 1
-    # If each process is bound to its own cores, it uses all of them.
+    # If each process is bound to cores of its own, each process uses all of its cores.
     assert threads_per_replica([0, 1, 2, 3], [[0, 1, 2, 3], [4, 5, 6, 7]]) == 4

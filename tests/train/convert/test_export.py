@@ -85,8 +85,8 @@ def test_onnx_gives_the_same_outputs_for_any_batch(
 ) -> None:
     """The test exports three networks.
 
-    The first network has two columns, and LRN within maps before ReLU. The second network has one column, and the
-    paper's LRN. The third network has one column, and no LRN.
+    The first network has two columns, LRN before ReLU in layer 1, and LRN within maps in layer 2. The second network
+    has one column, and the paper's LRN. The third network has one column, and no LRN.
     """
     run_dir, network = make_run(SMALL[name], recipe)
     out = tmp_path / "net.onnx"

@@ -108,10 +108,7 @@ def test_an_imported_run_can_be_trained_further(weights: Path, store: Path, tmp_
 
 
 def test_exported_weights_are_the_same_after_import(make_run: MakeRun, store: Path, tmp_path: Path) -> None:
-    """The test compares all weights.
-
-    If the test changes the classes in the exported file, the import refuses the file.
-    """
+    """The test compares all weights. Then the test changes the classes in the file, and the import refuses the file."""
     run_dir, network = make_run(SMALL["torchvision"], MODERN_SCALED_AT_TEST_TIME)
     out = tmp_path / "net.pth"
     json_lines("export", run_dir, "--to", "torchvision", "--out", out)

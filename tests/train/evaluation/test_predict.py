@@ -1,4 +1,4 @@
-"""Tests of the command `predict`, and that predictions for a photograph and for its record in a store agree."""
+"""Tests of the command `predict`. Predictions for a photograph must equal those for its record in a store."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_predict_needs_the_description_of_the_store_in_run_json_but_not_the_stor
 
 
 def test_bad_photographs_do_not_end_predict(small_run: Path, photo_folder: Path, tmp_path: Path) -> None:
-    """One file is no image, and one does not exist."""
+    """One of the photographs is no image, and another does not exist."""
     good = sorted((photo_folder / "val").glob("*.JPEG"))[:2]
     (tmp_path / "text.jpg").write_text("no image")
     alone = json_lines("predict", small_run, *good, "--views", "1")

@@ -1,4 +1,4 @@
-"""Tests of the predictions for a split of a store that are saved in a run folder and used again."""
+"""Tests of the predictions that are saved in a run folder and used again."""
 
 from __future__ import annotations
 

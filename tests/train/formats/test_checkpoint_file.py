@@ -1,4 +1,4 @@
-"""Checkpoints with a correct digest and wrong content are refused. One line of error names the wrong field."""
+"""Checkpoints with a correct digest but wrong content are refused. The error has one line and names the wrong field."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Edit = Callable[[dict[str, Any]], object]
 
 
 def put(value: object, *path: str | int) -> Edit:
-    """Return an edit that sets the field at `path`, a sequence of keys, to `value`."""
+    """Return a function that sets the field at `path`, a sequence of keys, to `value`."""
 
     def edit(content: dict[str, Any]) -> None:
         target: Any = content

@@ -1,4 +1,4 @@
-"""Damaged files in a run folder give one line of error that names the file and the field, and no command hangs."""
+"""Damaged files in a run folder give an error of one line that names the file and the field. No command hangs."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def test_settings_of_another_version_are_kept(run_dir: Path) -> None:
 def test_a_run_may_be_longer_than_it_can_ever_be_trained(run_dir: Path) -> None:
     """With `--epochs 2147483648`, the run goes on until the user stops it.
 
-    Version 0.1.0 did not limit the numbers of epochs and intervals, so older runs may have such settings.
+    Version 0.1.0 did not limit options such as --epochs and --checkpoint-every, so older runs may have such settings.
     """
     description = changed(tiny_description(), "settings.epochs", 10**10)
     description = changed(description, "settings.checkpoint_every", 10**12)

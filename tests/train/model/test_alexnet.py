@@ -142,7 +142,7 @@ def test_the_table_of_layers_has_the_papers_shapes_and_parameters() -> None:
 
 def test_each_column_has_half_of_the_papers_weights() -> None:
     joined = AlexNet(1000, PAPER, ("meta", "meta")).parameters_by_joined_name()
-    # The joined weight of conv2 has the shape (256, 48, 5, 5). Each column has half of it.
+    # The joined weight of conv2 has the shape (256, 48, 5, 5). Each column has half of this weight.
     assert [tuple(p.shape) for p in joined["conv2.weight"]] == [(128, 48, 5, 5)] * 2
     assert [tuple(p.shape) for p in joined["conv3.weight"]] == [(192, 256, 3, 3)] * 2
     assert [tuple(p.shape) for p in joined["fc6.weight"]] == [(2048, 9216)] * 2

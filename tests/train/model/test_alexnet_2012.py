@@ -103,8 +103,8 @@ def test_figure_2_units_are_connected_to_the_maps_that_the_figure_shows(
     """To find connections, the test computes the gradient of each unit with respect to each map of the layer below.
 
     Units of conv2, conv4 and conv5 depend on all maps of their own column in the layer below, and on no map of the
-    other column. Units of conv3, fc6 and fc7 depend on the maps of both columns. In a network without crossing, they
-    depend only on the maps of their own column. Units of fc8 depend on both columns, with and without crossing.
+    other column. Units of conv3, fc6 and fc7 depend on the maps of both columns. In a network without crossing, these
+    units depend only on the maps of their own column. Units of fc8 depend on both columns, with and without crossing.
     """
     torch.manual_seed(0)
     recipe = replace(recipe, activation="tanh", init="he", input_divisor=64.0, dropout=0.0, crossing=crossing)

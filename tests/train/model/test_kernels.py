@@ -30,7 +30,10 @@ def load(path: Path) -> kernels.NativeKernels | None:
 
 
 def outputs_and_gradients() -> list[Tensor]:
-    """Return outputs and gradients of all kernels. No number of maps is a multiple of the vector or block size."""
+    """Return outputs and gradients of the normalization and pooling kernels.
+
+    No number of maps is a multiple of the vector length, and no number of pixels is a multiple of the block size.
+    """
     results = []
     for shape in ((3, 44, 9, 8), (1, 9, 31, 20), (5, 3, 3, 3)):
         x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).mul_(30).requires_grad_()
@@ -66,10 +69,10 @@ def test_run_in_threads_covers_every_item_once(items: int, threads: int, monkeyp
 
 @needs_kernel
 def test_kernels_read_and_write_only_inside_their_tensors() -> None:
-    """In one pass, each tensor ends just before a protected page. In another pass, each tensor begins just after a
-    protected page.
+    """An access to a protected page of memory kills the process.
 
-    An access to a protected page kills the process.
+    In the first pass, each tensor ends just before a protected page. In the second pass, each tensor begins just after
+    a protected page.
     """
     program = """
 import ctypes, mmap, os
@@ -118,11 +121,11 @@ os._exit(0)
 @needs_kernel
 @pytest.mark.parametrize("layouts", ["alike", "different", "strided"])
 def test_an_update_with_and_without_the_kernel_is_the_same(layouts: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The tensors: the weight of a convolution, a weight of more than one block, biases, and an empty tensor.
+    """The tensors are the weight of a convolution, a weight of more than one block, biases, and an empty tensor.
 
-    layouts  alike      the convolution's weight and gradient are channels last
-             different  the convolution's weight is channels last, and its gradient is not
-             strided    all tensors are strided
+    layouts  alike      the convolution's weight and its gradient are channels last
+             different  the convolution's weight is channels last, but its gradient is channels first
+             strided    the tensors have gaps in memory
     """
     results = []
     for native in (kernels.native, None):

@@ -26,7 +26,7 @@ def lrn_reference(a: Numbers, n: int, alpha: float, beta: float, k: float) -> Nu
 
 
 def gradient_reference(a: Numbers, grad: Numbers, n: int, alpha: float, beta: float, k: float) -> Numbers:
-    """Return the gradient of the input: for each input map, a sum over the output maps whose window contains it."""
+    """Return the gradient of the input: for each input map, a sum over the output maps whose window has this map."""
     maps = a.shape[1]
     gradient = np.zeros_like(a)
     for i in range(maps):
@@ -39,7 +39,7 @@ def gradient_reference(a: Numbers, grad: Numbers, n: int, alpha: float, beta: fl
 
 
 def random_maps(count: int, *, last: bool = True, seed: int = 0) -> Tensor:
-    """Return float32 (2, count, 4, 5) with positive and negative values, with channels last in memory if `last`."""
+    """Return float32 (2, count, 4, 5) with positive and negative values. `last` chooses the channels-last layout."""
     x = torch.randn(2, count, 4, 5, generator=torch.Generator().manual_seed(count + seed)) * 30
     return x.contiguous(memory_format=torch.channels_last) if last else x
 

@@ -51,9 +51,9 @@ def test_fused_pooling_equals_separate_operators(
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_equal_values_and_nan_are_treated_as_by_torch(layout: torch.memory_format, implementation: None) -> None:
-    """If several values are equal, the first one gets the gradient.
+    """If several values of a window equal its maximum, the first of these values gets the gradient.
 
-    A NaN counts as the maximum. If a window has several NaNs, the last one gets the gradient.
+    A NaN counts as the maximum. If a window has several NaNs, the last NaN gets the gradient.
     """
     x = torch.randint(-2, 3, (4, 10, 9, 9), generator=torch.Generator().manual_seed(1)).float()
     x[torch.rand(x.shape, generator=torch.Generator().manual_seed(2)) < 0.05] = float("nan")

@@ -1,4 +1,4 @@
-"""Fixture `observed_run`: a run with its terminal output, and with the status that was read while it was running."""
+"""Fixture `observed_run`: a run, its terminal output, and its status, which was read while the run was in progress."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ _PARTS = re.compile(r"\x1b\[([0-9;?]*)([A-Za-z])|\r|\n|[^\x1b\r\n]+")
 def run_in_terminal(command: Sequence[str], columns: int, keys: Mapping[str, bytes]) -> tuple[int, list[str]]:
     """Run a program in a terminal. Returns its exit code, and the rows of the screen without blank rows.
 
-    keys  bytes to type as soon as a text has been printed, for example {"ready": b"\\x03"} for Ctrl-C
+    keys  {text: bytes to type as soon as the program has printed this text}, as in {"ready": b"\\x03"} for Ctrl-C
     """
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 50, columns, 0, 0))

@@ -28,8 +28,8 @@ def test_tensorboard_reads_every_value_of_metrics_jsonl_once(observed_run: Obser
 def test_a_resumed_run_has_no_point_and_no_line_twice(tmp_path: Path) -> None:
     """Twice, the run is killed after it has logged step 5, and resumes from step 4.
 
-    At the second resumption, the validation after step 4 is due, and is logged again. At the start of the run, line 1
-    of metrics.jsonl is in no event file.
+    At the second resumption, the validation after step 4 is due, and is logged again. When the first MetricsLog is
+    created, metrics.jsonl already has a line that is in no event file.
     """
     result = EvalResult(0.5, 0.25, 2.0, 12)
     (tmp_path / "metrics.jsonl").write_text(json.dumps({**training_line(1), "unix_time_s": 5.0}) + "\n")

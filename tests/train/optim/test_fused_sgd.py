@@ -90,7 +90,7 @@ def renamed(*args: object, **kwargs: object) -> None:
 
 
 def without_lr(weights: list[Tensor], gradients: list[Tensor], velocities: list[Tensor], **kwargs: object) -> None:
-    """A replacement for torch's kernel that ignores a negative learning rate, as a later version of torch might do."""
+    """A replacement for torch's function that ignores a negative learning rate, as a later version of torch might."""
     for velocity in velocities:
         velocity.mul_(0.5)
 

@@ -86,7 +86,7 @@ def train(
 def test_the_update_is_the_formula_of_the_paper(steps: int, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The 20 learning rates are a warm-up and then a polynomial decay.
 
-    The batch size is half of the recipe's batch size.
+    The batch size is half of `lr_batch`, so each learning rate is half of the recipe's.
     """
     if kind != "kernel":
         monkeypatch.setattr(kernels, "native", None)
@@ -145,7 +145,7 @@ def two_columns(recipe: Recipe = LARGE) -> tuple[AlexNet, PaperSGD, dict[str, Te
 
 
 def test_two_columns_are_updated_like_the_joined_layers() -> None:
-    """A layer that is divided into columns still has one norm. The two halves have other norms than the layer."""
+    """A layer that is divided into columns still has one norm, which differs from the norms of the two halves."""
     network, optimizer, gradients = two_columns()
     gradients = {name: channels_last(g) for name, g in gradients.items()}
     before = network.joined_tensors()

@@ -1,4 +1,4 @@
-"""PaperSGD is compared with the paper's rule in NumPy and with torch.optim.SGD. Tests of weight decay by parameter."""
+"""PaperSGD is compared with the paper's rule in NumPy and with torch.optim.SGD. Also tests weight decays of recipes."""
 
 from __future__ import annotations
 

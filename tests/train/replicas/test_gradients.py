@@ -33,7 +33,7 @@ def parameters_of(rank: int) -> list[nn.Parameter]:
 def test_gradients_are_summed_and_keep_the_layout_of_the_parameters(
     monkeypatch: pytest.MonkeyPatch, over_tcp: bool
 ) -> None:
-    """The gradients are summed twice. A slower rank may still read the first sum, so the second must not change it."""
+    """The gradients are summed twice. The second sum must not overwrite the first, which a rank may still read."""
 
     def work(group: ReplicaGroup) -> list[list[torch.Tensor | None]]:
         parameters = parameters_of(group.rank)
@@ -63,7 +63,7 @@ def test_gradients_are_summed_and_keep_the_layout_of_the_parameters(
 def test_connections_of_gpus_for_later_trainings_read_no_entry_of_earlier_ones(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """`alextrain ablate` trains several networks over one link. FakeNccl replaces the communication of GPUs."""
+    """`alextrain ablate` trains several networks over one link between the ranks. FakeNccl stands in for NCCL."""
 
     class FakeNccl:
         Options = allreduce = abort = MagicMock()

@@ -1,4 +1,4 @@
-"""Tests of docs/guides/many-gpus.md. The commands for a CPU run with a small network; other commands are parsed."""
+"""Tests of docs/guides/many-gpus.md. Commands for a CPU are executed with a small network; all others are parsed."""
 
 from __future__ import annotations
 

@@ -68,7 +68,7 @@ def _initial_parameters(config: RunConfig) -> dict[str, torch.Tensor]:
 def test_two_replicas_give_the_weights_and_metrics_of_one_process_with_every_recipe(
     torchrun: TorchrunServer, stores: dict[str, Path], tmp_path: Path
 ) -> None:
-    """The runs have dropout. Like one process, each replica draws the random numbers for all images of a step."""
+    """The runs have dropout. Each replica draws the random numbers for all images of a step, as one process does."""
     train(torchrun, 2, stores["ppm"], tmp_path / "two", EACH_RECIPE)
     for name, settings in EACH_RECIPE:
         assert_same_training(stores["ppm"], tmp_path / "two" / name, settings, tmp_path / name)

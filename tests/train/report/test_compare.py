@@ -50,7 +50,7 @@ def write_run(
 
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """A list to which draw_comparison appends the matplotlib figures that it draws."""
+    """A list of the matplotlib figures that draw_comparison has drawn in the test."""
     figures: list[Any] = []
     draw = compare._draw_curves
 
@@ -173,7 +173,7 @@ def test_the_figure_has_every_run_in_its_own_color(tmp_path: Path, count: int, d
 def test_a_folder_whose_name_begins_with_an_underscore_is_in_the_legend(
     tmp_path: Path, drawn: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """matplotlib omits labels that begin with an underscore from the legend."""
+    """If a label begins with an underscore, matplotlib leaves the label out of the legend."""
     for name in ("_a", "b"):
         write_run(tmp_path / name, errors=(0.5, 0.4))
     monkeypatch.chdir(tmp_path)

@@ -165,7 +165,7 @@ def test_feature_maps_with_the_highest_activation_of_each_column_are_drawn() -> 
 def test_unusual_names_are_drawn_literally_and_shortened() -> None:
     """One name has a $, with which matplotlib begins a formula.
 
-    Another lacks a glyph in the font, and one has 200 letters.
+    Another name has a character that the font lacks, and a third name has 200 letters.
     """
     names = ["$a_{b$", "猫\n", "x" * 200]
     square = np.zeros((8, 8, 3), np.uint8)

@@ -75,7 +75,7 @@ def test_every_flipped_bit_and_every_cut_is_detected(uninterrupted_run: Path, tm
 
 
 def test_loading_a_checkpoint_executes_no_code(tmp_path: Path) -> None:
-    """The pickle of the test would create a folder. torch.load with weights_only refuses this pickle.
+    """The pickle of the test creates a folder if it is executed. torch.load with weights_only refuses this pickle.
 
     A checkpoint with this pickle counts as unreadable.
     """
@@ -151,7 +151,7 @@ def test_torn_checkpoints_are_not_counted_among_those_to_keep(stores: dict[str, 
 def test_an_intact_checkpoint_with_a_temporary_read_error_does_not_count_as_damaged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str, error: Exception, message: str
 ) -> None:
-    """A run removes unreadable checkpoints. After a temporary read error, it must not remove an intact checkpoint."""
+    """Runs remove unreadable checkpoints. After a temporary read error, a run must not remove an intact checkpoint."""
 
     def fail(*args: object, **options: object) -> None:
         raise error

@@ -1,4 +1,4 @@
-"""Tests of the mean image in a run folder, with which commands prepare images when the store is missing."""
+"""Tests of the mean image in a run folder. If the store is missing, commands prepare images with this mean image."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from train.runs.preprocessing import save_mean_image
 
 
 def test_a_mean_image_of_another_store_is_replaced(tmp_path: Path) -> None:
-    """A run without a checkpoint can be started again with another store. It then gets the mean image of this store."""
+    """If a run without a checkpoint is started again with another store, it gets the mean image of the new store."""
     recipe = replace(SHORT, augmentation=replace(SHORT.augmentation, mean="image"))
     for value in (1.0, 2.0):
         save_mean_image(tmp_path, SimpleNamespace(mean_image=lambda: np.full((3, 4, 4), value)), recipe)  # noqa: B023

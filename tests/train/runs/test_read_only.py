@@ -1,4 +1,4 @@
-"""Stores and run folders of another user, which are read-only.
+"""Tests of stores and run folders that belong to another user and are read-only.
 
 A command that can do its work without writing into these folders succeeds. Any other command fails, and its error names
 the file that cannot be written. Root may write into every folder, so the child process of a test gives up this right.

@@ -1,4 +1,4 @@
-"""Tests of reading metrics.jsonl while a run writes it, and of the remaining time that is predicted from it."""
+"""Tests of reading metrics.jsonl while a run writes this file, and of predicting the remaining time from the file."""
 
 from __future__ import annotations
 

@@ -64,7 +64,7 @@ class Service:
 @pytest.fixture(scope="package")
 def cluster_address() -> Iterator[str]:
     """The address HOST:PORT of a cluster with one node."""
-    ray_module()  # this call sets environment variables that Ray reads when it is imported
+    ray_module()  # this call sets environment variables that are read when Ray is imported
     from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
     from ray.cluster_utils import Cluster
 
@@ -122,7 +122,7 @@ def store_without_records(stores: dict[str, Path], tmp_path_factory: pytest.Temp
 
 
 def config_with_two_streams(store: Path, run_dir: Path, **changes: Any) -> RunConfig:
-    """Return small_config with a change after epoch 2: without colour noise, the run opens a second training stream."""
+    """Return small_config with colour noise only until epoch 2. Then the run opens a second stream without noise."""
     recipe = small_config(store, run_dir).recipe
     schedule = (ScheduleChange(1.5, lr=0.002), ScheduleChange(2, colour="off"))
     return small_config(store, run_dir, recipe=replace(recipe, schedule=schedule), **changes)

@@ -38,7 +38,7 @@ from train.trainer.loop import fit
 
 @pytest.fixture
 def after_step(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[], None]], None]:
-    """after_step(n, action) calls `action` after the n-th step from now on, before the step is logged."""
+    """after_step(n, action) makes the next run call `action` after its n-th step, before this step is logged."""
     count_step = IntervalMetrics.add
 
     def install(step: int, action: Callable[[], None]) -> None:

@@ -1,4 +1,4 @@
-"""If a data.mdb is cut during training, the run ends with exit code 74, keeps its checkpoints, and can be resumed."""
+"""If a data.mdb is truncated during training, the run ends with exit code 74, and can be resumed from a checkpoint."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from train.trainer.loop import fit
 def test_a_run_whose_shard_is_cut_keeps_its_checkpoints_and_can_go_on(
     stores: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The test cuts the shard before the batch of step 4. Batches that were prefetched may still be served."""
+    """The test truncates the shard before the batch of step 4. Batches that were prefetched may still be served."""
     store = Path(shutil.copytree(stores["jpeg"], tmp_path / "store"))
     file = store / "train" / "00000" / "data.mdb"
     content, get = file.read_bytes(), TrainLoader._get

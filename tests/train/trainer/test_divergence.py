@@ -90,7 +90,7 @@ def divergence(numbered_store: Path, tmp_path: Path) -> DivergenceCheck:
 
 
 def check_losses(divergence: DivergenceCheck, losses: list[float], steps_before: int = 0) -> None:
-    """Pass one interval of ten steps to the check for each of `losses`."""
+    """For each loss in `losses`, pass an interval of ten steps with this loss to the check."""
     for interval, loss in enumerate(losses, start=1):
         check(divergence, steps_before + 10 * interval, [step_result(loss)] * 10)
 

@@ -71,9 +71,9 @@ def test_a_run_killed_ten_times_has_the_same_result_and_leaves_no_temporary_file
 def test_runs_killed_a_hundred_times_in_all_have_the_same_result(
     stores: dict[str, Path], tmp_path: Path, when: str, seed: int
 ) -> None:
-    """The helper program may kill ten attempts of a run. If `when` is "operation", all ten attempts are killed.
+    """Ten processes train the run one after another. If `when` is "operation", all of these processes are killed.
 
-    If `when` is "time", an attempt may finish the run before its kill.
+    If `when` is "time", a process may finish the run before the time of its kill.
     """
     kills = kill_and_resume(stores["ppm"], tmp_path / "run", seed, when)
     assert kills["kills"] == 10 if when == "operation" else 1 <= kills["kills"] <= 10

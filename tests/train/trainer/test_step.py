@@ -108,7 +108,7 @@ def test_a_batch_in_parts_gives_the_same_update(parts: int) -> None:
 
 
 def test_a_batch_in_parts_keeps_only_the_activations_of_one_part() -> None:
-    """For 1 and 4 parts, the test measures how many bytes autograd saves at most, without the parameters."""
+    """For 1 and 4 parts, the test measures the most bytes that autograd saves at a time. Parameters are not counted."""
     peaks_bytes = []
     for parts in (1, 4):
         model, step = make_step(PAPER, parts=parts)
@@ -143,7 +143,7 @@ def test_a_batch_in_parts_keeps_only_the_activations_of_one_part() -> None:
 
 @pytest.mark.parametrize("recipe", [PAPER, RELEASED, LARGE], ids=lambda recipe: recipe.name)
 def test_step_and_counters_read_no_value_of_a_tensor(recipe: Recipe) -> None:
-    """The full-size network makes a step of 128 images on the device `meta`, on which reading a value is an error."""
+    """A full-size network makes two steps of 128 images on the device `meta`, on which reading a value is an error."""
     model, step = make_step(recipe, "meta")
     counters = StepCounters(model.devices[0], max_steps=2)
     images = torch.empty(128, 3, 224, 224, device="meta")

@@ -1,4 +1,4 @@
-"""Tests of recorded steps on a CPU. A test graph repeats operators, as a CUDA graph repeats kernels."""
+"""Tests of recorded steps on a CPU. RecordedGraph repeats PyTorch operators, as a CUDA graph repeats kernels."""
 
 from __future__ import annotations
 
@@ -180,7 +180,7 @@ def test_another_batch_size_is_recorded_anew() -> None:
 
 
 def test_training_continues_without_a_graph_if_a_step_cannot_be_recorded(capsys: pytest.CaptureFixture[str]) -> None:
-    """During the failed recording, no kernel has run. After the failure, the learning rate can still change."""
+    """During the failed recording, no kernel runs. After the failure, the learning rate can still change."""
 
     class FailingGraph(RecordedGraph):
         def record(self, work: Callable[[], None]) -> None:

@@ -101,7 +101,7 @@ def test_a_second_signal_stops_at_once_and_the_handlers_are_restored_at_the_end(
 
 
 def test_a_signal_that_interrupts_a_blocked_print_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A signal handler that interrupts a print must not print to the same stream. Python would raise RuntimeError."""
+    """If a signal handler interrupts a print and prints to the same stream itself, Python raises RuntimeError."""
     read_fd, write_fd = os.pipe()
     main_thread = threading.get_ident()
 

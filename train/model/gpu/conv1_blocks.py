@@ -34,8 +34,7 @@ def image_blocks(images: Tensor, padding: Sequence[int], divisor: float, dtype: 
     padding  zero padding in px: (left, right, top, bottom)
     divisor  number by which every pixel is divided
 
-    `rows` is the number of conv1's windows along H plus 2, and `columns` is the number along W plus 2. The result has
-    no gradient.
+    With r × c windows of conv1 in a padded image, `rows` is r + 2 and `columns` is c + 2. The result has no gradient.
     """
     from train.model.gpu.conv1_blocks_triton import write_blocks
 

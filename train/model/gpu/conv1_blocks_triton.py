@@ -1,4 +1,4 @@
-"""Triton kernel that writes images as blocks of 4 × 4 pixels; conv1_blocks.py launches it."""
+"""Triton kernel that writes images as blocks of 4 × 4 pixels. conv1_blocks.py launches the kernel."""
 
 # mypy: disable-error-code="no-untyped-def"
 # Triton compiles the type annotations along with the functions, and accepts only its own types.

@@ -45,7 +45,7 @@ class Epilogue:
     after: str = "none"  # nonlinearity after pooling; only with pooling
 
     def __post_init__(self) -> None:
-        """Raise ValueError for an invalid `pool_px`, for `after` without pooling, and unless `norm.size` is odd."""
+        """Raise ValueError if `pool_px` or `norm.size` is invalid, or if `after` is set without pooling."""
         if self.pool_px not in (0, 2, 3):
             raise ValueError(f"pool_px {self.pool_px}: expected 0, 2 or 3")
         if self.after != "none" and not self.pool_px:
@@ -61,7 +61,7 @@ def apply_epilogue(
     joined: bool = False,
     channels_first: bool = False,
 ) -> list[Tensor]:
-    """Apply an epilogue to the output of a layer's convolutions, on one GPU. Differentiable once.
+    """Apply an epilogue to the output of a layer's convolutions, on one GPU. The result is differentiable only once.
 
     x               (N, maps, H, W), float16, bfloat16 or float32: one tensor per column, or one joined tensor
     bias            (maps,), float32: one tensor per column
@@ -112,8 +112,8 @@ class _Apply(torch.autograd.Function):
         argmax, bias = saved[:columns], saved[columns:]
         maps = [len(b) for b in bias]
         x_grads = [_empty(shape, grads[0], torch.channels_last) for shape in ctx.input_shapes]
-        # Every tensor argument of a kernel needs an address. In place of a tensor that was not saved, another tensor is
-        # passed. The kernel does not read this tensor.
+        # Every tensor argument of a kernel needs an address. The argument for a tensor that was not saved is therefore
+        # another tensor, which the kernel does not read.
         if not ctx.epilogue.pool_px:
             grads = tuple(grad.contiguous(memory_format=torch.channels_last) for grad in grads)
         parts = zip(
@@ -176,7 +176,7 @@ def warps_for(maps: int, backward: bool) -> int:
 def stages_for(maps: int, float32: bool, slope_after: bool, shared_bytes: int) -> int:
     """Return the number of loop iterations for which pooled_backward loads data ahead.
 
-    The result is 3, or 1 if shared memory is too small.
+    The result is 3, or 1 if the shared memory is too small for 3.
 
     slope_after   True if the nonlinearity after pooling is "tanh" or "sigmoid", whose gradient needs the pooled result
     shared_bytes  shared memory in bytes that a program can have: 227 KiB on an H100 or H200, 163 KiB on an A100

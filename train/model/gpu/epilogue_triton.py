@@ -3,7 +3,7 @@
 epilogue.py describes the operation and launches the kernels. Tensors are float16, bfloat16 or float32 in channels-last
 layout. A pooled result and its gradient may also be channels first. The arithmetic is float32.
 
-    pooled_forward, pooled_backward          with pooling; a program computes some rows of the maps of one image
+    pooled_forward, pooled_backward          with pooling; a program computes some rows and columns of one image
     pointwise_forward, pointwise_backward    without pooling; a program computes some positions of all images
 
 A program works on a tile: all maps of a column, padded to MAPS, at POSITIONS positions. tile_arithmetic_triton.py
@@ -51,16 +51,20 @@ def _normalized_column(
     TERMS: tl.constexpr,
     column_stride,
 ):
-    """Return normalized values at the columns `column` (POSITIONS, 1) of a row of the convolution's output."""
+    """Return the normalized values of one row of the convolution's output, at the pixel columns `column`.
+
+    row     pointer to the row
+    column  indices of the pixel columns, (POSITIONS, 1)
+    """
     v = tl.load(row + column * column_stride + i, mask=inside & (i < maps), other=0.0).to(tl.float32)
     return normalize(activate(v + bias, BEFORE), band, alpha, beta, k, NORM, THREE_QUARTERS, TERMS)
 
 
 @triton.jit  # type: ignore[untyped-decorator,unused-ignore]
 def _maximum(best, argmax, v, candidate):
-    """Return the larger of `best` and v, and its index.
+    """Return the larger of `best` and v, and the index of the larger: `argmax` for `best`, or `candidate` for v.
 
-    Of equal values, the first counts. NaN counts as larger than every number.
+    If `best` and v are equal, the index is `argmax`. NaN counts as larger than every number.
     """
     argmax = tl.where(v <= best, argmax, candidate)
     return tl.maximum(v, best, propagate_nan=tl.PropagateNan.ALL), argmax
@@ -87,7 +91,7 @@ def _row_maximum(
     TERMS: tl.constexpr,
     POSITIONS: tl.constexpr,
 ):
-    """Return the maximum of each window within one row, and the column of the maximum in the window: 0, 1 or 2.
+    """Return the maximum of each window within one row, and the column, 0 to 2, of this maximum within the window.
 
     The third column of a window of 3 px is the first column of the next window. The value of the third column is
     therefore taken from the next position of the tile. The last window of a tile has no next position, so its maximum

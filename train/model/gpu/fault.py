@@ -13,9 +13,9 @@ from prep.console import say
 from train.config.recipe import Lrn
 
 _NORM = Lrn(size=5, alpha=0.1, beta=0.75, k=2.0)
-
-
-_MAX_MAPS = 128  # for more normalized maps in a column, the kernels need at least 99 KiB of shared memory
+# Largest number of normalized maps in a column for which the shared memory of the GPU is not checked. For more maps,
+# the kernels need at least 99 KiB.
+_MAX_MAPS = 128
 _SHARED_BYTES = 150 << 10  # shared memory in bytes that the kernels need for 256 normalized maps
 
 
@@ -30,8 +30,8 @@ def normalization_fault(device: torch.device, maps: int) -> str | None:
     if shared_bytes_of(device) >= _SHARED_BYTES:
         return None
     fault = (
-        f"{shared_bytes_of(device) >> 10} KiB of shared memory, the Triton kernels need {_SHARED_BYTES >> 10} KiB for "
-        f"{maps} maps"
+        f"the GPU has {shared_bytes_of(device) >> 10} KiB of shared memory, but for {maps} maps the Triton kernels "
+        f"need {_SHARED_BYTES >> 10} KiB"
     )
     say(f"{device}: {fault}. The network uses PyTorch operators instead, which take longer.")
     return fault
@@ -48,7 +48,7 @@ def triton_fault(device: torch.device) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
     try:
-        # Gradients are enabled here, because the first caller may be an evaluation, in which gradients are disabled.
+        # _agrees needs gradients, and the first caller may be an evaluation, in which gradients are disabled.
         with torch.inference_mode(False), torch.enable_grad():
             agree = all(_agrees(pool_px, device) for pool_px in (0, 3))
         fault = None if agree else "a Triton kernel gives wrong results"
@@ -69,8 +69,8 @@ def _agrees(pool_px: int, device: torch.device) -> bool:
     bias = torch.arange(-3.0, 3.0, device=device).div(10).requires_grad_()
     (actual,) = epilogue.apply_epilogue([x], [bias], epilogue.Epilogue("relu", _NORM, pool_px))
     expected = F.relu(x + bias[:, None, None])
-    # F.local_response_norm calls avg_pool3d, whose gradient PyTorch refuses on a GPU under --deterministic. Other
-    # operators therefore compute the normalization here.
+    # F.local_response_norm calls avg_pool3d, whose gradient PyTorch refuses on a GPU under --deterministic. This
+    # function therefore computes the normalization with other operators.
     reach, maps = _NORM.size // 2, expected.shape[1]
     squares = F.pad(expected.square(), (0, 0, 0, 0, reach, reach))
     window_sum = torch.stack([squares[:, shift : shift + maps] for shift in range(_NORM.size)]).sum(0)

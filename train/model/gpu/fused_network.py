@@ -1,8 +1,8 @@
 """The forward pass of the network on a GPU: the formula of AlexNet.forward with fused kernels and joined columns.
 
 If the recipe has crossings and all columns are on one device, the columns form one group. In all other cases, each
-column is its own group. conv1 (over blocks of 4 × 4 px), conv3, fc6 and fc7 are computed once for each group. conv2,
-conv4 and conv5 are computed once for each column, because cuDNN's grouped convolutions are slower. One operation
+column is a group of its own. conv1 (over blocks of 4 × 4 px), conv3, fc6 and fc7 are computed once for each group.
+conv2, conv4 and conv5 are computed once for each column, because cuDNN's grouped convolutions are slower. One operation
 (epilogue.py) computes all steps between two convolutions, and joins or splits the columns.
 
 The results equal the results of AlexNet's own layers, except for rounding. Parameters and checkpoints are the same with
@@ -40,10 +40,7 @@ class FusedNetwork:
         architecture: Architecture,
         devices: Sequence[torch.device],
     ) -> None:
-        """Takes the columns and fc8 of the network, and the arguments of AlexNet.
-
-        `devices` has a device for each column.
-        """
+        """All arguments are attributes of the AlexNet. `devices` has a device for each column."""
         self.fc8, self.recipe, self.architecture = fc8, recipe, architecture
         joined = recipe.crossing and len(set(devices)) == 1
         self.groups = [list(columns)] if joined else [[column] for column in columns]
@@ -52,7 +49,10 @@ class FusedNetwork:
         self._said = False
 
     def logits(self, images: Tensor, training: bool) -> Tensor:
-        """Return logits (N, classes) for images (N, 3, 224, 224). Dropout sets values to zero if `training`."""
+        """Return logits (N, classes) for images (N, 3, 224, 224).
+
+        training  True: dropout as in training; False: dropout as in evaluation (`drop` in train/model/layers.py)
+        """
         units = [maps.flatten(1) for maps in self._pooled_maps(images, channels_first=True)]
         activation = ACTIVATION_FUNCTIONS[self.recipe.activation]
         for name in ("fc6", "fc7"):

@@ -1,10 +1,12 @@
 """Arithmetic of the Triton kernels in epilogue_triton.py: nonlinearities, and normalization across the maps of a tile.
 
-For the window sums of the normalization, tensor cores compute a product with a band matrix of zeros and ones. The
-factors of this product are bfloat16. TERMS is the number of bfloat16 values that represent one factor. With TERMS = 1,
-a factor has 8 bits of precision, enough for tensors of 16 bits. With TERMS = 3, a factor has 24 bits, as many as
-float32. The product also multiplies every value by zeros. 0 · ∞ and 0 · NaN are NaN. One infinite or NaN value
-therefore makes all maps of the column NaN at the position of this value.
+A tile is all maps of a column at some positions (see epilogue_triton.py). To sum the values of each normalization
+window, tensor cores multiply the tile by a band matrix of zeros and ones. Tensor cores multiply bfloat16 numbers, so
+each value of the tile is split into a sum of TERMS bfloat16 numbers. With TERMS = 1, a value has 8 bits of precision,
+which is enough for tensors of 16 bits. With TERMS = 3, a value has 24 bits of precision, as many as float32.
+
+The product also multiplies values by the zeros of the band matrix, and 0 · ∞ and 0 · NaN are NaN. One infinite or NaN
+value therefore makes all maps of the column NaN at the position of this value.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -17,8 +19,8 @@ import os
 import triton  # type: ignore[import-not-found,import-untyped,unused-ignore]
 import triton.language as tl  # type: ignore[import-not-found,import-untyped,unused-ignore]
 
-# Type of the factors of a matrix product. The factors hold bfloat16 values. Triton's interpreter multiplies bfloat16
-# values wrongly.
+# Type of the factors of a matrix product. The factors are always bfloat16 numbers. Triton's interpreter multiplies
+# tensors of type bfloat16 wrongly, so the interpreter gets the same numbers as float32.
 FACTOR = tl.constexpr(tl.float32 if os.environ.get("TRITON_INTERPRET") == "1" else tl.bfloat16)
 
 

@@ -14,9 +14,9 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 NORM = Lrn(size=5, alpha=0.1, beta=0.75, k=2.0)
 ACTIVATIONS = {"none": lambda v: v, "relu": F.relu, "tanh": torch.tanh, "sigmoid": torch.sigmoid}
-# (number of maps of a column, height, width, epilogue). The epilogues are those of all recipes and networks. The cases
-# include odd sizes, numbers of maps that are not powers of two, incomplete tiles, several tiles (35 columns or rows),
-# and another exponent than the paper's.
+# (number of maps of a column, height, width, epilogue). The epilogues include those of all recipes and networks. The
+# cases also include odd sizes, numbers of maps that are not powers of two, incomplete tiles, several tiles (35 columns
+# or rows), and an exponent that differs from the paper's.
 CASES = [
     (6, 7, 9, Epilogue("relu", NORM, 3)),  # layers 1 and 2 of the recipes `paper` and `caffe`
     (6, 5, 35, Epilogue("none", NORM, 3, "relu")),  # layer 1 of the recipe `released`
@@ -58,7 +58,7 @@ def run(
     images: int = 1,
     channels_first: bool = False,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Return output and gradients of the kernels, and those of float64 operators. The columns are joined."""
+    """Return output and gradients of the kernels, and those of float64 operators, with the columns joined."""
     maps, height, width, epilogue = case
     rng = torch.Generator().manual_seed(maps * height + width)
     if x is None:

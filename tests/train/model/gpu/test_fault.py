@@ -69,8 +69,8 @@ def test_operators_replace_a_triton_kernel_that_fails(
 ) -> None:
     """The kernel raises an exception, as without a C compiler, or gives wrong results.
 
-    Only the first normalization tries the kernels. Then all normalizations use PyTorch operators. The test disables
-    gradients, because the trial must also work if the first normalization needs no gradient.
+    Only the first normalization tries the kernels. This normalization and all later normalizations then use PyTorch
+    operators. The test disables gradients, because the trial must also work if gradients are disabled.
     """
 
     class Apply:
