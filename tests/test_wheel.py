@@ -1,4 +1,4 @@
-"""Contents of the wheel and of the source distribution; commands and types of an installed wheel."""
+"""Tests of the contents of the wheel and the source distribution, and of an installed wheel."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ SOURCES = (*PACKAGES, "tools", "pyproject.toml", "README.md", "LICENSE")  # file
 def copy_sources(folder: Path, *names: str) -> Path:
     """Copy files and folders of the checkout into `folder`.
 
-    The build of the wheel writes compiled libraries next to the sources. In the checkout, other tests may load the
-    libraries at the same time.
+    The build of the wheel writes compiled libraries next to the sources. The build therefore runs in a copy of the
+    checkout, because other tests may load the libraries of the checkout at the same time.
     """
     for name in names:
         if (ROOT / name).is_dir():

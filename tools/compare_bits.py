@@ -52,7 +52,7 @@ class Run:
 
     name: str
     options: str  # options for `alextrain run`
-    kernels: bool = True  # whether C kernels are used
+    kernels: bool = True  # True if the run uses C kernels
     evaluate: str = ""  # options for `alextrain evaluate` after the training; if empty, nothing is evaluated
 
 

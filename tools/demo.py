@@ -3,8 +3,8 @@
     python -m tools.demo
 
 The program prints and runs the commands that a user would type. If the workflow was interrupted, run the program again
-to continue. After a finished workflow, the program starts from the beginning. The workflow takes a few minutes on two
-cores.
+to continue. If the workflow was finished, the program starts again from the beginning. The workflow takes a few minutes
+on two cores.
 """
 
 from __future__ import annotations

@@ -80,7 +80,7 @@ def cluster_of_nodes(count: int) -> Iterator[tuple[Any, list[Any]]]:
 
 
 class Trainer:
-    """One `alextrain run` command in the background. Its output goes to a file beside the run folder."""
+    """One `alextrain run` command in the background. The output of the command goes to a file beside the run folder."""
 
     def __init__(self, run_dir: Path, options: Sequence[str]) -> None:
         """Start the command. `options` are those of `alextrain run`, without --run-dir and --log-every."""
@@ -101,7 +101,7 @@ class Trainer:
         return int(lines[-1]["step"]) if lines else 0
 
     def ended(self) -> bool:
-        """Whether the command has ended. Raises UserError if the command failed."""
+        """Return True if the command has ended. Raises UserError if the command failed."""
         code = self.process.poll()
         if code:
             lines = self._log.read_text(errors="replace").strip().splitlines() or ["no output"]

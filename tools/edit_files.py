@@ -58,7 +58,7 @@ Job = tuple[Target, Edit, list[str]]
 
 
 def jobs_of(samples: Path, choice: Choice) -> list[Job]:
-    """Return the edits to try, each with the commands to run. A file is left out if `samples` lacks its folder."""
+    """Return the edits to try, each with the commands to run. A file is left out if its folder is not in `samples`."""
     rng, jobs = random.Random(choice.seed), []
     for target in TARGETS:
         is_there = (samples / target.file).parent.exists()
@@ -187,7 +187,7 @@ def main(
     as_json: bool,
     **choice: Any,
 ) -> None:
-    """Edit every field of every file, and check that the commands that read the file refuse it with one line of error.
+    """Edit every field of every file, and check that commands refuse the edited file with one line of error.
 
     The exit code is 1 if a command accepted wrong content, or refused an unchanged file. The exit code is also 1 if a
     command printed a traceback, several lines of error or control characters. A command that exceeded the time limit,

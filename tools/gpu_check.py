@@ -246,7 +246,7 @@ def print_machine(facts: dict[str, Any]) -> None:
 
 
 def print_report(report: dict[str, Any]) -> None:
-    """Print the tables to standard output. If a timing failed, its error message replaces its table."""
+    """Print the tables to standard output. For a failed timing, the error message is printed instead of the table."""
     for name in ("rates", "graph"):
         rows: Sequence[Row] | str | None = report.get(name)
         if rows is not None:

@@ -10,7 +10,7 @@ trains both runs again without the service, and compares the results with and wi
 state and metrics must have the same bits.
 
 The exit code is 0 if all results are equal, and 1 if a result differs or a command fails. The demo takes a few minutes
-on two cores, and needs 1 GB of disk space in the temporary folder. The demo needs the extra `cluster`.
+on two cores, and needs 1 GB of disk space in the temporary folder. The demo needs the pip extra `cluster`.
 """
 
 from __future__ import annotations
@@ -167,7 +167,7 @@ def train_alone(store: Path, folder: Path, steps: int) -> None:
 
 
 def compare_runs(folder: Path) -> list[dict[str, Any]]:
-    """Return a row for each result of each run: digests with and without the service, and whether they are equal."""
+    """Return a row for each result of each run: digests with and without the service, and True for equal digests."""
     rows = []
     for seed in SEEDS:
         service, alone = (run_hashes(folder / f"{name}-{seed}") for name in RUNS)
@@ -276,7 +276,7 @@ def _demo_folder(folder: Path | None) -> Iterator[Path]:
 def main(steps: int, seed: int, folder: Path | None, as_json: bool) -> None:
     """Train two runs on a service with two nodes, kill one node, and compare the runs with runs without a service.
 
-    The exit code is 0 if the weights, states and metrics of the runs have the same bits, otherwise 1.
+    The exit code is 0 if weights, states and metrics with and without the service have the same bits, otherwise 1.
 
     \b
     Example:

@@ -108,7 +108,7 @@ def test_on_a_machine_without_a_cluster_the_error_says_how_to_start_one(tmp_path
 def facts() -> dict[str, Any]:
     """The values that a program prints after it has used a local cluster.
 
-    On a busy machine, starting the cluster can fail, so it is tried again.
+    On a busy machine, the start of the cluster can fail. The start is then tried again.
     """
     for _ in range(_ATTEMPTS):
         ended = subprocess.run(

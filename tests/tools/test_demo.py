@@ -1,4 +1,4 @@
-"""tools.demo: the last lines of its output say how to make the commands of the virtual environment available."""
+"""tools.demo: the last lines that the demo prints say how to make the commands of the virtual environment available."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""tools.edit_files finds faults that a test puts into a command. In the real commands, it finds no fault."""
+"""tools.edit_files finds faults that a test puts into a command. In the unchanged commands, the tool finds no fault."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_edited_values_are_written_as_json() -> None:
 
 
 def test_records_are_taken_apart_and_put_together(records_of: Callable[..., Any], store: Path) -> None:
-    """`parse` returns the fields that protobuf reads. `serialized` returns the bytes of the record again."""
+    """`parse` returns the same fields as a reader of protobuf, and `serialized` makes the same bytes from them."""
     import lmdb
 
     with lmdb.open(str(store / "train" / "00000"), readonly=True, lock=False) as env, env.begin() as txn:
@@ -123,7 +123,7 @@ def test_accepted_edits_need_a_rule() -> None:
     assert any(line.split()[-1] == "1" for line in table_lines([allowed, judged(Outcome(*edit))]))
 
 
-def test_every_target_and_every_rule_is_used() -> None:
+def test_every_target_names_programs_and_copied_folders() -> None:
     """Every command line begins with a program of this project, and every file is in a folder that is copied."""
     for target in TARGETS:
         assert all(command.split()[0] in ("alexprep", "alexstream", "alextrain") for command in target.commands)

@@ -227,7 +227,7 @@ def start_demo(folder: Path, *options: str) -> subprocess.Popen[str]:
     ],
 )
 def test_ctrl_c_leaves_no_process_and_no_file(short_folder: Path, program: str) -> None:
-    """The test sends the signal as soon as a process runs whose command line contains `program`."""
+    """The test sends SIGINT as soon as a process whose command line contains `program` is running."""
     with start_demo(short_folder) as process:
         try:
             deadline = time.monotonic() + DEADLINE_S

@@ -3,30 +3,29 @@
 The compared programs are called contestants. A turn is one timed run of a contestant.
 
 ours    `alexprep build-lmdb` in a separate process. Each photograph is decoded, rescaled by area average to 256 px,
-        cropped to the central square and encoded as a JPEG of quality 90. The command writes Datums with a CRC-32 into
-        LMDB shards with digests, computes colour moments and mean image, writes the manifest, and syncs all files.
+        cropped to the central square and encoded as a JPEG of quality 90. The command writes Datums, each with a
+        CRC-32, into LMDB shards. It also writes digests, colour moments, mean image and manifest, and syncs all files.
 FFCV    FFCV's DatasetWriter, JPEG of quality 90 (tools/bench/peers/ffcv_writer.py). FFCV cannot rescale the shorter
-        side to a given length. The data set of this program therefore rescales with Pillow's bicubic filter.
+        side to a given length. ffcv_writer.py therefore rescales with Pillow's bicubic filter.
 Pillow  a short script: a pool of processes rescales with Pillow's bicubic filter, and the parent process writes one
         LMDB in one commit (tools/bench/peers/pillow_script.py).
 libvips the same script with libvips' thumbnail (tools/bench/peers/vips_thumbnail.py).
 bound   upper bound: libjpeg-turbo only decodes each photograph and encodes a square (tools/bench/peers/jpeg_bound.py).
 
 Every contestant has --jobs worker processes, may use --jobs cores, and reads the same files. Before each turn, the
-benchmark reads all files, so that they are in the page cache.
+benchmark deletes the output of the previous turn, and reads all files, so that they are in the page cache.
 
 The time of `ours` includes starting the command, importing libraries and listing the folder. All other contestants
 import libraries and list the folder before the timing starts. All other contestants except FFCV also start their
-workers before the timing starts. Only `ours` and the scripts that write an LMDB (Pillow, libvips) sync their output to
-the disk. Deleting the output of the previous turn is not timed.
+workers before the timing starts. Only `ours` and the scripts that write an LMDB (Pillow, libvips) sync their output.
 
 --pictures N is the number of images in a turn. If the source has fewer than N photographs, the photographs are repeated
 by hard links. If hard links fail, the photographs are copied. Choose N so large that each contestant works for at least
 ten seconds. The start of alexprep then takes only a small share of the time. The bound is fast, so it processes the N
 images twice. All copies of a photograph have the same size, which favours a contestant that caches data by image size.
 
-With --steps, the program compares no contestants. It times each step of our build and libjpeg-turbo alone, in this
-process, with one BLAS thread. A round is then one pass through at most 320 photographs, without repetition.
+With --steps, no contestants are compared. Instead, the process of the benchmark runs and times each step of our build,
+and libjpeg-turbo alone, with one BLAS thread. A round is then one pass through at most 320 different photographs.
 """
 
 from __future__ import annotations
@@ -75,7 +74,7 @@ T = TypeVar("T")
 
 
 def find_photographs(folder: Path) -> list[Path]:
-    """Return the sorted image files below `folder`, found by their suffixes. Raises UserError if none exists."""
+    """Return the sorted image files below `folder`, chosen by suffix. Raises UserError if there are no such files."""
     paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in _SUFFIXES and path.is_file())
     if not paths:
         raise UserError(f"--source {folder}: no {', '.join(_SUFFIXES)} file in this folder. Name another folder.")
@@ -83,7 +82,7 @@ def find_photographs(folder: Path) -> list[Path]:
 
 
 def resample(paths: Sequence[Path], count: int) -> list[Path]:
-    """Return `count` paths, evenly spread over `paths`. If `paths` has fewer, some paths are repeated."""
+    """Return `count` paths, evenly spread over `paths`. If `paths` has fewer paths, some are repeated."""
     if count < len(paths):
         return [paths[len(paths) * index // count] for index in range(count)]
     return list(itertools.islice(itertools.cycle(paths), count))
@@ -117,7 +116,7 @@ class BuildBenchmark:
         self.distinct_files = list(by_inode.values())
 
     def reset(self) -> None:
-        """Wait until processes have ended, delete the output, sync the disk, and read all files into the page cache."""
+        """Wait until all processes have ended, delete the output, sync the disk, and read all files into the cache."""
         for process in self.processes:
             process.wait()
         shutil.rmtree(self.out, ignore_errors=True)
@@ -140,7 +139,7 @@ class BuildBenchmark:
         return (str(alexprep), "build-lmdb", str(self.pictures), *options)
 
     def ours(self, name: str) -> Contestant:
-        """Return `alexprep build-lmdb` as a contestant, timed from the start of the process to its end."""
+        """Return `alexprep build-lmdb` as a contestant, timed from the start to the end of its process."""
         process = self.process(name, self.command())
 
         def turn() -> int:
@@ -154,7 +153,8 @@ class BuildBenchmark:
     def peer(self, name: str, python: str | Path, module: str, *arguments: str) -> Contestant:
         """Return a program of tools.bench.peers as a contestant. The interpreter `python` runs the program.
 
-        A turn is timed from the line `go` to the answer of the program. Raises UserError if the program fails to start.
+        The timing of a turn starts when the benchmark sends the line `go`, and ends when the program has printed the
+        number of images. Raises UserError if the program fails to start.
         """
         command = [str(Path(python).absolute()), "-m", f"tools.bench.peers.{module}"]
         command += [str(self.pictures), str(self.out), str(self.jobs), *arguments]
@@ -206,9 +206,9 @@ def make_contestants(benchmark: BuildBenchmark, ffcv: Path | None, vips: Path | 
 
 
 def ms_by_step(paths: Sequence[Path], out: Path, rounds: int) -> tuple[dict[str, float], dict[str, float]]:
-    """Return two dicts of ms per image, as medians over the rounds: each step of our build, and libjpeg-turbo alone.
+    """Return {step of our build: ms per image} and {step of libjpeg-turbo alone: ms per image}.
 
-    `out` is a new folder for the shards.
+    The times are medians over the rounds. `out` is a new folder for the shards.
     """
     import simplejpeg
     from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]  # installed with scikit-learn
@@ -283,7 +283,7 @@ def print_steps(paths: Sequence[Path], work_dir: Path, rounds: int, as_json: boo
     type=click.IntRange(1),
     default=2,
     show_default=True,
-    help="Number of worker processes, and largest number of cores, of each contestant.",
+    help="Number of worker processes of each contestant, and of cores that each contestant may use.",
 )
 @click.option(
     "--ffcv-python", type=INTERPRETER, metavar="PATH", help="Python interpreter with FFCV.  [default: no FFCV]"
@@ -310,7 +310,7 @@ def main(
     rounds: int,
     as_json: bool,
 ) -> None:
-    """Measure how fast alexprep, FFCV's writer, a Pillow script and libvips build a store, and libjpeg-turbo alone.
+    """Measure the speed of builds by alexprep, FFCV's writer, a Pillow script and libvips, and of libjpeg-turbo alone.
 
     FFCV needs a separate environment. Install libopencv-dev, libturbojpeg0-dev and pkg-config on the system; then, in a
     new virtual environment, `pip install 'numpy<2.3' torch setuptools wheel pillow lmdb 'pyvips[binary]'` and `pip

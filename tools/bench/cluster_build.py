@@ -1,8 +1,8 @@
 """Contestants of `python -m tools.bench.build --cluster`: builds with local processes, and with `--cluster local`.
 
-Both rates come from the JSON output of alexprep. They cover the time from the end of listing the inputs until the
-manifest is written. The remaining time of the command is measured separately. With a cluster, this time includes the
-start of Ray.
+Both rates come from the JSON output of alexprep. A rate covers the time from the end of listing the inputs until the
+manifest is written. The remaining time of the command is measured separately. With a cluster, the remaining time
+includes the start of Ray.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class ClusterRace:
 
     command       command line of `alexprep build-lmdb` without --cluster
     make_process  function that creates a process that runs a command line
-    reset         function that is called before each turn
+    reset         function that is called before each timed run
     """
 
     def __init__(
@@ -51,8 +51,8 @@ class ClusterRace:
         return Contestant(name, turn, bound, self._reset)
 
     def start_s(self) -> dict[str, float]:
-        """Return {contestant: seconds for starting, listing and ending, which the rate of the contestant leaves out}.
+        """Return {contestant: time in s for starting, listing and ending, as the median over all timed runs}.
 
-        The values are medians over all turns.
+        The rate of a contestant does not include this time.
         """
         return {name: round(median(times), 1) for name, times in self._start_s.items()}

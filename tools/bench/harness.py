@@ -4,7 +4,7 @@ A contestant is one implementation that is timed. A turn is one timed run of a c
 A round is one turn of each contestant, in order: A B C, A B C, … A slow change in the speed of the machine therefore
 affects all contestants alike. The first round of a benchmark is a warm-up and is not counted. The ratio of two rates is
 computed in each round, and the median of these ratios is reported. The median of the ratios can differ from the ratio
-of the two median rates. The harness does not compare the results with a limit.
+of the two median rates. The harness only prints the results: a low rate is not an error.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _PAUSE_S = 1.0
 def common_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add the options --rounds and --json, which every benchmark has."""
     command = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")(command)
-    help = "Number of counted turns of each contestant."
+    help = "Number of timed runs of each contestant, without the warm-up run."
     return click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help=help)(command)
 
 
@@ -58,7 +58,7 @@ class Contestant:
     rate: Callable[[], float]  # a function that runs one turn and returns images/s
     bound: str | None = None  # name of the contestant whose rate is an upper bound of this contestant's rate
     prepare: Callable[[], object] = lambda: None  # a function that is called before each turn and not timed
-    # Name of the contestant of this project that this contestant is compared with. None: the first contestant.
+    # Name of the contestant of this project with which this contestant is compared. None means the first contestant.
     ours: str | None = None
 
 
@@ -138,18 +138,18 @@ class LineProcess:
 
 @dataclass(frozen=True)
 class Row:
-    """Rate of one contestant in images/s, and its ratios to other contestants.
+    """Rate of one contestant in images/s, and the ratios of this rate to the rates of other contestants.
 
-    `least` and `most` are the lowest and the highest rate of a round. All other numbers are medians over the rounds.
+    `least` and `most` are the lowest and the highest rate in all rounds. All other numbers are medians over the rounds.
     """
 
     name: str
     images_per_s: float
     least: float
     most: float
-    ours: str  # name of the project's contestant that this contestant is compared with
+    ours: str  # name of the contestant of this project with which this contestant is compared
     of_ours: float  # rate of this contestant / rate of the contestant `ours`
-    of_bound: float | None  # rate of this contestant / rate of its bound
+    of_bound: float | None  # rate of this contestant / rate of the contestant that is its upper bound
 
 
 def import_simplejpeg() -> ModuleType:
@@ -171,7 +171,7 @@ def make_photo_digits(folder: Path) -> Path:
 
 
 def race(contestants: Sequence[Contestant], rounds: int, pause_s: float = _PAUSE_S) -> list[Row]:
-    """Run one round to warm up, then `rounds` counted rounds, with a pause before each turn."""
+    """Run a warm-up round and `rounds` counted rounds, with a pause before each turn. Returns a row per contestant."""
     rates: dict[str, list[float]] = {contestant.name: [] for contestant in contestants}
     for number in range(rounds + 1):
         say(f"round {number} of {rounds}" if number else "warm-up round, not counted")
@@ -195,7 +195,10 @@ def race(contestants: Sequence[Contestant], rounds: int, pause_s: float = _PAUSE
 
 
 def speedups(rows: Sequence[Row]) -> dict[str, float]:
-    """Return {contestant of another project: rate of our contestant / its rate}, for the JSON key "ours_over"."""
+    """Return {row.name: rate of contestant row.ours / rate of contestant row.name}, for the JSON key "ours_over".
+
+    Rows in which both contestants are the same are left out.
+    """
     return {row.name: round(1 / row.of_ours, 2) for row in rows if row.name != row.ours}
 
 

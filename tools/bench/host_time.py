@@ -1,4 +1,4 @@
-"""Benchmark of the Python code of the CPU stream, in microseconds an image, without decoding and augmentation.
+"""Benchmark of the Python code of the CPU stream, in microseconds per image. Decoding and augmentation are not timed.
 
 The stages run one after the other on one thread. The sum of their times is therefore an upper bound of the time for
 which the stream holds Python's GIL. Only the search for the records in the mapped files runs without the GIL. A
@@ -36,7 +36,7 @@ _FIRST = 5  # number of batches at the start that are not counted
 
 
 class _IdleKernel:
-    """Replaces NativeKernels. Its methods do nothing."""
+    """Replaces NativeKernels with methods that do nothing."""
 
     def __init__(self, jpeg: kernels.JpegLibrary | None) -> None:
         self.jpeg = jpeg
@@ -46,7 +46,7 @@ class _IdleKernel:
 
 
 def host_times(store: Store, batch: int, threads: int, batches: int) -> dict[str, float]:
-    """Return {stage: microseconds an image}, with "sum" for all stages together.
+    """Return {stage: microseconds per image}. The key "sum" holds the sum of all stages.
 
     The docstring of this module lists the stages. Raises UserError if the C kernel cannot be used, because the stream
     then uses DALI.
@@ -87,7 +87,7 @@ def _timed(times: list[float], run: Callable[..., Any], *arguments: Any) -> Any:
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
 def main(store: Path, batch: int, batches: int, threads: int, as_json: bool) -> None:
-    """Measure the Python code of the CPU stream in microseconds an image.
+    """Measure the Python code of the CPU stream in microseconds per image.
 
     \b
     Example:
@@ -99,7 +99,7 @@ def main(store: Path, batch: int, batches: int, threads: int, as_json: bool) -> 
         print_json({name.replace(" ", "_"): round(value, 3) for name, value in times.items()})
         return
     for name, value in times.items():
-        say(f"{name:8}{value:8.2f} us an image")
+        say(f"{name:8}{value:8.2f} us per image")
 
 
 if __name__ == "__main__":

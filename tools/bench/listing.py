@@ -13,7 +13,7 @@ order:
 
 `peak MB` is the largest resident memory of the process so far (VmHWM in /proc/self/status). With --tree N, the program
 also creates N empty files in class folders, and lists them with list_folder. The operating system has the new files in
-its caches. On a network file system, listing takes longer.
+its caches, so listing files on a network file system takes longer than this measurement shows.
 """
 
 from __future__ import annotations

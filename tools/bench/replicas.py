@@ -1,8 +1,9 @@
 """Benchmark of training on a CPU: several processes with few threads each, compared with one process with all threads.
 
-replicas           two processes (or --replicas), each with an equal part of the batch and of the threads. Gradients are
-                   exchanged in shared memory, as `torchrun --nproc-per-node 2 -m train run --gpus cpu` does.
-replicas over TCP  the same processes, but gloo exchanges the gradients over TCP, as between machines.
+replicas           two processes (--replicas sets another number), each with an equal part of the batch and of the
+                   threads. Gradients are exchanged in shared memory, as
+                   `torchrun --nproc-per-node 2 -m train run --gpus cpu` does.
+replicas over TCP  the same processes, but gloo exchanges the gradients over TCP, as it does between machines.
 one process        one process with all threads and the whole batch, as `alextrain run --gpus cpu` does.
 
 A step consists of forward pass, cross-entropy, backward pass, exchange of gradients, and update. Each step trains the

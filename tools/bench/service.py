@@ -10,9 +10,10 @@ bounds             threads that only decode the JPEG records (libjpeg-turbo), or
 The option --threads is the number of threads and of cores of each of these contestants. All loaders give batches of 128
 images, float32 NCHW. The loader with a service shares its cores with Ray's processes and the workers. Both nodes are
 raylets (Ray's process of a node) of one Ray cluster on this machine. Only one service runs at a time. For each service,
-the benchmark starts a cluster, and then runs the loader with the service, the loader without a service and the bound in
-turn. Each node has an object store of the size that `alexstream serve --cluster local` chooses. Before the measurement,
-the benchmark compares the first batches of the loader with a service and of the loader without a service, bit for bit.
+the benchmark starts a cluster. In each round, the loader with the service, the loader without a service and the bound
+run one after another. Each node has an object store of the size that `alexstream serve --cluster local` chooses. Before
+the measurement, the benchmark checks that the loader with a service and the loader without a service yield the same
+bits in the first batches.
 """
 
 from __future__ import annotations

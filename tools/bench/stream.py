@@ -4,7 +4,7 @@ Every contestant except the bounds is a stream. A stream yields batches without 
 random, minus the channel mean, float32 NCHW, together with labels.
 
 ours        pipeline.loader.train_loader with its default augmentation, which adds colour noise. The stream is timed on
-            JPEG records, with the channel mean and with the mean image, and on PPM records.
+            JPEG records with the channel mean, on JPEG records with the mean image, and on PPM records.
 torch       torch.utils.data.DataLoader whose workers each open the LMDB with py-lmdb, parse records with
             prep.store.datum.Datum, and decode with Pillow or with simplejpeg (libjpeg-turbo). NumPy crops, mirrors and
             subtracts the mean.
@@ -87,9 +87,9 @@ _STOP_TIMEOUT_S = 20.0  # time between closing the standard input of a peer and 
 
 
 class StreamBenchmark:
-    """Collects the contestants, and the stores and files that they read. The caller closes `cleanup` at the end.
+    """Collects the contestants, and makes the stores and files that the contestants read.
 
-    If `is_resized`, the streams are those of tools.bench.resized.
+    The caller closes `cleanup` at the end. If `is_resized`, the streams are those of tools.bench.resized.
     """
 
     def __init__(self, jpeg: Store, work_dir: Path, threads: int, seconds: float, is_resized: bool = False) -> None:
@@ -102,12 +102,12 @@ class StreamBenchmark:
 
     @cached_property
     def all_files(self) -> Path:
-        """Folder of the files of all records."""
+        """Folder with a JPEG file for each training record."""
         return write_files(self.jpeg, self.work_dir / "all", None)
 
     @cached_property
     def first_files(self) -> Path:
-        """Folder of the files of the first 2,000 records."""
+        """Folder with a JPEG file for each of the first 2,000 training records."""
         return write_files(self.jpeg, self.work_dir / "first", _IN_MEMORY_RECORDS)
 
     @cached_property
@@ -143,7 +143,7 @@ class StreamBenchmark:
         """Add a program of tools.bench.peers. The interpreter `python` runs the program.
 
         With `raw`, the program gets only the first 2,000 records, and is compared with our stream of PPM records and
-        the bound of PPM records. `bound` is the bound without `raw`.
+        the bound of PPM records. Without `raw`, the upper bound is the contestant `bound`.
         """
         if python is None:
             self._leave_out(name, f"{option} must name an interpreter that has the library (to install it: see --help)")
@@ -241,7 +241,7 @@ def store_options(command: Callable[..., Any]) -> Callable[..., Any]:
         type=click.IntRange(1),
         default=2,
         show_default=True,
-        help="Number of worker threads or processes, and largest number of cores, of each contestant.",
+        help="Number of worker threads or processes of each contestant, and of cores that each contestant may use.",
     )(command)
     return click.option(
         "--store",

@@ -106,7 +106,7 @@ def training_step(name: str, batch: int) -> Callable[[], int]:
 
 
 def peak_memory_mb(name: str, batch: int) -> int:
-    """Return the peak resident memory in MB (10^6 bytes) of this process, which runs only two steps."""
+    """Run two training steps, and return the peak resident memory of this process in MB (10^6 bytes)."""
     step = training_step(name, batch)
     step(), step()
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6)  # ru_maxrss is in KiB on Linux

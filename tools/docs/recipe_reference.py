@@ -53,7 +53,7 @@ def page() -> str:
 
 
 def _side_by_side(recipes: Mapping[str, Recipe]) -> str:
-    """Return a row for each field, or for each part of a field such as `lrn.k`, that at least one recipe has."""
+    """Return a table of all recipes. A field with parts, such as `lrn.k`, has a row for each part."""
     by_recipe = {
         name: {field: _cells(rows) for field, rows in recipe_rows(recipe).items()} for name, recipe in recipes.items()
     }

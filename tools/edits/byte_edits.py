@@ -90,7 +90,7 @@ def npy_file_edits() -> Iterator[tuple[str, Apply]]:
 
 
 def npz_file_edits() -> Iterator[tuple[str, Apply]]:
-    """Yield pairs (kind, edit) for a .npz file as a whole. npz_member_edits edits its members."""
+    """Yield pairs (kind, edit) for a .npz file as a whole. npz_member_edits edits single members."""
     yield "unknown member", lambda path: _rezip(path, {"unknown.npy": b"text"})
     yield "member outside", lambda path: _rezip(path, {"../../outside.npy": b"text"})
     yield "without members", lambda path: _write(path, b"PK\5\6" + bytes(18))
@@ -184,7 +184,7 @@ def _set_number(path: Path, number: float) -> None:
 
 
 def _rezip(path: Path, changes: dict[str, bytes | None], compression: int = zipfile.ZIP_STORED) -> None:
-    """Write an archive again with the new contents `changes` {name of a member: content}. None removes the member."""
+    """Write an archive again. `changes` is {name of a member: new content}; the content None removes the member."""
     with zipfile.ZipFile(path) as archive:
         members: dict[str, bytes | None] = {name: archive.read(name) for name in archive.namelist()}
     with zipfile.ZipFile(path, "w", compression) as archive:

@@ -39,7 +39,7 @@ def save_checkpoint(content: Any, path: Path) -> None:
     limit = sys.getrecursionlimit()
     sys.setrecursionlimit(20_000)
     try:
-        path.unlink()  # best.pt can be a hard link to this file, and must not change
+        path.unlink()  # best.pt can be a hard link to the file; a new file at `path` leaves best.pt as it is
         torch.save(content, path)
     finally:
         sys.setrecursionlimit(limit)
@@ -80,7 +80,7 @@ def checkpoint_edits(path: Path) -> Iterator[tuple[str, str, Apply]]:
 
 
 def _is_skipped(path: tuple[str | int, ...], value: Any) -> bool:
-    """Return whether value_edits leaves a field out: a tensor, or the source of any recipe field except `lr`."""
+    """Return True for a field that value_edits leaves out: a tensor, or the source of a recipe field except `lr`."""
     is_tensor = isinstance(value, Tensor) or (bool(path) and path[0] in TENSOR_GROUPS)
     return is_tensor or ("sources" in path[:-1] and path[-1] != "lr")
 
@@ -244,7 +244,7 @@ def _replace_pickle(path: Path) -> None:
 
 
 def _rezip(path: Path, changes: Mapping[str, bytes | None], compression: int = zipfile.ZIP_STORED) -> None:
-    """Write the archive again with the new contents `changes` {name of a member: content}. None removes the member.
+    """Write the archive again. `changes` is {name of a member: new content}; the content None removes the member.
 
     The names are relative to the archive's only folder.
     """

@@ -27,7 +27,7 @@ class Nested:
 
 @dataclass(frozen=True)
 class Twice:
-    """The object `content`, in whose JSON the key `key` occurs twice: first with the value `first`."""
+    """The object `content`. In its JSON, the key `key` occurs twice, and its first value is `first`."""
 
     content: Mapping[str, Any]
     key: str
@@ -181,7 +181,7 @@ def plain(value: Any, depth: int) -> Any:
 
 
 def field_matches(field: str, patterns: Sequence[str]) -> bool:
-    """Return whether one of the patterns matches the field `field`, such as `splits.train.account`.
+    """Return True if a pattern of `patterns` matches the field `field`, such as `splits.train.account`.
 
     In a pattern, `*` stands for any one name between dots: `splits.*.account`. A pattern that matches a field also
     matches all fields inside this field.

@@ -1,9 +1,9 @@
 """Runs commands in forks of this process, and gives a verdict on how each command ended.
 
 This process imports the libraries of the commands, such as torch, before it forks. A fork then starts within
-milliseconds. A command may use 1 GB of writable memory (RLIMIT_DATA) and 1 GB of resident memory (ru_maxrss of its
-largest process). The memory that a fork has at its start, such as that of the libraries, is not counted. A command that
-exceeds the time limit is killed.
+milliseconds. A command may use 1 GB of writable memory (RLIMIT_DATA) and 1 GB of resident memory (ru_maxrss of the
+command's largest process). The memory that a fork has at its start, such as that of the libraries, is not counted. A
+command that exceeds the time limit is killed.
 """
 
 from __future__ import annotations
@@ -162,8 +162,8 @@ def _states(folder: Path) -> dict[str, tuple[int, ...]]:
 def _changed(before: dict[str, tuple[int, ...]], after: dict[str, tuple[int, ...]]) -> list[str]:
     """Return the files that a command changed, removed or made although it ended with an error.
 
-    Files of _MAY_CHANGE are left out. A new file counts only if its name is that of a finished result, such as a
-    manifest. New shards without a manifest are therefore allowed.
+    Files that match _MAY_CHANGE are left out. A new file counts only if its name is that of a finished result, such as
+    a manifest. New shards without a manifest are therefore allowed.
     """
     old = {name for name in before if before[name] != after.get(name)}
     new = {name for name in after if name not in before and _RESULT.search(name)}
@@ -171,7 +171,7 @@ def _changed(before: dict[str, tuple[int, ...]], after: dict[str, tuple[int, ...
 
 
 def _run(command: str, work: Path, log: Path, limit_s: float) -> _Ended:
-    """Run a command in a fork. Its output goes to the files `log`.out and `log`.err."""
+    """Run a command in a fork. The output of the command goes to the files `log`.out and `log`.err."""
     began = monotonic()
     reading, writing = os.pipe()
     pid = os.fork()

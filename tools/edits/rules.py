@@ -90,7 +90,7 @@ class Rule:
     commands: tuple[str, ...] = ()  # the rule holds for command lines that contain one of these texts
 
     def allows(self, edited: Edited) -> bool:
-        """Return whether the rule allows a command to accept an edit."""
+        """Return True if the rule allows a command to accept an edit."""
         return (
             any(fnmatch(edited.file, pattern) for pattern in self.files)
             and (not self.fields or _names_field(self.fields, edited.field))

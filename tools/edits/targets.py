@@ -198,7 +198,7 @@ TARGETS = (
 
 
 def is_further_source(path: tuple[str | int, ...], value: Any) -> bool:
-    """Return whether `path` is the source of any recipe field except `lr`. Such sources are not edited."""
+    """Return True if `path` is the source of a recipe field other than `lr`. Such sources are not edited."""
     return "sources" in path[:-1] and path[-1] != "lr"
 
 
@@ -271,7 +271,7 @@ def _unchanged(value: Any, text: str) -> str:
 
 
 def _signed_manifest(value: Any, text: str) -> str:
-    """Return the text of an edited manifest with a correct checksum. An edited checksum is kept."""
+    """Return the text of an edited manifest with a correct checksum. A checksum of a wrong length is kept."""
     try:
         read = json.loads(text)
         stated = read.pop("checksum")

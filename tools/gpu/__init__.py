@@ -1,1 +1,1 @@
-"""Modules of tools.gpu_check: its settings, facts about the machine, correctness checks, and timings."""
+"""Modules of tools.gpu_check: settings, facts about the machine, correctness checks, and timings."""

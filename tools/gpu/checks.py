@@ -32,10 +32,11 @@ from train.trainer.step_graph import CountedStep, graph_for
 JPEG_MEAN, JPEG_MAX = 0.05, 8.0
 PPM_MAX = 4 * 2.0**-15  # four times the distance between neighbouring float32 numbers above 256
 
-# Settings of the window checks. With these settings, images are whole grey levels, so PPM records must give equal bits.
-# Each setting has two limits for JPEG records, in grey levels: for the average difference and for the largest
-# difference. DALI's filter resizes with other weights than Pillow's filter, and jitter enlarges differences. DALI on a
-# CPU differed from the CPU stream by 0.13 on average, and by at most 1 level without effects and 8 levels with effects.
+# Settings of the checks of windows. A window is the part of a record that becomes an image. With these settings, images
+# are whole grey levels, so PPM records must give equal bits. For JPEG records, each setting has two limits in grey
+# levels: one for the average difference and one for the largest difference. DALI's filter has other weights than
+# Pillow's filter, and jitter enlarges differences. DALI on a CPU differed from the CPU stream by 0.13 on average. The
+# largest difference was 1 level without effects and 8 levels with effects.
 # The limits leave room for the chroma of nvJPEG.
 WINDOWS = {
     "resized windows": (Augmentation("none", "off", window="resized"), (0.6, 16.0)),
@@ -136,7 +137,7 @@ def stream_checks(settings: GpuCheckSettings, store: Path, format: str) -> Itera
 
 
 def window_checks(settings: GpuCheckSettings, store: Path, format: str) -> Iterator[Check]:
-    """Compare resized windows, with and without effects, made on the device with those made on the CPU."""
+    """Compare windows that the device resizes with windows that the CPU resizes, both with and without effects."""
     for (name, (augmentation, jpeg_limits)), layout in product(WINDOWS.items(), ("NCHW", "NHWC")):
         limits = jpeg_limits if format == "jpeg" else (0.0, 0.0)
         yield compare_with_cpu(settings, store, f"{name} of {format} records, {layout}", layout, augmentation, limits)

@@ -4,9 +4,9 @@ The memory floor of a kernel is a time: the number of bytes that the kernel must
 speed of a copy within the GPU's memory. The share of a kernel is its time divided by its memory floor. The goal is a
 share of at most 2.
 
-An epilogue is the work between two convolutions (tools/gpu/epilogues.py). Its forward pass and its backward pass are
-recorded in one CUDA graph each, so that the time of launches is not measured. The graph computes the pass for several
-inputs, one after another. Together, the inputs are larger than the cache of the GPU.
+An epilogue is the work between two convolutions (tools/gpu/epilogues.py). Its forward pass is recorded in one
+CUDA graph, and its backward pass in another, so that the time of launches is not measured. Each graph computes its pass
+for several inputs, one after another. Together, the inputs are larger than the cache of the GPU.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ def moved_bytes(case: LayerCase, images: int, itemsize: int) -> dict[str, int]:
 
     Biases are not counted.
 
-    forward   reads x, the output of the convolution, and writes the result. With pooling, it also writes one byte for
-              each pooled value.
-    backward  reads the gradient of the result, and writes the gradient of x. With pooling, it also reads the byte of
-              each pooled value. With normalization, or with a nonlinearity before pooling, it also reads x. With only a
-              nonlinearity, it also reads the result.
+    forward   reads x, the output of the convolution, and writes the result. With pooling, the kernel also writes one
+              byte for each pooled value.
+    backward  reads the gradient of the result, and writes the gradient of x. With pooling, the kernel also
+              reads the byte of each pooled value. With normalization, or with a nonlinearity before pooling, the kernel
+              also reads x. With a nonlinearity but neither normalization nor pooling, the kernel also reads the result.
     """
     maps = images * case.columns * case.maps
     x, y = maps * case.side_px**2, maps * case.pooled_px**2

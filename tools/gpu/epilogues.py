@@ -2,7 +2,7 @@
 
 The kernels (train/model/gpu/epilogue.py) are compared with PyTorch operators in float64 on the same device, from the
 same inputs. The compared values are the result, the gradient of the convolution's output x and the gradient of the
-bias. The float64 results are computed for some images at a time, so that they fit into memory.
+bias. The float64 results are computed for a few images at a time, so that they fit into memory.
 
 An epilogue is the work between two convolutions: bias, nonlinearity, normalization and pooling.
 
@@ -138,7 +138,7 @@ def make_upstream(case: LayerCase, images: int, dtype: torch.dtype, device: torc
 
 
 def as_output(case: LayerCase, by_column: Sequence[Tensor]) -> list[Tensor]:
-    """Return the tensors in the form of the result of `case`: joined or not, and in its memory layout."""
+    """Return the tensors as the result of `case` has them: joined if case.joined_out, and in the same layout."""
     tensors = [torch.cat(list(by_column), 1)] if case.joined_out else list(by_column)
     layout = torch.contiguous_format if case.channels_first else torch.channels_last
     return [tensor.contiguous(memory_format=layout) for tensor in tensors]

@@ -53,7 +53,7 @@ def elapsed_s(devices: Devices, work: Callable[[], object]) -> float:
 
 
 def copy_bytes_per_s(device: str, size: int) -> float:
-    """Return the number of bytes per second that a copy within the device's memory reads and writes: the best of 3.
+    """Return the bytes per second that a copy within the device's memory reads and writes, as the best of 3 trials.
 
     size  size of the copied tensor in bytes
     """

@@ -127,7 +127,7 @@ def run_timings(
 ) -> Iterator[tuple[str, Any]]:
     """Run the chosen timings and yield (JSON key, result) one by one.
 
-    If a timing raises an exception, its result is the error message. After a failed timing, the other timings still
+    If a timing raises an exception, the error message is yielded as the result of this timing. The other timings still
     run.
     """
     precisions = settings.precisions

@@ -3,7 +3,7 @@
 The rate of a run comes from its metrics.jsonl, which has a line for each interval of steps. The first interval of a run
 is not counted, because the stream starts in this interval. The first interval of an epoch is not counted, because the
 stream prefetched batches while a checkpoint was written. Checkpoints and validations are outside of the intervals.
-Their time is reported as `outside_s`.
+The time of checkpoints and validations is reported as `outside_s`.
 """
 
 from __future__ import annotations
@@ -135,9 +135,10 @@ def rate_of_run(lines: Sequence[Mapping[str, Any]], batch: int, steps_per_epoch:
 
 
 def run_rates(settings: GpuCheckSettings, budget_s: float) -> list[dict[str, Any]]:
-    """Return a row for each run of `alextrain run`: with each store, and with the last store at twice the batch size.
+    """Run `alextrain run` with each store, and with the last store also at twice the batch size.
 
-    If a run fails, its row has the key "error" instead of rates. After `budget_s` seconds, no new run is started.
+    Returns a row for each run. If a run fails, its row has the key "error" instead of rates. After `budget_s` seconds,
+    no new run is started.
     """
     started, rows = time.perf_counter(), []
     stores = list(settings.stores_by_format().items())
@@ -178,7 +179,7 @@ def _rate_from(settings: GpuCheckSettings, store: Path, batch: int) -> RunRate:
 
 
 def has_option(option: str) -> bool:
-    """Return whether `alextrain run` has an option."""
+    """Return True if `alextrain run` has the option `option`, such as `--deterministic`."""
     command = [*PROGRAM, "run", "--help"]
     result = subprocess.run(command, capture_output=True, text=True, cwd=_ROOT, timeout=_TIMEOUT_S, check=False)
     return option in result.stdout.split()

@@ -39,12 +39,12 @@ class GpuCheckSettings:
 
     @property
     def on_gpu(self) -> bool:
-        """Whether `device` is a GPU."""
+        """True if `device` is a GPU."""
         return self.device.type == "cuda"
 
     @property
     def is_cpu_trial(self) -> bool:
-        """Whether this run is the trial on a CPU, in which all amounts of work are as small as possible."""
+        """True if this run is the trial on a CPU, in which all amounts of work are as small as possible."""
         return self.quick and not self.on_gpu
 
     @property
@@ -66,7 +66,7 @@ class GpuCheckSettings:
 
     @property
     def turn_s(self) -> float:
-        """Approximate duration of a measurement of a rate, in seconds. 0: the measurement is one step or batch."""
+        """Approximate duration of a measurement of a rate, in seconds. 0 means a single step or batch."""
         return 0.0 if self.is_cpu_trial else 0.3 if self.quick else 0.6
 
     @property

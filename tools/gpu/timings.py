@@ -58,8 +58,8 @@ Work = Callable[[], object]
 def measure_rates(settings: GpuCheckSettings) -> list[Row]:
     """Return images/s of the stream, of steps on one batch that stays on the GPU, and of steps that the stream feeds.
 
-    The steps that the stream feeds, such as "bf16 from jpeg", use the last of settings.precisions. They are compared
-    with steps on one batch in this precision.
+    The steps that the stream feeds, such as "bf16 from jpeg", use the last of settings.precisions. The rates
+    of these steps are compared with the rate of steps on one batch in the same precision.
     """
     with ExitStack() as streams:
         contestants = []
@@ -144,7 +144,7 @@ def make_contestant(
     precision: str | None = None,  # precision of the training steps in `work`, set before each turn
     ours: str | None = None,
 ) -> Contestant:
-    """Return a contestant. In each turn, `work` is called repeatedly, for about settings.turn_s seconds."""
+    """Return a contestant. In each turn (timed run), `work` is called again and again for about settings.turn_s."""
     calls: list[int] = []  # [number of calls in a turn]; empty until `prepare` has measured this number
 
     def prepare() -> None:
@@ -175,7 +175,7 @@ def repeat(work: Work, times: int) -> None:
 
 
 def rates_by_batch_size(settings: GpuCheckSettings) -> list[dict[str, Any]]:
-    """Return images/s of steps on batches of other sizes than settings.batch (`other_batches`), in each precision.
+    """Return a row with the images/s of training steps for each precision and each batch size of `other_batches`.
 
     For the first batch size that does not fit in memory, images_per_s is None; larger batches are not measured.
     """
@@ -241,7 +241,7 @@ def kernel_times_ms(settings: GpuCheckSettings, precision: str) -> dict[str, flo
             parent = parent.cpu_parent
         if settings.on_gpu:
             for kernel in event.kernels:
-                # A kernel with the same name as its event is an annotation. Its time repeats the time of other kernels.
+                # A kernel with the name of its event is an annotation. Other kernels already account for its time.
                 if kernel.name != event.name:
                     kind = kernel_kind([kernel.name, *call_chain])
                     times_us[kind] = times_us.get(kind, 0.0) + kernel.duration

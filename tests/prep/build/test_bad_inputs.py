@@ -103,7 +103,7 @@ def test_probe_accepts_every_format_that_can_be_decoded(tmp_path: Path) -> None:
 
 
 def test_all_obviously_bad_inputs_are_named_before_the_build(with_bad: Path, tmp_path: Path) -> None:
-    """The error counts the bad files that the probe finds, folder.JPEG, and the link out of the source.
+    """The error counts folder.JPEG, the link out of the source, and the bad files that the probe finds.
 
     The probe does not find the truncated file, because the probe reads only the first bytes of a file.
     """

@@ -53,7 +53,7 @@ _PRELOAD = "prep.build.shard_task"
 
 @pytest.fixture(scope="module")
 def nodes() -> Iterator[tuple[Any, ModuleType]]:
-    """(cluster, module ray). This process is connected to the cluster."""
+    """The pair (cluster, module ray). The process of the tests is connected to the cluster."""
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     cluster = start_cluster()
     try:
@@ -161,7 +161,7 @@ def test_the_store_equals_that_of_a_build_without_a_cluster(
     build_split(source_with(SlowReader(photos)), tmp_path / "store", PPM, runner, progress)
     assert_same(tmp_path / "store", whole)
     steps = [done for done in progress.all_done if 0 < done < IMAGES]
-    # A shard has 56 inputs. If a count is not a multiple of 56, it includes inputs of unfinished shards.
+    # A shard has 56 or 57 inputs. A count such as 30 therefore includes inputs of unfinished shards.
     assert len(set(steps)) > 4 and any(done % 56 for done in steps)
     words = ("--store", tmp_path / "store", "--cluster", nodes[0].address)
     verified = alexprep("verify", *words)
@@ -267,7 +267,7 @@ def test_sigterm_stops_the_tasks_before_the_lock_is_released(
 
 @pytest.fixture(scope="module")
 def other_machine(nodes: tuple[Any, ModuleType], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A folder whose content a third node sees differently, because this node has its own mounts.
+    """A folder whose content a third node sees differently, because the third node has its own mounts.
 
     On the third node, the folder `hidden` is empty, and the file `file` is longer. There, the file `pillow` takes the
     place of the METADATA of Pillow, so a test can change the version of Pillow.

@@ -208,7 +208,7 @@ def test_class_names_are_checked(tmp_path: Path) -> None:
 
 
 def test_extra_values_of_items(tmp_path: Path) -> None:
-    """The records have the order of the store; the values are found by the names of the items."""
+    """The store has its own record order, so the test finds the item of a record by its name."""
     rng, pixels = np.random.default_rng(0), np.zeros((40, 40, 3), np.uint8)
     names = [f"{number}.jpg" for number in rng.permutation(80)]
     values: list[dict[str, Any]] = [

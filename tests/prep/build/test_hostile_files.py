@@ -41,7 +41,7 @@ def expectations() -> dict[str, Expected]:
 def photos(tmp_path_factory: pytest.TempPathFactory, expectations: dict[str, Expected]) -> Iterator[Path]:
     """Two class folders, a and b.
 
-    Each class folder holds half of the files, and also links, sockets and other names that are not readable files.
+    Each class folder holds half of the files, and also links, sockets and other entries that are not readable files.
     """
     root = tmp_path_factory.mktemp("hostile") / "photos"
     for folder in ("a", "b"):
@@ -107,7 +107,8 @@ class Ended:
 def alexprep(tmp_path: Path) -> Callable[..., Ended]:
     """A function that runs `alexprep` as a process.
 
-    Small scripts replace the programs that Pillow might start. A script that is started writes a file.
+    Small scripts replace the programs that Pillow might start. If such a script is started, it creates the file
+    `started`.
     """
     programs = tmp_path / "programs"
     programs.mkdir()

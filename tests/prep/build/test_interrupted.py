@@ -1,4 +1,4 @@
-"""Interrupted builds: killed at any disk operation or moment, stopped by signals, or with a worker that dies.
+"""Tests of builds that are killed at any disk operation or moment, that a signal stops, or whose worker dies.
 
 If the command is repeated, it must finish the build with the fingerprint of an uninterrupted build. No process and no
 temporary file may be left.
@@ -137,7 +137,7 @@ def test_a_build_killed_at_two_hundred_random_moments_is_finished(
 ) -> None:
     """Every build runs as a command in its own process.
 
-    Every tenth build is killed five times, and every other build is killed once.
+    Every tenth build is killed five times, and the remaining builds are killed once.
     """
     rng = np.random.default_rng(200)
 

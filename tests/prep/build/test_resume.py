@@ -1,4 +1,4 @@
-"""prep.build.resume: which changes of its source an unfinished build accepts or refuses.
+"""prep.build.resume: which changes of the source make a build refuse to continue, and which do not.
 
 A build of four shards of 50 images is stopped after the first shard. Then the source is changed, and the same build
 runs again. There are two correct results: the build is refused, or every record has the content that its file had when

@@ -159,7 +159,7 @@ def test_an_unfinished_val_of_other_inputs_is_found_before_train_is_built(source
 
 
 def test_an_unfinished_build_keeps_the_order_of_its_classes(pictures: Path, tmp_path: Path) -> None:
-    """An earlier version began the build, and sorted class names that are numbers as text."""
+    """An earlier version of alexprep, which sorted numbers in class names as text, began the build."""
     photos, store, text_order = tmp_path / "photos", tmp_path / "store", ("1", "10", "2")
     shutil.copytree(pictures, photos)
     for old, new in zip(("n1", "n2", "n3"), ("2", "1", "10"), strict=True):

@@ -56,7 +56,7 @@ def write_table(path: Path, photos: Path, seed: int = 0, prefix: str = "") -> di
 def build_with(
     photos: Path, store: Path, extra: Sequence[str] = (), split: str = "train", runner: Any = None, policy: Any = SKIP
 ) -> Store:
-    """Build a split with the values of --extra `extra`, in the process of the test."""
+    """Build a split in the process of the test. `extra` lists the values of the option --extra."""
     known = Store.open(store).classes if (store / "manifest.json").exists() else ()
     (source,) = with_extra([list_source(photos, split, store_classes=known)], parse_extra(tuple(extra)))
     return build_split(source, store, PPM, runner or InlineRunner(), Progress(1, "pictures"), policy)

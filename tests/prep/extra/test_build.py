@@ -55,7 +55,7 @@ def built(photos: Path, table: tuple[Path, Values], tmp_path_factory: pytest.Tem
 
 @pytest.fixture
 def inline(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Commands run their tasks in the process of the test."""
+    """Make commands run their tasks in the process of the test."""
     monkeypatch.setattr("prep.cli.build.make_runner", lambda *args, **options: nullcontext(InlineRunner()))
 
 

@@ -45,7 +45,7 @@ def segments(jpeg: bytes) -> list[tuple[int, bytes]]:
 def test_an_encoded_jpeg_is_baseline_420_without_exif(quality: int, first: int) -> None:
     """`first` is the first entry of the luminance quantization table, for the DC coefficient.
 
-    The entry is 16 in the JPEG standard. The rule of the Independent JPEG Group scales it for `quality`.
+    The entry is 16 in the JPEG standard. The rule of the Independent JPEG Group scales this entry for `quality`.
     """
     pixels = np.asarray(smooth(60, 84))
     parts = segments(encode_jpeg(pixels, quality))
@@ -78,7 +78,7 @@ def test_an_encoded_jpeg_decodes_to_nearly_the_same_pixels() -> None:
 
 
 def test_a_sampling_that_cannot_be_checked_for_damage_is_said() -> None:
-    """Pillow gives no warning about a truncated JPEG with an end marker, if its first channel has the sampling 3×1."""
+    """Pillow does not warn of a truncated JPEG with an end marker whose first channel has the sampling 3×1."""
     marks, tables = {0xDB, 0xC4}, b""
     for marker, body in segments(encode_jpeg(np.zeros((8, 8, 3), np.uint8), 90)):
         if marker in marks:

@@ -1,4 +1,4 @@
-"""prep.inputs.archive: members that are refused by name, damaged archives, and files that are no archives.
+"""prep.inputs.archive: members that are refused and named, damaged archives, and files that are no archives.
 
 If an archive is damaged, every image is listed or refused, or the command ends with a one-line error.
 test_tar_members.py tests more kinds of damage.
@@ -79,7 +79,7 @@ def test_sparse_members_are_refused_by_name(tmp_path: Path) -> None:
 
 
 def test_of_members_with_the_same_name_the_last_counts(tmp_path: Path) -> None:
-    """If several members have the same name, the last one is listed, and the earlier ones are refused by name.
+    """If several members have the same name, the last one is listed, and the earlier ones are refused.
 
     If the program tar extracts such an archive, only the last of these members remains.
     """
@@ -109,7 +109,7 @@ def test_a_damaged_inner_tar_is_one_line_that_names_the_archive(damage: str, tmp
 def test_every_cut_of_an_archive_is_an_error(tmp_path: Path) -> None:
     """A tar of folders, a tar of tars, and tars with long names are truncated to each multiple of 256 bytes.
 
-    A truncated tar is an error, unless nothing but padding is missing.
+    A truncated tar is an error, unless only padding is missing.
     """
     long = [("n1/" + "x" * 150 + name.split("/")[1], content) for name, content, *_ in THREE]
     tars = [("n1.tar", tar_of([("a.JPEG", A), ("b.JPEG", B)])), ("n2.tar", tar_of([("c.JPEG", C)]))]

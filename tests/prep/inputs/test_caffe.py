@@ -394,7 +394,7 @@ def test_a_folder_or_file_that_is_not_an_lmdb_is_a_one_line_error(tmp_path: Path
 
 @pytest.mark.usefixtures("processes")
 def test_a_damaged_lmdb_is_a_one_line_error_or_a_complete_store(datum: Callable[..., bytes], tmp_path: Path) -> None:
-    """The LMDB is truncated or has pages of noise. A worker that reads it may crash, but the command must not crash."""
+    """A worker that reads a truncated LMDB, or pages of noise, may crash, but the command must not crash."""
     folder = lmdb_of(tmp_path / "whole", labelled(datum, *[(f"n{k % 2}/{k}.JPEG", k % 2) for k in range(60)]))
     content = (folder / "data.mdb").read_bytes()
     damaged = [content[: int(len(content) * share)] for share in (0.02, 0.5, 0.999)]

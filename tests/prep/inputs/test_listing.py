@@ -1,6 +1,6 @@
 """prep.inputs.listing: content of a listing, record order, and memory.
 
-The tests compute the record order from its definition with hashlib. They measure the memory in a separate process.
+The tests compute the record order from its definition with hashlib. The memory is measured in a separate process.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ def test_classes_other_than_those_of_the_store_are_refused(tmp_path: Path) -> No
 def test_the_classes_of_the_store_keep_their_labels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = touch(tmp_path / "t", "2/a.JPEG", "10/b.JPEG")
     assert list_images(root).classes == ("2", "10")
-    source = list_images(root, store_classes=("10", "2"))  # earlier versions sorted the classes of a store as text
+    source = list_images(root, store_classes=("10", "2"))  # an earlier alexprep sorted classes as text
     assert source.classes == ("10", "2")
     assert dict(paths_and_labels(source)) == {b"10/b.JPEG": 0, b"2/a.JPEG": 1}
     assert "keep the labels of the store: label 0 is 10. In a new store, label 0 would be 2" in capsys.readouterr().err

@@ -1,6 +1,6 @@
 """prep.inputs.tar_members: damaged and truncated archives, files of other types, headers with a false, huge size.
 
-The behaviour of tarfile depends on the Python version.
+The tests must pass with each Python version, because tarfile behaves differently in different versions.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def test_a_damaged_archive_is_one_line_that_names_it(damage: str, tmp_path: Path
 def test_every_cut_of_an_archive_is_an_error(tmp_path: Path) -> None:
     """A tar of folders, a tar of tars, and tars with long names are truncated to each multiple of 256 bytes.
 
-    A truncated tar is an error, unless nothing but padding is missing.
+    A truncated tar is an error, unless only padding is missing.
     """
     long = [("n1/" + "x" * 150 + name.split("/")[1], content) for name, content, *_ in THREE]
     tars = [("n1.tar", tar_of([("a.JPEG", A), ("b.JPEG", B)])), ("n2.tar", tar_of([("c.JPEG", C)]))]
@@ -139,7 +139,7 @@ def test_members_are_not_kept(tmp_path: Path) -> None:
         for member in iterate_members(file, path, 0, size, Progress(size, "bytes")):
             if member.name == "n1/1999.JPEG":
                 break
-        # Not isinstance(): it reads __class__, for which torch.distributed.reduce_op prints a warning.
+        # isinstance() would read __class__, for which torch.distributed.reduce_op prints a warning.
         alive = sum(type(each) is tarfile.TarInfo for each in gc.get_objects())
     assert 1 <= alive < 10
 

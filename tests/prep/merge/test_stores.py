@@ -140,7 +140,7 @@ class CutsTheShard(TaskProgress):
 def test_a_shard_that_is_cut_during_a_merge_gives_its_own_error(
     make_store: MakeStore, tmp_path: Path, work: str
 ) -> None:
-    """Missing pages of the file read as zeros. The error must name the shard, and not call the record damaged."""
+    """Missing pages of the file are read as zeros. The error must name the shard, and not call the record damaged."""
     store = Store.open(shutil.copytree(make_store("two"), tmp_path / "two"))
     folder = Path(store.shard_paths("train")[0])
     shard = SourceShard(folder, store.split("train").shards[0].records, tuple(range(len(store.classes))))

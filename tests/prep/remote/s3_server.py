@@ -1,4 +1,4 @@
-"""An S3 server (moto) as a process, and an HTTP proxy in front of the server that logs requests and causes faults."""
+"""An S3 server (moto) as a process, and an HTTP proxy in front of it. The proxy logs requests and causes faults."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ class Proxy:
     decide: Callable[[Request], Fault | None] = lambda request: None
     log: list[Request] = field(default_factory=list)
     faults: int = 0  # number of faults that were caused
-    is_gcs: bool = False  # whether requests have the form of Google's API, in which `/` and `.` in keys are escaped
+    is_gcs: bool = False  # True if requests have the form of Google's API, in which `/` and `.` in keys are escaped
 
     def __post_init__(self) -> None:
         proxy = self

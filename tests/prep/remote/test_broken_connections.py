@@ -20,7 +20,7 @@ from tests.prep.remote.s3_server import Fault, Proxy, Request, S3Server
 
 
 def random_cuts(seed: int, share: float, longest: int) -> object:
-    """Return a function for Proxy.decide. It breaks the connection of a random `share` of the requests.
+    """Return a function for Proxy.decide that breaks the connection of a random `share` of the requests.
 
     The connection breaks within the request or within the answer, after at most `longest` bytes.
     """
@@ -225,8 +225,8 @@ def test_a_server_that_is_killed_and_loses_everything_leaves_no_manifest(
 ) -> None:
     """The server is killed during the copy, and starts again on the same port.
 
-    Its objects were in memory and are lost. At the end, files that were verified before are missing, so the copy fails.
-    A copy to a new prefix succeeds.
+    The objects are lost, because the server keeps objects only in memory. At the end, files that were verified before
+    are missing, so the copy fails. A copy to a new prefix succeeds.
     """
     first = S3Server()
     proxy.server = first

@@ -226,7 +226,7 @@ def test_a_source_that_changes_during_the_copy_is_noticed(
 def test_a_file_that_another_program_overwrites_during_the_copy_is_noticed(
     small_store: Path, copy: Copy, proxy: Proxy, server: S3Server, url: str, prefix: str
 ) -> None:
-    """After a shard was verified, other bytes of the same length replace it. The next copy sends the shard again."""
+    """A verified shard is replaced by other bytes of the same length. The next copy sends the shard again."""
     path = "train/00001/data.mdb"
 
     def decide(request: Request) -> None:

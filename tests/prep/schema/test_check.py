@@ -17,7 +17,7 @@ ADVICE = "Build the store again."
 
 
 class Part(Struct, frozen=True, forbid_unknown_fields=True):
-    """A model whose fields have bounds. It also compares two fields with each other."""
+    """A model whose fields have bounds. The model also compares two fields with each other."""
 
     path: Annotated[str, Meta(min_length=1, max_length=8)]
     records: Count

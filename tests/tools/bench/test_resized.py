@@ -22,7 +22,7 @@ from tools.bench.stream import StreamBenchmark
 
 
 def test_peers_draw_the_same_regions_as_the_stream() -> None:
-    """Mean and standard deviation of heights, widths and positions, and the region of a record that is too wide."""
+    """Means and deviations of positions and sizes are nearly equal. Very wide or high records give a central region."""
     random.seed(0)
     size = (300, 500)
     theirs = np.array([random_region(*size) for _ in range(20_000)])

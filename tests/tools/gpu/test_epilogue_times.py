@@ -1,4 +1,4 @@
-"""Tests of the bytes that each epilogue kernel must move at least, and of the timing of the kernels, on a CPU."""
+"""Tests of tools.gpu.epilogue_times on a CPU: bytes that an epilogue kernel must move, and the timing of kernels."""
 
 from __future__ import annotations
 

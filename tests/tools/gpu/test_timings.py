@@ -14,7 +14,7 @@ from tools.gpu.settings import GpuCheckSettings
 
 
 def test_a_turn_is_as_long_as_asked_and_does_not_count_prefetched_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By a simulated clock, a call takes 10 ms. After calls that are not counted, 50 calls are timed (0.5 s)."""
+    """On a simulated clock, a call takes 10 ms. After calls that are not counted, 50 calls are timed (0.5 s)."""
     calls: list[int] = []
     settings = SimpleNamespace(devices=("cpu", "cpu"), turn_s=0.5)
 

@@ -1,4 +1,4 @@
-"""Functions for the programs of the build benchmark: arguments, the start signal, a process pool, writing an LMDB.
+"""Functions for the programs of the build benchmark: they parse arguments, wait for the start, and write an LMDB.
 
     python -m tools.bench.peers.NAME FOLDER OUT JOBS ...
 
@@ -22,7 +22,7 @@ Paths = Sequence[str]
 
 
 def parse_arguments() -> tuple[Paths, Path, int, list[str]]:
-    """Return the images, the output path, the number of workers, and the other arguments of the command line."""
+    """Return the paths of the images, the output path, the number of workers, and the other arguments."""
     folder, out, jobs, *others = sys.argv[1:]
     return sorted(str(path) for path in Path(folder).glob("*/*")), Path(out), int(jobs), others
 
@@ -55,7 +55,7 @@ def start_pool(jobs: int, initialize: Callable[[], object] = lambda: None) -> Ab
 def take_lmdb_turn(
     versions: str, make_jpeg: Callable[[str], bytes], initialize: Callable[[], object] = lambda: None
 ) -> None:
-    """Take one turn: write `make_jpeg(path)` for every image to one plain LMDB, in one commit."""
+    """Take one turn (a timed run): write `make_jpeg(path)` for every image to one plain LMDB, in one commit."""
     import lmdb
 
     paths, out, jobs, _ = parse_arguments()

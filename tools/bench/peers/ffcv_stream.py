@@ -132,7 +132,7 @@ def endless_batches(
 
 
 def main() -> None:
-    """Run the stream. One line on standard input starts one timed turn (see stream_turn.py)."""
+    """Run the stream. Each line on standard input starts a timed run (see stream_turn.py)."""
     records, out, threads, mean, (mode, channels, *window) = parse_arguments()
     out.mkdir()
     beton = out / "train.beton"

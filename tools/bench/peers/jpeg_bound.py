@@ -25,7 +25,7 @@ _squares: list[Any] = []  # the parent process fills this list before it forks
 
 
 def decodable(paths: Paths) -> tuple[Paths, dict[int, str]]:
-    """Return the paths of the images that simplejpeg can decode, and {inode: one of the paths of this file}."""
+    """Return the paths of the images that simplejpeg can decode, and {inode: first path with this inode}."""
     files: dict[int, str] = {}
     bad_inodes: set[int] = set()
     good_paths = []

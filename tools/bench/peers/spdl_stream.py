@@ -48,7 +48,7 @@ from tools.bench.peers.stream_turn import (
 
 _PREFETCH = 3  # largest number of batches in the queue of finished batches
 _IS_RESIZED = sys.argv[-1] == RESIZED
-_IN_FLIGHT = 5  # largest number of finished batches outside of the queue: before the queue, or in use by the consumer
+_IN_FLIGHT = 5  # largest number of finished batches that wait to enter the queue, or that the consumer uses
 
 
 def crop_with_ffmpeg(path: str) -> Any:
@@ -72,7 +72,7 @@ def fill_with_ffmpeg(paths: Sequence[str], mean: Mean, out: Any) -> None:
 
 
 def resize_region(pixels: Any, mean: Mean, out: Any) -> None:
-    """Write a random region of uint8 (H, W, 3), resized and mirrored with probability ½, to `out`."""
+    """Write to `out` a random region of `pixels`, uint8 (H, W, 3), resized and mirrored with probability ½."""
     top, left, height, width = random_region(*pixels.shape[:2])
     region = Image.fromarray(pixels[top : top + height, left : left + width])
     window = np.asarray(region.resize((CROP_PX, CROP_PX), Image.Resampling.BILINEAR))
@@ -108,7 +108,7 @@ def endless_batches(records: Records, threads: int, mean: Mean, fill: Callable[.
 
 
 def main() -> None:
-    """Run the stream. One line on standard input starts one timed turn (see stream_turn.py)."""
+    """Run the stream. Each line on standard input starts a timed run (see stream_turn.py)."""
     records, _, threads, mean, (decoder, *_) = parse_arguments()
     fill, decoder_version = {
         "ffmpeg": (fill_with_ffmpeg, ""),

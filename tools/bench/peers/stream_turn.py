@@ -25,8 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 BATCH, CROP_PX = 128, 224
-# Settings of the resized regions: those of torchvision's references/classification/presets.py. Grey levels for the
-# standard deviation.
+# Settings of the resized regions, as in torchvision's references/classification/presets.py. STD_RGB is in grey levels.
 SCALE, RATIO, STD_RGB = (0.08, 1.0), (3 / 4, 4 / 3), (58.395, 57.12, 57.375)
 RESIZED = "resized"
 
@@ -53,7 +52,7 @@ def random_offset(height_px: int, width_px: int) -> tuple[int, int]:
 
 
 def normalize(pixels: Any, mean: Mean, out: Any = None, is_resized: bool = False) -> npt.NDArray[np.float32]:
-    """Return uint8 (224, 224, 3) minus the mean as float32 (3, 224, 224); if `is_resized`, divided by STD_RGB."""
+    """Return uint8 (224, 224, 3) minus the mean, as float32 (3, 224, 224). If `is_resized`, also divide by STD_RGB."""
     planes = np.ascontiguousarray(pixels.transpose(2, 0, 1))
     levels: npt.NDArray[np.float32] = np.subtract(planes, mean[:, None, None], out=out)
     if is_resized:
@@ -82,8 +81,8 @@ def random_region(height_px: int, width_px: int) -> tuple[int, int, int, int]:
 
 
 def check_batches(batches: Iterator[Any], is_resized: bool = False) -> None:
-    """Check dtype, shape and range of two batches. Raises ValueError if one is wrong, or if images are equal."""
-    # Grey levels minus the mean, perhaps with colour noise; in resized images, divided by the standard deviation.
+    """Check dtype, shape and range of two batches. Raises ValueError if a check fails or if images are equal."""
+    # Values are grey levels minus the mean, perhaps with colour noise. If `is_resized`, they were divided by STD_RGB.
     low, high = (1.5, 3) if is_resized else (64, 512)
     first, second = (np.asarray(next(batches)).copy() for _ in range(2))  # a stream may reuse a batch's memory
     for images in (first, second):
@@ -91,7 +90,10 @@ def check_batches(batches: Iterator[Any], is_resized: bool = False) -> None:
             raise ValueError(f"a batch is {images.dtype} {images.shape}, not float32 {(BATCH, 3, CROP_PX, CROP_PX)}")
         least, most = float(images.min()), float(images.max())
         if not (-high < least < -low and low < most < high):
-            raise ValueError(f"values of a batch range from {least} to {most}, not from about -{low} to {low} or more")
+            raise ValueError(
+                f"values of a batch range from {least} to {most}; expected a minimum from -{high} to -{low} and a "
+                f"maximum from {low} to {high}"
+            )
         if np.array_equal(images[0], images[1]):
             raise ValueError("two images of a batch are equal")
     if np.array_equal(first, second):

@@ -41,7 +41,7 @@ def endless_batches(folder: str, threads: int) -> Iterator[Any]:
 
 
 def main() -> None:
-    """Run the stream. One line on standard input starts one timed turn (see stream_turn.py)."""
+    """Run the stream. Each line on standard input starts a timed run (see stream_turn.py)."""
     _, _, threads, _, _ = parse_arguments()
     versions = f"torchvision {torchvision.__version__}, torch {torch.__version__}"
     take_turns(versions, endless_batches(sys.argv[1], threads), threads)

@@ -53,7 +53,7 @@ def endless_batches(archives: list[str], threads: int, mean: Mean) -> Iterator[A
 
 
 def main() -> None:
-    """Run the stream. One line on standard input starts one timed turn (see stream_turn.py)."""
+    """Run the stream. Each line on standard input starts a timed run (see stream_turn.py)."""
     records, out, threads, mean, _ = parse_arguments()
     archives = write_archives(records, out, _ARCHIVES_PER_WORKER * threads)
     versions = f"webdataset {version('webdataset')}, torch {torch.__version__}, Pillow {PIL.__version__}"

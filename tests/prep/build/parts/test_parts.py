@@ -110,7 +110,7 @@ def _run_all(photos: Path, store: Path, count: int) -> list[Result]:
 
 
 def test_parts_of_train_and_val_have_the_classes_of_a_build_without_parts(photo_folder: Path, tmp_path: Path) -> None:
-    """The split val has no class folders. Its labels refer to the classes of train, which is not in the store yet."""
+    """The split val has no class folders. Its labels refer to classes of train, and train is not in the store yet."""
     words = ("build-lmdb", photo_folder, *WORDS, "--jobs", "1", "--store")
     assert alexprep(*words, tmp_path / "whole").exit_code == 0
     for number in (2, 1):

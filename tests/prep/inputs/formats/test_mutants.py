@@ -44,7 +44,7 @@ def mutant(content: bytes, rng: random.Random) -> bytes:
 
 
 def read_all(source: Path, layout: str | None, contents: set[bytes]) -> bool:
-    """List and read all inputs. Returns whether the inputs could be listed.
+    """List and read all inputs. Returns True if the inputs could be listed.
 
     For zip archives, asserts that the contents are unchanged, because a zip archive has a checksum of each member.
     """

@@ -23,7 +23,7 @@ SYNSETS = ("n01", "n02", "n03", "n04")
 def labels_for(numbers: str, tmp_path: Path, order: str | None = None, classes: tuple[str, ...] = ()) -> list[int]:
     """Write a label file that gives the words of `numbers` to a.jpg, b.jpg and so on.
 
-    Return the labels read from it.
+    Return the labels that are read from this file.
     """
     names = [f"{chr(97 + k)}.jpg" for k in range(len(numbers.split()))]
     root = touch(tmp_path / "photos", *names)
@@ -59,7 +59,7 @@ def test_a_clear_number_needs_no_option(
         ("1 2 3", FROM_1, {"name": [0, 1, 2], "sorted-from-0": [1, 2, 3]}),
         ("1 2 3", WORDS, {"sorted-from-0": [1, 2, 3], "sorted": [0, 1, 2]}),
         ("1 2 4", WORDS, {"sorted": [0, 1, 3]}),  # unclear because the devkit's numbers begin with 1, too
-        # In a store of an earlier version, the order of the classes can differ from the order of their numbers.
+        # In a store that an earlier alexprep built, the classes can be in another order than their numbers.
         ("1 2", ("10", "2", "1"), {"name": [2, 1], "sorted-from-0": [1, 2]}),
         ("0 2 5", (), {"name": [0, 1, 2]}),
     ],

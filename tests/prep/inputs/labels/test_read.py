@@ -282,7 +282,7 @@ def test_none_or_two_label_files_next_to_the_folder_are_refused(flat: Path, tmp_
 def test_labels_that_cannot_be_classes_are_refused(
     flat: Path, tmp_path: Path, text: str, store_classes: tuple[str, ...], parts: list[str]
 ) -> None:
-    """A huge label must be refused before the program makes a list of as many class names."""
+    """A huge label must be refused before the program makes a list with a class name for every smaller label."""
     test_labels_that_do_not_fit_are_one_line_with_the_fault(flat, tmp_path, text, store_classes, parts)
 
 
