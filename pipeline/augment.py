@@ -18,7 +18,7 @@ W is the window after jitter, grey and blur. The setting `window` chooses the wi
 
     random      S[y + i, x + j]. y and x are drawn uniformly from 0..side_px − size_px inclusive. For side_px = 256 and
                 size_px = 224 there are 33 × 33 positions. Section 4.1 of the paper counts 32 × 32 positions and 2
-                flips. The released code, convdata_jpeg.py, draws from 33 × 33 positions
+                flips, but the released code, convdata_jpeg.py, draws from 33 × 33 positions
     centre      S[y + i, x + j] with y = x = (side_px − size_px) // 2
     resized     a random region of the complete record, resized to size_px × size_px. pipeline.sampling.choose_regions
                 draws the region as torchvision's RandomResizedCrop.get_params does, with the settings `scale` and
@@ -40,8 +40,8 @@ The centre crop of an evaluation image begins at row and column (side_px − siz
 top left, top right, centre, bottom left and bottom right, then the same five crops mirrored. convdata_jpeg.py uses the
 same order. With views="square", S is the only crop, for a network that slides over S.
 
-If Augmentation.mean is three grey levels, mean[c, i, j] is the grey level of channel c. Otherwise, mean[c, i, j] is
-computed from M, the mean of the central squares of the training split:
+If Augmentation.mean is a tuple of three grey levels, mean[c, i, j] is the grey level of channel c. Otherwise, mean[c,
+i, j] is computed from M, the mean of the central squares of the training split:
 
     channel     the mean of M over all pixels: one value for each channel
     image       M[m + i, m + j, c] with m = (side_px − size_px) // 2: the centre crop of M, which is the same for every
@@ -50,10 +50,10 @@ computed from M, the mean of the central squares of the training split:
                 mirrored too, as in Caffe's data_transformer.cpp. A resized region has no aligned part
     none        0
 
-pipeline.sampling draws the random numbers. Three engines compute the formula: pipeline.engines.cpu_engine (C, on a
-CPU), pipeline.engines.raw_gpu_engine (Triton, raw records on a GPU) and pipeline.engines.dali_engine (DALI, JPEG
-records on a GPU). If the C kernel cannot read the records on a CPU, raw_gpu_engine computes images with resized regions
-or effects, and dali_engine computes other images.
+pipeline.sampling draws the random numbers. Four engines in pipeline.engines compute the formula: cpu_engine (C, on a
+CPU), raw_gpu_engine (Triton, raw records on a GPU), dali_engine (DALI, JPEG records on a GPU) and dali_window_engine
+(DALI and Triton, JPEG records with effects on a GPU). On a CPU whose C kernel cannot read the records, raw_gpu_engine
+computes images with resized regions or effects, and dali_engine computes other images.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def noise_matrix(stats: ColorStats, colour: str, strength: float) -> npt.NDArray
 class Crops(NamedTuple):
     """Crops of N records: V positions and V flips for each record, and one RGB shift for each record."""
 
-    # (N, 2): row and column of the record at which the central square begins; 0 for resized regions
+    # (N, 2): row and column at which the central square begins in the record; 0 for resized regions
     origin: npt.NDArray[np.int32]
     # (N, V, 2): row and column of each crop in the central square, 0..side_px − size_px; 0 if the crop is the complete
     # square. For a resized region: its row and column in the record

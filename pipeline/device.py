@@ -1,9 +1,9 @@
-"""The device of the stream, which is a CPU or a GPU.
+"""The device that decodes and augments the images: a CPU or a GPU.
 
 This module imports DALI, chooses the devices of DALI's operators, and converts DALI's outputs to torch.
 
-Each DALI graph is written once for both devices. A Placement determines the device of each operator, and which
-decoder reads JPEG files.
+Each DALI graph is written once for both devices. A Placement determines the device of each operator, and the decoder of
+JPEG files.
 """
 
 from __future__ import annotations
@@ -89,8 +89,9 @@ class Placement:
     def _current_device(self) -> AbstractContextManager[object]:
         """Make the placement's GPU the current CUDA device within a `with` block.
 
-        The handle of torch's default stream is 0. DALI interprets 0 as the default stream of the current GPU. If
-        another GPU were current, DALI would synchronize with the wrong stream and could release memory too early.
+        This is needed because the handle of torch's default stream is 0, and DALI interprets 0 as the default stream of
+        the current GPU. If another GPU were current, DALI would synchronize with the wrong stream and could release
+        memory too early.
         """
         if self.device_id is None:
             return nullcontext()

@@ -30,8 +30,9 @@ _FIELDS: tuple[FieldName, ...] = ("images", "labels", "keys", "index", "extra")
 class EvalLoader(Loader[AnyBatch]):
     """Serves every image of a split once in each iteration. Create an evaluation loader with eval_loader.
 
-    If world_size is more than 1, each rank serves only its range of the split, in the same number of batches as the
-    other ranks. The last two batches can have fewer than batch_size images.
+    If world_size is more than 1, each rank serves only its range of the split. All ranks have the same number of
+    batches, with the exceptions that `__len__` describes. The last two batches can therefore have fewer than batch_size
+    images.
     """
 
     def __init__(
@@ -73,16 +74,17 @@ class EvalLoader(Loader[AnyBatch]):
     def __len__(self) -> int:
         """Return the number of batches in one iteration.
 
-        If batch_size is 1, or if there are fewer records than ranks, the numbers of two ranks can differ by 1.
-        Otherwise all ranks have the same number.
+        If batch_size is 1, or if there are fewer records than ranks, two ranks can have numbers of batches that differ
+        by 1. Otherwise all ranks have the same number of batches.
         """
         return self._batches
 
     def __iter__(self) -> Iterator[AnyBatch]:
         """Serve this rank's range of the split once, from the beginning of the range, in the order of the store.
 
-        Several iterators may be used alternately. After each change to another iterator, the loader reads records
-        again. Raises StoreError for a damaged record. The error names the location of the record.
+        Several iterators over one loader may be used alternately. Each change to another iterator takes time, because
+        the loader then drops the batches that it has prefetched, and reads records anew. Raises StoreError for a
+        damaged record. The error names the location of the record.
         """
         first, iteration = 0, self._begin(0)
         for step in range(len(self)):
@@ -117,8 +119,9 @@ class EvalLoader(Loader[AnyBatch]):
     def _step_records(self, step: int) -> npt.NDArray[np.int64]:
         """Return the record numbers of the batch of a step. Returns no numbers after the last step.
 
-        The range of a rank is divided into full batches and the rest. If the largest range of a rank has one batch more
-        than this range, the last record of this range becomes a batch of its own.
+        This rank's range of the split is divided into full batches, and one smaller batch for the rest. If another
+        rank's larger range gives one batch more, the last record of this rank's range becomes a batch of its own, so
+        that both ranks have the same number of batches.
         """
         records = len(self._record_numbers)
         first, end = (min(k * self.batch_size, records - 1) if k < self._batches else records for k in (step, step + 1))
@@ -169,10 +172,11 @@ def eval_loader(
                   mirrored (section 4.1 of the paper). "square": the complete central square, for dense evaluation
     fields        names of the values to serve, as for train_loader, except "draws": evaluation draws no random numbers
     augmentation  only the settings `size_px`, `mean`, `std`, `divisor` and `eval_divisor` are used. Images are divided
-                  as in training, unless `eval_divisor` is a number. The mean is computed from the training split.
-                  Whatever `window` is, evaluation uses crops of `size_px`, and nothing is resized
+                  by `eval_divisor` if it is a number, and otherwise by `divisor`. The mean is computed from the
+                  training split. Evaluation uses crops of `size_px` and resizes nothing, whatever `window` is
     shard         rank of this process. Each of `world_size` loaders serves one contiguous range of records, and the
-                  loaders together serve every record. All loaders serve the same number of batches
+                  loaders together serve every record. All loaders serve the same number of batches, with two exceptions
+                  (EvalLoader.__len__)
 
     The docstring of train_loader describes the other arguments and the errors.
 

@@ -5,14 +5,15 @@
 
 Images follow the formula of pipeline.augment. For given settings, the order of the records and the random numbers
 (pipeline.sampling) depend only on the seed and on the position in the stream. The position consists of the epoch and
-the step, counted from 0. A stream can therefore resume from a saved state at any batch, bit for bit. The images do not
-depend on the number of threads, or on the number of loaders that share the records of a step.
+the step, counted from 0. A stream can therefore resume from a saved state at any batch, and serves the same bits as
+without the interruption. The images do not depend on the number of threads, or on the number of loaders that share a
+step.
 
 Threads prepare batches before the training loop requests them. On a CPU, float32 images are served without a copy. The
-memory of a batch is not reused while one of its tensors exists. The training loop can therefore keep a batch and change
-it in place. On a GPU, a batch is bound to the CUDA stream that is torch's current stream in the thread that takes the
-batch. Work that is queued on this stream waits until the batch is complete. The memory of the batch is not reused
-before the queued work is done.
+memory of a batch is not reused while a tensor of the batch exists. The training loop can therefore keep a batch and
+change the batch in place. On a GPU, a batch is bound to the CUDA stream that is torch's current stream in the thread
+that takes the batch. Work that is queued on this stream waits until the batch is complete. The memory of the batch is
+not reused before the queued work is done.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ __all__ = ["STREAM_VERSION", "Batch", "EvalLoader", "TrainLoader", "WaitTimes", 
 class _Position(NamedTuple):
     """Position of a TrainLoader, as one object, so that one assignment replaces the whole position."""
 
-    batch: int  # number of the next batch, counted from 0 since epoch 0
+    batch: int  # number of the next batch; the first batch of epoch 0 has number 0
     # Number of the batch with which the prefetcher has started; None if the prefetcher must be started again.
     first_batch: int | None
 
@@ -114,8 +115,8 @@ class TrainLoader(Loader[AnyBatch]):
     def __iter__(self) -> Iterator[AnyBatch]:
         """Serve the remaining batches of the current epoch. The next iterator begins with the next epoch.
 
-        If the loop ends early, by `break` or an exception, the next iterator continues with the batch after the last
-        batch that was served. To begin a new epoch instead, call `set_epoch` first.
+        If the loop ends early, by `break` or an exception, the next iterator continues with the next batch of the
+        epoch. To begin a new epoch instead, call `set_epoch` first.
 
         Raises StoreError for a damaged record. The error names the location of the record.
         """
@@ -140,7 +141,7 @@ class TrainLoader(Loader[AnyBatch]):
         return self._position.batch % len(self)
 
     def set_epoch(self, epoch: int) -> None:
-        """Begin epoch `epoch`, counted from 0, with the next iterator, as torch's DistributedSampler does.
+        """Let the next iterator begin epoch `epoch`, counted from 0. torch's DistributedSampler has the same method.
 
         Without set_epoch, each iterator continues where the last iterator stopped. Raises WrongArgument if `epoch` is
         negative or not a whole number.
@@ -270,38 +271,38 @@ def train_loader(
     service_fallback: str | None = None,
     check: bool | None = None,
 ) -> TrainLoader[Any]:
-    """Return a loader of training batches: random crop or resized region, flip and colour noise, minus the mean.
+    """Return a loader of training batches: random crops or resized regions with random flips and colour noise.
 
     One `for` loop over the loader is one epoch. After a `break`, the next loop continues within the epoch, with the
     batch after the last batch that was served. `loader.set_epoch(n)` begins epoch n instead.
 
     store         store folder written by `alexprep build-lmdb`
-    batch_size    number of images in a batch of this loader. An epoch has records // (batch_size · world_size) batches
+    batch_size    number of records in a batch of this loader. An epoch has records // (batch_size · world_size) batches
     device        device that decodes and augments the images, and holds the batches: "cpu", "cuda:N" or a torch.device
     seed          seed of the record order and of all random numbers, 0..2^64 − 1. The same seed gives the same bits
                   with any number of threads
     split         split of the store to read
     subset        records to serve: class names, record numbers, or a mask with a bool for each record of the split.
-                  Labels stay indices into the classes of the store. With class names, the labels of all records are
-                  read from the local store. None: all records
+                  Labels stay indices into the classes of the store. For class names, the loader reads the labels of all
+                  records in the local store. None: all records
     weights       one weight for each record of the split, or "balanced": 1 / (number of records of the record's
                   class). An epoch draws as many records as the subset has, with replacement
                   (pipeline.sampling.weighted_draws). None: an epoch serves each record at most once
     fields        names of the values to serve: "images", "labels", "keys" (source paths), "index" (record numbers),
-                  "draws" (random numbers of the images) and "extra" (extra fields). Batches are then dicts
+                  "draws" (random numbers of the images) and "extra" (extra fields of the store). Batches are then dicts
                   (FieldBatch). None: Batch(images, labels)
     augmentation  settings of the images (pipeline.Augmentation). None: Augmentation.preset("alexnet"), with random
                   crops of 224 px, the mean of each channel, and the colour noise of the authors' code
     stores        pairs (path, share) instead of `store`: each epoch mixes records of several stores in proportion to
-                  their shares (pipeline.sampling.mixed_order). All stores have the same side, format and classes. The
-                  colour statistics are those of the first store. Excludes `subset`, `weights` and `service`
+                  their shares (pipeline.sampling.mixed_order). All stores need the same side, format and classes. The
+                  colour statistics are those of the first store. Not together with `subset`, `weights` or `service`
     normalize     ChannelStats(mean, std, max_value): each channel becomes (pixel − mean) / std, for pixels in
                   0..max_value. With max_value 1, the formula is that of transforms.Normalize. `loader.channel_stats()`
                   returns the mean and standard deviation of the store. The division needs an additional pass over the
                   images. None: the mean of `augmentation` is subtracted, and nothing is divided
     layout        "NCHW" or "NHWC" (channels last)
     dtype         type of the images: "float32", "float16" or "bfloat16", or the torch.dtype of this name
-    views         number of independent random images of each record. The images of several views are (N, views, …)
+    views         number of independent random images of each record. For several views, images are (N, views, …)
     threads       number of CPU threads that decode and augment; None: one for each core that this process can use
     shard         rank of this process, 0..world_size − 1. In each step, each rank serves its own `batch_size` records
     world_size    number of ranks that share an epoch. Each rank has a loader. Together these loaders serve the same
@@ -311,19 +312,18 @@ def train_loader(
                   GPU decodes JPEG records with DALI, whose pixels differ slightly from libjpeg-turbo's. With a service,
                   the loader reads only manifest.json, colour.json and mean_image.npy of its store
     service_fallback  "local": if the service is lost, the loader continues with the local store and the same batches
-    check         whether the checksum of each record is verified as it is read. If it is verified, a damaged record
-                  always raises StoreError. Otherwise damage of single pixels can go unnoticed. None: True for JPEG
-                  records, and False for raw records, for which the checksum takes a fifth of the time. The workers of
-                  a service ignore `check`, and verify the checksums of JPEG records only
+    check         True: the checksum of each record is verified when the record is read, so a damaged record always
+                  raises StoreError. False: damage of single pixels can go unnoticed. None: True for JPEG records; False
+                  for raw records, for which verifying takes 20 % of the time for cropping. The workers of a service
+                  ignore `check`, and verify the checksums of JPEG records only
 
     Batches are Batch(images, labels). Images are RGB in grey levels minus the mean, (N, 3, size_px, size_px). Labels
     are int64 (N,).
 
-    Raises StoreError for a store that is missing, damaged or of another version. Raises UserError for a batch larger
-    than the split, for a GPU that this machine lacks, and for a value that is not allowed. Also raises UserError if the
-    engine needs DALI and DALI is not installed. The engine needs DALI for JPEG records on a GPU, or if the C kernel
-    cannot be used. Raises ServiceError (pipeline.service.errors) if the service does not exist, serves another store or
-    is lost. ServiceError is a UserError.
+    Raises StoreError for a store that is missing, damaged or of another schema version. Raises UserError for a batch
+    larger than the split, for a GPU that this machine lacks, for a value that is not allowed, and if DALI is needed but
+    not installed. DALI is needed for JPEG records on a GPU, and on a CPU whose C kernel cannot be used. Raises
+    ServiceError, a UserError, if the service does not exist, serves another store or is lost.
     """
     first, mixture = open_stores(store, stores, split, subset=subset, weights=weights, service=service)
     return TrainLoader(

@@ -43,8 +43,8 @@ if TYPE_CHECKING:  # these modules are imported only for loaders with a service
     from pipeline.service.source import WindowSource
     from pipeline.service.status import ServiceStatus
 
-# Version of the record order, the random numbers and the formula (pipeline.sampling, pipeline.augment). A state of
-# another version cannot be resumed. States store the version under the key "graph_version".
+# Version of the record order, the random numbers and the formula (pipeline.sampling, pipeline.augment). A loader cannot
+# resume from a state of another version. The version is the item "graph_version" of a state.
 STREAM_VERSION = 3
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -111,8 +111,8 @@ class Loader(Generic[AnyBatch]):
     ) -> None:
         """Check the arguments and open the split. Raises UserError and StoreError.
 
-        A subclass calls `_connect`, then `_open`. `draws` is the number of random images of each record. The engine
-        makes these images as if each came from a record of its own.
+        A subclass then calls `_connect`, and after that `_open`. `draws` is the number of random images of each record.
+        The engine makes these images as if each came from a record of its own.
         """
         if batch_size < 1:
             raise UserError(f"batch size {batch_size}: expected at least 1.")
@@ -146,7 +146,7 @@ class Loader(Generic[AnyBatch]):
         self._augmenter = Augmenter(store, self.augmentation, service is not None, mean_rgb)
         self._service, self._service_fallback = service, service_fallback
         self._windows: WindowSource | None = None  # created by `_connect`
-        self._waited_s = 0.0  # time for which the consumer has waited for batches since the start
+        self._waited_s = 0.0  # time for which the consumer has waited for batches of this loader
         self._prefetcher: Prefetcher  # created by `_open`
 
     @property
@@ -186,7 +186,7 @@ class Loader(Generic[AnyBatch]):
         return None if self._windows is None else self._windows.status
 
     def stop_waiting(self) -> None:
-        """Stop waiting for the service. For a batch that has not arrived, the iteration raises ServiceError.
+        """Stop waiting for the service. If the next batch has not arrived, the iteration then raises ServiceError.
 
         Another thread may call this method. Without a service, this method does nothing.
         """
@@ -214,7 +214,7 @@ class Loader(Generic[AnyBatch]):
     def __getitem__(self, index: object) -> NoReturn:
         """Raises UserError, because batches come only in the order of the stream.
 
-        A torch DataLoader around a loader would ask for items by number.
+        If a user puts a torch DataLoader around a loader, the DataLoader asks for items by number and gets this error.
         """
         raise UserError(
             f"a loader has no items, only batches in their order. loader.dataset[i] decodes record i. {_ADVICE}"
@@ -235,7 +235,7 @@ class Loader(Generic[AnyBatch]):
         self.close()
 
     def _open(self, views: int, divisor: float, crop_px: int, resized: bool = False, effects: bool = False) -> None:
-        """Make the engine and the prefetcher for `views` crops of `crop_px` px, or resized regions, of each record."""
+        """Make the engine and the prefetcher. The arguments are fields of OutputFormat."""
         output = OutputFormat(views, self.layout, divisor, _DTYPES[self.dtype], crop_px, resized, effects)
         try:
             engine = choose_engine(self._augmenter, self.placement, output, self.threads)
@@ -287,7 +287,7 @@ class Loader(Generic[AnyBatch]):
             self._windows.finish()
 
     def _serves(self, field: FieldName) -> bool:
-        """Return whether the batches have `field`, which only the argument `fields` can request."""
+        """Return whether the argument `fields` of the loader names `field`."""
         return self._fields is not None and field in self._fields
 
     @property
@@ -308,7 +308,7 @@ class Loader(Generic[AnyBatch]):
     def _get(self, number: int) -> AnyBatch | None:
         """Return batch `number` since `_start`, counted from 0; None after the last batch.
 
-        A further call with the same number returns the same batch. Raises StoreError for a damaged record.
+        Another call with the same number returns the same batch. Raises StoreError for a damaged record.
         """
         self._check_process()
         self._prefetcher.wait_for_consumer()

@@ -1,17 +1,17 @@
 """Prefetch queue: reads records before the engine needs them, returns batches in order, and reports damaged records.
 
-A batch passes through three queues. The first queue holds records that are being read from disk (READ_AHEAD). The
-second queue holds batches in the engine (ENGINE_AHEAD; with DALI: DALI_AHEAD or DALI_GPU_AHEAD). The third queue holds
-finished batches (FINISHED_AHEAD). For an engine that uses DALI, the prefetcher runs a DALI pipeline. For an engine
-without DALI, the prefetcher calls Engine.start. A separate thread, the finisher, takes the images and calls
-Engine.finish while the engine works on the next batch.
+A batch passes through three queues. The first queue holds up to `read_ahead` batches whose records are being read from
+disk. The second queue holds up to ENGINE_AHEAD batches in the engine (with DALI: DALI_AHEAD or DALI_GPU_AHEAD). The
+third queue holds up to FINISHED_AHEAD finished batches. For an engine that uses DALI, the prefetcher runs a DALI
+pipeline. For an engine without DALI, the prefetcher calls Engine.start. A separate thread, the finisher, calls
+Engine.finish and takes the images while the engine works on the next batch.
 
 Only the finisher changes the queues. A KeyboardInterrupt, which Python raises in the main thread, can therefore end a
 call of `get` or `start` at any point: no batch is lost, and a repeated call gives the same batch.
 
-On a GPU, the finisher queues the last operations of a batch on the engine's stream, not on the consumer's stream. The
-consumer's thread takes the batch and the batch's event. All work that this thread queues afterwards waits for the event
-on the GPU.
+The consumer is the code that takes the batches, usually a training loop. On a GPU, the finisher queues the last
+operations of a batch on the engine's stream, not on the consumer's stream. The consumer's thread takes the batch and
+the batch's event. All work that this thread queues afterwards waits for the event on the GPU.
 """
 
 from __future__ import annotations
@@ -121,13 +121,14 @@ class Prefetcher:
         self._finished: deque[_Result] = deque()  # only the finisher changes this queue
         self._next_number = 0  # `number` of the next _Result
         self._taken = 0  # number of results that `next` has returned since `start`
-        self._is_restarting = False  # whether `start` waits for the finisher
+        self._is_restarting = False  # True while `start` waits for the finisher
         self._wake: SimpleQueue[None] = SimpleQueue()  # an item wakes the thread that waits in `get`
         self._divisor = divisor
         self._last_event = engine.stream.record()  # the event of the batch that was finished last
-        # Events of the consumer's latest requests. An event passes when the work queued before its request is done.
+        # One event for each of the consumer's latest requests. The event passes when all work that the consumer queued
+        # before the request is done.
         self._requests: deque[Event] = deque()
-        # The error that every later call of `next` raises again. Skipping a batch would shift all later batches.
+        # Error of a damaged record. Every later `get` raises it again: skipping a batch would shift all later batches.
         self._error: StoreError | None = None
         self._closed = False
 
@@ -155,9 +156,9 @@ class Prefetcher:
     def get(self, number: int) -> BatchOutput | None:
         """Return the images of job `number` since `start`, counted from 0; None after the last job.
 
-        A further call with the same number returns the same images. A call with a higher number drops the earlier
-        images. Raises StoreError for a damaged record, in this call and in every later call. The error names shard, key
-        and source of the record. Raises ValueError if the prefetcher was closed.
+        Another call with the same number returns the same images. A call with a higher number drops the images of the
+        earlier jobs. Raises StoreError for a damaged record, in this call and in every later call. The error names
+        shard, key and source of the record. Raises ValueError if the prefetcher was closed.
         """
         try:
             self._finisher.submit(self._finish_batches, number)
@@ -186,7 +187,7 @@ class Prefetcher:
 
         The consumer's thread only queues work for the GPU. Without this wait, the thread could request batches far
         ahead of the GPU, and all these batches would need memory. The loader would also count the thread's waits for
-        the GPU as waits for the loader.
+        the GPU as waits for batches.
         """
         self._requests.append(self._engine.stream.record_consumer())
         if len(self._requests) > CONSUMER_AHEAD:
@@ -260,11 +261,10 @@ class Prefetcher:
         return None
 
     def _record(self, images: torch.Tensor, batch_input: BatchInput) -> _Finished:
-        """Queue the division by `divisor` and the copies of labels and `arrays`, and record the event of a batch.
+        """Queue the division by `divisor` and the copies of labels and `arrays`, then record the event of the batch.
 
-        The finisher then waits until the previous batch is complete. The finisher is therefore at most one batch ahead
-        of the GPU. If the GPU needs long for a batch, the consumer's thread waits in `get`, where the loader measures
-        the time.
+        The finisher then waits until the previous batch is complete, so it is at most one batch ahead of the GPU. If
+        the GPU needs long for a batch, the consumer's thread waits in `get`, where the loader measures the time.
         """
         stream = self._engine.stream
         if self._divisor is not None:
@@ -280,9 +280,9 @@ class Prefetcher:
         return _Finished(BatchOutput(images, labels, batch_input, arrays), event)
 
     def _schedule(self) -> None:
-        """Start batches until the engine has enough batches and READ_AHEAD further batches are being read.
+        """Start batches until the engine has enough batches and `read_ahead` further batches are being read.
 
-        Starts fewer batches if no jobs remain.
+        If there are not enough jobs, fewer batches are started.
         """
         while len(self._in_engine) < self._ahead:
             for job in islice(self._jobs, self._read_ahead - len(self._reading)):
@@ -333,7 +333,7 @@ class Prefetcher:
     def _damage_of(self, numbers: Sequence[int], otherwise: str) -> StoreError:
         """Return the error for the first damaged record of `numbers`.
 
-        If all records are intact, the message has the text `otherwise`, and names the record if `numbers` has only one.
+        If all records are intact, the message has the text `otherwise` and, if there is only one record, its location.
         """
         records = self._records
         try:

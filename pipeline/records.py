@@ -1,7 +1,7 @@
-"""Random access to the records of a split by number: zero-copy views of memory-mapped LMDB shards.
+"""Random access to the records of a split by record number, as zero-copy views of memory-mapped LMDB shards.
 
 A store is not trusted. Before a record is used, its fields are compared with each other, with the manifest and with the
-header of its image. With `check`, the checksum of the record is also verified.
+header of its image. If the argument `check` of Records is True, the checksum of the record is also verified.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from prep.store.extra import Column, ColumnsOfSplit
 from prep.store.lmdb_shard import ShardReader
 from prep.store.manifest import ExtraField, Store, StoreError
 
-# Whether the checksum of each record is verified by default when the record is read. The key is the format of the
-# records. A checksum takes less than 1 % of the time to decode a JPEG file, but 20 % of the time to crop a raw image.
+# Default of the argument `check` of Records, by the format of the records. Verifying the checksum of a record takes
+# less than 1 % of the time that decoding a JPEG file takes, but 20 % of the time that cropping a raw image takes.
 CHECK_BY_DEFAULT = {"jpeg": True, "ppm": False}
 _MAX_SIDE_PX = 2**31 - 1
 _READ_ONLY = 0x100  # PyBUF_READ
@@ -46,21 +46,22 @@ class Record(NamedTuple):
 class RecordBatch(NamedTuple):
     """N records as arrays.
 
-    The addresses in mapped files are valid until Records.close is called. The other addresses are valid while `memory`
-    exists.
+    Addresses that point into mapped files are valid until Records.close is called. The other addresses point into
+    `memory`, and are valid while `memory` exists.
     """
 
-    numbers: npt.NDArray[np.int64]  # (N,): numbers of the records, as in Records
+    numbers: npt.NDArray[np.int64]  # (N,): numbers of the records in their split
     labels: npt.NDArray[np.int64]  # (N,)
     sizes: npt.NDArray[np.int32]  # (N, 2): height and width of the images in px
-    # (N,): addresses of the payloads. In JPEG stores, the addresses of the JPEG files; in PPM stores, the addresses of
-    # the first pixels.
+    # (N,): addresses of the payloads. In JPEG stores, these are the addresses of the JPEG files. In PPM stores, these
+    # are the addresses of the first pixels.
     addresses: npt.NDArray[np.uint64]
     payload_bytes: npt.NDArray[np.int64]  # (N,): sizes of the payloads in bytes
     is_raw: bool  # True for PPM stores
-    memory: object = None  # arrays that hold the payloads that are not in mapped files
-    sources: tuple[str, ...] = ()  # (N,): source paths of the records, if a service has sent them
-    extra: Mapping[str, Column] = {}  # extra values of the records, by field, if a service has sent them
+    memory: object = None  # arrays with the payloads that are not in mapped files
+    sources: tuple[str, ...] = ()  # (N,): source paths sent by a service; empty if no service sent any
+    # Values of the extra fields, by name, sent by a service; empty if no service sent any.
+    extra: Mapping[str, Column] = {}
 
     def payloads(self) -> list[npt.NDArray[np.uint8]]:
         """Return the payloads without copies.
@@ -76,7 +77,7 @@ class RecordBatch(NamedTuple):
 
 
 class Records:
-    """The records of one split, with the numbers 0..len − 1 across all shards.
+    """The records of one split. The records of all shards together have the numbers 0..len − 1.
 
     Each shard is opened when it is first used.
     """
@@ -84,7 +85,8 @@ class Records:
     def __init__(self, store: Store, split: str, check: bool | None = None) -> None:
         """Raises StoreError if the store has no such split.
 
-        `check` is whether the checksum of each record is verified as it is read; None for CHECK_BY_DEFAULT.
+        If `check` is True, the checksum of each record is verified when the record is read. If `check` is None, the
+        value of CHECK_BY_DEFAULT is used.
         """
         self.store, self.split = store, split
         self.check = CHECK_BY_DEFAULT[store.settings.format] if check is None else check
@@ -99,7 +101,7 @@ class Records:
         self._columns = ColumnsOfSplit(store, split)
 
     def __reduce__(self) -> tuple[type[Records], tuple[Store, str, bool]]:
-        """A pickled copy opens the files again, for example in a spawned process."""
+        """Let a pickled copy, for example in a spawned process, open the files again."""
         return Records, (self.store, self.split, self.check)
 
     def __len__(self) -> int:
@@ -114,7 +116,8 @@ class Records:
         try:
             start, end, height, width, label = locate_image(value)
             self._check_label(label)
-            header_bytes = 3 * width if self._is_raw else 0  # the PPM header is as long as a row (codec.ppm_header)
+            # A PPM header has as many bytes as one row of pixels (codec.ppm_header).
+            header_bytes = 3 * width if self._is_raw else 0
             if self._is_raw and end - start - header_bytes != 3 * width * height:
                 raise DatumError(f"{end - start - header_bytes:,} bytes of pixels, expected {width}×{height}×3")
             if fault := self.store.settings.size_fault(height, width):
@@ -173,12 +176,12 @@ class Records:
     def batch(self, numbers: npt.NDArray[np.int64]) -> RecordBatch:
         """Return the records `numbers` (N,), in this order.
 
-        Raises the same StoreError as `self[number]` for the first bad record.
+        If records are damaged, raises the StoreError that `self[number]` raises for the first of these records.
 
-        With the C library, one call without the GIL finds and checks all records, and NumPy compares their sizes and
-        labels with the manifest. If the library does not find a record, or if the fields of a record are not valid, the
-        record is read with `self[number]`, whose error gives the reason. Without the C library, every record is read
-        with `self[number]`.
+        If the C library is available, one call of the library, which does not hold the GIL, finds and checks all
+        records. NumPy then compares the sizes and labels of the records with the manifest. If the library does not find
+        a record, or if the fields of a record are not valid, the record is read with `self[number]`, whose error gives
+        the reason. Without the C library, every record is read with `self[number]`.
         """
         if numbers.size and not 0 <= numbers.min() <= numbers.max() < len(self):
             raise IndexError(f"records {numbers.min()} to {numbers.max()}: expected 0 to {len(self) - 1}")
@@ -213,11 +216,11 @@ class Records:
     def check_maps(self) -> None:
         """Raise ShardBroken, which is a StoreError, if a mapped file was truncated or one of its pages cannot be read.
 
-        Bytes that cannot be read appear as zeros. Call check_maps after the payloads of a batch were used.
+        Bytes that cannot be read appear as zeros. Therefore call check_maps after the payloads of a batch were used.
 
         If a file was truncated within a page, the rest of this page appears as zeros without a SIGBUS. Each call
-        therefore also compares the present size of one file with the mapped size. To compare all files in each call
-        would take too long, so each call takes the next file.
+        therefore also compares the present size of one file with the mapped size. Comparing all files in each call
+        would take too long, so successive calls take the files in turn.
         """
         readers = list(self._readers.values())  # a copy, because other threads open shards
         if kernels.native is None or not readers:
@@ -241,7 +244,7 @@ class Records:
         return self._reader(shard).key(index).decode()
 
     def source(self, number: int) -> str:
-        """Return the input file of record `number`, relative to the split's input folder; empty if unknown.
+        """Return the path of the input file of record `number`, relative to the split's input folder; empty if unknown.
 
         Raises ShardBroken, which is a StoreError, if the record cannot be read from the disk.
         """
@@ -259,16 +262,18 @@ class Records:
         return self._columns.fields
 
     def extra(self, numbers: npt.NDArray[np.int64]) -> dict[str, Column]:
-        """Return the extra values of the records `numbers` (N,), by field. Raises StoreError for a damaged column.
+        """Return the values of the extra fields of the records `numbers` (N,), by name of the field.
 
-        The first call compares the files of the columns with their digests in the manifest.
+        The first call compares the files that hold these values with their digests in the manifest. Raises StoreError
+        for a damaged file.
         """
         return self._columns.take(numbers)
 
     def find_damage(self, number: int) -> str:
         """Return a description of the damage of record `number`; empty if the record is intact.
 
-        Verifies the checksum and the fields, and that a JPEG has the size that is stored in the record.
+        The checks are: the checksum of the record, its fields, and for a JPEG file that its image has the height and
+        width that the fields give.
         """
         try:
             verify_checksum(self._value(number))

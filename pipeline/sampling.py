@@ -16,14 +16,18 @@ import numpy.typing as npt
 
 from pipeline.settings.augmentation import Augmentation
 
-# Number of consecutive records that are moved as one block: 1.5 MB of JPEG, which a disk reads in sequence.
+# Number of consecutive records in a block of the block shuffle (epoch_permutation). A block is 1.5 MB of JPEG files,
+# which a disk reads in sequence.
 BLOCK_RECORDS = 64
 EFFECT_NUMBERS = 32  # number of random numbers for the effects of one image
-WINDOW_RECORDS = 16_384  # number of records in a shuffle window: 0.5 GB of JPEG, which should fit in the page cache
-# The purpose of a random generator, which is the first integer of the generator's seed.
+# Number of consecutive records of an epoch that are then shuffled among each other (epoch_permutation): 0.5 GB of JPEG
+# files, which should fit in the page cache.
+WINDOW_RECORDS = 16_384
+# Numbers of the purposes for which random numbers are drawn. The number of the purpose is the first integer of the seed
+# of a random generator.
 _PERMUTATION, _DRAWS, _REGIONS, _FLIPS, _EFFECTS = 0, 1, 2, 3, 5
 _WEIGHTED_DRAWS, _MIXTURE = 12, 13
-_TRIES = 10  # number of regions that are tried, as in torchvision
+_TRIES = 10  # number of random regions that are tried for an image, as in torchvision's RandomResizedCrop
 
 Integers = npt.NDArray[np.int64]
 
@@ -43,10 +47,12 @@ class Draws(NamedTuple):
 def epoch_permutation(records: int, seed: int, epoch: int, store: int = 0) -> Integers:
     """Return the order in which an epoch serves the records, as record numbers: int64 (records,).
 
-    The order is a block shuffle: blocks of BLOCK_RECORDS consecutive records are put in random order. In a second
-    stage, the records within each window of WINDOW_RECORDS records are shuffled. The order of the store is itself a
-    random permutation (alexprep build-lmdb). A block shuffle therefore mixes the classes as well as a full shuffle
-    does. The records of a block are next to each other on the disk. Each `store` of a mixture has orders of its own.
+    The order is a block shuffle: blocks of BLOCK_RECORDS consecutive records are put in random order. Then the new
+    order is divided into windows of WINDOW_RECORDS records, and the records within each window are shuffled. The
+    records in the store are already in random order (alexprep build-lmdb), so a block shuffle mixes the classes as well
+    as a full shuffle does. A disk reads a block fast, because the records of a block are next to each other.
+
+    `store` is the index of the store if the epoch mixes several stores (mixed_order). Each store gets different orders.
     """
     rng = _generator(_PERMUTATION, seed, epoch, store)
     starts = rng.permutation(np.arange(0, records, BLOCK_RECORDS))
@@ -68,7 +74,8 @@ def epoch_order(
 
     `records` is the number of records in the subset. `subset` has their record numbers in ascending order; None: all
     records of the split.
-    Without `weights`, the order is epoch_permutation. With `weights`, the order is weighted_draws.
+    Without `weights`, the order is that of epoch_permutation. With `weights`, one weight for each record of the subset,
+    the order is that of weighted_draws.
     """
     if weights is None:
         order = epoch_permutation(records, seed, epoch)
@@ -139,8 +146,8 @@ def draw_params(seed: int, epoch: int, step: int, images: int, max_offset_px: in
     """Return random augmentation parameters for one step, in which all ranks together serve `images` images.
 
     Crop offsets are drawn uniformly from 0..max_offset_px in each direction. Flips have probability one half.
-    `shared_by` consecutive images have the same offset and flip. The authors' code uses 32 (convdata_jpeg.py,
-    crop_chunk).
+    `shared_by` consecutive images have the same offset and flip. In the authors' code, 32 images share them
+    (convdata_jpeg.py, crop_chunk).
     """
     rng = _generator(_DRAWS, seed, epoch, step)
     groups = -(-images // shared_by)
@@ -168,7 +175,7 @@ class StepDraws(NamedTuple):
     effects: npt.NDArray[np.float64] | None  # (N, EFFECT_NUMBERS), from draw_effects; None if no image has effects
 
     def by_name(self, views: int) -> dict[str, npt.NDArray[Any]]:
-        """Return the arrays by their names, with the shape (N / views, views, …) for several views of each record."""
+        """Return the arrays that are not None, by name. With several views, their shape is (N / views, views, …)."""
         arrays = self.draws._asdict() | {"regions": self.regions, "effects": self.effects}
         drawn = {name: array for name, array in arrays.items() if array is not None}
         return {name: a if views == 1 else a.reshape(-1, views, *a.shape[1:]) for name, a in drawn.items()}

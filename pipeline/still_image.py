@@ -1,8 +1,8 @@
 """Evaluation preprocessing of single images in NumPy: load a photograph or a record, crop it, subtract the mean.
 
 The results equal the images of an EvalLoader on a CPU, bit for bit. Photographs are rescaled like the images of a
-store. If the store has JPEG records, photographs are also encoded as JPEG and decoded. Cropping and normalization are
-those of pipeline.augment. EvalTransform needs only the settings and the mean of a store.
+store. If the store has JPEG records, photographs are also encoded as JPEG and decoded again. Cropping and normalization
+follow the formula of pipeline.augment. EvalTransform needs only the settings and the mean of a store.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def bad_photograph(path: Path, reason: BadImage) -> UserError:
 
 @dataclass(frozen=True)
 class EvalTransform:
-    """Evaluation preprocessing of a network: settings of its training store, and the mean to subtract."""
+    """Evaluation preprocessing of a network: the settings of the network's training store, and the mean to subtract."""
 
     settings: Settings
     mean: str  # one of pipeline.augment.MEANS

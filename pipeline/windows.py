@@ -1,13 +1,13 @@
 """Windows: squares of uint8 pixels that are decoded and cropped from the records of a store.
 
-A service sends windows to its loaders. The window of a training image is a random crop of 224 × 224 pixels, or a random
-region that is resized to a square. In evaluation, the window is the centre crop for views=1, and the complete central
-square for ten views and for views="square". The engine of the loader makes the image from the window: the engine flips
-the window, adds the colour noise, subtracts the mean and converts to float32. A training image is therefore sent as
-150,528 bytes of uint8 instead of 602,112 bytes of float32.
+A service (pipeline.service) sends windows to the loaders that use it. The window of a training image is a random crop
+of 224 × 224 pixels, or a random region that is resized to a square. In evaluation, the window is the centre crop for
+views=1, and the complete central square for ten views and for views="square". The engine of the loader makes the image
+from the window: the engine flips the window, adds the colour noise, subtracts the mean and converts to float32. A
+training image is therefore sent as 150,528 bytes of uint8 instead of 602,112 bytes of float32.
 
-The workers of the service use WindowMaker. A loader that has lost its service also uses WindowMaker, but with the local
-store.
+The workers of the service make windows with WindowMaker. A loader that has lost its service also makes windows with
+WindowMaker, from the local store.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ class WindowRequest:
     numbers: npt.NDArray[np.int64]  # (N,): record numbers
     offset: npt.NDArray[np.int32]  # (N, 2): row and column of each window in the central square
     window_px: int  # side of the windows
-    with_sources: bool = False  # whether the source paths of the records are requested too
+    with_sources: bool = False  # True: the source paths of the records are requested too
     # Only for windows that are resized regions: random numbers of pipeline.sampling.draw_regions, (N, 11, 2). The
     # worker computes the regions from these numbers and the sizes of the records, and ignores `offset`.
     regions: npt.NDArray[np.float64] | None = None
     ratio: tuple[float, float] | None = None  # argument `ratio` of choose_regions
-    # Extra fields whose values are requested too, as the manifest of the consumer's store describes them.
+    # Extra fields whose values are requested too. They are described as in the manifest of the loader's store.
     extra_fields: Mapping[str, ExtraField] = field(default_factory=dict)
 
     @classmethod
@@ -65,12 +65,12 @@ class WindowRequest:
 
 
 class Windows(NamedTuple):
-    """The windows, labels, source paths and extra values of N records."""
+    """The windows, labels, source paths and values of the extra fields of N records."""
 
     pixels: npt.NDArray[np.uint8]  # (N, window_px, window_px, 3), RGB
     labels: npt.NDArray[np.int64]  # (N,)
     sources: tuple[str, ...] = ()  # (N,); empty if the request does not ask for source paths
-    extra: Mapping[str, Column] = {}  # N rows of each field; empty if the request does not ask for extra fields
+    extra: Mapping[str, Column] = {}  # by field, N rows each; empty if the request does not ask for extra fields
 
     def part(self, images: slice) -> Windows:
         """Return the values of the records in a slice, without a copy of the pixels."""
@@ -110,7 +110,7 @@ class WindowMaker:
 
         `new_array(shape)` returns the uint8 array for the pixels. If `new_array` is None, NumPy allocates the array.
 
-        Raises StoreError for a damaged record, with the same text as a loader without a service.
+        Raises StoreError for a damaged record. The error has the same text as in a loader without a service.
         """
         source = self._records.get(request.split)
         if source is None:

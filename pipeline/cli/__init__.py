@@ -1,4 +1,4 @@
-"""The command `alexstream` and its subcommands. The stream itself is in pipeline.loader."""
+"""The command `alexstream` and its subcommands. The code of the stream is in pipeline.loader."""
 
 from pipeline.cli.group import main
 

@@ -1,4 +1,4 @@
-"""Runs a service in a Ray cluster of this machine alone, until Ctrl-C, SIGTERM or `alexstream stop`."""
+"""Runs a service until Ctrl-C, SIGTERM or `alexstream stop`, in a Ray cluster that consists of this machine alone."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from prep.cluster import LOCAL
 from prep.console import Terminated, print_json, say
 
 _EVERY_S = 5.0  # interval between two lines of progress
-_LEAVE_S = 6.0  # time in which loaders of the service notice that the service was stopped, and leave the cluster
+_LEAVE_S = 6.0  # time that loaders get to notice that the service was stopped, and to leave the cluster
 _LOOK_S = 1.0  # interval between two checks of whether the service was stopped
 
 
@@ -38,9 +38,10 @@ def serve_until_stopped(ray: ModuleType, config: ServiceConfig, as_json: bool) -
 
 
 def _stop(ray: ModuleType, name: str) -> None:
-    """Stop the service, and wait _LEAVE_S if it has consumers (loaders that read from the service).
+    """Stop the service. If it had consumers (loaders that read from the service), sleep _LEAVE_S, so that they can
+    leave.
 
-    When the cluster ends, Ray kills the processes of consumers that have not left the cluster.
+    When the cluster ends, Ray kills the process of each consumer that has not left the cluster.
     """
     # The calls raise an error if Ctrl-C, which signals all processes of the terminal, has already ended the cluster.
     with suppress(ServiceError, TimeoutError, ray.exceptions.RayError):
@@ -63,7 +64,7 @@ def _print_ready(state: dict[str, Any], address: str, as_json: bool) -> None:
 
 
 def _print_progress(ray: ModuleType, state: dict[str, Any], as_json: bool) -> None:
-    """Print a line every _EVERY_S, unless the line equals the previous line.
+    """Print a line of progress every _EVERY_S. A line that equals the previous line is not printed.
 
     Returns when the service has been stopped.
     """
@@ -77,7 +78,7 @@ def _print_progress(ray: ModuleType, state: dict[str, Any], as_json: bool) -> No
             continue
         try:
             state = service_status(ray, name, LOCAL)
-        except ServiceError as error:  # the service was stopped, or is too busy to answer
+        except ServiceError as error:  # the service was stopped or is too busy to answer
             say(str(error))
             continue
         images_per_s = (state["images_made"] - last["images_made"]) / elapsed_s

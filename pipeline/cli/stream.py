@@ -144,7 +144,7 @@ def inspect(
         print_line(f"{split}: {records:,} records of {len(opened.classes):,} classes")
         print_line(f"epoch: {steps:,} batches of {batch}{loaders}; {left_out:,} records left out")
         print_line(
-            f"shuffle: first blocks of {BLOCK_RECORDS} records, then records within groups of {WINDOW_RECORDS:,}"
+            f"shuffle: blocks of {BLOCK_RECORDS} records, and then the records within groups of {WINDOW_RECORDS:,}"
         )
         print_line(
             f"distinct classes in a batch: {quality.distinct_classes:.1f} ({quality.share_of_ideal:.1%} of a perfect "

@@ -35,10 +35,10 @@ from prep.console import Progress
 from prep.images.jpeg import decode_jpeg
 from prep.store.manifest import Store
 
-ROUNDS = 5  # every round measures all stages, so that a change of the machine's speed affects every stage
+ROUNDS = 5  # each round measures all stages, so that a change of the machine's speed affects every stage
 STAGES = ("read", "decode", "augment", "hand over")
 _BOUND_RECORDS = 2000  # number of records that are repeatedly decoded or copied to measure the upper bound
-# Number of batches that are taken before each measurement and not counted, because some of them were prefetched.
+# Number of batches that are taken before each measurement. They are not counted, because some were prefetched.
 _AHEAD_BATCHES = 8
 
 Work = Callable[[], int]  # a function that processes some images, and returns the number of these images
@@ -54,9 +54,9 @@ class BenchResult:
     images_per_s: float
     bound_images_per_s: float
     share_of_bound: float
-    # Images/s of each stage together with all stages before it; never more than the rate of the stage before it.
+    # Images/s of each stage, measured together with all stages before it (see limit_stages).
     stages: dict[str, float]
-    bound: str  # description of the upper bound; for JPEG stores, with the version of simplejpeg
+    bound: str  # description of the upper bound; for JPEG stores, it includes the version of simplejpeg
     batch: int
     threads: int
     device: str
@@ -134,9 +134,9 @@ def result_json(result: BenchResult) -> dict[str, Any]:
 def limit_stages(rates: dict[str, list[float]]) -> None:
     """Limit the rate of each stage to the rate of the previous stage in the same round.
 
-    Each stage includes the previous stage, so no stage can be faster than the previous stage. The stages of a round are
-    measured one after another. If the machine becomes faster between two measurements, a stage can seem faster than the
-    previous stage.
+    Each stage includes the previous stage, so no stage can be faster than the previous stage. A stage can seem faster,
+    however, because the stages of a round are measured one after another, and the machine can become faster between two
+    measurements.
     """
     for before, stage in pairwise(name for name in STAGES if name in rates):
         rates[stage] = [min(pair) for pair in zip(rates[before], rates[stage], strict=True)]
@@ -227,7 +227,7 @@ def _take(prefetcher: Prefetcher) -> int:
 
 
 def _bound_work(records: Records, is_jpeg: bool, pool: ThreadPoolExecutor, threads: int) -> Work:
-    """Return a function that only decodes JPEG records, or only copies PPM records, on `threads` threads."""
+    """Return a function that only decodes JPEG records, or only copies PPM records, with `threads` threads."""
     # decode_jpeg and np.copy release the global interpreter lock (GIL).
     process: Callable[[Any], object] = decode_jpeg if is_jpeg else np.copy
     payloads = [records[number].payload for number in range(min(len(records), _BOUND_RECORDS))]

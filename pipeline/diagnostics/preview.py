@@ -1,4 +1,4 @@
-"""Image files that show many images: random augmentations of stored images, and images in a grid."""
+"""Image files that show many images: a table of random augmentations of stored images, or a grid of given images."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ AUGMENTED = 8  # number of columns with random augmentations
 NOISE_FACTOR = 10.0  # factor of the colour noise in the last column
 
 _GAP_PX, _HEADER_PX = 6, 34
-# Width of the class names in px and in characters, and the largest number of lines of a class name.
+# Width of the column of class names in px and in characters, and the largest number of lines of a class name.
 _CLASS_PX, _CLASS_CHARS, _CLASS_LINES = 170, 17, 9
 
 

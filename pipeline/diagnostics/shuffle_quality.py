@@ -19,7 +19,7 @@ LEAST_SHARE = 0.95  # `alexstream inspect` warns if `share_of_ideal` is below th
 
 @dataclass(frozen=True)
 class ShuffleQuality:
-    """Number of distinct classes in a batch of one epoch: measured, and expected for a perfect shuffle."""
+    """Number of distinct classes in a batch of one epoch: the measured mean, and the mean for a perfect shuffle."""
 
     batches: int  # number of batches in which classes were counted
     distinct_classes: float  # mean number of distinct classes in these batches
@@ -30,7 +30,7 @@ class ShuffleQuality:
 def ideal_distinct(label_counts: npt.NDArray[np.int64], batch: int) -> float:
     """Return the expected number of classes among `batch` records that are drawn without replacement.
 
-    Class k has label_counts[k] records. N is the number of all records.
+    Class k has label_counts[k] records. Let N be the number of all records.
 
     If a class has n of the N records, a batch lacks this class with probability C(N − n, batch) / C(N, batch).
     """

@@ -8,8 +8,9 @@ maximum. Otherwise, h is 2 + (b − r) / C if green is the maximum, and 4 + (r �
 rotation by d sextants, a channel is M − C · max(0, min(k, 4 − k, 1)) with k = (h + d + n) mod 6 and n = 5, 3, 1 for R,
 G, B. This formula equals torchvision's adjust_hue (_rgb2hsv and _hsv2rgb in _functional_tensor.py). The code computes
 C · k, which is a multiple of 1/4096, and therefore does not divide by C. torchvision multiplies the channel by 255.999
-/ 255 and rounds down. Here the factor is 1 + 257 / 65536. The product with 257 / 65536 is rounded down to a multiple of
-1/4096. The sum of the channel and this product is rounded down to a whole number.
+/ 255 and rounds down. This code multiplies the channel by 1 + 257 / 65536 instead: it rounds the product of the channel
+and 257 / 65536 down to a multiple of 1/4096, adds this product to the channel, and rounds the sum down to a whole
+number.
 
 **Blur.** A row pass and a column pass use the weights of pipeline.effects.parameters. Products and sums are multiples
 of 1/128. The last step rounds to nearest, as torchvision's gaussian_blur does. Pixels outside the image are reflected
@@ -30,7 +31,8 @@ from pipeline.effects.parameters import FACTOR_ONE, Effects
 
 _FACTOR_BITS = FACTOR_ONE.bit_length() - 1
 _ROW_BITS = 7  # number of bits after the binary point in the blur's sums
-# A function returns M changed images. The arguments are M images, int32 (M, side, side, 3), and their M parameters.
+# A function that returns M changed images. Its arguments are M images, int32 (M, side, side, 3), and their M
+# parameters.
 Function = Callable[[Tensor, Tensor], Tensor]
 # A function, the indices of the images that the function changes, and the parameters of these images.
 Step = tuple[Function, Tensor, Tensor]
@@ -75,7 +77,7 @@ def erase_boxes(images: Tensor, box: Tensor, layout: str) -> None:
 def _grey_level(pixels: Tensor) -> Tensor:
     """Return floor(0.2989 r + 0.587 g + 0.114 b), int32 (M, side, side, 1).
 
-    The code has the weights times 2^22, rounded. Adding 272 corrects this rounding.
+    The code multiplies the weights by 2^22 and rounds the products. Adding 272 corrects the errors of this rounding.
     """
     red, green, blue = pixels.unbind(3)
     return (1253677 * red + 2462056 * green + 478151 * blue + 272 >> 22).unsqueeze(3)
@@ -135,8 +137,8 @@ def _blur_along(values: Tensor, weights: Tensor, axis: int) -> Tensor:
     """Return the weighted sum along an axis. Each product is divided by 65536 and rounded down.
 
     On average, rounding down makes a product too small by one half. The sum therefore begins with half the number of
-    products. A product needs 32 bits without a sign. If int32 makes a product negative, its bits are still right, and
-    the mask takes the upper 16 bits.
+    products. A product is an unsigned 32-bit number, but the tensors are int32. A product of 2^31 or more therefore
+    appears negative. Its bits are still right, and the shift and the mask take its upper 16 bits.
     """
     side, radius = values.shape[axis], weights.shape[1] - 1
     positions = torch.arange(-radius, side + radius, device=values.device).abs()

@@ -1,6 +1,7 @@
 """Parameters of the effects of each image, from uniform random numbers.
 
-The factor f is a multiple of 1/4096, so torchvision's formulas for the new value of a pixel value x need only integers:
+A pixel value x gets a new value by torchvision's formulas. They need only integers here, because the factor f of each
+operation is a multiple of 1/4096:
 
     brightness  floor(f · x), at most 255
     contrast    floor(f · x + (1 − f) · mean of the grey levels), within 0..255
@@ -28,7 +29,7 @@ Integers = npt.NDArray[np.int32]
 
 FACTOR_ONE = 4096  # the integer that stands for a factor of 1, or for one sextant of the hue
 WEIGHT_ONE = 1 << 16  # sum of the weights of a blur
-NO_OPERATION = -1
+NO_OPERATION = -1  # value of a place in Effects.steps["order"] without an operation
 TRIES = (EFFECT_NUMBERS - 12) // 2  # number of boxes that torchvision's RandomErasing tries: 10
 STEPS_DTYPE = np.dtype(  # same fields as struct effects in pipeline/engines/effects.h
     [("order", np.int32, 4), ("factor", np.int32, 4), ("grey", np.int32), ("radius", np.int32)]
@@ -50,7 +51,7 @@ class Effects(NamedTuple):
 
     @property
     def change_pixels(self) -> bool:
-        """Whether at least one of the images has jitter, grey or blur."""
+        """True if at least one of the images has jitter, grey or blur."""
         steps = self.steps
         return bool((steps["order"] != NO_OPERATION).any() or steps["grey"].any() or steps["radius"].any())
 
@@ -110,7 +111,7 @@ def _draw_jitter(
     low = np.array([*(max(0.0, 1 - value) for value in blends), -hue])
     high = np.array([*(1 + value for value in blends), hue])
     drawn = np.rint(FACTOR_ONE * (low + (high - low) * factors)).astype(np.int32)
-    drawn[:, 3] = 6 * drawn[:, 3] % (6 * FACTOR_ONE)  # turns to sextants
+    drawn[:, 3] = 6 * drawn[:, 3] % (6 * FACTOR_ONE)  # converts turns to sextants: 1 turn is 6 sextants
     operations = _ORDERS[(len(_ORDERS) * order).astype(np.int64)]
     is_used = has_jitter[:, None] & (np.array(jitter) > 0)[operations]
     steps["order"] = np.where(is_used, operations, NO_OPERATION)
@@ -131,7 +132,7 @@ def blur_weights(sigma_px: Numbers, radius: int) -> Integers:
 
 
 def erased_boxes(tries: Numbers, position: Numbers, settings: EffectSettings, size_px: int) -> Integers:
-    """Return the boxes (N, 4) of RandomErasing.get_params: row, column, height and width.
+    """Return row, column, height and width of the boxes (N, 4), as torchvision's RandomErasing.get_params draws them.
 
     Each try is a box with a uniform area and a log-uniform ratio of height to width. The result is the first try whose
     height and width are less than `size_px`. If there is no such try, the box is empty. `tries` is (N, 2, TRIES) and

@@ -1,4 +1,4 @@
-"""Windows with all effects, for the self-test of the C kernel."""
+"""Sample windows and parameters of all effects, for the self-test of the C kernel."""
 
 from __future__ import annotations
 

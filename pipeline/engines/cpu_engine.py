@@ -2,8 +2,8 @@
 
 The kernel decodes the part of a JPEG file that the crops need, then crops or resizes, flips and normalizes while the
 pixels are in the CPU's cache. Raw records are cropped directly from the mapped store. All threads work on the same
-batch. When all records of this batch are taken, a free thread begins the next batch. At the end of a batch, no thread
-therefore waits for the other threads. Each thread runs Python code once for each batch, not for each image
+batch. When no record of this batch is left, a free thread begins the next batch, so that no thread waits for the other
+threads at the end of a batch. Each thread runs Python code once for each batch, not for each image
 (docs/measurements.md).
 """
 
@@ -23,8 +23,8 @@ from pipeline.engines.device_stream import DeviceStream, InOrderStream
 from pipeline.engines.kernels import BatchJob, NativeKernels, address
 from pipeline.records import RecordBatch
 
-# Largest number of free memory blocks that are kept for later batches. Without free blocks, allocation takes a fifth of
-# the engine's time.
+# Largest number of free memory blocks that are kept for later batches. If no blocks were kept, allocation would take a
+# fifth of the engine's time.
 _SPARE_BLOCKS = 3
 _ALIGNMENT_BYTES = 64
 
@@ -80,7 +80,7 @@ class CpuEngine:
         return {}
 
     def start(self, records: RecordBatch, crops: Crops) -> _Started:
-        """Queue a batch for the threads, after the batches that were started earlier, and return at once."""
+        """Queue a batch for the threads, behind the batches that were started earlier, and return at once."""
         side, count = self._crop_px, crops.flip.size
         shape = (3, side, side) if self._layout == "NCHW" else (side, side, 3)
         images = None if self._decode_only else self._memory.array((count, *shape))
@@ -131,8 +131,8 @@ class CpuEngine:
     def _mean_addresses(self, crops: Crops) -> npt.NDArray[np.uint64]:
         """Return (N, V): for each crop, the address of the part of the mean image that is subtracted from the crop.
 
-        The address is that of the part's upper left pixel. If the mean is "aligned", the mirrored mean is subtracted
-        from a mirrored crop.
+        The address of a part is the address of its upper left pixel. If the mean is "aligned" and the crop is mirrored,
+        the part belongs to the mirrored mean image.
         """
         assert self._mean is not None
         y = x = np.full(crops.flip.shape, self._max_offset_px // 2)

@@ -36,15 +36,15 @@ class OutputFormat(NamedTuple):
     divisor: float = 1.0  # the pixels minus the mean are divided by this number
     dtype: torch.dtype = torch.float32
     crop_px: int = CROP_PX  # side of the crops; for views="square", side of the central square
-    is_resized: bool = False  # whether the crops are regions that are resized to crop_px (Crops.extent)
-    has_effects: bool = False  # whether the images can have effects (Crops.effects)
+    is_resized: bool = False  # True: the crops are regions that are resized to crop_px (Crops.extent)
+    has_effects: bool = False  # True: the images can have effects (Crops.effects)
 
 
 def decode_crop(placement: Placement, size_px: int, is_resized: bool = False) -> Node:
     """Decode a square of `size_px` from each JPEG file to uint8 HWC.
 
-    If `is_resized`, a region of each file is decoded, and resized to the square by DALI's antialiased bilinear filter.
-    The function decode_inputs returns the inputs of the decoder.
+    If `is_resized`, a region of each file is decoded, and DALI's antialiased bilinear filter resizes the region to the
+    square. The function decode_inputs returns the inputs of the decoder.
     """
     fn, types = dali().fn, dali().types
     on_gpu = {} if placement.device_id is None else {"hw_decoder_load": _HW_DECODER_LOAD}
@@ -63,7 +63,7 @@ def decode_crop(placement: Placement, size_px: int, is_resized: bool = False) ->
 
 
 def decode_inputs(records: RecordBatch, crops: Crops, views: int = 1) -> dict[str, Any]:
-    """Return the inputs of decode_crop, which decodes the central square for ten views, and one crop for one view."""
+    """Return the inputs of decode_crop: for ten views, the central square of each record; for one view, its crop."""
     start = crops.origin if views > 1 else crops.origin + crops.offset[:, 0]
     extent = {} if crops.extent is None else {"extent": np.ascontiguousarray(crops.extent[:, 0])}
     return {"jpeg": tensor_list(records.payloads()), "start": np.ascontiguousarray(start), **extent}
@@ -81,7 +81,7 @@ def tensor_list(arrays: Sequence[npt.NDArray[np.uint8]], layout: str = "") -> An
 def external_source(name: str, dtype: Any, dimensions: int, layout: str | None = None) -> Node:
     """Return an input of the graph.
 
-    For each batch, the prefetcher passes the values of the input to DALI under the name of the input.
+    For each batch, the prefetcher passes the values of this input to DALI under `name`.
     """
     return dali().fn.external_source(name=name, dtype=dtype, ndim=dimensions, layout=layout, no_copy=True)
 
@@ -128,9 +128,9 @@ class DaliEngine:
         """Return the images as a tensor. The memory of the images is not reused while a tensor refers to it.
 
         On a CPU, float32 images share the memory of DALI's output. On a GPU, the images are copied. Without the copy,
-        DALI could write a later batch into this memory while the consumer's stream still reads the images. Torch
-        converts the images to half precision, because DALI has no bfloat16. DALI has float16, but on a CPU a float16
-        output takes four times as long as a float32 output.
+        DALI could write a later batch into this memory while the consumer's stream still reads the images. Torch, not
+        DALI, converts the images to half precision: DALI has no bfloat16, and on a CPU its float16 output takes four
+        times as long as its float32 output.
         """
         if self.stream.at_once:
             shared: torch.Tensor = self._placement.tensor_from_dali(outputs[0])

@@ -7,8 +7,7 @@ reference to the pipeline also stops its threads, because `Pipeline.__del__` cal
 exception, however, can keep the pipeline alive. DALI itself calls `_shutdown` when the interpreter exits.
 
 The next major version of DALI can change private methods, so pyproject.toml excludes this version. The tests in
-test_dali_shutdown.py fail if DALI lacks the private method. The tests also fail if DALI has a public method with the
-same effect.
+test_dali_shutdown.py fail if DALI lacks the private method, and also if a public method of DALI has the same effect.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Images with effects from JPEG records on a GPU: DALI decodes windows, and kernels of PyTorch or Triton do the rest.
+"""Images with effects, from JPEG records on a GPU. DALI decodes windows, and kernels of PyTorch and Triton do the rest.
 
 The effects need uint8 pixels, so the graph ends with the windows. Jitter, grey, blur and erase are PyTorch operators
 (pipeline.effects.batch). CropFinisher flips and normalizes.

@@ -1,7 +1,8 @@
 """One interface for the work of the loader on a GPU and on a CPU. The work is done in the order in which it was queued.
 
 The consumer is the code that uses the batches, usually a training loop. On a GPU, the loader queues copies and kernels
-on its own CUDA stream. They run while kernels of the consumer run. Two rules keep the results correct:
+on its own CUDA stream. This work can run at the same time as kernels of the consumer. Two rules keep the results
+correct:
 
 - Code that uses a result first waits for an event that was recorded after the work that computes the result. With
   `Event.wait`, a thread of the host waits. With `Event.order`, all kernels that the consumer queues later wait on the
@@ -34,7 +35,7 @@ class Event(Protocol):
         """Let the calling thread wait until all work before this event is done."""
 
     def order(self, *tensors: Tensor) -> None:
-        """Make all work that the caller queues later in its current stream wait for this event.
+        """Make all work that the caller later queues on its current stream wait for this event.
 
         The memory of `tensors` is not reused before the waiting work is done, even if no tensor refers to this memory
         any more.
@@ -45,7 +46,7 @@ class DeviceStream(Protocol):
     """Work on one device that is done in the order in which it was queued."""
 
     device: torch.device
-    at_once: bool  # whether `run` returns only when the work is done
+    at_once: bool  # True: `run` returns only when the work is done
     dali_stream: Any  # the CUDA stream for nvidia.dali.Pipeline.outputs; None on a CPU
 
     def run(self, work: Work) -> None:
@@ -61,7 +62,7 @@ class DeviceStream(Protocol):
     def record_consumer(self) -> Event:
         """Return an event that passes when the caller's earlier work is done.
 
-        The earlier work is all work that the caller has queued in its own current stream of the device.
+        The earlier work is all work that the caller has queued on its own current stream of the device.
         """
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -70,7 +71,7 @@ class DeviceStream(Protocol):
     def host_memory(self, size_bytes: int) -> Tensor:
         """Return uninitialized uint8 memory (size_bytes,) of the host.
 
-        A copy from this memory never blocks the host.
+        A copy from this memory to the device never blocks the host.
         """
 
     def upload(self, values: Tensor) -> Tensor:
@@ -97,7 +98,7 @@ class CudaStream:
         return _CudaEvent(self._stream)
 
     def record_consumer(self) -> Event:
-        """Return an event that passes when the caller's earlier work on its current stream of this GPU is done."""
+        """Return an event that passes when the work on the caller's current stream of this GPU is done."""
         return _CudaEvent(torch.cuda.current_stream(self.device))
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:

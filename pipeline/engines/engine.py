@@ -1,7 +1,7 @@
 """Interface of the engines, and the choice of an engine for a device.
 
 An engine turns records into augmented images. CpuEngine decodes, crops, flips and normalizes with a compiled C kernel.
-DaliEngine uses a DALI graph, and RawGpuEngine uses a Triton kernel.
+DaliEngine does the same with a DALI graph, RawGpuEngine with a Triton kernel, and DaliWindowEngine with both.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ def choose_engine(augmenter: Augmenter, placement: Placement, output: OutputForm
 
     On a GPU, the engine is a RawGpuEngine for raw records. For JPEG records, the engine is a DaliWindowEngine if the
     images have effects, and otherwise a DaliEngine. On a CPU, the engine is a CpuEngine if the C kernel can read the
-    records (pipeline.engines.kernels). If the C kernel cannot read the records, the engine is a RawGpuEngine for
-    resized regions and for images with effects, and a DaliEngine for all other images.
+    records (pipeline.engines.kernels). Otherwise, the engine on a CPU is a RawGpuEngine for resized regions and for
+    images with effects, and a DaliEngine for all other images.
     """
     kernel, stream = kernels.native, open_stream(placement)
     if placement.device_id is not None and augmenter.is_raw:

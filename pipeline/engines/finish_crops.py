@@ -1,7 +1,7 @@
 """Crops, flips and normalizes uint8 squares on the device, and writes images in the layout and type of the loader.
 
-A Triton kernel computes all steps in one pass. If the kernel cannot be used, PyTorch operators compute the same values,
-with several passes over the pixels.
+A Triton kernel computes all steps in one pass over the pixels. If the kernel cannot be used, PyTorch operators compute
+the same values in several passes.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class CropFinisher:
     """Computes the formula of pipeline.augment for V crops of each square."""
 
     def __init__(self, augmenter: Augmenter, output: OutputFormat, square_px: int, stream: DeviceStream) -> None:
-        """Compile the Triton kernel and compare it with the operators. `square_px` is the side of the squares."""
+        """Compile the Triton kernel and test it against PyTorch operators. `square_px` is the side of the squares."""
         self._square_px, self._side_px, self._views = square_px, output.crop_px, output.views
         self._layout, self._dtype = output.layout, output.dtype
         # (3,): factors of R, G and B, the same as those of kernels.c
@@ -112,8 +112,8 @@ class CropFinisher:
     def _triton_works(self, stream: DeviceStream) -> bool:
         """Return whether the Triton kernel gives the same bits as the operators, for one small batch.
 
-        The comparison also compiles the kernel for all later launches. A later compilation could disturb a CUDA graph
-        that the consumer is recording.
+        This first launch also compiles the kernel for all later launches. A later compilation could disturb a CUDA
+        graph that the training program is recording.
         """
         if not _can_try_triton(stream.device):
             return False
@@ -137,7 +137,7 @@ class CropFinisher:
             fault = None if torch.equal(actual, expected) else "a Triton kernel gives wrong results"
         except torch.OutOfMemoryError:
             raise
-        # Failures of the compiler, the driver and the disk raise different types of exceptions.
+        # Any exception is caught, because failures of the compiler, the driver and the disk raise different types.
         except Exception as error:
             fault = f"a Triton kernel fails: {type(error).__name__}: {error}".splitlines()[0][:300]
         if fault is not None:

@@ -85,7 +85,7 @@ class BatchJob(ctypes.Structure):
         """Describe a batch. The addresses are not checked: each address must point to memory that is large enough.
 
         jpeg           the decoder, or None if the records are raw
-        payload        (N,): addresses of the JPEG files, or of the first pixels of the raw images (RGB, no gaps)
+        payload        (N,): addresses of the JPEG files, or of the first pixels of the raw images (contiguous RGB)
         payload_bytes  (N,): sizes of the JPEG files, in bytes
         size           (N, 2): height and width of each image
         position       (N, V, 2): row and column of each crop in its image
@@ -95,7 +95,7 @@ class BatchJob(ctypes.Structure):
         mean_side_px   side of the square mean image
         side_px        side of the crops
         layout         layout of `out` and of the mean image: "NCHW" or "NHWC"
-        scale          factor of (pixel + shift − mean): one number, or one each for R, G and B
+        scale          factor of (pixel + shift − mean): one number, or three numbers for R, G and B
         out            (N · V, 3, side, side) or (N · V, side, side, 3); None: the records are only decoded
         extent         (N, V, 2): height and width of each crop, which is resized to `side_px`; None: nothing is resized
         effects        effects of the N · V images; None: no effects
@@ -112,7 +112,7 @@ class BatchJob(ctypes.Structure):
             out,
             *([None] * 3 if effects is None else effects.for_kernel()),
         ]
-        # This attribute keeps the arrays alive.
+        # This attribute keeps the arrays alive while the library uses their addresses.
         self.arrays = [None if array is None else np.ascontiguousarray(array) for array in arrays]
         pointers = [None if array is None else address(array) for array in self.arrays]
         count, views = flip.shape
@@ -176,7 +176,7 @@ class NativeKernels:
             self.jpeg = None
 
     def make_images(self, job: BatchJob) -> None:
-        """Take records of a batch and make their images, until no record is left.
+        """Make the images of one record of a batch after another, until no record is left.
 
         Each thread of the batch calls this method once. When all threads have returned, job.failed is the lowest index
         of a record that cannot be decoded. If no record is damaged, job.failed is N.
@@ -184,9 +184,9 @@ class NativeKernels:
         self._make_images(job)
 
     def copy_squares(self, job: BatchJob) -> None:
-        """Copy or resize the crops of the records to the uint8 array `out` of the job, without flip, shift and mean.
+        """Copy or resize the crops of the records to `out`, the job's uint8 array, without flip, shift and mean.
 
-        Each thread of the batch calls this method once. job.failed is set as by make_images.
+        Each thread of the batch calls this method once. job.failed is set as in make_images.
         """
         self._copy_squares(job)
 
@@ -302,7 +302,7 @@ def cut_window(
 
 
 def find_libjpeg() -> JpegLibrary | None:
-    """Return the libjpeg-turbo in Pillow's wheel, or else that of the system; None if neither can be loaded."""
+    """Return the libjpeg-turbo of Pillow's wheel, otherwise the libjpeg-turbo of the system, otherwise None."""
     pillow = find_spec("PIL")
     folders = [Path(folder).parent for folder in (pillow and pillow.submodule_search_locations) or ()]
     bundled = [path for folder in folders for path in folder.glob("pillow.libs/libjpeg-*.so*")]

@@ -1,9 +1,9 @@
 """Raw records on a GPU: threads copy pixels into pinned memory, and the GPU computes the images from these pixels.
 
-For one crop of each record, the threads copy or resize only this crop. For ten views, the threads copy the complete
-central square. A side stream (device_stream.py) copies the pixels to the GPU and computes the images from them
-(finish_crops.py), while the consumer's kernels run. Blocks of pinned memory are reused, because allocating pinned
-memory takes longer than making a batch.
+If a record gives one crop, the threads copy or resize only this crop. If a record gives ten views, the threads copy its
+complete central square. A separate CUDA stream (device_stream.py) copies the pixels to the GPU and computes the images
+from them (finish_crops.py), while the kernels of the training loop run. Blocks of pinned memory are reused, because
+allocating pinned memory takes longer than making a batch.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class RawGpuEngine:
         return {}
 
     def start(self, records: RecordBatch, crops: Crops) -> _Started:
-        """Let the threads copy the pixels of a batch to a block.
+        """Let the threads copy the pixels of a batch to a block of pinned memory.
 
         Waits only if the GPU is still copying from the block.
         """
@@ -118,7 +118,7 @@ class BlockPool:
         return self._stream.host_memory(size_bytes)
 
     def give_back(self, block: Tensor, copied: Event) -> None:
-        """Let `block` be reused after the event `copied`."""
+        """Allow the reuse of `block` after the event `copied` has passed."""
         self._copied.append((block, copied))
 
     def close(self) -> None:

@@ -42,8 +42,8 @@ class RecordDataset(Dataset[StoredRecord]):
     def __init__(self, store: Store | str | Path, split: str = "train") -> None:
         """`store` is an open store, or the path of its folder.
 
-        Raises StoreError for a store that is missing, damaged or of another version, and for a split that the store
-        lacks.
+        Raises StoreError for a store that is missing, damaged or of another schema version, and for a split that the
+        store lacks.
         """
         self.store = store if isinstance(store, Store) else Store.open(store)
         self.split = split
@@ -51,7 +51,7 @@ class RecordDataset(Dataset[StoredRecord]):
         weakref.finalize(self, self._records.close).atexit = False
 
     def __reduce__(self) -> tuple[type[Self], tuple[Store, str]]:
-        """A pickled copy opens the files again, for example in a spawned process."""
+        """Let a pickled copy, for example in a spawned process, open the files again."""
         return type(self), (self.store, self.split)
 
     def __len__(self) -> int:

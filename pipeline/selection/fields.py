@@ -1,4 +1,4 @@
-"""Types of batches, and the fields of a batch that the argument `fields` of a loader names."""
+"""Types of batches, and the fields of a batch that a user can request with the argument `fields` of a loader."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from prep.store.manifest import ChannelStats
 FieldName = Literal["images", "labels", "keys", "index", "draws", "extra"]
 ALL_FIELDS: tuple[FieldName, ...] = get_args(FieldName)
 FIELDS = ALL_FIELDS[:-1]  # fields that do not depend on the store
-_EXTRA = "extra/"  # prefix of the names of extra fields in Values
+_EXTRA = "extra/"  # prefix of the keys of extra fields in Values
 
 
 class Batch(NamedTuple):
@@ -106,7 +106,7 @@ class EvalOptions(LoaderOptions, total=False):
 
 
 def check_fields(fields: Sequence[str] | None, allowed: Sequence[FieldName] = ALL_FIELDS) -> tuple[str, ...] | None:
-    """Return the names of the fields. Raises WrongArgument for a name that is not allowed, and if there is no name."""
+    """Return the names in `fields` as a tuple. Raises WrongArgument for an unknown name, and if there is no name."""
     if fields is None:
         return None
     names = (fields,) if isinstance(fields, str) else tuple(fields)
@@ -134,8 +134,9 @@ def refuse_missing_extra(source: Records | MixedRecords) -> None:
 class Values(NamedTuple):
     """Values that are served with the images of a batch."""
 
-    texts: dict[str, list[str]]  # "keys", and "extra/FIELD" for extra fields of texts
-    # "index", "extra/FIELD" for extra fields of numbers, and the names of the random numbers (StepDraws.by_name).
+    # The key "keys" for source paths, and a key "extra/FIELD" for each extra field of type text.
+    texts: dict[str, list[str]]
+    # The key "index", a key "extra/FIELD" for each extra field with numbers, and the names in StepDraws.by_name.
     arrays: dict[str, npt.NDArray[Any]]
 
 
@@ -149,7 +150,8 @@ def read_values(
 ) -> Values:
     """Return the values that `fields` names, except images and labels, for N records with `views` images each.
 
-    If `is_remote`, a service has sent source paths and extra values with the records.
+    If `is_remote`, `records` come from a service, which has sent their source paths and the values of their extra
+    fields.
     """
     fields, numbers = fields or (), records.numbers[::views]
     texts: dict[str, list[str]] = {}
@@ -178,7 +180,7 @@ def make_batch(
     texts: Mapping[str, Sequence[str]],
     arrays: Mapping[str, Tensor],
 ) -> FieldBatch:
-    """Return the batch of the given fields. The keys of `texts` and `arrays` are those of Values."""
+    """Return a batch with the given fields. `texts` and `arrays` have the same keys as in Values."""
     draws = {name: values for name, values in arrays.items() if name != "index" and not name.startswith(_EXTRA)}
     found: dict[str, Tensor | list[str]] = {**arrays, **{name: list(values) for name, values in texts.items()}}
     extra = {name.removeprefix(_EXTRA): found[name] for name in sorted(found) if name.startswith(_EXTRA)}

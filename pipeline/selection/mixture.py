@@ -1,4 +1,4 @@
-"""Several stores as one stream: the stores, their shares of an epoch, and one numbering of all their records."""
+"""Several stores as one stream: the share of each store in an epoch, and one numbering of the records of all stores."""
 
 from __future__ import annotations
 
@@ -32,8 +32,9 @@ class Mixture:
     def open(stores: Stores, split: str) -> Mixture:
         """Open the stores.
 
-        An epoch takes as many records as the split has in all stores together. The count of a store is this number ·
-        share / (sum of all shares), rounded by the method of the largest remainder.
+        Let n be the number of records that the split has in all stores together. An epoch takes n records. From a store
+        with a given share, it takes n · share / (sum of all shares) records, rounded by the method of the largest
+        remainder.
 
         Raises WrongArgument for a share that is not a finite number of more than 0, for a share that gives a store no
         record, and for stores that differ in side, format or classes. Raises StoreError as Store.open does.
@@ -77,7 +78,7 @@ class Mixture:
 class MixedRecords:
     """The records of a split in several stores, numbered one store after another.
 
-    The methods are those of Records.
+    The methods do the same as the methods of Records.
     """
 
     advice = "Check each store with: alexprep verify --store STORE"
@@ -170,8 +171,8 @@ def open_stores(
 ) -> tuple[Store, Mixture | None]:
     """Return the store whose settings and colour statistics a loader uses, and the mixture if there is one.
 
-    Raises WrongArgument unless exactly one of `store` and `stores` is given. With `stores`, all arguments in `others`
-    must be None; otherwise WrongArgument is raised. Also raises the errors of Mixture.open.
+    Raises WrongArgument unless exactly one of `store` and `stores` is given, and if `stores` and an argument in
+    `others` are given. Also raises the errors of Mixture.open.
     """
     if stores is None:
         if store is None:
@@ -187,7 +188,7 @@ def open_stores(
 
 
 def compare_stores(first: Store, other: Store) -> None:
-    """Raise WrongArgument with the first difference between two stores in side, format or classes."""
+    """Raise WrongArgument if two stores differ in side, format or classes. The error gives the first difference."""
     for name, text in (("side_px", "a side of {} px"), ("format", "records of format {}")):
         values = getattr(first.settings, name), getattr(other.settings, name)
         if values[0] != values[1]:

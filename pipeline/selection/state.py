@@ -12,7 +12,7 @@ _OPTIONAL = ("normalize", "views", "subset", "weights", "stores")
 
 
 def check_state(state: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
-    """Raise UserError if a state differs from the settings of a loader, `identity`. The error names the setting.
+    """Raise UserError if a state differs from `identity`, the settings of a loader. The error names the setting.
 
     Between epochs (step 0), batch size and world size can differ. Within an epoch, batch size and world size can differ
     if their product, the number of records in a step, is the same.

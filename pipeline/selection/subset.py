@@ -111,7 +111,7 @@ def record_labels(store: Store, split: str) -> Integers:
 
 
 def digest_of(values: npt.NDArray[Any]) -> str:
-    """Return the first 128 bits of the SHA-256 of an array's bytes, in little-endian order, as hex digits."""
+    """Return the first 128 bits of the SHA-256 of an array, which is hashed as little-endian bytes, as hex digits."""
     return hashlib.sha256(values.astype(values.dtype.newbyteorder("<")).tobytes()).hexdigest()[:32]
 
 
@@ -125,7 +125,7 @@ def _labels_of(store: Store, names: Sequence[str]) -> list[int]:
 
 
 def _checked(numbers: npt.NDArray[Any], split: str, records: int) -> npt.NDArray[Any]:
-    """Return the numbers in ascending order. Raises WrongArgument if a number is out of range or given twice."""
+    """Return record numbers in ascending order. Raises WrongArgument if a number is out of range or given twice."""
     numbers = np.sort(numbers)
     for number in (numbers[0], numbers[-1]) if len(numbers) else ():
         if not 0 <= number < records:

@@ -107,7 +107,7 @@ class ServiceClient:
         self._health = Health(0, 0)
         self._calls_changed = threading.Condition()
         self._running_calls = 0  # number of threads that are calling Ray
-        self._has_left = False  # whether this consumer has left the cluster
+        self._has_left = False  # True after this consumer has left the cluster
         self._exit = ExitStack()
         self._ray = self._exit.enter_context(connected(self._address))
         try:
@@ -149,8 +149,8 @@ class ServiceClient:
         request, steps = WindowRequest.joined(requests), len(requests)
         generation, digest, lost = self._generation, request_digest(request), ""
         while True:
-            # A call of `fetch` that was scheduled before a call of `start` may run after the call of `start`. The
-            # service may no longer keep the block that the late call requests.
+            # A call of `fetch` may be scheduled before a call of `start`, and run only after it. The service may then
+            # no longer keep the block that the late call of `fetch` requests.
             if generation != self._generation or not 0 <= position - self._first_needed <= self._ahead:
                 raise ServiceError(f"service {self.name}: the loader continued at another position.")
             fetch = Fetch(position, steps, request, digest, lost)
@@ -219,8 +219,8 @@ class ServiceClient:
     def _method(self, name: str) -> Callable[..., Any]:
         """Return a function that calls a method of the coordinator.
 
-        The function returns Ray's reference to the result of the call. The method `_call` repeats a failed call. Ray
-        must not repeat the call: if Ray did so while this process leaves the cluster, Ray could end the process.
+        The function returns Ray's reference to the result of the call. A failed call is repeated by the method `_call`,
+        and must not be repeated by Ray: if Ray did so while this process leaves the cluster, Ray could end the process.
         """
         return cast(Callable[..., Any], getattr(self._coordinator, name).options(max_task_retries=0).remote)
 
@@ -313,5 +313,5 @@ class ServiceClient:
                 self._reported_s = total_s
         if not self._closed.is_set():
             # The Ray node may end soon. When a Ray node ends, Ray ends every process that is still connected to the
-            # object store of the node. Disconnect first. Arrays that this process still uses stay valid.
+            # object store of the node, so this process disconnects first. Arrays that it still uses stay valid.
             self._leave_cluster()

@@ -1,4 +1,4 @@
-"""Functions that start and stop services in a Ray cluster, and that return their state."""
+"""Functions that start and stop services in a Ray cluster, and functions that return the state of a service."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ READY_S = 60.0  # longest time for which `alexstream serve` waits until the work
 FAULT_S = 10.0
 # With --cluster local, the object store has room for two streams (training and validation) with batches of 512 images.
 _STREAMS, _BATCH_IMAGES = 2, 512
-_IN_USE = 4  # number of batches in the object store that a consumer has received and still uses
+_IN_USE = 4  # number of batches that a consumer has received and still uses, so that they stay in the object store
 _LEAST_BYTES = 80_000_000  # Ray refuses object stores with fewer bytes
 
 
@@ -114,8 +114,8 @@ def object_store_bytes(ahead: int) -> int:
     """Return the size in bytes of the object store for a Ray cluster that has only this machine.
 
     The object store has room for the batches of two streams with 512 images in each batch. The object store takes at
-    most 30 % of the memory and 90 % of the free space in /dev/shm, but at least 80 MB. Prints a warning if /dev/shm has
-    less than 80 MB. `ahead` is ServiceConfig.ahead.
+    most 30 % of the memory and at most 90 % of the free space in /dev/shm, but never less than 80 MB. Prints a warning
+    if 90 % of the free space in /dev/shm is less than 80 MB. `ahead` is ServiceConfig.ahead.
     """
     wanted = _STREAMS * (ahead + _IN_USE) * _BATCH_IMAGES * (3 * 224**2 + LABEL_BYTES)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

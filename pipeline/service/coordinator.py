@@ -13,8 +13,8 @@ with the same bits. If a worker or its node dies, the coordinator gives the bloc
 block are lost with a node, the loader requests the block again. If the coordinator dies, Ray starts it again. The next
 calls of the consumers then tell the new coordinator which consumers exist.
 
-The blocks of a stream have the order in which the loader requests them. The number of workers has no influence on the
-order of the blocks.
+The loader determines the order of the blocks of a stream by the order of its requests. The number of workers has no
+influence on this order.
 
 The coordinator does not read the pixels, and only keeps references to them. Ray frees the pixels of a block when the
 coordinator has dropped the reference and no consumer uses the pixels.
@@ -55,7 +55,7 @@ class _Block:
 
     stream: StreamKey
     fetch: Fetch
-    tries: int = 0  # number of workers that died while making this block
+    tries: int = 0  # number of workers that have died while making this block
     pixels: Any = None  # reference to the windows in Ray's object store; None until the block is ready
     labels: Any = None
     sources: tuple[str, ...] = ()
@@ -90,7 +90,8 @@ class Coordinator:
         self._made = 0  # number of images made since the start
         self._retried = 0  # number of batches made again since the start
         self._started_s = time.time()
-        # Last time at which a worker was ready, the queue was empty, or no start of a worker had failed.
+        # Last time at which workers were not known to be missing: a worker was ready, the queue was empty, or no start
+        # of a worker had failed.
         self._worked_s = time.monotonic()
         self._group: WorkerGroup | None = None
         self._tasks: set[asyncio.Task[None]] = set()
@@ -199,7 +200,7 @@ class Coordinator:
     def _block(self, stream: StreamKey, fetch: Fetch) -> _Block:
         """Return the block of a request.
 
-        A block that is new, or whose pixels were lost, is put into the queue.
+        If the block is new, or if its pixels were lost, the block is put into the queue.
         """
         key = stream, fetch.position, fetch.digest
         block = self._blocks.get(key)
@@ -216,8 +217,8 @@ class Coordinator:
         """Give blocks from the queue to free workers.
 
         If a worker has died, one of the blocks that the worker was making may be the cause. Each of these blocks is
-        then given to a worker that makes no other block at the same time. A block that crashes its worker therefore
-        does not affect other blocks.
+        then given to a worker that makes no other block at the same time, so that a block that crashes its worker does
+        not affect other blocks.
         """
         assert self._group is not None
         while self._queue and (worker := self._group.free(alone=self._queue[0].tries > 0)) is not None:

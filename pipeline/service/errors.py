@@ -6,7 +6,7 @@ from prep.console import UserError
 
 
 def last_line(error: Exception) -> str:
-    """Return the last line of the text of a Ray error, because this line names the cause.
+    """Return the last line of the text of a Ray error, which names the cause.
 
     A line of more than 300 characters is cut after 300 characters.
     """

@@ -37,7 +37,7 @@ class Metrics:
         self._kept_bytes = gauge("kept_bytes", "Bytes of the windows that the service keeps for its consumers.")
 
     def made(self, images: int, size_bytes: int) -> None:
-        """Count the images and bytes of a block that a worker made."""
+        """Count the images and bytes of a block (one or several batches) that a worker made."""
         self._images_made.inc(images)
         self._bytes_made.inc(size_bytes)
 

@@ -21,8 +21,9 @@ from prep.store.extra import DTYPES, Column
 # Version of the messages of a service. A loader refuses a service whose messages have another version.
 PROTOCOL_VERSION = 4
 MAX_AHEAD = 1024  # largest value of ServiceConfig.ahead, in steps
-# Largest number of images in a block of several batches. Large blocks save time: Ray needs 6 to 8 ms of CPU time for
-# each object that a loader gets from a worker, whatever its size. A core decodes 512 images in about 130 ms.
+# Largest number of images in a block of several batches. Large blocks save time: for each object that a loader gets
+# from a worker, Ray needs 6 to 8 ms of CPU time, whatever the size of the object. For comparison: a core decodes 512
+# images in about 130 ms.
 _BLOCK_IMAGES = 512
 
 
@@ -84,7 +85,7 @@ class Call(NamedTuple):
     stream: StreamKey
     first_needed: int  # lowest position whose batch the consumer has not received yet
     waited_s: float  # time for which the training loop waited for batches since the consumer's previous call
-    # Number of the call, counted by the consumer. Calls can arrive out of order.
+    # Number of the call. The consumer counts its calls, because calls can arrive out of order.
     number: int = 0
 
 
@@ -92,7 +93,7 @@ def block_steps(batch_size: int, ahead: int, max_workers: int) -> int:
     """Return the number of consecutive batches in a block. With each call, a loader requests one block.
 
     A block has at most 512 images, but at least one batch. If `ahead` is at least 2 · `max_workers`, the next `ahead`
-    batches are at least two blocks for each worker, so all workers have work.
+    batches make at least two blocks for each worker, so that all workers have work.
     """
     return max(1, min(_BLOCK_IMAGES // batch_size, ahead // (2 * max_workers)))
 
@@ -106,7 +107,8 @@ class Fetch(NamedTuple):
     steps: int  # number of batches in the block
     request: WindowRequest  # request for the windows of all batches
     digest: bytes  # request_digest(request)
-    lost: str  # Ray's reference (hex) to the pixels of an earlier answer, which were lost; empty in the first request
+    # Ray's reference (hex) to the pixels of an earlier answer, if these pixels were lost; empty in the first request.
+    lost: str
 
 
 class Answer(NamedTuple):

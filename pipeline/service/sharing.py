@@ -1,9 +1,10 @@
 """Decides how consumers share a stream: how long a batch is kept, and how far ahead the fastest consumer may be.
 
-Consumers (loaders) of one stream that are close to each other form the stream's group. Each batch is made once for the
-whole group. Within the group, the fastest consumer waits when it is more than `ahead` steps ahead of the slowest. A
-consumer outside of the group waits for no other consumer, and no other consumer waits for it. The batches of a consumer
-outside of the group are made for this consumer alone. A consumer is outside of the group in two cases:
+Consumers (loaders) of one stream whose positions are close to each other form the group of the stream. Each batch is
+made once for the whole group. Within the group, a consumer waits when it is more than `ahead` steps ahead of the
+slowest consumer. A consumer outside of the group waits for no other consumer, and no other consumer waits for it. The
+batches of a consumer outside of the group are made for this consumer alone. A consumer is outside of the group in two
+cases:
 
 - The consumer joins the stream more than `ahead` steps away from the group, for example after resuming from an old
   checkpoint.
@@ -13,7 +14,7 @@ A consumer that comes within `ahead` steps of the group's fastest consumer joins
 call for `forget_s` seconds is removed. A batch is kept while at least one consumer may still request it. A consumer may
 request the batches from the lowest position that it has not received yet to `ahead` steps after this position.
 
-The class Sharing has no clock and does not use Ray. The callers pass the time to Sharing.
+The class Sharing does not use Ray, and has no clock: callers pass the time to its methods.
 """
 
 from __future__ import annotations
@@ -43,13 +44,13 @@ class Sharing:
         """The arguments are the fields `ahead`, `consumers`, `patience_s` and `forget_s` of ServiceConfig."""
         self._ahead, self._expected, self._patience_s, self._forget_s = ahead, expected, patience_s, forget_s
         self.consumers: dict[str, Consumer] = {}
-        # Time at which the first consumer of a stream connected; None once the first batch may be served.
+        # Time at which the first consumer of a stream connected. None: the first batch of the stream may be served.
         self._begun: dict[StreamKey, float | None] = {}
 
     def touch(self, call: Call, now_s: float) -> bool:
         """Record a call of a consumer.
 
-        Returns True if the consumer has moved in the stream. Some batches may then no longer be needed.
+        Returns True if the consumer has moved in the stream, so that some batches may no longer be needed.
         """
         known = self.consumers.get(call.consumer)
         if known is None or known.stream != call.stream:

@@ -1,4 +1,4 @@
-"""Source of the windows of a loader that uses a service: the service, or the local store after the service is lost."""
+"""Source of the windows of a loader that uses a service: the service or, after its loss, the local store."""
 
 from __future__ import annotations
 
@@ -100,11 +100,11 @@ class WindowSource:
             self._client.finish()
 
     def stop(self) -> None:
-        """End the calls of `records` that are waiting for the service: each waiting call raises ServiceError."""
+        """Let every call of `records` that is waiting for the service raise ServiceError."""
         self._client.stop()
 
     def close(self) -> None:
-        """Disconnect from the service, drop its windows, and unmap the files of the local store if they are mapped."""
+        """Disconnect from the service, drop the windows that it sent, and unmap the files of the local store."""
         self._client.close()
         with self._lock:
             self._blocks = {}  # Ray keeps the pixels of a block in shared memory as long as this process refers to them
@@ -112,7 +112,7 @@ class WindowSource:
             self._maker.close()
 
     def _windows(self, position: int, request: WindowRequest) -> Windows:
-        """Return the windows of the batch at a position. The returned windows are a part of the windows of a block."""
+        """Return the windows of the batch at a position, which are a part of the windows of a block."""
         first, block, is_new = self._block(position)
         if is_new:
             try:

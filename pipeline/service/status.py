@@ -1,4 +1,4 @@
-"""State of a service, as a loader reports it."""
+"""State of a service, which TrainLoader.service_status and EvalLoader.service_status return."""
 
 from __future__ import annotations
 
@@ -10,6 +10,6 @@ class ServiceStatus(NamedTuple):
 
     name: str  # name of the service
     workers: int  # number of workers that are ready
-    queue: int  # number of batches that wait for a worker, for all consumers together
+    queue: int  # number of batches of all loaders together that wait for a worker
     # "connected", or "local" after the service was lost and the loader makes the batches from the local store
     state: str

@@ -24,7 +24,7 @@ CONCURRENCY = 2  # number of blocks in a worker: one is decoded while the other 
 
 
 class WorkerInfo(NamedTuple):
-    """Location of a worker, and the reason if the worker cannot serve the store."""
+    """Location of a worker, and whether the worker can serve the store."""
 
     node: str  # Ray's id of the node
     host: str  # name of the machine
@@ -42,10 +42,10 @@ class Made(NamedTuple):
 
 
 class BlockMemory:
-    """Memory for the pixels of blocks. The memory of a block is used again after the block's array was deleted.
+    """Memory for the pixels of blocks. The memory of a block is reused after the array of the block was deleted.
 
-    malloc cannot keep blocks of more than 64 MB for a thread other than the main thread. With memory from malloc, the
-    operating system would therefore clear all pages of every block, which takes 5 % of a worker's time.
+    In threads other than the main thread, malloc returns freed memory of more than 64 MB to the operating system, which
+    then has to clear all pages of every new block. This would take 5 % of a worker's time.
     """
 
     def __init__(self) -> None:

@@ -1,8 +1,8 @@
 """Starts, checks and stops the workers of a service.
 
 The number of workers stays between `min_workers` and `max_workers` of ServiceConfig. Ray spreads the workers evenly
-over the nodes. If no node has enough free cores for a worker, the worker waits. If the cluster has an autoscaler, the
-autoscaler then adds a node. A node on which the store is missing or different gets no worker for _BAD_NODE_S, and
+over the nodes. If no node has enough free cores for a worker, the start of the worker waits, and an autoscaler, if the
+cluster has one, adds a node. A node on which the store is missing or different gets no worker for _BAD_NODE_S, and
 `alexstream status` shows the reason.
 """
 
@@ -30,7 +30,7 @@ class WorkerHandle:
     def __init__(self, actor: Any, info: WorkerInfo) -> None:
         self.actor, self.info = actor, info
         self.busy = 0  # number of blocks that the worker is making
-        # Whether the worker makes only one block, because another worker died while making this block.
+        # True while the worker makes a block during which another worker died. The worker then gets no second block.
         self.is_alone = False
         self.used_s = time.monotonic()  # time at which the worker got its latest block
 
@@ -52,7 +52,7 @@ class WorkerGroup:
     def free(self, alone: bool) -> WorkerHandle | None:
         """Return the least busy worker that can take another block; None if all workers are busy.
 
-        With `alone`, the returned worker has no other block.
+        If `alone` is True, only a worker without a block is returned.
         """
         workers = (worker for worker in self.ready if not worker.is_alone)
         worker = min(workers, key=lambda handle: handle.busy, default=None)
@@ -70,8 +70,7 @@ class WorkerGroup:
         wanted = max(least, min(most, -(-load // CONCURRENCY)))
         self.bad_nodes = {node: bad for node, bad in self.bad_nodes.items() if now - bad[2] < _BAD_NODE_S}
         for actor, (task, excluded) in list(self.starting.items()):
-            # A node that the worker must avoid can be used again. Start the worker anew, so that Ray may choose this
-            # node.
+            # One of the excluded nodes can be used again. Start the worker anew, so that Ray may choose this node.
             if excluded - self.bad_nodes.keys():
                 self._cancel_start(actor, task)
         for _ in range(wanted - len(self.ready) - len(self.starting)):
@@ -108,7 +107,7 @@ class WorkerGroup:
     def _start(self) -> None:
         options: dict[str, Any] = {
             "num_cpus": self._config.threads,
-            "max_concurrency": CONCURRENCY + 1,  # one more concurrent call, so that a busy worker can answer a ping
+            "max_concurrency": CONCURRENCY + 1,  # one call more than blocks, so that a busy worker can answer a ping
             "max_restarts": 0,
             "scheduling_strategy": "SPREAD",
         }

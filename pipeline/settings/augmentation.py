@@ -21,8 +21,8 @@ Levels = tuple[float, float, float]  # grey levels of R, G and B, 0..255
 # Mean and standard deviation of ImageNet's pixels in [0, 1]: IMAGENET_DEFAULT_MEAN and IMAGENET_DEFAULT_STD of timm
 # (timm/data/constants.py), and the values in torchvision's references/classification/presets.py.
 IMAGENET = ChannelStats((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), 1.0)
-# Settings that every state of a stream contains. A state contains the remaining settings only if they differ from their
-# defaults. States that are older than a setting therefore stay valid.
+# Settings that every state of a stream contains. A state contains each of the other settings only if it differs from
+# its default. A state that was saved before a setting existed therefore stays valid.
 _ALWAYS_IN_STATES = ("mean", "colour", "strength", "divisor", "shared_by")
 
 
@@ -87,7 +87,7 @@ class Augmentation(EffectSettings):
     def for_state(self) -> dict[str, Any]:
         """Return the settings of training images, for the state of a stream, as JSON values.
 
-        `eval_divisor` is left out. A setting that older versions did not have is left out if it has its default value.
+        `eval_divisor` is left out. A setting that is not in _ALWAYS_IN_STATES is left out if it has its default value.
         """
         values = {field.name: (getattr(self, field.name), field.default) for field in fields(self)}
         return {
@@ -97,7 +97,7 @@ class Augmentation(EffectSettings):
         }
 
     def window_text(self, views: int) -> str:
-        """Return the settings of the windows for StreamKey.window. "random" means one random crop of CROP_PX."""
+        """Return the settings of the windows for StreamKey.window. The text "random" means one crop of CROP_PX."""
         if (self.window, self.size_px, views) == ("random", CROP_PX, 1):
             return "random"
         region = f" scale {self.scale} ratio {self.ratio}" if self.window == "resized" else ""

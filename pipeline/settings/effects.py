@@ -1,4 +1,4 @@
-"""Settings of colour jitter, grey, blur and random erasing. Augmentation (augmentation.py) inherits them."""
+"""Settings of colour jitter, grey, blur and random erasing. Augmentation (augmentation.py) inherits these settings."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ class EffectSettings:
 
     @property
     def has_effects(self) -> bool:
-        """Whether training images can have effects."""
+        """True if training images can have effects."""
         return self.changes_pixels or self.erase > 0
 
     @property
     def changes_pixels(self) -> bool:
-        """Whether training images can have jitter, grey or blur, which change the pixels of a window."""
+        """True if training images can have jitter, grey or blur, which change the pixels of a window."""
         return (self.jitter is not None and self.jitter_share > 0) or max(self.grey, self.blur) > 0
 
     def check_effects(self) -> None:
