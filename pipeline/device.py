@@ -69,8 +69,8 @@ class Placement:
         """Return the next outputs of a DALI pipeline. `stream` is a torch.cuda.Stream, or None on a CPU.
 
         On a GPU the outputs are bound to `stream`: work that is launched on this stream afterwards waits on the GPU
-        until DALI is done. The host does not wait. DALI reuses the memory of the outputs in the order of the work on
-        `stream`.
+        until DALI is done. The host does not wait. When the outputs are released, DALI reuses their memory only after
+        the work that was launched on `stream` before the release.
         """
         with self._current_device():
             outputs: tuple[Any, ...] = pipe.outputs() if stream is None else pipe.outputs(stream)

@@ -68,7 +68,7 @@ class EvalLoader(Loader[AnyBatch]):
 
     @property
     def own_records(self) -> int:
-        """Number of images that this loader serves in one iteration: the size of its range of the split."""
+        """Number of records that this loader serves in one iteration: the records in this rank's range of the split."""
         return len(self._record_numbers)
 
     def __len__(self) -> int:

@@ -60,7 +60,7 @@ _loaders: weakref.WeakSet[Loader[Any]] = weakref.WeakSet()
 def _keep_loaders_of_parent() -> None:
     """In a forked child, keep the parent's loaders until the child ends.
 
-    The deletion of a loader would wait for threads that do not exist in the child.
+    If a loader were deleted in the child, the deletion would wait for threads that exist only in the parent.
     """
     for loader in list(_loaders):
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(loader))
@@ -274,7 +274,7 @@ class Loader(Generic[AnyBatch]):
         raise NotImplementedError
 
     def _start(self, jobs: Iterator[Job], position: int) -> None:
-        """Start to prefetch the batches of `jobs`. `position` is the position of the first batch (Fetch.position)."""
+        """Start to prefetch the batches of `jobs`. `position` is that of the first batch (Fetch.position)."""
         self._check_process()
         if self._windows is not None:
             self._windows.start(position)

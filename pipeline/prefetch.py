@@ -86,7 +86,7 @@ class _Result(NamedTuple):
     error: BaseException | None = None
 
 
-Job = Callable[[], BatchInput]  # a function that reads the records of one batch; runs on a reader thread
+Job = Callable[[], BatchInput]  # reads the records of one batch; the prefetcher calls each job on a reader thread
 
 
 class Prefetcher:

@@ -102,7 +102,7 @@ class CudaStream:
         return _CudaEvent(torch.cuda.current_stream(self.device))
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """Return uninitialized memory on the GPU. Torch reuses this memory in the order of this stream."""
+        """Return uninitialized memory on the GPU. Once released, it is reused only for later work on this stream."""
         with torch.cuda.stream(self._stream):
             return torch.empty(tuple(shape), dtype=dtype, device=self.device)
 

@@ -268,7 +268,7 @@ class ServiceClient:
         )
 
     def _get(self, reference: Any) -> Any:
-        """Return the pixels of a reference; None if the pixels are lost or do not arrive within _TRANSFER_S."""
+        """Return the pixels to which a reference points; None if they are lost or do not arrive within _TRANSFER_S."""
         exceptions = self._ray.exceptions
         deadline = time.monotonic() + _TRANSFER_S
         while time.monotonic() < deadline and not self._closed.is_set() and not self._lost:

@@ -18,7 +18,7 @@ from prep.cluster import NAMESPACE
 from prep.console import bytes_text, say
 from prep.store.manifest import Store
 
-CALL_S = 30.0  # a service that does not answer a call within this time is reported as an error
+CALL_S = 30.0  # if a service does not answer a call within this time, an error is raised
 BEGIN_S = 120.0  # longest time for the first call of a new service, whose process must start first
 READY_S = 60.0  # longest time for which `alexstream serve` waits until the workers are ready
 # `alexstream serve` ends with an error if no worker is ready after this time and the last start of a worker failed.

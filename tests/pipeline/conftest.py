@@ -1,4 +1,4 @@
-"""Fixture: the engines of a stream on a CPU."""
+"""Fixture `engine`: a test runs with the C kernel, and once more without it."""
 
 from __future__ import annotations
 
@@ -9,10 +9,7 @@ from pipeline.engines import kernels
 
 @pytest.fixture(params=["kernel", "python"])
 def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run a test with the C kernel, and without it.
-
-    Without the kernel, Pillow resizes the images, and DALI or Python crops them.
-    """
+    """Without the C kernel, Pillow resizes the images, and DALI or Python crops them."""
     if request.param == "python":
         monkeypatch.setattr(kernels, "native", None)
     elif kernels.native is None:

@@ -1,7 +1,7 @@
-"""Helpers of the tests of streams: take, compare and concatenate batches, read labels, and skip tests that need the C
-kernel.
+"""Helpers of the tests of streams.
 
-In the fixture `numbered_store` the images of a split have different labels, so labels identify the records of a batch.
+In the store of the fixture `numbered_store`, the images of a split have different labels, so the labels of a batch tell
+which records it has.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Images of the stream compared with the formula of pipeline.augment in float64 NumPy, for both engines of a CPU.
+"""Images of a stream equal the formula of pipeline.augment, with the C kernel and without it.
 
-The reference is tests/pipeline/augment_formula.py.
+tests/pipeline/augment_formula.py computes the expected images in float64.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def test_crops_of_stores_of_other_sides_equal_the_formula(
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.usefixtures("engine")
 def test_evaluation_views_equal_the_formula(stores: dict[str, Path], kind: str, mean: str) -> None:
-    """The images come in the order of the store. The loader uses the mean and the divisor of its Augmentation."""
+    """The images come in the order of the store. The mean and the divisor of the Augmentation are applied."""
     store, augmentation = Store.open(stores[kind]), Augmentation(mean=mean, strength=9.0, divisor=3.0, shared_by=5)
     squares = stored_squares(store, "val")
     one = list(served(eval_loader(store.root, 5, augmentation=augmentation)))
@@ -176,7 +176,7 @@ def test_the_divisor_of_evaluation_is_the_divisor_of_training_unless_it_has_its_
 
 @pytest.mark.parametrize("mean", ["image", "aligned"])
 def test_a_mirrored_view_has_a_mirrored_mean_only_if_the_mean_is_aligned(stores: dict[str, Path], mean: str) -> None:
-    """Views 6 to 10 are the mirror images of views 1 to 5. The test compares view 3 with view 8."""
+    """Views 6 to 10 are the mirror images of views 1 to 5. The test compares views 3 and 8, the centre crops."""
     store = Store.open(stores["ppm"])
     m = store.mean_image()[16:240, 16:240].transpose(2, 0, 1)
     assert np.abs(m - m[:, :, ::-1]).max() > 1
@@ -219,10 +219,10 @@ def test_nhwc_is_nchw_transposed(stores: dict[str, Path], loader: str, mean: str
 @pytest.mark.parametrize(("mean", "layout"), [("channel", "NCHW"), ("aligned", "NHWC")])
 @pytest.mark.parametrize("loader", LOADERS)
 def test_half_precision_is_float32_rounded(stores: dict[str, Path], loader: str, layout: str, mean: str) -> None:
-    """bfloat16 pixels equal torch's rounding of the float32 pixels.
+    """bfloat16 pixels equal the float32 pixels, rounded to bfloat16 by torch.
 
-    float16 pixels differ from NumPy's rounding of the float32 pixels by at most the distance to the next float16
-    number.
+    float16 pixels differ from the float32 pixels, rounded to float16 by NumPy, by at most the distance to the next
+    float16 number.
     """
     options = {"augmentation": Augmentation(mean=mean, divisor=1.1), "layout": layout}
     whole = batches(stores["jpeg"], loader, **options)

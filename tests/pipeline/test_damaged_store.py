@@ -51,7 +51,7 @@ DAMAGE = {"flipped bit": flip_a_bit_of_the_jpeg, "label": give_another_label, "c
 
 
 def stopped_with(loader: TrainLoader | EvalLoader) -> tuple[str, int]:
-    """Iterate until a StoreError. Return its message, and the number of images that were served before the error."""
+    """Iterate until a StoreError is raised. Return its message, and the number of images that were served before."""
     served = 0
     try:
         for batch in loader:

@@ -1,4 +1,4 @@
-"""Devices are given as names or as torch.device objects. Placement on a GPU is tested with mocked CUDA functions."""
+"""Devices are given by name or as a torch.device, and DALI's outputs are bound to their GPU. CUDA is mocked."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Closing loaders: no file, thread or memory is left, and batches stay valid after their loader is closed."""
+"""Closed loaders leave no file, thread or memory, and their batches stay valid."""
 
 from __future__ import annotations
 
@@ -29,7 +29,10 @@ from tests.pipeline.streaming import batches_equal, take_batches
 
 @pytest.mark.parametrize("times", [50, pytest.param(1000, marks=pytest.mark.soak)])
 def test_closed_loaders_leave_no_files_threads_or_memory(numbered_store: Path, times: int) -> None:
-    """The test closes each loader after 0 to 2 batches, while the loader prefetches more. Twenty batches take 24 MB."""
+    """Each loader is closed after 0 to 2 batches, while it prefetches more.
+
+    The memory of the process may grow by less than 24 MB, the size of twenty batches.
+    """
     script = (
         "import gc, os, sys, threading\n"
         "from pipeline.loader import eval_loader, train_loader\n"
@@ -79,7 +82,7 @@ def test_a_closed_loader_that_is_still_referenced_holds_no_file(numbered_store: 
 
 
 def test_unclosed_loaders_may_be_collected_and_the_process_may_end_while_they_prefetch(numbered_store: Path) -> None:
-    """The process closes no loader. If a loader unmapped files while DALI still reads them, the process would crash."""
+    """The process closes no loader. It would crash if a loader unmapped files while a thread still reads them."""
     script = (
         "import gc, sys\n"
         "from pipeline.loader import train_loader\n"
@@ -190,7 +193,7 @@ def test_a_loader_in_a_forked_child_says_so_at_once_and_is_closed_without_harm(
 ) -> None:
     """A torch DataLoader with workers iterates over its data set in forked children.
 
-    In earlier versions, a torch DataLoader around a loader of this project waited for its first batch forever.
+    In earlier versions of this project, a torch DataLoader around a loader waited for its first batch forever.
     """
     with make(numbered_store, 4, threads=1) as loader:
         iterator = iter(loader)

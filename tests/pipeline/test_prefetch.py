@@ -68,7 +68,7 @@ def harness(
 
 @pytest.fixture(scope="module")
 def sums(stores: dict[str, Path]) -> dict[int, float]:
-    """{k: sum of the pixels of records k, k + 1 and k + 2}, computed directly from the records."""
+    """For each k: the sum of the pixels of records k, k + 1 and k + 2, computed directly from the records."""
     records = Records(Store.open(stores["ppm"]), "train")
     each = [float(records[number].payload[16:240, 16:240].sum()) for number in range(len(records))]
     records.close()

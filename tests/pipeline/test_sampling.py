@@ -53,7 +53,7 @@ def test_batches_have_as_many_classes_as_with_a_perfect_shuffle_if_the_store_is_
 
 @pytest.mark.parametrize("size", [16_384, 40_000])
 def test_neighboring_records_of_the_store_are_far_apart_in_an_epoch(size: int) -> None:
-    """A batch of 128 records has as many different blocks as 128 random records of a shuffle window, within 3 %."""
+    """The records of a batch come from as many blocks as 128 random records of a shuffle window would, within 3 %."""
     blocks = WINDOW_RECORDS // BLOCK_RECORDS
     ideal = blocks * (1 - (1 - 1 / blocks) ** 128)
     mixed = epoch_permutation(size, 0, 0) // BLOCK_RECORDS
@@ -185,7 +185,7 @@ def test_an_image_of_the_size_of_a_crop_has_offset_zero() -> None:
 
 
 def test_the_bits_are_those_of_the_first_version() -> None:
-    """If this test fails, the random numbers have changed, and older stream states cannot be resumed."""
+    """If this test fails, the random numbers have changed, and loaders can no longer resume from older states."""
     order, last = epoch_permutation(20_000, 0, 0), epoch_permutation(1000, 2**64 - 1, 90)
     assert digest(order) == "7a8c2849a3ed1c2a69aaf4ee5c5d5b5cff87e4e978effc2e6b241f5242fd3916"
     assert digest(last) == "fd88b008bc89ad71d1bedf409b959bf0f6a88f847367c93d41557eb54f811820"

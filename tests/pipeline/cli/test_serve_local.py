@@ -1,4 +1,4 @@
-"""Test of `alexstream serve --cluster local`: other processes use the service until a signal stops the command."""
+"""Test of `alexstream serve --cluster local`: other programs use the service until a signal stops the command."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ with train_loader(store, 5, seed=3, service=service or None, service_fallback=fa
 class Program:
     """A running Python program whose output can be read line by line.
 
-    The program has its own session, as on a terminal.
+    The program runs in a session of its own, like a program on a terminal.
     """
 
     def __init__(self, *words: str) -> None:
@@ -113,7 +113,7 @@ def processes_of_session(session: int) -> list[int]:
 
 @pytest.fixture(scope="module")
 def serving(store: Path) -> Iterator[tuple[Program, dict[str, Any]]]:
-    """Start a service that starts its own Ray cluster. Yields the program, and the JSON object that it prints first."""
+    """Start a service with its own Ray cluster. Yields the program, and the first JSON object of its output."""
     pytest.importorskip("ray")
     program = alexstream("serve", "--store", str(store), "--name", "here", "--ahead", "4", "--json")
     try:

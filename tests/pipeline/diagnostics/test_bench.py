@@ -1,4 +1,4 @@
-"""The command `alexstream bench`: keys and values of its JSON output, and the comparison of the rates of stages."""
+"""The command `alexstream bench`: keys and values of its JSON output, and the limit of the rates of stages."""
 
 from __future__ import annotations
 

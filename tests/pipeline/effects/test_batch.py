@@ -1,4 +1,4 @@
-"""Effects of a batch: comparison with torchvision's formulas. PyTorch and the C kernel give the same bits."""
+"""Effects of a batch are compared with torchvision's formulas. PyTorch and the C kernel must give the same bits."""
 
 from __future__ import annotations
 

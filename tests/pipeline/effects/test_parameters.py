@@ -122,7 +122,7 @@ def test_the_parameters_are_a_pure_function_of_seed_epoch_and_step_with_fixed_bi
 
 
 def test_the_preset_simclr_has_the_effects_of_the_published_code() -> None:
-    """google-research/simclr, tf2/data_util.py: random_color_jitter (strength 1), random_blur, no mean subtracted."""
+    """The code is google-research/simclr, tf2/data_util.py: random_color_jitter (strength 1), random_blur, no mean."""
     preset = Augmentation.preset("simclr")
     assert (preset.jitter, preset.jitter_share, preset.grey) == ((0.8, 0.8, 0.8, 0.2), 0.8, 0.2)
     assert (preset.blur, preset.blur_sigma, preset.erase) == (0.5, (0.1, 2.0), 0.0)

@@ -92,7 +92,7 @@ def test_raw_records_on_a_gpu_have_the_bits_of_the_c_kernel(stores: dict[str, Pa
 
 
 def test_jpeg_records_on_a_gpu_get_their_effects_after_dali(stores: dict[str, Path]) -> None:
-    """DALI runs on the CPU, and a DeferredStream takes the place of the GPU. DALI also gives the expected windows."""
+    """DALI runs on the CPU, and a DeferredStream replaces the GPU. The expected windows also come from DALI."""
     augmenter, (records, crops) = batch_of(stores["jpeg"], replace(SETTINGS, window="resized"), 6)
     placement, stream = Placement.parse("cpu"), DeferredStream()
     output = OutputFormat(1, "NHWC", 2.0, torch.float32, SIZE_PX, is_resized=True, has_effects=True)

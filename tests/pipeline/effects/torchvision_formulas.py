@@ -38,7 +38,7 @@ def adjust_saturation(image: Pixels, factor: float) -> Pixels:
 
 
 def adjust_hue(image: Pixels, factor: float) -> Pixels:
-    """_rgb2hsv, then h = (h + factor) mod 1, then _hsv2rgb."""
+    """Apply _rgb2hsv, then h = (h + factor) mod 1, then _hsv2rgb."""
     pixels = image.astype(F) / F(255)
     red, green, blue = pixels.transpose(2, 0, 1)
     most, least = pixels.max(2), pixels.min(2)
@@ -80,7 +80,7 @@ def gaussian_blur(image: Pixels, size: int, sigma: float) -> Pixels:
 def erasing_box(
     rng: np.random.Generator, side: int, scale: tuple[float, float], ratio: tuple[float, float]
 ) -> tuple[int, int, int, int]:
-    """RandomErasing.get_params: row, column, height and width; height and width 0 if no box is found."""
+    """Return row, column, height and width, as RandomErasing.get_params does. Height and width are 0 if no box fits."""
     for _ in range(10):
         area = side * side * rng.uniform(*scale)
         aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))

@@ -1,4 +1,4 @@
-"""A DeviceStream for tests on a CPU, which does its work as late as a GPU could do it.
+"""A DeviceStream for tests on a CPU. It does its work as late as a GPU could do the work.
 
 Queued work is done as late as possible: when the code under test uses an event that was recorded after the work. The
 code either waits for the event, or orders the consumer's work after the event. Before the work is done, the memory of

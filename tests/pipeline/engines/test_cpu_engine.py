@@ -1,4 +1,4 @@
-"""CPU engine: memory bounds and self-test of the C kernel, number of threads, reuse of the memory of batches."""
+"""CPU engine: memory bounds and self-test of the C kernel, number of threads, and reuse of memory."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ def test_batches_are_those_of_the_cpu(
     streams: list[DeferredStream],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Compares two epochs of training, a resumed stream, and evaluation with all views.
+    """The test compares two epochs of training, a resumed stream, and evaluation with all views.
 
     The last evaluation batch has two images.
     """
@@ -80,7 +80,7 @@ def test_batches_are_those_of_the_cpu(
         return served
 
     if kind == "jpeg":
-        monkeypatch.setattr(kernels, "native", None)  # compare two streams of DALI: the C kernel's bits differ
+        monkeypatch.setattr(kernels, "native", None)  # compare DALI with DALI: the C kernel gives other bits
     expected = batches()
     streams.append(DeferredStream())
     found = batches()

@@ -46,7 +46,10 @@ def photograph(height: int, width: int, seed: int = 0) -> Pixels:
 def decode(
     files: Sequence[bytes], positions: Sequence[Sequence[tuple[int, int]]], side: int, threads: int = 1
 ) -> tuple[npt.NDArray[np.float32], int]:
-    """Return the crops (N · V, side, side, 3) of N files at V positions each, and the first bad file's index, or N."""
+    """Return the crops (N · V, side, side, 3) of N files at V positions each.
+
+    Also returns the index of the first bad file, or N if there is no bad file.
+    """
     assert kernels.native
     arrays = [np.frombuffer(file, np.uint8) for file in files]
     count, views = len(files), len(positions[0])
@@ -75,7 +78,7 @@ def decode(
 @needs_decoder
 @pytest.mark.parametrize(("height", "width"), [(64, 64), (67, 90), (91, 66), (256, 301)])
 def test_a_decoded_part_has_the_pixels_of_the_complete_image(height: int, width: int) -> None:
-    """Parts begin and end at every position relative to the blocks of 16 × 16 px, and at the edges of the image."""
+    """Parts begin and end at every position in JPEG's blocks of 16 × 16 px, and at the edges of the image."""
     content, side = encode_jpeg(photograph(height, width), 90), 40
     complete = decode_jpeg(content)
     rows, columns = [(*range(19), size - side - 1, size - side) for size in (height, width)]

@@ -1,4 +1,4 @@
-"""RawGpuEngine on a CPU: images compared with those of the C kernel, order of the work, reuse of blocks."""
+"""RawGpuEngine on a CPU: comparison of images with the C kernel, order of the work, reuse of memory blocks."""
 
 from __future__ import annotations
 
@@ -164,7 +164,7 @@ def test_without_the_c_kernel_numpy_copies_the_pixels(sources: Any, monkeypatch:
 def test_blocks_are_used_again_only_after_their_copies(sources: Any) -> None:
     """The test starts and finishes six batches without any wait.
 
-    If a block of memory were used again too early, an earlier batch would change.
+    If a block of pinned memory were reused too early, an earlier batch would change.
     """
     source, stream = sources("ppm", Augmentation(mean="none")), DeferredStream()
     engine = RawGpuEngine(source.augmenter, stream, OutputFormat(), threads=2)

@@ -47,7 +47,7 @@ def windows(kernel: kernels.NativeKernels, image: Pixels, boxes: Sequence[Sequen
 def test_every_ratio_of_lengths_has_the_bits_of_pillow(kernel: kernels.NativeKernels, side: int) -> None:
     """The boxes are 1/16 to 9 times as long as the side, so a pixel has 2 to 18 weights.
 
-    Black and white pixels show each weight.
+    All pixels are black or white, so that an error in a single weight changes the result.
     """
     rng = np.random.default_rng(side)
     image = np.ascontiguousarray(rng.integers(0, 2, (9 * side, 9 * side, 3)) * 255, np.uint8)
@@ -60,7 +60,7 @@ def test_every_ratio_of_lengths_has_the_bits_of_pillow(kernel: kernels.NativeKer
 
 
 def test_no_byte_after_the_pixels_is_read_or_written(kernel: kernels.NativeKernels) -> None:
-    """The pixels and the windows end before a page of memory without access.
+    """The pixels and the windows end directly before a protected page of memory.
 
     An access to this page would end the child process with SIGSEGV.
     """

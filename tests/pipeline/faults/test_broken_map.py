@@ -1,4 +1,4 @@
-"""If a data.mdb is cut while it is read, each reader ends with ShardBroken, and the process is not killed."""
+"""If a data.mdb is truncated while a process reads it, the reader raises ShardBroken, and the process is not killed."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
 
 
 def cut(store: Path, split: str) -> str:
-    """Cut the first shard of a split after its header pages, and return the beginning of the expected message."""
+    """Truncate the first shard of a split to its header pages. Return the beginning of the expected message."""
     os.truncate(store / split / "00000" / "data.mdb", 2 * PAGE_BYTES)
     return f"{store}/{split}/00000: data.mdb was changed or became unreadable during reading: now it has 8,192 bytes"
 
@@ -104,7 +104,7 @@ def test_the_name_of_a_source_file_that_cannot_be_read_is_not_empty(copied: Path
 
 
 def test_a_file_that_is_cut_within_its_last_page_is_noticed(copied: Path) -> None:
-    """The missing rest of the page reads as zeros, without SIGBUS. This test turns the checksums of records off."""
+    """The missing rest of the page reads as zeros, without SIGBUS. The loader does not verify checksums."""
     file = copied / "val" / "00000" / "data.mdb"
     shards = len(Store.open(copied).split("val").shards)
     with closing(Records(Store.open(copied), "val", check=False)) as records:

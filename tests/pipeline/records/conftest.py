@@ -1,6 +1,6 @@
 """Fixture `search`: a test runs with and without the C library that finds records.
 
-Helpers that read and compare records.
+This module also has helpers that read and compare records.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def stored(store: Store, split: str) -> list[tuple[str, bytes, Datum]]:
 
 @pytest.fixture(params=["C library", "py-lmdb"])
 def search(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A test that uses this fixture runs with and without the C library."""
+    """A test that uses this fixture runs once with the C library, and once with py-lmdb only."""
     if request.param == "py-lmdb":
         monkeypatch.setattr(kernels, "native", None)
     elif kernels.native is None:

@@ -1,4 +1,4 @@
-"""Damaged records, wrong checksums and pictures of a wrong format or size are refused, with the record's location."""
+"""Damaged records, wrong checksums and images of a wrong format or size are refused. The error names the record."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""pipeline.records is compared with lmdb_shard.read and Datum.decode, also for missing keys."""
+"""pipeline.records returns what lmdb_shard.read and Datum.decode return, also in a store that lacks some keys."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Extra fields in batches: the values are compared with the rows of the CSV file, by the path of each photograph."""
+"""Extra fields in batches: their values equal the values that the CSV file has for the path of each photograph."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ DTYPES = {"age": torch.int64, "weight": torch.float32, "box": torch.float32}
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Values]]:
-    """A store with the splits train (70 records) and val (20 records), and the values of each split's photographs."""
+    """A store with the splits train (70 records) and val (20 records), and for each split the values of its records."""
     folder = tmp_path_factory.mktemp("extra")
     values = {}
     for split, count in (("train", 70), ("val", 20)):
@@ -43,7 +43,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Val
 
 
 def assert_values(batch: FieldBatch, values: Values) -> None:
-    """Assert that the extra fields of a batch are those of its keys."""
+    """Assert that the extra fields of a batch have the values of the photographs that its field `keys` names."""
     keys, extra = batch["keys"], batch["extra"]
     assert list(extra) == sorted(FIELDS)
     assert extra["caption"] == [values[key]["caption"] for key in keys]

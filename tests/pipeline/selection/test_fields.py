@@ -45,7 +45,7 @@ def test_the_fields_of_training_batches(
 
 
 def test_a_changed_field_changes_no_later_batch(numbered_store: Path) -> None:
-    """The test changes the fields of five batches. When it reads these batches again, they have the original values."""
+    """The test changes the fields of five batches. When these batches are read again, they have the original values."""
     with train_loader(numbered_store, 1, threads=1, fields=("index", "draws")) as loader:
         for batch in itertools.islice(loader, 5):
             batch["index"].fill_(99)

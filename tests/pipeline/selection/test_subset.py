@@ -1,4 +1,4 @@
-"""Subsets and weights: which records an epoch serves, states, distribution of weighted draws, and refused values."""
+"""Subsets and weights: records of an epoch, states, distribution of weighted draws, and refused values."""
 
 from __future__ import annotations
 
@@ -199,7 +199,7 @@ def test_weights_are_given_for_all_records_and_used_for_the_subset(numbered_stor
 def test_class_names_and_balanced_weights_need_the_records(store: Path, tmp_path: Path) -> None:
     """With a service, the folder of a store may lack the shards.
 
-    If a subset consists of record numbers, no shard is read.
+    The loader then accepts a subset of record numbers, for which it reads no shard.
     """
     shutil.copytree(store, tmp_path / "store", ignore=shutil.ignore_patterns("[0-9]*"))
     for selection in ({"subset": CLASSES[:1]}, {"weights": "balanced"}):

@@ -1,7 +1,7 @@
 """Fixtures: a Ray cluster on this machine for the tests of the service, and services in this cluster.
 
-All tests of this folder share one cluster. The tests in own_cluster/ start other clusters on simulated machines
-(faults.Machine).
+All tests of this folder share one cluster, except the tests in own_cluster/. Those start other clusters on simulated
+machines (faults.Machine).
 """
 
 from __future__ import annotations
@@ -133,8 +133,8 @@ def cluster() -> Iterator[TestCluster]:
 
 def _start_head(cluster_class: Any) -> Any:
     """Start a cluster that consists of a head node."""
-    # Processes send their metrics to the agent of their node every second instead of every 10 s. Ray frees objects
-    # without references every 100 ms instead of every second. Both settings shorten the tests.
+    # To shorten the tests, processes send their metrics to the agent of their node every second instead of every 10 s,
+    # and Ray frees objects without references every 100 ms instead of every second.
     often = {"metrics_report_interval_ms": 1000, "free_objects_period_milliseconds": 100}
     options = {"num_cpus": 2, "object_store_memory": _OBJECT_STORE_BYTES, "include_dashboard": False}
     for attempt in range(_ATTEMPTS):
@@ -177,7 +177,7 @@ def _stop(service: Service) -> None:
 
 @pytest.fixture
 def serve(cluster: TestCluster) -> Iterator[Serve]:
-    """serve(store, workers, most, **fields of ServiceConfig) starts a service, which is stopped after the test."""
+    """A function `serve(store, workers, most, **fields of ServiceConfig)`. It starts a service for one test."""
     yield from serving(cluster)
 
 

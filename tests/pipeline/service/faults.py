@@ -19,7 +19,7 @@ from tests.helpers.project import own_namespaces
 DEADLY_RECORD = 13
 MAX_TRIES = 3
 HOST = "127.0.0.1"
-# Values of Ray's environment variables for a cluster of simulated machines.
+# Environment variables of Ray for a cluster of simulated machines.
 TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "a-token-of-thirty-two-characters"}
 RAY_FOLDER = Path(tempfile.gettempdir()) / "ray"  # Ray's files; `--cluster auto` reads an address here
 RAY = str(Path(sys.executable).with_name("ray"))
@@ -54,7 +54,7 @@ def free_port() -> int:
 
 
 class Machine:
-    """A simulated machine: shell commands that see only their own processes, and have their own folder for Ray.
+    """A simulated machine: its shell commands see only their own processes, and have their own folder for Ray.
 
     The commands run in their own Linux namespaces. In these namespaces, the commands can mount a folder over another
     folder. `switch_off` kills all processes of the machine at once, as a power failure does.
@@ -77,7 +77,7 @@ class Machine:
         return self.process.communicate()
 
     def shut_down(self, timeout_s: float) -> None:
-        """Close the standard input of the commands, and wait until they have ended."""
+        """Close the standard input of the commands, and wait until the commands have ended."""
         self.process.communicate(timeout=timeout_s)
 
     def wait(self, timeout_s: float) -> tuple[int, str, str]:

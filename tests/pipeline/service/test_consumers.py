@@ -20,8 +20,9 @@ from tests.pipeline.service.consumer import ConsumerProcess, digests
 from tests.pipeline.streaming import batches_equal, take_batches
 
 BATCH, SEED = 4, 21
-# Number of batches that a loader with one worker requests before its consumer takes them: READ_AHEAD of the service,
-# ENGINE_AHEAD and FINISHED_AHEAD of the prefetcher, and one batch that is being finished.
+# Number of batches that a loader with one worker requests before its consumer takes them: 4 batches that are being
+# fetched from the service, ENGINE_AHEAD and FINISHED_AHEAD batches of the prefetcher, and one batch that is being
+# finished.
 PREFETCHED = 4 + 3 + 2 + 1
 NEVER_S = 10_000.0
 
@@ -94,7 +95,7 @@ def test_five_consumers_wait_for_each_other_and_share_what_is_decoded(
 
 
 def test_loaders_with_other_effects_share_the_windows(store: Path, serve: Serve, loaders: list[TrainLoader]) -> None:
-    """The service decodes each window once. Each loader applies its own effects, flips, colours and mean."""
+    """The service decodes each window once. Each loader then applies its own effects, flips, colours and mean."""
     batches, service = 30, serve(store, 1, consumers=2, ahead=8, patience_s=NEVER_S)
     settings = [replace(Augmentation.preset(name), size_px=64) for name in ("resnet", "simclr")]
     with ThreadPoolExecutor(2) as pool, closed_on_failure(loaders):

@@ -1,4 +1,4 @@
-"""Tests of damaged records: the consumer that needs a damaged record gets the same error as without a service."""
+"""Tests of damaged records: a consumer of a service gets the same error as a loader without a service."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_batches_before_a_damaged_record_are_served_and_other_consumers_go_on(
 def test_a_store_that_is_cut_while_workers_read_it_ends_in_an_error(
     numbered_store: Path, tmp_path: Path, serve: Serve
 ) -> None:
-    """A worker survives reading the missing part of the shard. The error of the worker names the shard.
+    """A worker that reads the missing part of the shard does not die, and its error names the shard.
 
     The test then kills the worker. New workers detect the damage at their start, so no node can serve the store. A
     consumer must not wait for a worker forever.

@@ -1,4 +1,4 @@
-"""Tests of one-line errors of loaders and services: wrong names, stores, versions, arrays and settings; missing Ray."""
+"""Tests of the errors of loaders and services: wrong names, stores, versions, arrays and settings; missing Ray."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ def test_workers_that_find_no_core_are_given_up_without_load(store: Path, serve:
 def test_a_node_without_the_store_and_a_node_with_another_store_are_not_used(
     cluster: TestCluster, stores: dict[str, Path], serve: Serve
 ) -> None:
-    """On one simulated machine, the store's folder is empty. On another machine, it contains another store."""
+    """The folder of the store is empty on one simulated machine, and has another store on another simulated machine."""
     store, other = stores["jpeg"], stores["ppm"]
     join = until_shut_down(node_commands(cluster.address, cores=2))
     without = Machine(f"mount -t tmpfs none {store} && {join}")

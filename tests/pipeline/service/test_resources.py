@@ -17,9 +17,9 @@ from tests.pipeline.streaming import take_batches
 BATCH, AHEAD, WORKERS = 8, 5, 2
 BATCH_BYTES = BATCH * (3 * 224**2 + 8)
 KEPT = AHEAD + 1  # number of batches that the service keeps for one consumer
-# Largest number of batches in the object stores. A batch can be on two nodes: the node that made it, and the node that
-# reads it. The object stores hold batches that the service keeps, batches in workers, and batches in the loader's
-# queues (see test_consumers.PREFETCHED). The object stores also hold batches that Ray is about to free.
+# Largest number of batches in the object stores. The object stores hold batches that the service keeps, batches in
+# workers, batches in the loader's queues (see test_consumers.PREFETCHED), and batches that Ray is about to free. A
+# batch can be on two nodes: on the node of the worker and on the node of the loader.
 MOST = 2 * (KEPT + 2 * WORKERS) + PREFETCHED + 5
 
 

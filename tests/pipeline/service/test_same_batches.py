@@ -1,6 +1,6 @@
-"""Tests that batches from a service have the bits, the order and the loader states of a local stream.
+"""Tests that a loader with a service has the same batches, order and states as a loader without a service.
 
-Each test compares a loader with a service and the same loader without a service.
+Each test compares two loaders with the same arguments, one with a service and one without.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def test_evaluation_batches(store: Path, service: Service, views: int | str) -> 
 
 
 def test_the_ranks_of_a_step(store: Path, service: Service) -> None:
-    """Together, the ranks serve the batches of one loader whose batch size is the sum of their batch sizes."""
+    """Together, the ranks serve the batches of one loader whose batch size is the sum of the ranks' batch sizes."""
     ranks = []
     for shard in range(2):
         with train_loader(store, 4, seed=3, shard=shard, world_size=2, service=service.at, threads=1) as remote:
@@ -108,7 +108,7 @@ def test_the_ranks_of_a_step(store: Path, service: Service) -> None:
 
 
 def same_fields(first: Any, second: Any) -> bool:
-    """Return whether two batches have equal fields: tensors, strings, and dicts of tensors."""
+    """Return whether two batches are equal. Their fields are tensors, strings, and dicts of tensors."""
     if isinstance(first, dict):
         return first.keys() == second.keys() and all(same_fields(first[name], second[name]) for name in first)
     return first.equal(second) if isinstance(first, torch.Tensor) else bool(first == second)

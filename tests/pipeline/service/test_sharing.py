@@ -1,4 +1,4 @@
-"""Tests of the rules by which consumers wait for each other: single cases and random histories, on a simulated clock.
+"""Tests of the rules by which consumers wait for each other: examples and random histories, with a simulated clock.
 
 A random history consists of consumers of different speeds and a model of the coordinator. The model keeps a batch while
 Sharing.is_needed is true, and counts how often each batch is made.

@@ -105,7 +105,7 @@ KEY = StreamKey(1, "train", "0123", 0, BATCH, 0, 1, "random", 1)
 
 
 class LocalClient:
-    """Makes the blocks that a WindowSource fetches, and lists these blocks in `fetched`."""
+    """Replaces ServiceClient: makes the blocks that a WindowSource fetches, and records them in `fetched`."""
 
     def __init__(self, maker: WindowMaker) -> None:
         self.block_steps, self.maker = BLOCK, maker

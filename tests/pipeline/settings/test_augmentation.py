@@ -58,7 +58,7 @@ def test_presets_are_the_published_settings() -> None:
 
 
 def test_a_state_holds_only_the_new_settings_that_are_not_default() -> None:
-    """States of older versions lack the new settings, and must stay valid."""
+    """States that were saved by older versions of the code lack the new settings, and must stay valid."""
     old = {"mean": "channel", "colour": "stdev", "strength": 0.1, "divisor": 1.0, "shared_by": 1}
     assert Augmentation(eval_divisor=3.0).for_state() == old
     state = Augmentation((1.0, 2.0, 3.0), window="resized", scale=(0.2, 1.0), flip=0.0).for_state()

@@ -17,7 +17,7 @@ SIZES = [(256, 256), (256, 391), (500, 375), (256, 1100), (900, 200)]
 def get_params(
     height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float], rng: random.Random
 ) -> tuple[int, int, int, int]:
-    """Return top, left, height and width: torchvision.transforms.RandomResizedCrop.get_params."""
+    """Return top, left, height and width, as torchvision.transforms.RandomResizedCrop.get_params does."""
     for _ in range(10):
         area = height * width * rng.uniform(*scale)
         aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))

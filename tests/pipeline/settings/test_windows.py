@@ -1,7 +1,7 @@
-"""Images of every window, size, mean and number of views, compared with the formula of pipeline.augment in float64.
+"""Images with each value of the settings `window`, `size_px` and `mean`, and with several views, equal the formula.
 
-Pillow decodes, crops and resizes the images of the reference. Pillow resizes rows and columns in two calls, because the
-order within one call depends on the version of Pillow.
+The formula is that of pipeline.augment, computed in float64. Pillow decodes, crops and resizes the expected images.
+Rows and columns are resized in two calls, because their order within one call depends on the version of Pillow.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def test_resized_images_equal_the_formula(stores: dict[str, Path], kind: str) ->
 
 @pytest.mark.usefixtures("engine")
 def test_large_records_that_are_not_square_are_shrunk_as_by_pillow(photo_folder: Path, build: Build) -> None:
-    """Records of 500 px are resized to images of 40 px. A pixel is then a mean of up to 26 × 26 pixels."""
+    """Records of 500 px are resized to images of 40 px, so a pixel is a mean of up to 26 × 26 pixels."""
     store = Store.open(build(photo_folder, "--split", "train", "--side", "500", "--keep-aspect", "--format", "ppm"))
     settings = replace(RESIZED, size_px=40, scale=(0.5, 1.0), ratio=(0.4, 2.5))
     images = served(train_loader(store.root, 10, seed=1, augmentation=settings))
@@ -139,7 +139,7 @@ def test_the_engine_for_raw_records_on_a_gpu_has_the_bits_of_the_c_kernel(stores
 def test_the_dali_graph_of_a_gpu_resizes_almost_as_pillow(
     stores: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """DALI's filter has other weights than Pillow's. Here, the graph for a GPU runs on a CPU, with DALI's decoder."""
+    """DALI's filter has other weights than Pillow's. The test runs the graph for a GPU with DALI on a CPU."""
 
     def dali_engine(augmenter: Augmenter, stream: DeferredStream, output: OutputFormat, threads: int) -> DaliEngine:
         return DaliEngine(augmenter, Placement.parse("cpu"), output, stream)

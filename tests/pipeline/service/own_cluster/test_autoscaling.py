@@ -57,7 +57,7 @@ with connected(address) as ray:
         consumer = threading.Thread(target=lambda: [take_batches(loader, 1) for _ in iter(is_enough.is_set, True)])
         consumer.start()
         first = pids()[0]
-        os.kill(first, signal.SIGSTOP)  # the blocks of the loader now wait, as if the worker were too slow
+        os.kill(first, signal.SIGSTOP)  # the requests of the loader now wait, as if the worker were too slow
         while len(pids()) < most:
             seen.append(nodes())
             time.sleep(0.1)

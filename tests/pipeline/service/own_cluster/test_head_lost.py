@@ -1,7 +1,8 @@
 """Tests of the loss of the head node while a consumer on another machine reads from the service.
 
 Both machines are simulated: the processes of one machine do not see the processes of the other machine. All processes
-of the head node are killed at once. The consumer is a separate program. The tests also check how this program ends.
+of the head node are killed at once. The consumer is a program of its own, and the tests also check how this program
+ends.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ with (
 
 @pytest.fixture(scope="module")
 def ended(store: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Results of the consumer: output, exit code, standard error, and seconds from the loss of the head to the exit."""
+    """Output, exit code and standard error of the consumer, and the seconds from the loss of the head to the exit."""
     folder = tmp_path_factory.mktemp("lost")
     address = f"{HOST}:{free_port()}"
     program = CONSUMER.replace("SEED", str(SEED)).replace("BATCH", str(BATCH)).replace("AFTER", str(AFTER))

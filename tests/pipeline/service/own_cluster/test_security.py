@@ -19,7 +19,7 @@ from tests.pipeline.service.consumer import digests
 from tests.pipeline.service.faults import TOKEN, Machine, free_port, head_commands
 from tests.pipeline.streaming import take_batches
 
-# With these settings, Ray refuses a program soon. Without these settings, a refusal takes two minutes.
+# With these settings, a program that Ray refuses ends soon. Without these settings, it takes two minutes to end.
 _SHORT = ("RAY_NUM_REDIS_GET_RETRIES=1", "RAY_py_gcs_connect_timeout_s=5")
 PROGRAM = """
 import sys
@@ -45,7 +45,7 @@ except UserError as error:
 def node_address() -> str:
     """Return the address that Ray uses for this machine instead of localhost.
 
-    The certificate must name this address.
+    The certificate of a node must name this address.
     """
     address: str = ray_module().util.get_node_ip_address()
     return address
@@ -77,7 +77,7 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def machine(store: Path, certificates: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Run the program four times on the head node. The fixture is the folder with the outputs of the four runs."""
+    """The folder with the outputs of four runs of the program on the head node."""
     folder, host, port = tmp_path_factory.mktemp("outputs"), node_address(), free_port()
     (folder / "program.py").write_text(PROGRAM)
     run = f"timeout 100 {sys.executable} {folder}/program.py {store} {host}:{port}"
