@@ -7,7 +7,7 @@ The computation of an image has six steps, in this order:
 3. Flip: a training image is mirrored left to right with probability `flip`.
 4. Colour: one RGB offset, the colour noise, is added to all pixels of a training image.
 5. Mean and scale: the mean is subtracted, and the image is divided by the divisor and by `std`.
-6. Erase: a box of some training images becomes 0.
+6. Erase: in some training images, all pixels of a box become 0.
 
 S (side_px × side_px × 3, RGB, 0..255) is the central square of a record. Before the box is erased, a training image is
 
@@ -107,7 +107,7 @@ def noise_matrix(stats: ColorStats, colour: str, strength: float) -> npt.NDArray
 
 
 class Crops(NamedTuple):
-    """Crops of N records: V positions and V flips for each record, and one RGB shift for each record."""
+    """Crops of N records: V crops of each record, each with a position and flip, and one RGB shift for each record."""
 
     # (N, 2): row and column at which the central square begins in the record; 0 for resized regions
     origin: npt.NDArray[np.int32]

@@ -163,7 +163,7 @@ class TrainLoader(Loader[AnyBatch]):
     def state_dict(self) -> dict[str, Any]:
         """Return the position and the settings of the stream: a JSON-serializable dict of a few hundred bytes.
 
-        A loader that loads this state continues at this position, bit for bit. The states of all ranks are equal
+        A loader that loads this state continues at this position, with the same bits. The states of all ranks are equal
         except for `shard`.
         """
         epoch, step = divmod(self._position.batch, len(self))

@@ -158,8 +158,8 @@ class Loader(Generic[AnyBatch]):
     def dataset(self) -> RecordDataset:
         """Random access to the records of the split: `dataset[i]` decodes record i, without augmentation.
 
-        The data set reads the local store, also if the loader uses a service. The data set can be used after the loader
-        was closed. Raises UserError if the loader mixes several stores.
+        The data set reads the local store, even if the loader uses a service. The data set can still be used after the
+        loader was closed. Raises UserError if the loader mixes several stores.
         """
         if isinstance(self._records, MixedRecords):
             raise UserError("a loader of several stores has no dataset. Open one store: pipeline.RecordDataset(path).")
@@ -306,7 +306,7 @@ class Loader(Generic[AnyBatch]):
         return BatchInput(records, crops, *values)
 
     def _get(self, number: int) -> AnyBatch | None:
-        """Return batch `number` since `_start`, counted from 0; None after the last batch.
+        """Return batch `number`, counted from 0 since `_start`; None after the last batch.
 
         Another call with the same number returns the same batch. Raises StoreError for a damaged record.
         """

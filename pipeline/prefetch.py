@@ -81,7 +81,7 @@ class _Finished(NamedTuple):
 class _Result(NamedTuple):
     """Result of one job."""
 
-    number: int  # number of the job since `start`, counted from 0
+    number: int  # number of the job, counted from 0 since `start`
     batch: _Finished | None  # None after the last job, and after an error
     error: BaseException | None = None
 
@@ -116,7 +116,7 @@ class Prefetcher:
             self._ahead = DALI_AHEAD if engine.stream.at_once else DALI_GPU_AHEAD
         self._jobs: Iterator[Job] = iter(())
         self._reading: deque[Future[tuple[BatchInput, dict[str, Any]]]] = deque()
-        # (input of a batch, result of Engine.start) of each batch in the engine.
+        # For each batch in the engine: (input of the batch, result of Engine.start).
         self._in_engine: deque[tuple[BatchInput, Any]] = deque()
         self._finished: deque[_Result] = deque()  # only the finisher changes this queue
         self._next_number = 0  # `number` of the next _Result
@@ -154,7 +154,7 @@ class Prefetcher:
         return output
 
     def get(self, number: int) -> BatchOutput | None:
-        """Return the images of job `number` since `start`, counted from 0; None after the last job.
+        """Return the images of job `number`, counted from 0 since `start`; None after the last job.
 
         Another call with the same number returns the same images. A call with a higher number drops the images of the
         earlier jobs. Raises StoreError for a damaged record, in this call and in every later call. The error names
@@ -183,7 +183,7 @@ class Prefetcher:
         return next((result for result in tuple(self._finished) if result.number == number), None)
 
     def wait_for_consumer(self) -> None:
-        """Wait until the GPU has at most CONSUMER_AHEAD batches left to process. Call this method before each `next`.
+        """Wait until the GPU has at most CONSUMER_AHEAD batches left to process. Call this before each `next` or `get`.
 
         The consumer's thread only queues work for the GPU. Without this wait, the thread could request batches far
         ahead of the GPU, and all these batches would need memory. The loader would also count the thread's waits for

@@ -216,7 +216,8 @@ class Records:
     def check_maps(self) -> None:
         """Raise ShardBroken, which is a StoreError, if a mapped file was truncated or one of its pages cannot be read.
 
-        Bytes that cannot be read appear as zeros. Therefore call check_maps after the payloads of a batch were used.
+        Bytes that cannot be read appear as zeros. A caller must therefore call check_maps after it has used the
+        payloads of a batch.
 
         If a file was truncated within a page, the rest of this page appears as zeros without a SIGBUS. Each call
         therefore also compares the present size of one file with the mapped size. Comparing all files in each call
@@ -272,8 +273,8 @@ class Records:
     def find_damage(self, number: int) -> str:
         """Return a description of the damage of record `number`; empty if the record is intact.
 
-        The checks are: the checksum of the record, its fields, and for a JPEG file that its image has the height and
-        width that the fields give.
+        Checks the checksum and the fields of the record. In a JPEG store, also decodes the image, and compares its
+        height and width with the fields.
         """
         try:
             verify_checksum(self._value(number))

@@ -20,11 +20,10 @@ from pipeline.settings.augmentation import Augmentation
 # which a disk reads in sequence.
 BLOCK_RECORDS = 64
 EFFECT_NUMBERS = 32  # number of random numbers for the effects of one image
-# Number of consecutive records of an epoch that are then shuffled among each other (epoch_permutation): 0.5 GB of JPEG
-# files, which should fit in the page cache.
+# Number of records in a window of the block shuffle: 0.5 GB of JPEG files, which should fit in the page cache.
 WINDOW_RECORDS = 16_384
-# Numbers of the purposes for which random numbers are drawn. The number of the purpose is the first integer of the seed
-# of a random generator.
+# Purposes of random generators. The purpose is the first integer of the seed of a generator, so that generators with
+# different purposes draw different numbers.
 _PERMUTATION, _DRAWS, _REGIONS, _FLIPS, _EFFECTS = 0, 1, 2, 3, 5
 _WEIGHTED_DRAWS, _MIXTURE = 12, 13
 _TRIES = 10  # number of random regions that are tried for an image, as in torchvision's RandomResizedCrop
@@ -220,10 +219,10 @@ def draw_regions(
 ) -> npt.NDArray[np.float64]:
     """Return the random numbers of a step's resized regions: float64 (images, 11, 2), for choose_regions.
 
-    Each of the rows 0 to 9 is one try: the region's share of the record's area, and the region's width / height. The
-    share is drawn uniformly from `scale`. The logarithm of width / height is drawn uniformly between the logarithms of
-    `ratio`. Row 10 is the position of the region: two numbers that are drawn uniformly from 0..1. `shared_by`
-    consecutive images have the same numbers.
+    Each of the rows 0 to 9 is one try, with two numbers: the share of the record's area that the region has, and the
+    width / height of the region. The share is drawn uniformly from `scale`. The logarithm of width / height is drawn
+    uniformly between the logarithms of `ratio`. Row 10 is the position of the region: two numbers that are drawn
+    uniformly from 0..1. `shared_by` consecutive images have the same numbers.
     """
     numbers = _generator(_REGIONS, seed, epoch, step).random((-(-images // shared_by), _TRIES + 1, 2))
     area, aspect = numbers[:, :_TRIES, 0], numbers[:, :_TRIES, 1]

@@ -106,8 +106,8 @@ def inspect(
 ) -> None:
     """Print the number of batches and the shuffle quality of an epoch.
 
-    Shuffle quality is the mean number of distinct classes in a step (one batch of every loader), compared with a
-    perfect shuffle.
+    Shuffle quality is the mean number of distinct classes in a step (one batch of every loader), compared with the
+    number for a perfect shuffle.
 
     \b
     Example:

@@ -1,4 +1,4 @@
-"""Shuffle quality of an epoch: number of distinct classes in a batch, compared with a perfect shuffle."""
+"""Shuffle quality of an epoch: number of distinct classes in a batch, and this number for a perfect shuffle."""
 
 from __future__ import annotations
 

@@ -13,8 +13,8 @@ and 257 / 65536 down to a multiple of 1/4096, adds this product to the channel, 
 number.
 
 **Blur.** A row pass and a column pass use the weights of pipeline.effects.parameters. Products and sums are multiples
-of 1/128. The last step rounds to nearest, as torchvision's gaussian_blur does. Pixels outside the image are reflected
-at its edge pixels, as in gaussian_blur.
+of 1/128. The last step rounds to nearest, as torchvision's gaussian_blur does. Beyond the edges, the blur uses the
+pixels of the image, reflected at the edge pixels, as gaussian_blur does.
 """
 
 from __future__ import annotations
@@ -136,9 +136,9 @@ def _blur(pixels: Tensor, weights: Tensor) -> Tensor:
 def _blur_along(values: Tensor, weights: Tensor, axis: int) -> Tensor:
     """Return the weighted sum along an axis. Each product is divided by 65536 and rounded down.
 
-    On average, rounding down makes a product too small by one half. The sum therefore begins with half the number of
-    products. A product is an unsigned 32-bit number, but the tensors are int32. A product of 2^31 or more therefore
-    appears negative. Its bits are still right, and the shift and the mask take its upper 16 bits.
+    On average, rounding down makes a product too small by one half, so the sum begins with half the number of products.
+    A product is an unsigned 32-bit number, but the tensors are int32. A product of 2^31 or more therefore appears
+    negative. Its bits are still right, and the shift and the mask take its upper 16 bits.
     """
     side, radius = values.shape[axis], weights.shape[1] - 1
     positions = torch.arange(-radius, side + radius, device=values.device).abs()

@@ -43,7 +43,7 @@ class Event(Protocol):
 
 
 class DeviceStream(Protocol):
-    """Work on one device that is done in the order in which it was queued."""
+    """Does work on one device, in the order in which the work was queued."""
 
     device: torch.device
     at_once: bool  # True: `run` returns only when the work is done

@@ -110,7 +110,7 @@ class CropFinisher:
         out.copy_(images.permute(0, 3, 1, 2) if self._layout == "NCHW" else images)
 
     def _triton_works(self, stream: DeviceStream) -> bool:
-        """Return whether the Triton kernel gives the same bits as the operators, for one small batch.
+        """Return whether the Triton kernel gives the same bits as PyTorch operators for a batch of one record.
 
         This first launch also compiles the kernel for all later launches. A later compilation could disturb a CUDA
         graph that the training program is recording.

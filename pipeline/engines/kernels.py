@@ -150,7 +150,7 @@ def address(array: npt.NDArray[Any]) -> int:
 
 
 def _three(numbers: npt.ArrayLike) -> ctypes.Array[ctypes.c_float]:
-    """Return three float32: one number repeated, or three numbers."""
+    """Return three float32: the three numbers, or one number three times."""
     return (ctypes.c_float * 3)(*np.broadcast_to(numbers, 3).tolist())
 
 
@@ -176,7 +176,7 @@ class NativeKernels:
             self.jpeg = None
 
     def make_images(self, job: BatchJob) -> None:
-        """Make the images of one record of a batch after another, until no record is left.
+        """Make the images of the records of a batch, one record after another, until no record is left.
 
         Each thread of the batch calls this method once. When all threads have returned, job.failed is the lowest index
         of a record that cannot be decoded. If no record is damaged, job.failed is N.

@@ -20,7 +20,7 @@ class StoredRecord(NamedTuple):
     """One record of a store, decoded."""
 
     image: npt.NDArray[np.uint8]
-    """RGB, (height, width, 3): the whole stored image, also if the image is not square."""
+    """RGB, (height, width, 3): the whole stored image, even if the image is not square."""
     label: int
     """Index into the names of the classes."""
     key: str

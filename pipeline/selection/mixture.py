@@ -76,7 +76,7 @@ class Mixture:
 
 
 class MixedRecords:
-    """The records of a split in several stores, numbered one store after another.
+    """The records of one split in several stores. They are numbered store after store.
 
     The methods do the same as the methods of Records.
     """
@@ -128,7 +128,7 @@ class MixedRecords:
         return first.extra_fields
 
     def extra(self, numbers: npt.NDArray[np.int64]) -> dict[str, Column]:
-        """Return the extra values of the records `numbers` (N,), by field, as Records.extra does."""
+        """Return the values of the extra fields of the records `numbers` (N,), as Records.extra does."""
         store, local = self.places(numbers).T
         order = np.argsort(store, kind="stable")
         row_of = np.empty_like(order)
@@ -171,8 +171,8 @@ def open_stores(
 ) -> tuple[Store, Mixture | None]:
     """Return the store whose settings and colour statistics a loader uses, and the mixture if there is one.
 
-    Raises WrongArgument unless exactly one of `store` and `stores` is given, and if `stores` and an argument in
-    `others` are given. Also raises the errors of Mixture.open.
+    Raises WrongArgument if both or neither of `store` and `stores` are given, or if an argument in `others` is given
+    together with `stores`. Also raises the errors of Mixture.open.
     """
     if stores is None:
         if store is None:

@@ -111,7 +111,7 @@ def record_labels(store: Store, split: str) -> Integers:
 
 
 def digest_of(values: npt.NDArray[Any]) -> str:
-    """Return the first 128 bits of the SHA-256 of an array, which is hashed as little-endian bytes, as hex digits."""
+    """Return the first 128 bits of an array's SHA-256 as hex digits. The array is hashed as little-endian bytes."""
     return hashlib.sha256(values.astype(values.dtype.newbyteorder("<")).tobytes()).hexdigest()[:32]
 
 

@@ -1,4 +1,4 @@
-"""Client of the service, used by a loader: requests blocks of batches from the coordinator and reads their pixels.
+"""Client of a service, which a loader uses to request blocks of batches from the coordinator and to read their pixels.
 
 The pixels come from Ray's object store. A block is one batch of a stream, or several consecutive batches.
 """
@@ -91,9 +91,9 @@ class ServiceClient:
     def __init__(self, service: str, stream: StreamKey, waited_s: Callable[[], float]) -> None:
         """Connect to the cluster and to the service.
 
-        `waited_s()` returns the seconds for which the training loop has waited for batches since the start. Raises
-        ServiceError if there is no such service, if the service's store has another fingerprint, or if the service
-        runs another version of this package.
+        `waited_s()` returns the seconds for which the training loop has waited for batches of this loader so far.
+        Raises ServiceError if there is no such service, if the service's store has another fingerprint, or if the
+        service runs another version of this package.
         """
         self.name, self._address = parse_service(service)
         self._stream, self._waited_s, self._reported_s = stream, waited_s, 0.0

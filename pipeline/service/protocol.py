@@ -1,4 +1,4 @@
-"""Messages between loaders, coordinator and workers of a service: settings, names of streams, requests and answers.
+"""Messages between loaders, coordinator and workers of a service: settings, keys of streams, requests and answers.
 
 All messages consist of NumPy arrays, numbers and strings.
 """
@@ -101,8 +101,8 @@ def block_steps(batch_size: int, ahead: int, max_workers: int) -> int:
 class Fetch(NamedTuple):
     """Request for the windows of a block, which is one batch or several consecutive batches."""
 
-    # Position of the first batch in the stream: epoch · (number of batches of an epoch) + step. In evaluation the
-    # position is the step.
+    # Position in the stream of the block's first batch: epoch · (number of batches of an epoch) + step. In evaluation,
+    # the position is the step.
     position: int
     steps: int  # number of batches in the block
     request: WindowRequest  # request for the windows of all batches

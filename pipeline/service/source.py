@@ -43,8 +43,8 @@ class WindowSource:
         """Connect to the service.
 
         `request_at(position)` returns the request for the batch at a position, or None after the last position. With
-        fallback="local", the loader continues with the local `store` if the service is lost. Raises UserError for
-        another value of `fallback`, and StoreError if shards of the local store are missing. Also raises the
+        fallback="local", the loader continues with the local `store` if the service is lost. Raises UserError for any
+        other value of `fallback`, and StoreError if shards of the local store are missing. Also raises the
         ServiceErrors of ServiceClient.
         """
         if fallback is not None:
@@ -127,7 +127,8 @@ class WindowSource:
             # The damaged record may belong to another batch of the block, so this batch is fetched alone.
             return self._client.fetch(position, [request]).part(slice(None))
         finally:
-            # An error's traceback refers to this frame. A reference from the frame to the error would keep the memory.
+            # The traceback of an error refers to this frame. If this frame referred to the error through `block`, both
+            # would keep each other in memory.
             del block
         begin = (position - first) * self._batch_size
         return windows.part(slice(begin, begin + len(request.numbers)))

@@ -85,7 +85,7 @@ class WorkerGroup:
                 self._cancel_start(actor, task)
 
     def remove(self, handle: WorkerHandle) -> None:
-        """Kill a worker that does not respond or is no longer needed."""
+        """Kill a worker, because it does not respond or is no longer needed."""
         if handle in self.ready:
             self.ready.remove(handle)
         with contextlib.suppress(Exception):

@@ -83,7 +83,7 @@ def test_every_crop_is_at_the_offset_that_was_drawn(stores: dict[str, Path], kin
 def test_crops_of_stores_of_other_sides_equal_the_formula(
     photo_folder: Path, build: Build, side: int, options: tuple[str, ...]
 ) -> None:
-    """Images of 224, 225 and 227 px allow 1, 2 and 4 crop offsets in each direction."""
+    """Records of 224 px allow one crop offset in each direction. Records of 225 and 227 px allow 2 and 4 offsets."""
     store = Store.open(build(photo_folder, "--split", "train", "--side", str(side), *options))
     augmentation = Augmentation(mean="aligned")
     images = served(train_loader(store.root, 10, seed=9, augmentation=augmentation))

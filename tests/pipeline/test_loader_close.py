@@ -66,7 +66,7 @@ def test_closed_loaders_leave_no_files_threads_or_memory(numbered_store: Path, t
 
 @pytest.mark.parametrize("make", [train_loader, eval_loader])
 def test_a_closed_loader_that_is_still_referenced_holds_no_file(numbered_store: Path, make) -> None:
-    """With the C library, a file is mapped but not open. Without the C library, a file is open but not mapped."""
+    """With the C library, the loader maps its files and closes them. Without the C library, it keeps its files open."""
 
     def used_files() -> int:
         links = [Path(f"/proc/self/fd/{handle}") for handle in os.listdir("/proc/self/fd")]

@@ -1,4 +1,4 @@
-"""The command `alexstream bench`: keys and values of its JSON output, and the limit of the rates of stages."""
+"""The command `alexstream bench`: keys and values of its JSON output, and the upper limit of each stage's rate."""
 
 from __future__ import annotations
 

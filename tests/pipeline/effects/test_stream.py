@@ -1,4 +1,4 @@
-"""Streams with effects: the images of every engine, and the properties of the stream."""
+"""Streams with effects: images of every engine, ranks, states and views."""
 
 from __future__ import annotations
 

@@ -96,7 +96,10 @@ def test_the_first_of_two_damaged_records_of_a_batch_is_named(stores: dict[str, 
 @pytest.mark.usefixtures("search")
 @pytest.mark.parametrize("width", [2**62, 2**31, pow(3 * 257, -1, 2**63) * 300 % 2**63])
 def test_sides_that_overflow_64_bits_are_refused(stores: dict[str, Path], tmp_path: Path, width: int) -> None:
-    """With the last width, 3 · width · (height + 1) modulo 2^63 is 300, which is the number of bytes of the data."""
+    """With the last width, the fields demand 3 · width · (height + 1) bytes, which is 300 modulo 2^63.
+
+    The data have exactly 300 bytes.
+    """
     store = Store.open(Path(shutil.copytree(stores["ppm-whole"], tmp_path / "store")))
     path, key, datum = stored(store, "val")[4]
     with lmdb.open(path, map_size=1 << 28, lock=False) as env, env.begin(write=True) as txn:

@@ -44,7 +44,7 @@ def test_the_least_number_of_workers_stays(store: Path, serve: Serve) -> None:
 
 @pytest.mark.soak
 def test_workers_that_find_no_core_are_given_up_without_load(store: Path, serve: Serve) -> None:
-    """The cluster has five cores, and the service may start up to nine workers."""
+    """The service may start up to nine workers, but the cluster has only five cores."""
     service = serve(store, 0, 9, idle_s=1.0, ahead=20)
     with train_loader(store, 2, service=service.at, threads=1) as loader:
         while service.status()["starting"] < 2:

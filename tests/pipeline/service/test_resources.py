@@ -50,7 +50,7 @@ def wait_until_free(cluster: TestCluster, service: Service, before: int) -> None
 def test_shared_memory_is_bounded_during_a_stream_and_given_back_after_it(
     cluster: TestCluster, store: Path, serve: Serve
 ) -> None:
-    """The loop in this test keeps all batches that it receives, and takes up to 20 batches a second."""
+    """The loop of the test keeps all batches that it receives. It takes at most 20 batches a second."""
     before = settled_bytes(cluster)
     service = serve(store, WORKERS, ahead=AHEAD)
     most_used, most_kept, batches = 0, 0, []

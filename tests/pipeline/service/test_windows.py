@@ -48,7 +48,7 @@ def request(seed: int, count: int, window_px: int, split: str = "train") -> Wind
 def test_windows_are_the_pixels_that_pillow_decodes(
     any_store: Path, maker: WindowMaker, records_of: Callable[[Path, str], list[tuple[bytes, Any]]], window_px: int
 ) -> None:
-    """The pixels may differ by up to 3 grey levels, because Pillow may contain another version of libjpeg."""
+    """Pixels may differ from Pillow's by up to 3 grey levels, because Pillow may contain another version of libjpeg."""
     # The records are read first, because LMDB opens a file only once in a process.
     datums = [datum for _, datum in records_of(any_store, "train")]
     wanted = request(window_px, 20, window_px)
