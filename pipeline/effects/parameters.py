@@ -42,8 +42,8 @@ class Effects(NamedTuple):
 
     # (N,) of STEPS_DTYPE. `order` has the operations of the jitter in their order: 0 brightness, 1 contrast, 2
     # saturation, 3 hue, or NO_OPERATION. `factor` has the factors of these four operations in units of 1/4096; the
-    # factor of the hue is a rotation of 0..6 sextants. `grey` is 0 or 1. `radius` is the largest distance from the
-    # middle with a blur weight above 0; 0: no blur.
+    # factor of the hue is a rotation of 0..6 sextants. `grey` is 0 or 1. `radius` is the largest distance in px at
+    # which the blur weight is above 0; 0 if the image is not blurred.
     steps: npt.NDArray[np.void]
     # (N, R + 2): blur weights at the distances 0..R px, then 0. All 2 · R + 1 weights of a blur sum to WEIGHT_ONE.
     weights: Integers

@@ -74,7 +74,7 @@ else:  # before Python 3.13, a TypeVar of `typing` has no default
 
 
 class LoaderOptions(TypedDict, total=False):
-    """Arguments of both train_loader and eval_loader. The docstring of train_loader describes the arguments."""
+    """Arguments that train_loader and eval_loader have in common. The docstring of train_loader describes them."""
 
     augmentation: Augmentation | None
     normalize: ChannelStats | None
@@ -90,7 +90,7 @@ class LoaderOptions(TypedDict, total=False):
 
 
 class TrainOptions(LoaderOptions, total=False):
-    """Arguments of train_loader that are given by name."""
+    """Keyword-only arguments of train_loader, except `fields`."""
 
     split: str
     views: int
@@ -99,7 +99,7 @@ class TrainOptions(LoaderOptions, total=False):
 
 
 class EvalOptions(LoaderOptions, total=False):
-    """Arguments of eval_loader that are given by name."""
+    """Keyword-only arguments of eval_loader, except `fields`."""
 
     views: int | str
     split: str

@@ -26,7 +26,7 @@ FAULT_S = 10.0
 # With --cluster local, the object store has room for two streams (training and validation) with batches of 512 images.
 _STREAMS, _BATCH_IMAGES = 2, 512
 _IN_USE = 4  # number of batches that a consumer has received and still uses, so that they stay in the object store
-_LEAST_BYTES = 80_000_000  # Ray refuses object stores with fewer bytes
+_LEAST_BYTES = 80_000_000  # Ray refuses a smaller object store
 
 
 def make_config(store: Path, name: str, min_workers: int, max_workers: int, threads: int, **more: Any) -> ServiceConfig:
@@ -68,7 +68,7 @@ def start_service(ray: ModuleType, config: ServiceConfig) -> Any:
 
 
 def most_workers(ray: ModuleType, threads: int) -> int:
-    """Return the number of workers with `threads` cores each that fit on the cluster's present nodes; at least 1."""
+    """Return how many workers with `threads` cores each fit on the nodes that the cluster has now; at least 1."""
     return max(1, sum(cores // threads for cores in _cores(ray)))
 
 

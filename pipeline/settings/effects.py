@@ -25,7 +25,7 @@ class EffectSettings:
     blur: float = 0.0  # share of blurred images, 0..1; the kernel is a tenth of size_px wide (SimCLR's data_util.py)
     blur_sigma: tuple[float, float] = (0.1, 2.0)  # range of the blur's standard deviation in px (GaussianBlur)
     erase: float = 0.0  # share of images with an erased box, 0..1 (torchvision's RandomErasing, value 0)
-    erase_scale: tuple[float, float] = (0.02, 0.33)  # range of the box's share of the image's area
+    erase_scale: tuple[float, float] = (0.02, 0.33)  # range of the share of the image's area that the box covers
     erase_ratio: tuple[float, float] = (0.3, 3.3)  # range of the box's height / width
 
     @property
