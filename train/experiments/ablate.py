@@ -92,7 +92,7 @@ def plan_runs(
             continue
         changed, architecture = apply_overrides(base, ablation.settings), networks[ablation.model]
         if ablation is not BASELINE and changed == base and ablation.model == BASELINE.model:
-            say(f"{ablation.name}: this ablation is left out, because it does not change recipe {base.name}.")
+            say(f"{ablation.name}: left out, because it does not change recipe {base.name}.")
             continue
         for run_seed in range(seed, seed + seeds):
             config = RunConfig(
