@@ -67,10 +67,10 @@ from train.replicas.group import ReplicaGroup
 def ablate(replica_timeout: float, **options: Any) -> None:
     """Train networks with one part removed or replaced.
 
-    The command prints how much the errors increase, and the increase that the paper reports. An ablation that was
-    trained before is not trained again. To continue after a stop or a kill, run the same command again. All ablations
-    are trained with the same seeds, record order and crops. Ablations with the same parameter shapes also
-    start with the same parameters.
+    For each ablation, the command prints the measured increase of the errors over the baseline, which has all parts,
+    and the increase that the paper reports. An ablation that was trained before is not trained again. To continue after
+    a stop or a kill, run the same command again. All ablations are trained with the same seeds, record order and crops.
+    Ablations with the same parameter shapes also start with the same parameters.
 
     \b
     Example:
@@ -84,7 +84,7 @@ def ablate(replica_timeout: float, **options: Any) -> None:
 def _ablate(
     group: ReplicaGroup, store: Path, out: Path, dry_run: bool, as_json: bool, threads: int | None, **options: Any
 ) -> None:
-    """Train the networks of the ablations, as one replica of `group`."""
+    """Train the networks of the ablations. This process is one of the replicas in `group`."""
     with group.together():
         if group.is_first:
             check_output_folder(out, "--out")

@@ -58,7 +58,7 @@ def export(run_dir: Path, format: str, out: Path | None, checkpoint: str, as_jso
     if format == "torchvision":
         normalization = result["preprocessing"]["normalise"]
         mean, std = (tuple(round(level, 6) for level in normalization[name]) for name in ("mean", "std"))
-        approximate = "" if normalization["exact"] else ", approximately: the exact mean image is in the file"
+        approximate = "" if normalization["exact"] else f", approximately: the exact mean image is in {out}"
         say(f"The network expects images normalized by transforms.Normalize(mean={mean}, std={std}){approximate}.")
 
 
@@ -78,7 +78,7 @@ def export(run_dir: Path, format: str, out: Path | None, checkpoint: str, as_jso
     envvar="ALEXNET_STORE",
     show_envvar=True,
     help="Folder of the store.  [default: if FILE is in the folder of a run, the training store of this run; otherwise "
-    "the folder store]",
+    "./store]",
 )
 @run_dir_option
 @click.option(

@@ -72,9 +72,10 @@ def evaluate(
 ) -> None:
     """Measure the error rates of a run on a split. Every image is counted exactly once.
 
-    An argument can also be a file that --out saved, or the folder of an ensemble. The folder of an ensemble stands for
-    all members of the ensemble. For several networks, the command prints the errors of each network, and the errors of
-    the (weighted) average of all probabilities. The paper averages the probabilities of five and of seven networks.
+    An argument can also be a file that an earlier command saved with --out, or the folder of an ensemble, which stands
+    for all members of the ensemble. For several networks, the command prints the errors of each network. It then
+    averages the probabilities of all networks, with the weights of --weights, and prints the errors of this average.
+    The paper averages the probabilities of five and of seven networks.
 
     Under torchrun, each process evaluates a part of the images, and the first process prints the result.
 
@@ -200,7 +201,7 @@ def _evaluate_run(
             raise UserError(missing_store_text(run_dir, saved_store_path(read_description(run_dir))))
         fingerprint = store.split(split).fingerprint
         if "train" not in store.splits or loaded.identity["store_fingerprint"] != store.split("train").fingerprint:
-            say(f"The mean of {store.root} is subtracted, not the mean of the training store.")
+            say(f"The mean of {store.root} is subtracted from the images, not the mean of the training store.")
     with group.together():
         check_same_inputs(group, {"checkpoint": loaded.digest, f"split {split}": fingerprint})
     count = views if views == DENSE else int(views)

@@ -34,7 +34,7 @@ class TorchrunGroup(Group):
             together = f"{', '.join(FOR_REPLICAS[:-1])} and {FOR_REPLICAS[-1]}"
             raise WrongArgument(
                 f"alextrain {name} runs in one process, but torchrun has started {size}. Start this command without "
-                f"torchrun: alextrain {name} … (Only {together} run in several processes.)"
+                f"torchrun: alextrain {name} … (Only the commands {together} can use several processes.)"
             )
         return name, command, rest
 

@@ -204,7 +204,7 @@ def search(
 
     format = "png" if out is None else figure_format(out, "--out")
     if len(images) > MAX_SHEET_ROWS:
-        raise WrongArgument(f"{len(images)} photographs: a sheet holds {MAX_SHEET_ROWS}. Name fewer photographs.")
+        raise WrongArgument(f"{len(images)} photographs: a sheet holds {MAX_SHEET_ROWS} at most. Name fewer.")
     trained = TrainedRun.open(run_dir, store, gpus, precision, checkpoint)
     sheet = out or trained.run_dir / "search.png"
     results, errors = find_nearest(trained, images, count, index_records, max_pixels)

@@ -131,7 +131,7 @@ one_at_a_time_option = click.option(
     "--one-at-a-time",
     is_flag=True,
     help="Train the members of an ensemble one after another. This needs the memory of only one network, but the "
-    "stream is decoded once for each member. The networks have the same bits as without this option.",
+    "stream is decoded once for each member. The trained parameters are the same, bit for bit, as without this option.",
 )
 _service_option = click.option(
     "--service",
@@ -142,8 +142,8 @@ _service_option = click.option(
 _service_fallback_option = click.option(
     "--service-fallback",
     type=click.Choice(["local"]),
-    help="What to do if the service is lost. With `local`, this machine decodes the images, and the batches keep the "
-    "same bits.  [default: the command ends with an error]",
+    help="What to do if the service is lost. With `local`, this machine decodes the images, and the batches "
+    "stay the same, bit for bit.  [default: the command ends with an error]",
 )
 _PRECISION_HELP = (
     "Number format of convolutions and matrix products: float32, a GPU's TF32, or bfloat16 with float32 parameters and "
@@ -159,7 +159,7 @@ precision_option = click.option(
 training_precision_option = click.option(
     "--precision",
     type=click.Choice(PRECISIONS),
-    help=f"{_PRECISION_HELP}  [default: fp32; on GPUs that have bf16, the recipe modern uses bf16]",
+    help=f"{_PRECISION_HELP}  [default: bf16 for the recipe modern on GPUs that have bf16, otherwise fp32]",
 )
 deterministic_option = click.option(
     "--deterministic",

@@ -37,8 +37,8 @@ replica_timeout_option = click.option(
     default=REPLICA_TIMEOUT_S,
     show_default=True,
     metavar="SECONDS",
-    help="Under torchrun: time for which a process waits for another process. After this time all processes end, with "
-    "an error that names the missing process.",
+    help="Under torchrun: longest time for which a process waits for another process. After this time, all processes "
+    "end with an error that names the missing process.",
 )
 
 
@@ -46,7 +46,7 @@ replica_timeout_option = click.option(
 def replica_group(timeout_s: float) -> Iterator[ReplicaGroup]:
     """Join the other replicas during a `with` block. Ranks other than 0 print nothing but errors in the block.
 
-    Without torchrun, the value of the `with` statement is a group of one replica. Raises the errors of `joined`.
+    Without torchrun, the value of the `with` statement is a group of one replica. Raises the same errors as `joined`.
     """
     with joined(group_from_environment(), timeout_s) as group:
         if group.is_first:
@@ -85,7 +85,8 @@ def check_same_run(group: ReplicaGroup, run: Run, **more: Any) -> None:
     """
     names = ("epochs", "steps", "log_every", "checkpoint_every", "replicas", "deterministic", "service")
     settings = {**run.identity, **{name: getattr(run.config, name) for name in names}, **more}
-    settings["stream_seed"] = run.config.seed_of_stream  # run.identity lacks it if it equals the seed
+    # If the stream seed equals the seed of the run, run.identity does not contain the stream seed.
+    settings["stream_seed"] = run.config.seed_of_stream
     settings["split val"] = run.store.split("val").fingerprint if "val" in run.store.splits else None
     settings = as_json({**settings, "devices of a replica": count_of(run.config.devices)})
     theirs = group.broadcast_json(settings)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 image_split_option = click.option(
-    "--split", default="val", show_default=True, help="Split whose images are shown and whose errors are counted."
+    "--split", default="val", show_default=True, help="Split whose images are shown and on which errors are measured."
 )
 no_images_option = click.option(
     "--no-images", is_flag=True, help="Draw no images of a store, and leave out the figures that need images."

@@ -148,7 +148,7 @@ def run(
 
 
 def _run(group: ReplicaGroup, options: dict[str, Any], given: set[str]) -> None:
-    """Train as one replica of `group`.
+    """Train the run. This process is one of the replicas in `group`.
 
     `options` has the parameters of `run`. `given` has the names of the options that the user typed.
     """
@@ -156,7 +156,7 @@ def _run(group: ReplicaGroup, options: dict[str, Any], given: set[str]) -> None:
     with group.together():
         training = _open_run(group, options, given)
     check_same_run(group, training, fork=fork is not None, dry_run=dry_run)
-    if group.is_first:  # the other ranks would print nothing
+    if group.is_first:  # the output of the other ranks is suppressed anyway
         _say_description(training, fork or run_dir, quiet and not dry_run)
     if dry_run:
         from train.trainer.fork import preview_fork
@@ -246,8 +246,8 @@ def _run_members(ensemble: Ensemble, options: dict[str, Any], given: set[str]) -
         steps = _steps_of(runs) - before
         further = "" if steps else f" {runs[0].how_to_train_further}"
         say(
-            f"{fork or run_dir}: {count_noun(steps, 'step')} trained, over {ensemble.members} networks.{further} Next: "
-            f"alextrain evaluate {shell_quoted(fork or run_dir)}"
+            f"{fork or run_dir}: {count_noun(steps, 'step')} trained, summed over {ensemble.members} networks."
+            f"{further} Next: alextrain evaluate {shell_quoted(fork or run_dir)}"
         )
     if options["as_json"]:
         folders = [(fork or run_dir) / run.run_dir.name for run in runs]
@@ -261,7 +261,7 @@ def _run_members(ensemble: Ensemble, options: dict[str, Any], given: set[str]) -
 
 
 def _steps_of(runs: Sequence[Run]) -> int:
-    """Return the sum, over all runs, of the step of the newest checkpoint."""
+    """Return the sum of the steps at which the newest checkpoints of the runs were written."""
     return sum(newest[0] for run in runs if (newest := newest_checkpoint(run.run_dir)) is not None)
 
 

@@ -1,7 +1,7 @@
 """Ablations: variants of the network with one part removed or replaced.
 
 `rise_top1` and `rise_top5` are the increases of the error that the paper's authors report for an ablation. In the
-sources, "net #147: 41.06 / 18.51 %" means network 147 of the authors' code, with its top-1 and top-5 errors.
+texts of `source`, "net #147: 41.06 / 18.51 %" means network 147 of the authors' code, with its top-1 and top-5 errors.
 """
 
 from __future__ import annotations

@@ -35,12 +35,12 @@ class Architecture:
     source: str
     columns: int = COLUMNS  # number of columns, 1 or 2
     widths: Widths = Widths()
-    # Zero padding of conv1's input, in px, on every side. None: zeros only at the right and at the bottom, up to the
-    # end of the last window.
+    # Zero padding of conv1's input, in px, on every side. None: zeros only at the right and at the bottom, as far
+    # as the last position of the 11 × 11 kernel reaches beyond the image.
     conv1_padding: int | None = None
     normalised: bool = True  # False: no normalization, even if the recipe sets `lrn` or `within_map`
     dropout_before: tuple[str, ...] = ("fc7", "fc8")  # layers whose inputs have dropout
-    # Whether fc6 to fc8 are convolutions; an image larger than 224 px then gives a map of logits.
+    # True: fc6 to fc8 are convolutions, so that an image larger than 224 px gives a map of logits.
     convolutional: bool = False
 
     def __post_init__(self) -> None:
@@ -58,10 +58,10 @@ class Architecture:
 
         side_px  width or height of the image
 
-        The authors' code rounds the number of windows up: 1 + ceil((224 − 11) / 4) = 55 (layer.py:1004). The authors'
-        CUDA kernels read zeros beyond the edge of the image. For an image of 224 px, the zeros fill three rows at the
-        bottom and three columns at the right. A zero means the mean colour, because the mean has been subtracted from
-        the image.
+        The authors' code rounds the number of kernel positions up: 1 + ceil((224 − 11) / 4) = 55 (layer.py:1004). The
+        authors' CUDA kernels read zeros beyond the edge of the image. For an image of 224 px, the zeros fill three rows
+        at the bottom and three columns at the right. A zero means the mean colour, because the mean has been subtracted
+        from the image.
         """
         if self.conv1_padding is None:
             return 0, (11 - side_px) % 4
@@ -102,8 +102,9 @@ TORCHVISION = Architecture(
 )
 CONVOLUTIONAL = Architecture(
     "convolutional",
-    "alexnet with fc6 as a 6×6 and fc7, fc8 as 1×1 convolutions, the same parameters (Sermanet et al. 2014, arXiv "
-    "1312.6229, section 3.5); each of the two networks can load the checkpoints of the other",
+    "alexnet with fc6 as a 6×6 convolution, and fc7 and fc8 as 1×1 convolutions (Sermanet et al. 2014, arXiv "
+    "1312.6229, section 3.5); the parameters are the same, so each of the two networks can load the checkpoints of the "
+    "other",
     convolutional=True,
 )
 

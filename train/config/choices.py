@@ -12,7 +12,7 @@ PRECISIONS = ("fp32", "tf32", "bf16")  # train/model/precision.py explains these
 EXPORT_FORMATS = ("safetensors", "torchvision", "onnx")  # train/convert/export.py explains these formats
 
 PREDICT_VIEWS = ("1", "10")  # 1: the centre crop; 10: the ten crops of section 4.1
-EVAL_VIEWS = (*PREDICT_VIEWS, "dense")  # dense: a crop at every 32 px of the central square, in one pass
+EVAL_VIEWS = (*PREDICT_VIEWS, "dense")  # dense: a crop at every 32 px of the central square, in one forward pass
 
 CHECKPOINTS_KEPT = 2  # default number of newest checkpoints that a run keeps, in addition to the best checkpoint
 # Default number of images in the nearest-neighbor index, which takes 0.8 GB for a layer of 4096 units.

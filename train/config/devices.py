@@ -22,8 +22,9 @@ def parse_devices(gpus: str | None, columns: int = 2) -> Devices:
     None   as `0,1` if the machine has at least two GPUs and the network has two columns; otherwise as `0` if the
            machine has a GPU, and as `cpu` if it has none
 
-    `0,1` and `0` are examples; other GPU numbers are also valid. Raises UserError if the value is neither `cpu` nor one
-    or two GPU numbers, if the machine has no GPU of this number, or for two GPUs if the network has one column.
+    `0,1` and `0` are examples; other GPU numbers are also valid. Raises UserError in three cases: the value is neither
+    `cpu` nor one or two GPU numbers; the machine has no GPU with one of these numbers; the value names two GPUs, but
+    the network has one column.
     """
     import torch
 

@@ -35,7 +35,7 @@ def identity_of(config: RunConfig, store: Store) -> dict[str, Any]:
 
     The names of the recipe and the architecture are only for messages, and `differences` ignores these names. The
     identity contains the seed of the stream only if this seed differs from the seed of the run. Without --stream-seed,
-    the identity is therefore the same as in versions that did not have this option.
+    the identity is therefore the same as in program versions without this option.
     """
     own_stream_seed = {} if config.seed_of_stream == config.seed else {"stream_seed": config.seed_of_stream}
     return {
@@ -82,7 +82,7 @@ def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[Diff
     """Return the settings that differ between two identities, in the order of `ours`.
 
     The names of the recipe and the architecture are not compared. Stream seeds are compared only if one of the
-    identities contains a stream seed. In place of a missing stream seed, the seed of that run is compared.
+    identities contains a stream seed. For an identity without a stream seed, its `seed` is compared.
     """
     differing = []
     if "stream_seed" in theirs or "stream_seed" in ours:

@@ -68,9 +68,10 @@ def override(base: Recipe, settings: Sequence[str], epochs: int | None = None) -
 
 
 def apply_overrides(recipe: Recipe, settings: Iterable[str]) -> Recipe:
-    """Return the recipe with each FIELD=VALUE of `settings` applied. Its `name` and `sources` mention each override.
+    """Return the recipe with each FIELD=VALUE of `settings` applied.
 
-    Raises UserError for an invalid override. The message names the field, the value and the expected values.
+    The `name` and `sources` of the returned recipe mention each override. Raises UserError for an invalid override. The
+    message names the field, the value and the expected values.
     """
     values = {}
     for setting in settings:
@@ -207,7 +208,7 @@ def _parse_schedule(text: str, recipe: Recipe) -> ScheduleSpec:
 def _canonical_text(value: Any, given: str) -> str:
     """Return the text that stands for a value in a recipe's name. Equal numbers have the same text: 2e-2 becomes 0.02.
 
-    given  text from the command line. If `value` has parts, like a schedule, the function returns `given`
+    given  text from the command line. If `value` has parts, as a schedule has, the function returns `given`
     """
     if value is None or isinstance(value, bool):
         return str(value).lower()

@@ -35,7 +35,7 @@ class Lrn:
 
 @dataclass(frozen=True)
 class AlexNetAugmentation:
-    """The settings of pipeline.augment.Augmentation that a recipe can have. All others keep their defaults."""
+    """The settings of pipeline.augment.Augmentation that a recipe can set. All other settings keep their defaults."""
 
     mean: str = "channel"
     colour: str = "stdev"
@@ -156,7 +156,7 @@ class Recipe:
 
     activation: str  # one of ACTIVATIONS
     lrn: Lrn | None  # normalization across maps, in layers 1 and 2; None: no normalization
-    # Whether layer 1 is conv, norm, pool, activation; if False, layer 1 is conv, activation, norm, pool.
+    # True: layer 1 is conv, norm, pool, activation. False: layer 1 is conv, activation, norm, pool.
     norm_before_relu: bool
     within_map: Lrn | None  # normalization within each map of layer 2, after the normalization across maps
     pool_px: int  # side of a pooling window in px; the stride is 2, so windows of 3 px overlap
@@ -186,11 +186,11 @@ class Recipe:
 
     @property
     def eval_input_divisor(self) -> float:
-        """The number by which loader and network together divide the pixels minus the mean in evaluation."""
+        """The number by which loader and network together divide evaluation images after subtracting the mean."""
         return self.input_divisor * self.augmentation.divisor_in_evaluation
 
     def rate_factor(self, batch_size: int) -> float:
-        """Return the factor of all learning rates for a batch size: batch_size / lr_batch, or 1 without lr_batch."""
+        """Return the factor of all learning rates for a batch size: batch_size / lr_batch, or 1 if lr_batch is None."""
         return 1.0 if self.lr_batch is None else batch_size / self.lr_batch
 
     def __post_init__(self) -> None:
@@ -218,7 +218,7 @@ class Recipe:
                 raise UserError(f"{name} {getattr(self, name)}: expected {expected}.")
 
 
-# Fields that version 0.1.0 did not have. With None as the value of each field, training is as in version 0.1.0.
+# Fields that version 0.1.0 did not have. If these fields are None, training works as in version 0.1.0.
 ADDED_FIELDS = ("lr_batch", "lars_trust")
 
 
@@ -242,7 +242,7 @@ def recipe_from_json(data: Mapping[str, Any]) -> Recipe:
 
 
 def with_eval_divisor(augmentation: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields of an AlexNetAugmentation, with `eval_divisor`.
+    """Return `augmentation`, the fields of an AlexNetAugmentation, with `eval_divisor` added if it is missing.
 
     Version 0.1.0 wrote no `eval_divisor`, and did not divide evaluation images.
     """

@@ -261,7 +261,7 @@ RECIPES = {recipe.name: recipe for recipe in (PAPER, RELEASED, CAFFE, MODERN, SH
 def recipe_note(name: str) -> str | None:
     """Return the note for users of a recipe.
 
-    Returns None if there is no note. The recipe's name may include overrides.
+    Returns None if there is no note. `name` may also be the name of a recipe with overrides, such as `large, lr=5.0`.
     """
     return NOTES.get(name.partition(",")[0])
 

@@ -22,7 +22,8 @@ def parse_replica_devices(gpus: str | None, columns: int, local_rank: int, local
     local_rank  index of this replica among the replicas of this machine, from 0
     local_size  number of replicas on this machine
 
-    Raises WrongArgument for any other value, such as the GPU numbers `0` or `0,1`, and if the machine has too few GPUs.
+    Raises WrongArgument in three cases: the value is none of these, such as the GPU numbers `0` or `0,1`; the value is
+    `2`, but the network has one column; the machine has too few GPUs.
     """
     import torch
 
@@ -84,7 +85,7 @@ def threads_per_replica(own: list[int], cores_of_all: list[list[int]]) -> int:
     own           numbers of the cores that this process may use
     cores_of_all  numbers of the usable cores of each replica on this machine, this replica included
 
-    If each replica has been bound to separate cores, each replica uses all its cores.
+    If each replica has been bound to cores of its own, the replicas share no cores, and each uses all of its own.
     """
     sharing = sum(not set(own).isdisjoint(cores) for cores in cores_of_all)
     return max(1, len(own) // max(sharing, 1))

@@ -17,7 +17,7 @@ class RunConfig:
     """Settings of a run.
 
     The fields `store` to `accumulate` must be unchanged when the run continues from a checkpoint
-    (train/config/identity.py). The fields from `run_dir` on can change.
+    (train/config/identity.py). `run_dir` and the fields after `run_dir` can change.
     """
 
     store: Path

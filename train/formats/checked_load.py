@@ -45,11 +45,12 @@ def _joined(content: Any, loaded: Any) -> Any:
         if isinstance(loaded, torch.nn.Parameter):
             loaded = loaded.detach()
         if type(loaded) is not Tensor or loaded.layout != torch.strided or loaded.device.type != "cpu":
-            raise _OtherTensors(f"a {type(loaded).__name__} for a tensor of shape {content.shape}")
+            raise _OtherTensors(f"a {type(loaded).__name__} in place of a tensor of shape {content.shape}")
         if str(loaded.dtype) != f"torch.{content.dtype}" or tuple(loaded.shape) != content.shape:
-            raise _OtherTensors(f"{loaded.dtype} {tuple(loaded.shape)} for {content.dtype} {content.shape}")
+            found, expected = f"{loaded.dtype} {tuple(loaded.shape)}", f"{content.dtype} {content.shape}"
+            raise _OtherTensors(f"{found} in place of {expected}")
         if loaded.stride() != content.stride or loaded.storage_offset() != content.offset:
-            raise _OtherTensors(f"other strides for a tensor of shape {content.shape}")
+            raise _OtherTensors(f"a tensor of shape {content.shape} with other strides")
         return loaded
     if isinstance(content, dict):
         return {key: _joined(part, loaded[key]) for key, part in content.items()}

@@ -91,7 +91,7 @@ class CheckpointFile(Struct, frozen=True):
 
 
 def check_content(content: Mapping[str, Any], name: str, random_bytes: int) -> None:
-    """Raise UserError if a run cannot have written the content of a checkpoint.
+    """Raise UserError if the content of a checkpoint cannot come from a run.
 
     content       the values by name, with a StoredTensor for each tensor
     name          name of the file, for error messages
@@ -116,7 +116,7 @@ def check_content(content: Mapping[str, Any], name: str, random_bytes: int) -> N
 
 def _check_parameters(tensors: Any, shapes: Mapping[str, tuple[int, ...]], name: str, names_used: set[str]) -> None:
     if not isinstance(tensors, dict):
-        raise UserError(f"{name} is {type(tensors).__name__}, expected the tensors by name. {ADVICE}")
+        raise UserError(f"{name} is {type(tensors).__name__}, expected a dict of tensors. {ADVICE}")
     differing = sorted(set(shapes) ^ set(tensors))
     if differing:
         has = "has" if differing[0] in tensors else "lacks"

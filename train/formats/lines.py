@@ -1,7 +1,7 @@
-"""metrics.jsonl and evaluations.jsonl: a class for each kind of line (its model), and a reader of these files.
+"""metrics.jsonl and evaluations.jsonl: a class for each kind of line, called its model, and a reader of these files.
 
-Unknown fields are kept, because other versions write other metrics. A power cut can leave any bytes at the end of the
-file, without a newline. The reader leaves these bytes out. All lines before them must be complete.
+Unknown fields are kept, because other versions of this program write other metrics. After a power cut, a file can end
+with arbitrary bytes that no newline follows. The reader ignores these bytes. All lines before them must be complete.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class TrainLine(Struct, frozen=True):
 class _LineOfKnownLayers(TrainLine, frozen=True):
     """A TrainLine whose layers are in LAYERS. The pattern of their names is therefore not checked.
 
-    Checking the pattern takes a third of the time in which a line is read.
+    The check of the pattern would take a third of the time for reading a line.
     """
 
     gradient_norm: dict[str, Finite] = {}
@@ -91,9 +91,9 @@ METRICS: Models = {"train": TrainLine, "val": ValLine}
 def read_lines(path: Path, models: Models, advice: str) -> list[tuple[bytes, dict[str, Any]]]:
     """Return the lines of a file, each as text and as an object that has the types of its model.
 
-    The list is empty if the file does not exist. If the last line has no newline and is not JSON, it is left out. Lines
-    directly before it that are not JSON are then also left out. Raises UserError, with the number of the line, for
-    any other invalid line. Also raises UserError if the file is not a regular file, or is larger than MAX_BYTES. Raises
+    The list is empty if the file does not exist. If the last line has no newline and is not JSON, it is left out,
+    together with the lines directly before it that are not JSON. Raises UserError, with the number of the line, for any
+    other invalid line. Also raises UserError if the file is not a regular file, or is larger than MAX_BYTES. Raises
     OSError if the file cannot be read.
     """
     try:

@@ -280,7 +280,10 @@ def _tensor(arguments: tuple[Any, ...]) -> StoredTensor:
 
 
 def _storage(reader: _Reader, argument: Any) -> None:
-    """Replace ("storage", type, key, device, elements) by a Storage. In older files, the tuple ends with None."""
+    """Replace the tuple ("storage", type, key, device, elements) on the stack by a Storage.
+
+    In older files, the tuple ends with None.
+    """
     claims = reader.pop()
     if (
         type(claims) is not tuple

@@ -1,8 +1,8 @@
 """Reads and checks run.json: the settings, recipe, architecture, store and length of a run.
 
-Unknown fields are kept, because other versions write other settings, which `alextrain compare` and `report` show.
-Unknown fields are refused in the architecture, the recipe, the store's settings and the store's colours, because such
-fields could change the network or its inputs.
+Unknown fields are kept, because other versions of this program write other settings, which `alextrain compare` and
+`report` show. Unknown fields are refused in the architecture, the recipe, the store's settings and the store's colours,
+because such fields could change the network or its inputs.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ class RunFile(Struct, frozen=True):
 
 
 def read_run_file(path: Path) -> dict[str, Any]:
-    """Return the content of run.json, with the types of RunFile, and with the unknown fields of other versions.
+    """Return the content of run.json: fields with the types of RunFile, and any unknown fields.
 
     Raises FileNotFoundError if there is no run.json. Raises UserError if the file cannot be read, if a field is
     missing, has a wrong type or is out of range, and if fields contradict each other.

@@ -1,6 +1,6 @@
-"""status.json, ensemble.json and ablation.json, and the text `about` in files of arrays.
+"""Models of status.json, ensemble.json and ablation.json, and of the JSON text `about` in a .npz file of probabilities.
 
-Unknown fields are ignored, except in ensemble.json, whose fields are the identity of the ensemble.
+Unknown fields are ignored, but are refused in ensemble.json, because its fields are the identity of the ensemble.
 """
 
 from __future__ import annotations

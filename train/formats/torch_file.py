@@ -1,10 +1,10 @@
 """Reads the content of a file that torch.save wrote, but not the numbers of its tensors. Does not use torch.
 
 Since version 1.6, torch.save writes a zip archive that is not compressed. Its entry `data.pkl` is the pickle of the
-value, and its entries `data/0`, `data/1` and so on are the storages of the tensors. Older versions wrote five pickles
-in a row, and the storages after them. `read_content` checks that each storage is in the file, in the size that the
-pickle states. torch 2.13 also compares the sizes. A version of torch that does not compare the sizes would read other
-memory of the process if a storage is too short.
+saved value, and its entries `data/0`, `data/1` and so on are the storages of the tensors. Older versions wrote five
+pickles in a row, and the storages after them. `read_content` checks that each storage is in the file, with the size
+that the pickle states. torch 2.13 also compares the sizes. A version of torch that does not compare the sizes would
+read other memory of the process if a storage is too short.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ class RunLength(NamedTuple):
 
 
 class ConsoleView:
-    """Prints the log line of each interval and of each validation. Base class of the other views."""
+    """Prints a line for each interval of --log-every steps and for each validation. Base class of the other views."""
 
     def __init__(self) -> None:
         self._service_status: Callable[[], ServiceStatus | None] = lambda: None

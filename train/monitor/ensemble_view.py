@@ -16,8 +16,8 @@ _AVERAGED = ("loss", "top1_error", "top5_error")
 class EnsembleView:
     """Collects the log lines of the members, and shows one line for all members in `view`.
 
-    Members can be at different steps. The line of a step is shown as soon as all members in training have logged this
-    step. The shown line has the mean of the losses and errors, and the loss or error of each member.
+    Members can be at different steps. The line of a step is shown as soon as every member still in training has
+    logged this step. The shown line has the mean of the losses and errors, and the loss or error of each member.
     """
 
     def __init__(self, view: ConsoleView, names: Sequence[str]) -> None:
@@ -46,12 +46,12 @@ class EnsembleView:
         self.view.begin(length, lines, min(member.newest[0] for member in self._members.values()))
 
     def add(self, name: str, line: Line) -> None:
-        """Keep a log line of a member until all members have logged its step, and call `show_complete`."""
+        """Keep a log line of a member, and show it if all members have now logged its step."""
         self._waiting.setdefault((line["step"], line["kind"]), {})[name] = line
         self.show_complete()
 
     def show_complete(self) -> None:
-        """Show the lines of each step that all members in training have logged."""
+        """Show the line of each step that every member still in training has logged."""
         members = [member for member in self._members.values() if not member.has_ended]
         for key in sorted(self._waiting):
             if all(member.newest >= key for member in members):
@@ -116,7 +116,7 @@ class _MemberView(ConsoleView):
 def _mean_line(lines: Mapping[str, Line]) -> dict[str, Any]:
     """Return the mean of the members' log lines of a step: the mean loss and the mean errors.
 
-    The line also has the loss or the top-1 error of each member. All other values are those of the last member.
+    The returned line also has the loss or the top-1 error of each member. The other values are the last member's.
     """
     *_, last = lines.values()
     means = {key: sum(line[key] for line in lines.values()) / len(lines) for key in _AVERAGED}

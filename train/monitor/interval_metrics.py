@@ -20,8 +20,8 @@ from train.monitor.step_counters import Counts
 class StreamWaits:
     """Total wait times of a loader and its consumer.
 
-    TrainLoader.wait_times returns the times since its last call, so only one caller can use it. `read` can have several
-    callers.
+    TrainLoader.wait_times returns the times since the last call of wait_times, so only one caller can use this method.
+    `read` returns totals, so it can have several callers.
     """
 
     def __init__(self, loader: TrainLoader) -> None:
@@ -117,7 +117,7 @@ def peak_memory(devices: Sequence[torch.device]) -> dict[str, Any]:
 def largest_memory(memory: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Return the largest memory of each kind in several results of peak_memory.
 
-    GPUs with the same index are compared.
+    The n-th GPUs of all processes are compared with each other.
     """
     largest: dict[str, Any] = {"memory_mb": max(peak["memory_mb"] for peak in memory)}
     if "gpu_memory_mb" in memory[0]:

@@ -1,8 +1,8 @@
 """The log of a run: metrics.jsonl, status.json, TensorBoard's event files, and the console view.
 
 metrics.jsonl has all metrics. The event files and the console view show values from metrics.jsonl. A resumed run first
-removes the lines of all steps after its checkpoint from metrics.jsonl, because it repeats these steps. While the disk
-is full, lines are held in memory.
+removes the lines of all steps after its checkpoint from metrics.jsonl, because the run repeats these steps. While the
+disk is full, lines are held in memory.
 """
 
 from __future__ import annotations

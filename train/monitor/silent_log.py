@@ -22,7 +22,7 @@ class SilentLog:
         pass
 
     def interval(self, waits: StreamWaits, network: AlexNet) -> IntervalMetrics:
-        """Begin an interval. Every rank measures its interval, because rank 0 logs the maxima over all ranks."""
+        """Begin the interval of the next log line. All ranks measure it, because rank 0 logs maxima over the ranks."""
         return IntervalMetrics(waits, network)
 
     def train(self, line: dict[str, Any]) -> None:

@@ -1,8 +1,7 @@
 """Sums of losses and errors, and smallest and largest label, over the steps between two log lines.
 
-The values are in tensors on the device.
-The tensors are allocated once and changed in place, so that a CUDA graph of a step can contain the updates. Only
-`read` waits for the device.
+The values are in tensors on the device. The tensors are allocated once and changed in place, so that a CUDA graph of a
+step can contain the updates. Only `read` waits for the device.
 """
 
 from __future__ import annotations
@@ -71,7 +70,7 @@ class StepCounters:
 
 
 def counts_of_all(counts: Counts, group: ReplicaGroup) -> Counts:
-    """Return the counts of all replicas together, from the counts of this replica. All ranks get the same result."""
+    """Combine `counts`, the counts of this replica, with those of all other replicas. All ranks get the same result."""
     if group.size == 1:
         return counts
     numbers = [counts.loss_sum, *counts.misses, counts.smallest_label, counts.largest_label, *counts.losses]

@@ -1,9 +1,9 @@
 """TensorBoard event files with the numbers of metrics.jsonl. TensorBoard's RecordWriter encodes the events.
 
 A run that resumes after step S writes a new file, which begins with the event SessionLog.START of step S. TensorFlow
-also writes this event after a restart. Because of the event, TensorBoard discards the earlier points of step S and of
-all later steps. The new file therefore repeats the points of step S. TensorBoard then shows each point once. The first
-event file in a folder begins with the numbers that metrics.jsonl already has.
+also writes this event after a restart. When TensorBoard reads the event, it discards all points that earlier files have
+for step S and for later steps. The new file therefore repeats the points of step S, and TensorBoard shows each point
+once. The first event file in a folder begins with the numbers that metrics.jsonl already has.
 
 TensorBoard's EventFileWriter is not used. The thread of EventFileWriter delays events by up to two minutes, and fails
 with a traceback if the disk is full.

@@ -32,7 +32,8 @@ from train.replicas.torchrun import note_joined, wait_for_message
 
 Value = TypeVar("Value")
 
-_LINGER_S = 1.0  # longest time for which a rank that ends without an error waits for the other ranks to end
+# Longest time for which a rank waits for the other ranks to end, if it ends without an error or after a stop.
+_LINGER_S = 1.0
 # Environment variables that torchrun sets. If another program starts the processes, the user sets the variables.
 _NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _ALSO_NEEDED = ("LOCAL_RANK", "LOCAL_WORLD_SIZE")
@@ -159,7 +160,7 @@ def description_of(error: BaseException) -> dict[str, Any]:
 
 
 def group_from_environment(environ: Mapping[str, str] | None = None) -> ReplicaGroup:
-    """Return the group in which torchrun started this process, without connecting to it.
+    """Return the group in which torchrun started this process. The group is not connected yet.
 
     Without torchrun, returns a group of one. Raises WrongArgument if the variables of torchrun are incomplete or are
     not whole numbers. If torchrun did not start the process and WORLD_SIZE is 1, incomplete variables are no error.

@@ -50,15 +50,15 @@ class Link:
         try:
             store = TCPStore(host, port, is_master=hosts_store, timeout=self.timeout, wait_for_workers=False)
             session = begin_session(PrefixStore("alextrain", store), rank, size, timeout_s)
-            # get() and set() of a store hold a lock while they wait. The thread of the roll call therefore has its own
-            # connection.
+            # get() and set() of a store hold a lock while they wait. The thread that answers roll calls
+            # (train/replicas/roll_call.py) therefore has its own connection.
             second = TCPStore(host, store.port, is_master=False, timeout=self.timeout, wait_for_workers=False)
             self.store: Any = PrefixStore(f"alextrain/{session.name}", store)
             calls = PrefixStore(f"alextrain/{session.name}", second)
             self.roll_call = roll_call = RollCall(calls, rank, session.places, timeout_s)
             self.gloo: Any = ProcessGroupGloo(self.store, rank, size, self.timeout)
         except (DistError, RuntimeError) as error:
-            # A rank can be connected, and end with an error, while this rank is still connecting.
+            # Another rank may already have connected and ended with an error while this rank is still connecting.
             if roll_call is not None and (told := roll_call.error_of_other()):
                 raise OtherReplicaFailed(**told) from None
             raise ReplicaLost(
@@ -106,7 +106,7 @@ class Link:
         return stacked
 
     def broadcast_bytes(self, content: bytes) -> bytes:
-        """Return the bytes of rank 0."""
+        """Return rank 0's `content` on every rank."""
         (size_bytes,) = self.gather_equal(np.array([len(content)], dtype=np.int64))[0]
         buffer = np.frombuffer(content, dtype=np.uint8).copy() if self.rank == 0 else np.empty(size_bytes, np.uint8)
         self.broadcast(buffer)
@@ -169,7 +169,7 @@ class Link:
 
         error     describes the error that this rank prints; None: this rank prints no error
         linger_s  longest time in seconds for which this rank waits until all ranks have left, before it closes its
-                  connections. Without this wait, it could interrupt the last exchange of a slower rank
+                  connections. Without this wait, this rank could interrupt the last exchange of a slower rank
         """
         self.roll_call.leave(error)
         self.roll_call.wait_for_others(linger_s)

@@ -23,7 +23,7 @@ _ANSWER_S = 5.0  # time within which a living process answers
 
 
 class RollCall:
-    """The thread of one rank, and the roll call that this rank can start."""
+    """The thread with which a rank answers roll calls, and the roll call that the rank itself can start."""
 
     def __init__(self, store: Any, rank: int, places: tuple[str, ...], timeout_s: float) -> None:
         """`store` is a torch.distributed.Store that only this group uses, on a connection of its own."""

@@ -64,8 +64,8 @@ def write_error_file(text: str, is_own: bool) -> None:
 
     Without torchrun, this function does nothing. torchrun gives each process the name of a file for its error. In the
     report, the error with the earliest time is the root cause. An error of this process (`is_own`) gets a time one
-    second before now. It is then the root cause even if another process ends in the same second. The format of the file
-    is that of torch.distributed.elastic.multiprocessing.errors.ErrorHandler.
+    second before now. This error is then reported as the root cause, even if another process ends in the same second.
+    The format of the file is that of torch.distributed.elastic.multiprocessing.errors.ErrorHandler.
     """
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if not path:

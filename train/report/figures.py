@@ -103,7 +103,8 @@ def _figures_without_images(trained: TrainedRun) -> Iterator[RunFigure]:
     yield RunFigure(
         "colour-axes",
         "Colour axes of the store",
-        "Principal components of the training pixels. Section 4.1 of the paper adds colour noise along them.",
+        "Principal components of the training pixels. In section 4.1 of the paper, colour noise is added along these "
+        "components.",
         COLOR_AXES_INCHES,
         lambda figure: draw_color_axes(figure, color_stats),
     )
@@ -125,8 +126,8 @@ def _figures_of_images(trained: TrainedRun, split: str, seed: int, index_records
         yield RunFigure(
             "guesses",
             "Test images and their most probable labels",
-            f"{len(predicted)} randomly chosen images of {split}, with the {min(5, len(names))} most probable labels "
-            "and their probabilities by ten views. The correct label is orange. The paper's figure 4, left.",
+            f"{len(predicted)} randomly chosen images of {split}, with the {min(5, len(names))} most probable labels. "
+            "The probabilities are averaged over ten views. The correct label is orange. The paper's figure 4, left.",
             predictions_inches(len(predicted)),
             lambda figure: draw_predictions(figure, predicted, names),
         )
@@ -183,7 +184,7 @@ def _figures_of_errors(trained: TrainedRun, split: str) -> Iterator[RunFigure]:
     yield RunFigure(
         "class-errors",
         "Errors per class",
-        f"Top-1 error of each class of {split}, by the centre crop. The worst class comes first.",
+        f"Top-1 error of each class of {split}, measured on the centre crop. The worst class comes first.",
         ERRORS_INCHES,
         lambda figure: draw_class_errors(figure, confusion, names),
     )

@@ -209,7 +209,7 @@ def _network(trained: TrainedRun) -> str:
     rows.append(["total", "", "", *(f"{n:,}" for n in total)])
     heads = ("Layer", "Output", "Sees", "Parameters", "Multiply-adds an image")
     # The source comes from this version of the program, not from the checkpoint. In a checkpoint of version 0.1.0, the
-    # text of the source always has the number of parameters for 1000 classes.
+    # text of the source always states the number of parameters for 1000 classes.
     source = ARCHITECTURES.get(network.architecture.name, network.architecture).source
     size = size_text(layers, len(trained.classes))
     return f'<p class="quiet">{_shown(size)}. Source: {_shown(source)}</p>' + _table(heads, rows, {3, 4})

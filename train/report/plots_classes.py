@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from train.report.style import BLUE, ORANGE, shorten
 
-WORST = 10  # largest number of rows (classes) that are drawn of the confusion matrix
+WORST = 10  # largest number of classes that are drawn as rows of the confusion matrix
 _NAMED = 20  # largest number of classes in the bar chart of errors
 _NAME_CHARS = 20
 

@@ -57,7 +57,7 @@ class Checkpoint:
     step: int  # number of steps that the run has completed
     steps_per_epoch: int
     validation_due: bool  # True if an epoch ended at `step`, and its validation has not been computed yet
-    parameters: Mapping[str, Tensor]  # joined parameters by their names (AlexNet.joined_tensors)
+    parameters: Mapping[str, Tensor]  # parameters by name, joined over the columns (AlexNet.joined_tensors)
     velocity: Mapping[str, Tensor]  # velocity of the optimizer by parameter name, joined like the parameters
     schedule: Mapping[str, Any]  # Schedule.state_dict
     # Devices of the columns. The random generators are seeded anew if the run resumes on other devices, or if `devices`
@@ -164,7 +164,10 @@ def _check_format(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def _read_intact(path: Path, file: BinaryIO, digest: str) -> Checkpoint:
-    """Return the checkpoint of a file whose digest is correct. Anyone can write a digest, so check the content."""
+    """Return the checkpoint of a file whose digest is correct.
+
+    Anyone can write a correct digest, so the content is checked too.
+    """
     try:
         content = read_content(file)
     except UnsafeFile as error:

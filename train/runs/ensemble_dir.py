@@ -79,7 +79,7 @@ def _member_numbers(folder: Path) -> list[int]:
 def check_ensemble_dir(folder: Path, ensemble: Ensemble) -> None:
     """Raise UserError if `ensemble` cannot be trained in `folder`, because the folder holds something else.
 
-    The folder may be missing or empty. The folder may hold the same ensemble, with as many members or fewer. If
+    The folder may be missing or empty. It may also hold the same ensemble, with at most `ensemble.members` members. If
     ensemble.json is missing or damaged, the folder must hold nothing except folders of members.
     """
     check_output_folder(folder)

@@ -26,7 +26,7 @@ def ensemble_status(folder: Path, ensemble: Ensemble) -> dict[str, Any]:
                        first of "failed", "dead", "stopped" and "new" that is the state of a member
     alive, finished    alive: a process is training a member; finished: all members have finished
     seed, stream_seed  seed: member k has the seed `seed` + k; stream_seed: the seed of the stream
-    seconds_left       predicted time until all members are trained; None until every member has logged an interval
+    seconds_left       predicted time until all members are trained; None until each member has a line in metrics.jsonl
     members            the status of each member (status_of); {"run_dir", "state": "new"} for a member without run.json
 
     Raises UserError for a member whose run.json cannot be read.

@@ -40,9 +40,10 @@ def load_trained(run_dir: Path, devices: Devices, which: str = "last") -> Traine
     run_dir  a run folder, or a checkpoint file
     which    "last", "best" or the path of a file; ignored if `run_dir` is a checkpoint file
 
-    Architecture and recipe come from the checkpoint, even if this version of the program has other values under the
-    same names. Raises UserError if the run or the checkpoint does not exist or cannot be read, or if the run.json
-    beside the checkpoint is damaged. Also raises UserError if `run_dir` is the folder of an ensemble.
+    Architecture and recipe come from the checkpoint, even if this version of the program defines an architecture or a
+    recipe of the same name with other values. Raises UserError if the run or the checkpoint does not exist or cannot be
+    read, or if the run.json beside the checkpoint is damaged. Also raises UserError if `run_dir` is the folder of an
+    ensemble.
     """
     if devices[0] == "cpu":
         keep_freed_memory()

@@ -47,8 +47,8 @@ def store_facts(store: Store) -> dict[str, Any]:
 def save_mean_image(run_dir: Path, store: Store, recipe: Recipe) -> None:
     """Write the mean image of the training split to mean_image.npy, if the recipe subtracts a mean image.
 
-    A mean_image.npy with other content is replaced: an earlier run in this folder used another store, and ended before
-    its first checkpoint.
+    A mean_image.npy with other content is replaced. Such a file comes from an earlier run in this folder, which used
+    another store and ended before its first checkpoint.
     """
     if recipe.augmentation.mean not in _NEED_MEAN_IMAGE:
         return
@@ -115,7 +115,7 @@ def training_store(run_dir: Path, description: Mapping[str, Any]) -> Store | Non
 def saved_store_path(description: Mapping[str, Any]) -> Path:
     """Return the absolute path of the training store, from run.json.
 
-    A run of version 0.1.0 has only the path as given.
+    run.json of version 0.1.0 contains only the path as given to --store. This path is then returned.
     """
     settings = description["settings"]
     return path_of(settings.get("store_absolute") or settings["store"])

@@ -41,8 +41,8 @@ class Run:
 
         store  the opened store; None: opens `config.store`
 
-        Raises UserError if the batch cannot be divided into --accumulate equal parts. Raises StoreError if the store is
-        missing or damaged, or has no split `train`.
+        Raises UserError if the batch cannot be divided equally among the replicas and into the parts of --accumulate.
+        Raises StoreError if the store is missing or damaged, or has no split `train`.
         """
         check_parts(config)
         store = Store.open(config.store) if store is None else store

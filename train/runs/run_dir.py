@@ -4,7 +4,7 @@ The functions also work while another process trains in the folder.
 
 run/
   run.json                  settings, recipe, architecture, length, store and environment (train/runs/run.py)
-  metrics.jsonl             a line for each interval of training and for each validation (train/monitor/metrics_log.py)
+  metrics.jsonl             a line for every --log-every steps and for each validation (train/monitor/metrics_log.py)
   status.json               whether the run is training, or how it ended (train/monitor/metrics_log.py)
   checkpoint-00001500.pt    the state after step 1,500 (train/runs/checkpoint.py)
   best.pt                   the checkpoint with the lowest validation error (train/runs/checkpoint.py)
@@ -100,7 +100,7 @@ def read_metrics_lines(run_dir: Path) -> list[tuple[bytes, dict[str, Any]]]:
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """Return the lines of metrics.jsonl in order; empty before the first interval has ended."""
+    """Return the lines of metrics.jsonl in order. The list is empty if there are no lines yet."""
     return [line for _, line in read_metrics_lines(run_dir)]
 
 
@@ -112,8 +112,8 @@ def last_line(lines: Sequence[Mapping[str, Any]], kind: str) -> Mapping[str, Any
 def seconds_left(lines: Sequence[Mapping[str, Any]], step: int, steps: int, batch_size: int) -> float | None:
     """Return the predicted time in seconds for training from step `step` to step `steps`, without validations.
 
-    The prediction uses the mean time per image in the last RATE_LINES training lines. Returns None before the first
-    interval has ended.
+    The prediction uses the mean time per image in the last RATE_LINES training lines. Returns None if there is no
+    training line yet.
     """
     images_per_s = [line["images_per_s"] for line in lines if line["kind"] == "train"][-RATE_LINES:]
     if not images_per_s:

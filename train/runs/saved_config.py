@@ -35,8 +35,8 @@ _SHOWN = ("epochs", "steps", "devices", "deterministic", "log_every", "checkpoin
 def saved_config(run_dir: Path, group: ReplicaGroup = ALONE) -> RunConfig | None:
     """Return the configuration in run.json, without its service; None if `run_dir` has no run.json.
 
-    Only rank 0 of `group` reads run.json. The store of the configuration is the training store, if training_store finds
-    this store, and otherwise the absolute path in run.json. Raises UserError for a damaged run.json.
+    Only rank 0 of `group` reads run.json. The field `store` is the path of the training store, if `training_store`
+    finds it, and otherwise the absolute path in run.json. Raises UserError for a damaged run.json.
     """
     description = group.on_first(lambda: _description(run_dir))
     if description is None:
@@ -76,8 +76,8 @@ def requested_config(
     group    the replicas that compute each step
 
     If the options name another recipe than that of `saved`, the named recipe also gives the batch size and the epochs.
-    The options --batch and --epochs replace these values. --epochs without --steps removes the limit of steps. Raises
-    UserError for options that contradict each other. Sets the precision of torch.
+    The options --batch and --epochs replace these values. --epochs without --steps removes the step limit of `saved`.
+    Raises UserError for options that contradict each other. Sets the precision of torch.
     """
     epochs, settings = options["epochs"], options["settings"]
     if saved is None or "recipe" in given:

@@ -52,7 +52,7 @@ def status_of(run_dir: Path) -> dict[str, Any]:
     process, host      id and host of the process that trained last; None if no status was written
     step, steps        steps completed, and steps in all; a plateau schedule can end the run earlier
     epoch, epochs      epochs completed (can be a fraction), and epochs in all
-    seconds_left       predicted time until training ends, without validations; None before the first interval has ended
+    seconds_left       predicted time until training ends, without validations; None if `train` is None
     train, val         the last training line and the last validation line of metrics.jsonl, or None
     best               the validation line with the lowest top-1 error, or None
     seconds_since      seconds since the last line of metrics.jsonl was written, or None

@@ -32,7 +32,7 @@ STUCK_STEPS = 5000
 MIN_STUCK_STEPS = 100
 STUCK_SHARE = 0.01  # relative tolerance within which a loss counts as ln(classes)
 ZERO_LOSS_NATS = 1e-6  # a mean loss below this value counts as zero
-REPLICA_TOLERANCE = 1e-4  # largest relative difference between the norms of two replicas that rounding can cause
+REPLICA_TOLERANCE = 1e-4  # relative difference of the norms of two replicas; rounding causes smaller differences
 ONE_CLASS_IMAGES = 32  # number of images below which equal labels may be a coincidence
 
 
@@ -141,8 +141,8 @@ class DivergenceCheck:
 def parameter_norms(network: AlexNet) -> dict[str, dict[str, float]]:
     """Return the Euclidean norms of parameters and gradients: `{"conv1.weight": {"parameter": …, "gradient": …}}`.
 
-    The keys are the joined names. A parameter without a gradient has no key "gradient". This function waits for the
-    devices.
+    The keys are the names in AlexNet.joined_tensors. A parameter without a gradient has no key "gradient". This
+    function waits for the devices.
     """
     squares: dict[tuple[str, str], float] = {}
     for device in dict.fromkeys(network.devices):
@@ -164,7 +164,7 @@ def parameter_norms(network: AlexNet) -> dict[str, dict[str, float]]:
 
 
 def norms_of_all(norms: dict[str, dict[str, float]], group: ReplicaGroup) -> dict[str, dict[str, float]]:
-    """Return the norms that all replicas have in common.
+    """Return `norms`, after comparing them with the norms of the other replicas.
 
     If a norm is NaN or infinite on one rank, it is NaN or infinite in the result. Raises UserError if the norms of two
     ranks differ by more than rounding, because the replicas then no longer train the same network.

@@ -4,10 +4,15 @@ A fork has the settings of the other run, except those that its command gives (t
 that differ are listed before the training. A fork can change any setting that does not change the shape of a parameter.
 The fork copies the parameters and the velocity from the checkpoint. The fork begins at the checkpoint's position in the
 data: a number of whole epochs and a fraction of the next epoch. The fraction is rounded down to a whole step of the
-fork. If the batch size changes, the step number at this position also changes. An unchanged schedule continues. A
-changed schedule starts from its beginning. If the seed changes, the random generators are seeded anew. `fork` writes
-the first checkpoint of the new run. The new run is then trained like any other run. The key "ancestry" in run.json and
-in the checkpoints lists the checkpoint from which the run was forked, and the ancestors of that checkpoint.
+fork. If the batch size changes, the step number at this position also changes. If the fork does not change the
+schedule, it also copies the state of the schedule: for a plateau schedule, the lowest error, the number of epochs since
+then and the number of drops so far. A changed schedule begins without such a state. A schedule that depends only on the
+epoch, such as a cosine, is in both cases evaluated at the epoch of the fork. If the seed changes, the random generators
+are seeded anew.
+
+`fork` writes the first checkpoint of the new run. The new run is then trained like any other run. The key "ancestry"
+in run.json and in the checkpoints lists the checkpoint from which the run was forked, and the ancestors of that
+checkpoint.
 """
 
 from __future__ import annotations

@@ -41,7 +41,8 @@ def fit(run: Run, view: ConsoleView | None = None, group: ReplicaGroup = ALONE) 
     A signal during a validation makes `fit` raise at once, because the checkpoint was written before the validation.
 
     With several replicas, an error of one rank ends all ranks: the other ranks raise OtherReplicaFailed. A signal to
-    one rank stops all ranks after the same step. Raises ReplicaLost if a rank ends without an error, or hangs.
+    one rank stops all ranks after the same step. Raises ReplicaLost if a rank hangs, or ends without reporting an
+    error.
     """
     fit_together([run], [view or choose_view()], group)
     return run.run_dir
@@ -87,9 +88,9 @@ def _fit(runs: Sequence[Run], views: Sequence[ConsoleView], group: ReplicaGroup,
 
 
 def raise_diverged(diverged: Sequence[tuple[Path, Diverged]]) -> None:
-    """Raise Diverged if a run of several has diverged, after the other runs have been trained.
+    """Raise Diverged if `diverged` is not empty. This function is called after all other runs have been trained.
 
-    `diverged` has the folder and the error of each run that diverged.
+    diverged  folder and error of each run that has diverged
     """
     if diverged:
         run_dir, error = diverged[0]
@@ -128,7 +129,7 @@ class _Loop:
         raise_diverged(self._diverged)
 
     def _train(self, step: int) -> None:
-        """Train from `step` on, until checkpoints have been written."""
+        """Train from `step` on until the next checkpoints are due or a stop is requested, and write the checkpoints."""
         stop, config, first_step, epoch_ends = self._stop, self._run.config, step, False
         stopped: BaseException | None = None  # an exception on all replicas, or None on all replicas
         loader = self._stream.move_to(step)
@@ -151,7 +152,7 @@ class _Loop:
                     self._log_interval(current, loader)
                 if pause or not current:
                     break
-                if step in later_steps:  # other training runs that are already at this step continue from here
+                if step in later_steps:  # the runs that were already at this step are trained from here on
                     joining = [training for training in self._active if training.step == step]
                     for training in joining:
                         if training not in current:
@@ -170,7 +171,7 @@ class _Loop:
         loader = self._stream.move_to(step)
         self._save(current, loader, is_last=stopped is not None)
         if stopped is not None:
-            # Torchrun terminates all replicas when one ends, so all replicas wait for rank 0's checkpoint.
+            # torchrun terminates all replicas when one of them ends, so all replicas wait for rank 0's checkpoint.
             self._group.barrier()
             raise stopped
 
@@ -227,8 +228,8 @@ class _Stream:
 def training_stream(run: Run, schedule: Schedule, epochs_done: int, group: ReplicaGroup = ALONE) -> TrainLoader:
     """Return the training stream of a replica, which begins after `epochs_done` epochs.
 
-    In each step, the replica gets a contiguous part of the images of the batch.
-    `schedule` determines the colour noise of the next epoch.
+    In each step, the replica gets a contiguous part of the images of the batch. `schedule` determines the colour noise
+    of the next epoch.
     """
     config, augmentation = run.config, run.config.recipe.augmentation
     colour = schedule.colour(epochs_done)
@@ -255,7 +256,7 @@ def training_stream(run: Run, schedule: Schedule, epochs_done: int, group: Repli
 def validation_stream(run: Run, group: ReplicaGroup = ALONE) -> EvalLoader | None:
     """Return the loader for the centre views of the split val. Without a split val, print a message and return None.
 
-    The loader of a replica serves its part of the split.
+    In a group of several replicas, the loader serves this replica's part of the split.
     """
     config = run.config
     if "val" not in run.store.splits:

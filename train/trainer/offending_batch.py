@@ -26,10 +26,10 @@ def write_offending_batch(
     augmentation  the stream's augmentation at that step
     diagnosis     keys that are added to batch.json: the checked steps, their losses, all norms
 
-    A new stream reads the batch again. The images are the same, because a batch depends only on store, batch size,
-    augmentation, seed, epoch and step. batch.json has the range of the pixels, and the shard, key, source and label of
-    each record. For pictures.png, the pixels are multiplied by the divisor and the mean colour is added again. NaN
-    and infinite pixels are white. Raises OSError. Also raises the errors of train_loader.
+    A new stream reads the batch again. The images are the same as in training, because a batch depends only on store,
+    batch size, augmentation, seed, epoch and step. batch.json has the range of the pixels, and the shard, key, source
+    and label of each record. For pictures.png, the pixels are multiplied by the divisor and the mean colour is added
+    again. NaN and infinite pixels are white. Raises OSError. Also raises the errors of train_loader.
     """
     config, store, size = run.config, run.store, run.config.batch_size
     epoch, step_of_epoch = divmod(step - 1, run.steps_per_epoch)

@@ -59,8 +59,8 @@ def restore_state(
     """Load a checkpoint into network, optimizer, schedule and random generators.
 
     If `config` has other devices than the checkpoint, the generators are seeded again from seed and step. With several
-    replicas, the devices of rank 0 decide. All ranks then seed the generators in the same way, or restore the same
-    states.
+    replicas, the devices of rank 0 are compared with those of the checkpoint. All ranks then seed the generators in the
+    same way, or restore the same states.
     """
     network.load_joined_tensors(state.parameters)
     network.load_joined_tensors(state.velocity, optimizer.velocity)

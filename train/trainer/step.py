@@ -14,7 +14,7 @@ one thread launches the layers of both columns (first those of column 0):
     (no item(), no cpu(), no shape that depends on data). tests/train/trainer/test_step.py can therefore run the step on
     tensors without values.
 -   At a crossing of the columns (AlexNet.cross), `to(device, non_blocking=True)` queues the copy on the sender's
-    stream. CUDA events make the copy wait for the stream of the receiver, and make this stream wait for the copy.
+    stream. CUDA events make the copy wait for the receiver's stream, and make the receiver's stream wait for the copy.
 -   In the backward pass, autograd has a thread for each GPU. Each thread launches the work of its GPU. At a crossing,
     gradients are copied in the opposite direction.
 -   The update is queued on each parameter's device. Learning rates are Python numbers, and are not read from a device.

@@ -42,7 +42,7 @@ class Training:
         """Create the network, and restore the newest intact checkpoint in the run folder.
 
         group  the replicas that train the run together. Only rank 0 uses the run folder: it writes log and checkpoints,
-               and sends the checkpoint to the other ranks, which do not need access to the folder
+               and sends the restored checkpoint to the other ranks, which do not need access to the folder
 
         The checkpoint must have the identity of the run. Without a checkpoint, the run begins at step 0. The initial
         parameters are drawn from the seed. Raises UserError if the folder holds another run.
@@ -135,7 +135,7 @@ class Training:
         self._interval.add(self.run.config.batch_size)
 
     def log_interval(self, augmentation: Augmentation) -> None:
-        """Check the steps since the last log line, and write their log line.
+        """Check the steps since the last log line, and write the log line of these steps.
 
         `augmentation` is the stream's augmentation in these steps. Raises Diverged if a loss, gradient or parameter is
         NaN or infinite. All replicas call this method at the same step.
@@ -148,7 +148,9 @@ class Training:
     def save(self, loader: TrainLoader, is_last: bool) -> None:
         """Write a checkpoint. Only rank 0 writes. `loader` must be at the batch of the next step.
 
-        is_last  True if the run ends with this checkpoint (see CheckpointKeeper.save, also for the errors)
+        is_last  True if the run ends with this checkpoint
+
+        Raises the errors of CheckpointKeeper.save.
         """
         self._stream = loader.state_dict()
         self._save(is_last)

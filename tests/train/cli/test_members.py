@@ -83,7 +83,7 @@ def test_an_ensemble_goes_on_from_its_folder_alone_and_can_be_forked(ensemble: P
     folder = Path(shutil.copytree(ensemble, tmp_path / "pair"))
     words = ("run", "--run-dir", folder)
     again = alextrain(*words)
-    assert "0 steps trained, over 2 networks" in again.stderr and "2 networks with seeds 8 to 9" in again.stderr
+    assert "0 steps trained, summed over 2 networks" in again.stderr and "2 networks with seeds 8 to 9" in again.stderr
     assert alextrain(*words, "--fork", tmp_path / "fork", "--steps", "3", "--one-at-a-time", "-q").exit_code == 0
     for number in (1, 2):
         state = checkpoint.load(tmp_path / "fork" / f"member-{number}")
@@ -123,7 +123,7 @@ def test_a_missing_or_damaged_ensemble_json_is_written_again(
     (folder / "member-3").rmdir()
     assert alextrain(*words, "--members", "2", "-n").exit_code == 0
     assert not path.exists() if text is None else path.read_text() == text
-    assert "0 steps trained, over 2 networks" in alextrain(*words, "--members", "2").stderr
+    assert "0 steps trained, summed over 2 networks" in alextrain(*words, "--members", "2").stderr
     assert path.read_text() == good
 
 
@@ -178,7 +178,7 @@ def test_member_folders_that_are_missing_or_copies_are_noticed(ensemble: Path, t
     (status,) = json_lines("status", folder)
     assert [member["state"] for member in status["members"]] == ["new", "finished"]
     # Member 1 gets the settings of member 2.
-    assert "2 steps trained, over 2 networks" in alextrain("run", "--run-dir", folder).stderr
+    assert "2 steps trained, summed over 2 networks" in alextrain("run", "--run-dir", folder).stderr
     states = [checkpoint.load(path / "member-1") for path in (folder, ensemble)]
     assert states[0].identity == states[1].identity and torch.equal(*(s.parameters["fc8.weight"] for s in states))
 

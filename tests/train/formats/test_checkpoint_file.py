@@ -64,7 +64,7 @@ EDITS: dict[str, tuple[Edit, str]] = {
     "shared": (share_storage, r"velocity\.fc7\.bias shares the storage"),
     "missing tensor": (lambda content: content["velocity"].pop("fc8.bias"), r"velocity lacks fc8\.bias"),
     "more tensors": (put(torch.zeros(1), "parameters", "fc9.bias"), r"parameters has fc9\.bias"),
-    "tensors in a list": (put([], "parameters"), "parameters is list, expected the tensors by name"),
+    "tensors in a list": (put([], "parameters"), "parameters is list, expected a dict of tensors"),
     "generator state size": (put(torch.zeros(16, dtype=torch.uint8), "random"), r"random has shape \(16,\), expected"),
     "generator state": (put(torch.zeros(5056, dtype=torch.uint8), "random"), "random is no state of torch's random"),
     "GPU state": (put([torch.zeros(9, dtype=torch.uint8)], "random_cuda"), r"random_cuda\.0 has shape \(9,\)"),
