@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch.distributed.run import config_from_args, parse_args
 
+from prep.console import CONTEXT_SETTINGS
 from tests.helpers.alextrain import alextrain
 from tests.helpers.project import ROOT
 from tests.helpers.small_training import SMALL_ALEXNET
@@ -65,6 +66,6 @@ def test_the_commands_for_gpus_are_valid() -> None:
         assert arguments.module and arguments.training_script == "train"
         command, *words = arguments.training_script_args
         assert command == "run"
-        parameters = run.make_context("run", words).params
+        parameters = run.make_context("run", words, **CONTEXT_SETTINGS).params
         assert parameters["batch"] % (config.nproc_per_node * config.max_nodes) == 0
         assert parameters["gpus"] in ("1", "2")

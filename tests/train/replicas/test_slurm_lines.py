@@ -11,6 +11,7 @@ from pathlib import Path
 
 from torch.distributed.run import config_from_args, parse_args
 
+from prep.console import CONTEXT_SETTINGS
 from tests.helpers.project import ROOT
 from train.cli.run import run
 
@@ -59,5 +60,5 @@ def test_the_batch_script_starts_one_torchrun_on_each_node_with_valid_arguments(
     assert arguments.module and arguments.training_script == "train"
     command, *words = arguments.training_script_args
     assert command == "run"
-    parsed = run.make_context("run", words).params
+    parsed = run.make_context("run", words, **CONTEXT_SETTINGS).params
     assert parsed["gpus"] == "1" and parsed["batch"] % (config.nproc_per_node * len(calls)) == 0
