@@ -20,13 +20,12 @@ import torch
 from pipeline.augment import Augmenter, Crops
 from pipeline.engines.dali_engine import OutputFormat
 from pipeline.engines.device_stream import DeviceStream, InOrderStream
-from pipeline.engines.kernels import BatchJob, NativeKernels, address
+from pipeline.engines.kernels import ALIGNMENT_BYTES, BatchJob, NativeKernels, address, aligned_floats
 from pipeline.records import RecordBatch
 
 # Largest number of free memory blocks that are kept for later batches. If no blocks were kept, allocation would take a
 # fifth of the engine's time.
 _SPARE_BLOCKS = 3
-_ALIGNMENT_BYTES = 64
 
 
 class DecodeError(Exception):
@@ -155,12 +154,11 @@ class _BlockPool:
     def array(self, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
         """Return an uninitialized, contiguous float32 array."""
         size = int(np.prod(shape))
-        spare = _ALIGNMENT_BYTES // 4
+        spare = ALIGNMENT_BYTES // 4
         block = self._free.pop() if self._free else None
         if block is None or len(block) != size + spare:  # the last batch of an epoch can be smaller
             block = np.empty(size + spare, np.float32)
-        first = -address(block) % _ALIGNMENT_BYTES // 4
-        array = block[first : first + size].reshape(shape)
+        array = aligned_floats(block)[:size].reshape(shape)
         weakref.finalize(array, self._give_back, block).atexit = False
         return array
 

@@ -13,10 +13,17 @@
 #define EACH_CPU
 #endif
 #define INLINE static inline __attribute__((always_inline))
+#ifdef __x86_64__
+#include <immintrin.h>
+#define AVX2 __attribute__((target("avx2")))
+#define AVX2_INLINE AVX2 INLINE
+#endif
 
 #include "effects.h"
 #include "normalize.h"
 #include "resample.h"
+#include "resample_avx2.h"
+#include "regions.h"
 
 /* The part of libjpeg's programming interface that this file uses (API version 6.2, which libjpeg-turbo has). Pillow's
  * wheels contain the library but not its header. jpeg_CreateDecompress fails if the API version or the size of
@@ -216,7 +223,7 @@ static int make_image(worker *self, const batch *b, int64_t n, crop window) {
             resize_columns(&rows, b->side, first, end, self->window.at);
         if (b->effects && !add_effects(self, b, n, &window))
             return 0;
-        (b->channels_last ? rows_nhwc : rows_nchw)(&window, first, end, b->side, b->mean_side, b->scale, image);
+        normalize_rows(&window, first, end, b->side, b->mean_side, b->scale, b->channels_last, image);
     }
     if (b->box)
         erase_box(image, b->side, b->channels_last, b->box + 4 * n);
@@ -281,6 +288,7 @@ static void work(batch *b, int (*make)(worker *, const batch *, int64_t)) {
                    !__atomic_compare_exchange_n(&b->failed, &failed, k, 0, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
             }
         }
+    finish_writes();
     if (self.is_created)
         b->jpeg->destroy(&self.decoder);
     free(self.pixels.at), free(self.window.at), free(self.resizing.at), free(self.effects.at);

@@ -73,13 +73,122 @@ EACH_CPU void rows_nhwc(const crop *cur, int64_t first, int64_t end, int64_t sid
     }
 }
 
+#ifdef AVX2
+enum { PIXELS = 8 }; /* number of pixels of a row that are converted together, to three vectors of 8 floats */
+
+/* How to make 8 floats from the 24 bytes of PIXELS pixels. In channels-last order, the floats of vector v have the
+ * positions 8 * v to 8 * v + 7 of the 24 floats of these pixels. In channels-first order, they are channel v. */
+typedef struct {
+    int64_t start[2]; /* the first 4 floats need bytes of the 16 that begin at start[0], the others at start[1] */
+    __m256i order;    /* for each float, the position of its byte after `start`, followed by three zero bytes */
+    __m256 shift, scale;
+} vector_plan;
+
+AVX2_INLINE vector_plan plan_vector(int64_t v, const crop *cur, const float *scales, int channels_last) {
+    uint8_t order[32];
+    float shift[8], scale[8];
+    vector_plan plan;
+    memset(order, 128, sizeof order); /* the instruction writes a zero byte for 128 */
+    for (int64_t half = 0; half < 2; half++) {
+        int64_t source[4], last = 0; /* positions among the 24 bytes */
+        for (int64_t k = 0; k < 4; k++) {
+            const int64_t i = 4 * half + k, value = channels_last ? 8 * v + i : 3 * i + v, channel = value % 3;
+            source[k] = cur->flip ? 3 * (PIXELS - 1 - value / 3) + channel : value;
+            last = source[k] > last ? source[k] : last;
+            shift[i] = cur->shift[channel], scale[i] = scales[channel];
+        }
+        plan.start[half] = last < 16 ? 0 : 8;
+        for (int64_t k = 0; k < 4; k++)
+            order[16 * half + 4 * k] = (uint8_t)(source[k] - plan.start[half]);
+    }
+    plan.order = _mm256_loadu_si256((const __m256i *)order);
+    plan.shift = _mm256_loadu_ps(shift), plan.scale = _mm256_loadu_ps(scale);
+    return plan;
+}
+
+/* Write 8 floats past the cache. The batch is larger than the cache, so the CPU would read each line of memory before
+ * it changes the line, and would remove decoded pixels from the cache. `mean` is the address of 8 floats, or null. */
+AVX2_INLINE void write_vector(const uint8_t *pixels, vector_plan plan, const float *mean, float *out) {
+    const __m128i front = _mm_loadu_si128((const __m128i *)(pixels + plan.start[0]));
+    const __m128i back = _mm_loadu_si128((const __m128i *)(pixels + plan.start[1]));
+    const __m256i bytes = _mm256_shuffle_epi8(_mm256_set_m128i(back, front), plan.order);
+    __m256 value = _mm256_add_ps(_mm256_cvtepi32_ps(bytes), plan.shift);
+    if (mean)
+        value = _mm256_sub_ps(value, _mm256_loadu_ps(mean));
+    _mm256_stream_ps(out, _mm256_mul_ps(value, plan.scale));
+}
+
+/* As rows_nchw, or rows_nhwc if `channels_last` is 1. Each row of `out` is written from its start to its end, because
+ * writes past the cache are slow if they change between distant addresses. */
+AVX2_INLINE void write_rows(const crop *cur, int64_t first, int64_t end, int64_t side, int64_t mean_side,
+                            const float *scales, int channels_last, int has_mean, float *restrict out) {
+    vector_plan plans[3];
+    for (int64_t v = 0; v < 3; v++)
+        plans[v] = plan_vector(v, cur, scales, channels_last);
+    for (int64_t i = first; i < end; i++) {
+        const uint8_t *pixels = cur->pixels + (i - first) * cur->stride + (cur->flip ? 3 * (side - PIXELS) : 0);
+        const int64_t step = cur->flip ? -3 : 3;
+        if (channels_last) {
+            const float *mean = has_mean ? cur->mean + 3 * i * mean_side : 0;
+            float *line = out + 3 * i * side;
+            for (int64_t j = 0; j < side; j += PIXELS)
+                for (int64_t v = 0; v < 3; v++) {
+                    const int64_t at = 3 * j + 8 * v;
+                    write_vector(pixels + step * j, plans[v], has_mean ? mean + at : 0, line + at);
+                }
+        } else
+            for (int64_t v = 0; v < 3; v++) {
+                const float *mean = has_mean ? cur->mean + (v * mean_side + i) * mean_side : 0;
+                float *line = out + (v * side + i) * side;
+                for (int64_t j = 0; j < side; j += PIXELS)
+                    write_vector(pixels + step * j, plans[v], has_mean ? mean + j : 0, line + j);
+            }
+    }
+}
+
+#define WRITE_ROWS(name, channels_last)                                                                                \
+    AVX2 static void name(const crop *cur, int64_t first, int64_t end, int64_t side, int64_t mean_side,                \
+                          const float *scales, float *restrict out) {                                                  \
+        if (cur->mean)                                                                                                 \
+            write_rows(cur, first, end, side, mean_side, scales, channels_last, 1, out);                               \
+        else                                                                                                           \
+            write_rows(cur, first, end, side, mean_side, scales, channels_last, 0, out);                               \
+    }
+WRITE_ROWS(rows_nchw_avx2, 0)
+WRITE_ROWS(rows_nhwc_avx2, 1)
+#endif
+
+/* Write the rows `first` to `end` - 1 of a crop to `out`, in the layout that `channels_last` chooses. */
+static void normalize_rows(const crop *cur, int64_t first, int64_t end, int64_t side, int64_t mean_side,
+                           const float *scales, int channels_last, float *out) {
+#ifdef AVX2
+    if (__builtin_cpu_supports("avx2") && side % PIXELS == 0 && (uintptr_t)out % 32 == 0) {
+        (channels_last ? rows_nhwc_avx2 : rows_nchw_avx2)(cur, first, end, side, mean_side, scales, out);
+        return;
+    }
+#endif
+    (channels_last ? rows_nhwc : rows_nchw)(cur, first, end, side, mean_side, scales, out);
+}
+
+/* Make writes past the cache visible to other threads. */
+INLINE void finish_writes(void) {
+#ifdef AVX2
+    _mm_sfence();
+#endif
+}
+
 /* Write `count` complete crops to `out`. */
-void crop_nchw(const crop *crops, int64_t count, int64_t side, int64_t mean_side, const float *scales, float *out) {
+static void normalize_crops(const crop *crops, int64_t count, int64_t side, int64_t mean_side, const float *scales,
+                            int channels_last, float *out) {
     for (int64_t k = 0; k < count; k++)
-        rows_nchw(crops + k, 0, side, side, mean_side, scales, out + 3 * side * side * k);
+        normalize_rows(crops + k, 0, side, side, mean_side, scales, channels_last, out + 3 * side * side * k);
+    finish_writes();
+}
+
+void crop_nchw(const crop *crops, int64_t count, int64_t side, int64_t mean_side, const float *scales, float *out) {
+    normalize_crops(crops, count, side, mean_side, scales, 0, out);
 }
 
 void crop_nhwc(const crop *crops, int64_t count, int64_t side, int64_t mean_side, const float *scales, float *out) {
-    for (int64_t k = 0; k < count; k++)
-        rows_nhwc(crops + k, 0, side, side, mean_side, scales, out + 3 * side * side * k);
+    normalize_crops(crops, count, side, mean_side, scales, 1, out);
 }

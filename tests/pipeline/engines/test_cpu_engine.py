@@ -33,7 +33,7 @@ from tools.compile_native import FLAGS
         ("augment(row[side - 1 - j], shift, mean[j], scale)", "augment(row[j], shift, mean[j], scale)"),
         ("augment(row[side - 1 - j], shift, 0, scale)", "augment(row[side - j], shift, 0, scale)"),
         ("cur->shift[j % 3]", "cur->shift[0]"),
-        ("3 * i * mean_side", "3 * i * side"),
+        ("restrict mean = cur->mean + 3 * i * mean_side", "restrict mean = cur->mean + 3 * i * side"),
         ("rows[c * side + side - 1 - j]", "rows[c * side + j]"),
         ("augment(row[j], shifts[j], 0, scale[j])", "augment(row[j], 0, 0, scale[j])"),
         ("(uint8_t *)b->out + n * b->side", "(uint8_t *)b->out + k * b->side"),
