@@ -28,8 +28,9 @@ from prep.version import pip_command
 
 NAMESPACE = "alexnet"  # Ray namespace of this project's named actors
 LOCAL, AUTO = "local", "auto"
-# Ray kills a program that cannot reach the head node for _NEVER_S. A training run must survive the loss of the head
-# node, so _NEVER_S is practically unlimited. Programs that need the head node have a time limit of their own.
+# Ray kills a program that cannot reach the head node for this number of seconds. A training run must survive the loss
+# of the head node, so the time is practically unlimited. Programs that need the head node have a time limit of their
+# own.
 _NEVER_S = str(10**8)
 _CONNECT_S = 20.0  # a head node that does not accept a connection within this time is reported as an error
 _TOKEN = Path("~/.ray/auth_token")  # file in which Ray looks for the authentication token

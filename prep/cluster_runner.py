@@ -5,11 +5,11 @@
           ^                           │ counts, every second or more rarely
           └──────── _Counters <───────┘ whether the driver wants the task to stop
 
-The worker process belongs to a WorkerPool (prep/workers.py), so a task behaves as without a cluster: it has one BLAS
+The worker process belongs to a WorkerPool (prep/workers.py), so a task runs as it does without a cluster: with one BLAS
 thread and the same memory settings. If the worker process crashes, the result of the task is a WorkerDied, which has
 the index of the input that was being processed. A task is lost if its node dies, or if Ray kills its Ray worker because
 memory is low. A lost task is submitted again, and no input is reported as the cause of the loss. The worker process
-ends with its Ray worker. The Ray worker ends with its node, or with the driver.
+ends when its Ray worker ends. The Ray worker ends when its node or the driver ends.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _REPORT_S = 1.0  # interval between progress reports of a task; each report cost
 _REPORTS_PER_S = 1000  # largest number of progress reports a second that all running tasks together send
 _LOST_LIMIT = 5  # if one task is lost this number of times, `map` raises an error
 _STOP_S = 5.0  # running tasks have this time to stop before Ray kills them
-# Interval between checks of the head node; longest time without an answer from it.
+# Interval between checks of the head node, and time after which a head node that does not answer counts as lost.
 _HEAD_EVERY_S, _HEAD_LOST_S = 5.0, 30.0
 
 
@@ -186,9 +186,9 @@ def _next_run(work: Callable[..., Any], tasks: Iterator[Any], lost: deque[_Runni
 
 
 def _lost(run: _Running, failure: Exception) -> _Running:
-    """Return `run`, which is to be submitted again.
+    """Return the lost submission `run`, so that its task is submitted again.
 
-    Raises UserError if the task of `run` was lost _LOST_LIMIT times.
+    Raises UserError if the task was lost _LOST_LIMIT times.
     """
     if run.lost_before + 1 >= _LOST_LIMIT:
         raise UserError(
@@ -333,7 +333,7 @@ def _run(
 def _run_pickled(payload: bytes, task_progress: TaskProgress) -> bytes:
     """Unpickle the pair (work, task), and call `work` with the task.
 
-    The Ray worker itself does not import the modules of the task.
+    This function runs in the worker process, so the Ray worker itself does not import the modules of the task.
     """
     work, task = pickle.loads(payload)
     return pickle.dumps(work(task, task_progress))

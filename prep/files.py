@@ -60,7 +60,7 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
 def check_extension(path: Path, option: str, extensions: Sequence[str], kind: str) -> None:
     """Raise WrongArgument unless a file name ends in one of `extensions`, such as `.png`, in upper or lower case.
 
-    `option` and `kind` (`a figure is`) are parts of the message.
+    `option` and `kind` (for example `a figure is`) are parts of the message.
     """
     if path.suffix.lower() not in extensions:
         names = " or ".join(path.with_suffix(extension).name for extension in extensions[:2]) if path.name else ""
@@ -93,9 +93,10 @@ def check_output_folder(path: Path, option: str = "") -> None:
 def output_file(
     *extensions: str, kind: str = "the file is"
 ) -> Callable[[click.Context, click.Parameter, Path | None], Path | None]:
-    """Return a click callback that checks an option for an output file, if the option is given.
+    """Return a click callback for an option that names an output file.
 
-    The name must end in one of `extensions`, if extensions are given. See check_extension and check_output_file.
+    If the option is given, the callback checks the path with check_output_file. If `extensions` are given, the callback
+    also checks with check_extension that the name ends in one of the extensions.
     """
 
     def check(context: click.Context, parameter: click.Parameter, path: Path | None) -> Path | None:
@@ -193,9 +194,10 @@ no_lock_option = click.option(
 
 
 def lock_is_held(folder: Path) -> bool | None:
-    """Return whether a process holds the folder's lock; None if the file system has no locks.
+    """Return whether a process holds the folder's lock; None if this cannot be known.
 
-    The function takes a shared lock briefly and writes nothing. Raises OSError if the lock file cannot be opened.
+    It cannot be known if the file system has no locks, or if there is no lock file within `without_locks`. The function
+    takes a shared lock briefly and writes nothing. Raises OSError if the lock file cannot be opened.
     """
     try:
         with open_regular(folder / ".lock", "Remove it.") as handle:
@@ -226,5 +228,5 @@ def save_array(path: Path, array: npt.NDArray[Any]) -> None:
     np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(values))
     with atomic_file(path) as file:
         file.write(header.getvalue())
-        if values.size:  # NumPy cannot make a memoryview of bytes from an empty array
+        if values.size:  # the memoryview of an empty array cannot be cast to bytes
             file.write(values.data.cast("B"))

@@ -1,6 +1,6 @@
 """matplotlib style and rendering of figures, shared by alexprep and alextrain.
 
-A figure is rendered as PNG or SVG. Rendering a figure again gives the same bytes. matplotlib is optional (the extra
+A figure is rendered as PNG or SVG. Rendering a figure again gives the same bytes. matplotlib is optional (pip extra
 `figures`), and only `render_figure` imports it.
 """
 

@@ -1,6 +1,6 @@
-"""Start of a worker process: its signal mask, its number of BLAS threads, and the output that it prints as it starts.
+"""Starts worker processes that ignore Ctrl-C, use one BLAS thread and do not import the main program.
 
-A worker does not import the main program. If a worker does not start, the error has the last line that it printed.
+What a worker prints while it starts is kept. If the worker does not start, the error has the last line of this output.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from prep.console import UserError, address_space_text, is_memory_error
 
 @contextmanager
 def start_options() -> Iterator[None]:
-    """Processes started in a `with` block ignore Ctrl-C, use one BLAS thread and do not import the main program."""
+    """Let processes that are started in a `with` block ignore Ctrl-C, use one BLAS thread and not import `__main__`."""
     with _main_module_hidden(), _one_blas_thread(), _ctrl_c_blocked():
         yield
 

@@ -58,7 +58,7 @@ class TaskProgress:
     SIZE integers is used.
     """
 
-    SIZE = 5
+    SIZE = 5  # index of the input, done, bad, bytes, and the CPU deadline in ms
 
     def __init__(self, counters: list[int] | SharedIntegers | None = None, first: int = 0) -> None:
         self._counters = [0] * self.SIZE if counters is None else counters
@@ -107,7 +107,7 @@ class WorkerDied:
     is_too_slow: bool = False  # whether the parent ended the process because it used too much CPU time for the input
 
     def describe(self) -> str:
-        """Text for an error that says how the process ended: `was killed (SIGKILL)`, `ended with code 1`."""
+        """Return how the process ended, as part of a sentence: `was killed (SIGKILL)`, `ended with code 1`."""
         if self.is_too_slow:
             return "used too much CPU time and was ended"
         if self.exit_code >= 0:
@@ -118,7 +118,7 @@ class WorkerDied:
 
 
 class Runner(Protocol):
-    """An object that can run independent tasks: a WorkerPool, or a cluster."""
+    """An object that runs independent tasks: a WorkerPool or a ClusterRunner."""
 
     jobs: int
 
@@ -153,9 +153,9 @@ class WorkerPool:
         self._preload = preload
         self._context = multiprocessing.get_context("spawn")
         self._counters = SharedIntegers(TaskProgress.SIZE * jobs)
-        self._workers: dict[int, tuple[BaseProcess, Connection]] = {}  # slot (0..jobs − 1) -> process and connection
-        # slot -> what the worker printed so far, until its first result
-        self._start_outputs: dict[int, StartOutput] = {}
+        # A slot is the number of a worker, 0..jobs − 1. If a worker dies, the next worker in its place gets its slot.
+        self._workers: dict[int, tuple[BaseProcess, Connection]] = {}  # slot -> process and connection
+        self._start_outputs: dict[int, StartOutput] = {}  # slot -> output of a worker that has sent no result yet
         self._too_slow: set[int] = set()  # slots of workers that were ended because an input took too long
         self._checked_at = time.monotonic()
 
@@ -181,7 +181,7 @@ class WorkerPool:
         work: Callable[[T, TaskProgress], R],
         tasks: Iterator[T],
         on_progress: Callable[[Counts], None],
-        busy: dict[int, T],  # slot -> running task; the caller stops the workers in these slots
+        busy: dict[int, T],  # slot -> running task; `map` kills the workers of these slots if it ends early
     ) -> Iterator[tuple[T, R | WorkerDied]]:
         counts_before = self._counts()
         idle_slots, tasks_left = list(range(self.jobs)), True
@@ -329,7 +329,7 @@ def _serve(connection: Connection, counters: SharedIntegers, slot: int, preload:
                 outcome = work(task, task_progress), None
             except UserError as error:
                 outcome = None, error
-            # An error in the code of `work`; the traceback is sent as text, because pickling drops it.
+            # An error in the code of `work`. Its traceback is sent as text, because pickling drops a traceback.
             except Exception as error:
                 failure = RuntimeError("in a worker process:\n" + traceback.format_exc())
                 outcome = None, memory_error(error, " in a worker process", "Pass fewer --jobs.") or failure

@@ -1,7 +1,7 @@
-"""Fuzzing with hypothesis: changes files at random. A reader must accept each file, or raise an error of one line.
+"""Fuzz tests: hypothesis changes files at random, and a reader must accept each file or raise an error of one line.
 
 Hypothesis draws the changes from a fixed seed, so a test always tries the same files. A long test (marker `soak`) tries
-more files. If a file makes a reader fail, write a separate test that makes the same change to an intact file.
+more files. If a reader fails in another way, write a separate test that makes the same change to an intact file.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 
 from prep.console import UserError
 
-MAX_CPU_S = 5.0  # a reader of a small file takes milliseconds; the first call may load a library
+# Time limit of one call of a reader. Reading a small file takes milliseconds, but the first call may load a library.
+MAX_CPU_S = 5.0
 MEMORY_BYTES = 1_000_000_000
 _EXTREMES = (b"\xff" * 8, bytes(8), b"\x7f\xff\xff\xff" * 2, b"\x00\x00\x00\x80", b"\x1b[31m", b"\xe2\x80\xae")
 
@@ -152,7 +153,7 @@ def limited_memory() -> Iterator[None]:
 
 
 def reader_of(path: Path, read: Callable[[], object]) -> Callable[[bytes], object]:
-    """Return a function that writes content to `path`, and then calls `read`."""
+    """Return a function that writes its argument to the file `path`, and then calls `read`."""
 
     def write_and_read(content: bytes) -> object:
         path.write_bytes(content)

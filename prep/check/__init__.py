@@ -1,1 +1,1 @@
-"""Reading a finished store: verify the store, inspect it, export its images, plot its colours."""
+"""Verifies a finished store, describes it, exports its images, and plots its colours."""

@@ -1,9 +1,9 @@
 """Plots the colours of a split: pixels and principal axes in RGB space, the spectrum, and the colour noise.
 
 The colour noise of the paper (section 4.1) adds α·σ·v to every pixel of a training image, for each principal component.
-v is the eigenvector of the component, and σ its standard deviation. α is drawn from a normal distribution with standard
-deviation 0.1, so three standard deviations of α are 0.3. A shift by 0.3 σ along the second or third component is hard
-to see in a photograph, so the plot also shows the mean colour with shifts of up to 3 σ.
+v is the eigenvector of the component, and σ is the standard deviation of the component. α is drawn from a normal
+distribution with standard deviation 0.1, so three standard deviations of α are 0.3. A shift by 0.3 σ along the second
+or third component is hard to see in a photograph, so the plot also shows the mean colour with shifts of up to 3 σ.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from prep.store.manifest import ColorStats, Store, StoreError
 MAX_RECORDS, MAX_PIXELS = 48, 4800  # largest number of records to read, and largest number of pixels to draw
 ALPHA_STDEV = 0.1  # standard deviation of α (section 4.1)
 STEPS = (-3, -2, -1, 0, 1, 2, 3)  # shifts of the photograph (in standard deviations of α) and of the mean colour (in σ)
-AXIS_STDEVS = 2  # half length of a drawn principal axis, in standard deviations of the pixels
+AXIS_STDEVS = 2  # half length of a drawn principal axis, in standard deviations of the pixels along the axis
 PHOTOGRAPH_PX = 256  # a photograph is reduced if its side is at least twice this length
 ILSVRC = tuple(255 * value**0.5 for value in (0.2175, 0.0188, 0.0045))  # σ in grey levels, from fb.resnet.torch
 
@@ -40,9 +40,9 @@ Pixels = npt.NDArray[np.uint8]  # (..., 3) RGB
 def plot_colors(store: Store, split: str, stats: ColorStats, out: Path) -> None:
     """Draw `stats` and a sample of the split's pixels into a .png or .svg file.
 
-    Equal data give equal bytes of the file. Reads at most MAX_RECORDS records. Raises UserError if matplotlib is
-    missing, if the extension is unknown or if the file cannot be written. If UserError is raised, an existing file is
-    kept. Raises StoreError if a record is damaged; the error names the shard and the key of the record.
+    The same data always give the same file, byte for byte. Reads at most MAX_RECORDS records. Raises UserError if
+    matplotlib is missing, if the extension is unknown or if the file cannot be written; a file that existed before is
+    then kept. Raises StoreError if a record is damaged; the error names the shard and the key of the record.
     """
     format = figure_format(out, "--plot")
 
@@ -61,9 +61,9 @@ def take_sample(store: Store, split: str, stats: ColorStats, seed: int = 0) -> t
 
     pixels       uint8 (N, 3), N ≤ MAX_PIXELS, an equal share from each of at most MAX_RECORDS records
     photograph   uint8 (S, S, 3), the central square of one of these records, reduced by an integer factor so that S
-                 is less than 2·PHOTOGRAPH_PX. Of all records of the sample, the photograph's record has the colour
-                 distribution closest to a target: the split's mean and half the split's standard deviations. In an
-                 image of half contrast, small colour shifts are visible and few shifted values are clipped.
+                 is less than 2·PHOTOGRAPH_PX. The record is the one whose colours come closest to the mean of the split
+                 and to half the standard deviations of the split. In an image with so little contrast, small colour
+                 shifts are visible, and few shifted values are clipped.
 
     Raises StoreError if a record is damaged; the error names the shard and the key of the record.
     """
@@ -81,8 +81,8 @@ def take_sample(store: Store, split: str, stats: ColorStats, seed: int = 0) -> t
 def _sample_images(store: Store, split: str) -> Iterator[Pixels]:
     """Yield at most MAX_RECORDS images, uint8 (H, W, 3).
 
-    They are the first records of some shards. Records are sorted by a hash of their paths, so the first records of a
-    shard are a random sample of the split.
+    The images are those of the first records of some shards. Records are sorted by a hash of their paths, so the first
+    records of a shard are a random sample of the split.
     """
     both = zip(store.shard_paths(split), store.split(split).shards, strict=True)
     shards = [(path, shard) for path, shard in both if shard.records]
@@ -101,7 +101,7 @@ def _sample_images(store: Store, split: str) -> Iterator[Pixels]:
 
 
 def _divergence(pixels: Pixels, stats: ColorStats) -> float:
-    """Return the distance between the colours of `pixels` and the split's colours at half contrast.
+    """Return how far the colours of `pixels` are from the split's mean and from half the split's standard deviations.
 
     The distance is twice the Kullback–Leibler divergence of two normal distributions, plus a constant. 1 (in
     grey levels²) is added to each diagonal entry of both covariances, so that the distance is finite for images without
@@ -123,8 +123,8 @@ def shift_colors(
 ) -> npt.NDArray[np.float64]:
     """Shift RGB colours (..., 3) by `stdevs` standard deviations along component 0, 1 or 2.
 
-    The shifted colours are not clipped. `stdevs` is a number or an array. An array of shape (n, 1) shifts one colour n
-    times; the result has shape (n, 3).
+    The shifted colours are not clipped. `stdevs` is a number or an array. For one colour and an array of shape (n, 1),
+    the result has shape (n, 3): one shifted colour for each number in the array.
     """
     sigma: npt.NDArray[np.float64] = stats.stdevs[component] * np.array(stats.eigenvectors)[:, component]
     return np.asarray(colors) + np.asarray(stdevs) * sigma

@@ -33,7 +33,7 @@ _EXTENSIONS = {"jpeg": (".jpg", ".jpeg"), "ppm": (".ppm",)}
 _MAX_NAME_BYTES = 255
 EXTRA_CSV = "extra.csv"  # values of the extra fields
 _ROWS_AT_ONCE = 65_536
-MARKER = ".alexprep-export.json"  # a hidden file, which a build from the exported folder leaves out
+MARKER = ".alexprep-export.json"  # a hidden file: a build from the exported folder does not read it
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def write_extra(store: Store, split: str, path: Path, files: Sequence[bytes]) ->
     """Write the extra fields of all records as a CSV file that prep.extra.csv_values reads.
 
     `files` are the paths of the images in the order of the records. A vector has the columns FIELD.0, FIELD.1 and so
-    on. Numbers are written with the digits that restore them exactly. Raises StoreError if a column is damaged.
+    on. Numbers are written with enough digits to be read back exactly. Raises StoreError if a column is damaged.
     """
     fields = sorted(store.split(split).extra.items())
     header = ["path"]
@@ -123,7 +123,7 @@ def _begin_or_resume(out: Path, identity: dict[str, str]) -> None:
 
 
 def _export_shard(task: _ExportTask, task_progress: TaskProgress) -> list[bytes]:
-    """Write the images of a shard. Returns their paths relative to the export's folder, in the order of the records."""
+    """Write the images of a shard. Returns the paths of the images relative to `task.out`, in record order."""
     files = []
     for key, value in lmdb_shard.read(Path(task.path)):
         try:
@@ -149,9 +149,10 @@ def _export_shard(task: _ExportTask, task_progress: TaskProgress) -> list[bytes]
 
 
 def file_name(source: bytes, key: bytes, format: str) -> bytes:
-    """File name of an exported record: the name of the input, with the extension of `format`.
+    """Return the file name of an exported record: the name of the input.
 
-    If this name is not a valid file name, the key of the record replaces the name of the input.
+    If the name does not end in an extension of `format`, such an extension is appended. If the result is not a valid
+    file name, the key of the record replaces the name of the input.
     """
     name = source.rsplit(b"/", 1)[-1]
     extension = os.path.splitext(name)[1].lower().decode("ascii", "replace")
@@ -188,7 +189,10 @@ def _write_new_file(path: bytes, content: bytes) -> None:
 
 
 def _rename_to_new(old: bytes, new: bytes) -> None:
-    """Rename a file. Raises FileExistsError if the file `new` exists, but only on a file system with hard links."""
+    """Rename a file. Raises FileExistsError if the file `new` exists.
+
+    On a file system without hard links, the function replaces an existing file instead.
+    """
     try:
         os.link(old, new)
     except FileExistsError:

@@ -143,7 +143,7 @@ def find_record(store: Store, split: str, key: str, runner: Runner) -> FoundReco
 
 
 def record_extra(store: Store, split: str, number: int) -> dict[str, Any]:
-    """Return the extra values of a record: int, float, text, or a list of floats, by field.
+    """Return {field: value} for the extra fields of a record. A value is an int, a float, a text or a list of floats.
 
     Raises StoreError if a column is damaged.
     """

@@ -42,9 +42,9 @@ _MIN_QUALITY = 50  # below this JPEG quality, mean and covariance are not compar
 
 
 def unverifiable_settings(store: Store) -> list[str]:
-    """Return the parts of a manifest that verification cannot compare with the records, as text.
+    """Return the names of the parts of a manifest that cannot be verified, because the records do not show them.
 
-    Records do not show these parts. Only the checksum and the fingerprints of the manifest protect these parts.
+    Only the checksum and the fingerprints in the manifest protect these parts.
     """
     settings = store.settings
     parts = ["filter", "background", "reduce_above", "tools", "names of the classes"]
@@ -52,7 +52,7 @@ def unverifiable_settings(store: Store) -> list[str]:
         parts.append("quality")
     square_px = settings.side_px**2
     if settings.keep_aspect and all(split.pixels == split.records * square_px for split in store.splits.values()):
-        parts.append("keep_aspect")  # all images are square, with and without keep_aspect
+        parts.append("keep_aspect")  # all images are square, as they are in any store without keep_aspect
     return parts
 
 
@@ -86,7 +86,7 @@ def verify_split(store: Store, split: str, runner: Runner, progress: Progress, d
 
 
 def _check_manifest(store: Store, name: str) -> Iterator[Fault]:
-    """Find faults of the files that lie next to the shards. Store.open has already checked the manifest itself."""
+    """Yield the faults of the files beside the shards. Store.open has already checked the manifest itself."""
     split = store.split(name)
     named = {Path(shard.path).name for shard in split.shards}
     for folder in sorted((store.root / name).glob("[0-9]*")):
@@ -101,7 +101,8 @@ def _check_manifest(store: Store, name: str) -> Iterator[Fault]:
                 f"{name}/colour.json",
                 "",
                 "",
-                "differs from the statistics of the manifest's moments; alexprep pca-stats writes the file again",
+                "differs from the statistics computed from the moments in the manifest; alexprep pca-stats writes the "
+                "file again",
             )
     except UserError as error:
         yield Fault(f"{name}/colour.json", "", "", str(error))
@@ -121,7 +122,7 @@ def same_color_stats(written: ColorStats, computed: ColorStats) -> bool:
 
 
 def _check_files(store: Store, name: str) -> Iterator[Fault]:
-    """Compare the files next to the shards with the manifest's digests, and inputs.jsonl with the manifest's totals."""
+    """Compare the files beside the shards with the manifest's digests, and inputs.jsonl with the manifest's totals."""
     split = store.split(name)
     account, files = split.account, split_files(split.extra)
     is_intact = True
@@ -150,7 +151,7 @@ def _check_files(store: Store, name: str) -> Iterator[Fault]:
 
 
 def _check_columns(store: Store, name: str) -> Iterator[Fault]:
-    """Check types, shapes and offsets of all columns, that numbers are finite, and that texts are UTF-8."""
+    """Yield a fault if a column has a wrong type, shape or offset, a number that is not finite, or a non-UTF-8 text."""
     try:
         with closing(StoredColumns(store, name)) as columns:
             for first in range(0, store.split(name).records, _ROWS_AT_ONCE):
@@ -173,7 +174,8 @@ def _check_totals(
     for shard, found in zip(split.shards, findings, strict=True):
         labels += found.labels
         if found.records and found.keys[0] <= last_key:
-            yield Fault(shard.path, f"{found.keys[0]:08d}", "", f"follows key {last_key:08d} of the shard before")
+            what = f"not greater than key {last_key:08d}, the last key of the previous shard"
+            yield Fault(shard.path, f"{found.keys[0]:08d}", "", what)
         elif found.records and found.hashes[0] < last_hash:
             what = f"not in the order of seed {store.settings.seed}: this record belongs before the previous shard"
             yield Fault(shard.path, f"{found.keys[0]:08d}", "", what)
@@ -193,8 +195,8 @@ def _check_pixel_statistics(
 ) -> Iterator[Fault]:
     """Compare the pixel statistics of the stored images with the statistics that the build wrote.
 
-    For ppm stores, moments and mean image must be equal. For jpeg stores, mean and covariance of RGB may differ within
-    bounds.
+    For ppm stores, moments and mean image must be equal. For jpeg stores, mean and covariance of RGB may differ by at
+    most MAX_MEAN_ERROR and MAX_COVARIANCE_ERROR.
     """
     where, exact = "manifest.json", store.settings.format == "ppm"
     stated = Moments.from_json(split.moments)

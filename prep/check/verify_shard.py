@@ -1,4 +1,4 @@
-"""Verifies the records of one shard: each record by itself, their order, and their digest."""
+"""Verifies one shard: each record, the order of the records, and the digest of the shard."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class ShardFindings:
     labels: Counter[int] = field(default_factory=Counter)
     moments: Moments = field(default_factory=Moments)
     square_sum: npt.NDArray[np.int64] | None = None
-    # Hashes of the sources of the first and the last record (Listing.permutation); empty without records.
+    # source_hash of the first and of the last record; both are empty if there is no record.
     hashes: tuple[bytes, bytes] = (b"", b"")
 
 
@@ -67,8 +67,8 @@ def check_shard(task: ShardCheck, task_progress: TaskProgress) -> ShardFindings:
     """Check each record of one shard. If no record is damaged, compare the counts and the digest with the manifest.
 
     The records of a split are sorted by a hash of their source paths, keyed with the seed of the store
-    (Listing.permutation). The first record that breaks the order is a fault. Raises ShardBroken if the file is
-    truncated while it is read.
+    (Listing.permutation). Only the first record that breaks the order is reported as a fault. Raises ShardBroken if the
+    file is truncated while it is read.
     """
     found, shard, digest, size, last_key = ShardFindings(), task.shard, sha256(), 0, -1
     in_order = True
@@ -119,7 +119,7 @@ def check_shard(task: ShardCheck, task_progress: TaskProgress) -> ShardFindings:
 
 
 def source_hash(source: bytes, seed: int) -> bytes:
-    """Return the hash by which the records of a split are sorted, 8 bytes (Listing.permutation)."""
+    """Return the 8-byte hash by which the records of a split are sorted (Listing.permutation)."""
     return blake2b(source, digest_size=8, key=seed.to_bytes(8, "little")).digest()
 
 

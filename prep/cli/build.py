@@ -42,7 +42,7 @@ if TYPE_CHECKING:  # run-time imports would load LMDB and Pillow, even for --hel
     type=click.Choice(LABEL_ORDERS),
     help="Meaning of number k in a label file: the k-th class in sorted order, counted from 1 (sorted) or from 0 "
     "(sorted-from-0), the class with the name k (name), or the class with ILSVRC2012_ID k in the devkit (devkit).  "
-    "[default: devkit for a file of numbers without names; in other files, a number must have a single meaning]",
+    "[default: devkit for a file of numbers without names; for other files, the only meaning that is possible]",
 )
 @click.option(
     "--devkit",
@@ -176,10 +176,10 @@ def build_lmdb(
 
 
 def _list_splits(found: Mapping[str, SplitSource], options: ListOptions, store: Path, restart: bool) -> list[Source]:
-    """List all splits.
+    """List the inputs of all splits.
 
     All splits have the same classes: those of the store, of an unfinished build in the store, or of the first split.
-    Raises WrongArgument if --labels is given and every split has class folders.
+    Raises WrongArgument if --labels is given, but no split gets its labels from this file.
     """
     from prep.build.resume import begun_classes
     from prep.inputs.sources import list_source

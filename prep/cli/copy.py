@@ -37,8 +37,8 @@ def copy(source: str, target: str, jobs: int | None, as_json: bool) -> None:
     """Copy the store SRC to DST, and verify every file after it has arrived.
 
     SRC and DST are folders or URLs: s3://BUCKET/PREFIX, gs://BUCKET/PREFIX or file:///PATH. URLs with s3:// and gs://
-    need the extra `remote`. Environment variables give the credentials. For s3:// set AWS_ACCESS_KEY_ID,
-    AWS_SECRET_ACCESS_KEY, AWS_REGION and AWS_ENDPOINT_URL, or AWS_PROFILE. For gs:// set
+    need the package obstore (pip extra `remote`). Environment variables give the credentials. For s3:// set
+    AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION and AWS_ENDPOINT_URL, or AWS_PROFILE. For gs:// set
     GOOGLE_APPLICATION_CREDENTIALS.
 
     The command compares each shard with its digest in the manifest, and reads back every file that it sends to a

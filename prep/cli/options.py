@@ -37,8 +37,8 @@ cluster_option = click.option(
 allow_empty_option = click.option(
     "--allow-empty-classes",
     is_flag=True,
-    help="Accept classes without a photograph. Classes without a photograph keep their labels.  [default: the command "
-    "ends with an error that names such classes]",
+    help="Accept classes without a photograph; such classes keep their labels.  [default: the command ends with an "
+    "error that names such classes]",
 )
 
 _RECORD_OPTIONS = (
@@ -69,7 +69,7 @@ _RECORD_OPTIONS = (
         type=click.Choice(FILTERS),
         default="area",
         show_default=True,
-        help="Rescaling filter; with area, small images are enlarged by bicubic.",
+        help="Rescaling filter; with area, images that are smaller than --side are enlarged by bicubic.",
     ),
     click.option(
         "--seed",
@@ -142,7 +142,7 @@ _RECORD_OPTIONS = (
 
 
 def record_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the options of the commands that build a split: record format, bad inputs, worker processes, JSON."""
+    """Add the options of the commands that build a split: record format, bad inputs, worker processes, --json."""
     for option in reversed(_RECORD_OPTIONS):
         command = option(command)
     return command
@@ -163,8 +163,5 @@ def make_runner(cluster: str | None, jobs: int | None, preload: str = "") -> Wor
 
 
 def path_for(cluster: str | None, path: Path) -> Path:
-    """Return `path`.
-
-    For a cluster, the path is made absolute, because the processes of a cluster have other working directories.
-    """
+    """Return `path`, made absolute for a cluster, because a cluster's processes have other working directories."""
     return path if cluster is None else Path(os.path.abspath(path))

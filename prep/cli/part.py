@@ -36,7 +36,7 @@ def parse_part(part: str | None, cluster: str | None, dry_run: bool, restart: bo
 
 
 def command_line(context: click.Context) -> str:
-    """Return the command line of `build-lmdb` without --part, --jobs and --json, for messages."""
+    """Return the `build-lmdb` command that the user typed, without --part, --jobs and --json, for messages."""
     words = ["alexprep", "build-lmdb"]
     for parameter in context.command.params:
         name, value = parameter.name or "", context.params.get(parameter.name or "")

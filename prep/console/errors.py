@@ -24,7 +24,7 @@ class UserError(ValueError):
 class WrongArgument(UserError):
     """An option or argument that the command cannot take: malformed, out of range, or in conflict with another option.
 
-    click also exits with code 2 for unknown commands and options.
+    The exit code is 2, which click also uses for unknown commands and options.
     """
 
     exit_code = 2
@@ -46,7 +46,7 @@ def disk_error(error: OSError, text: str) -> UserError:
 
 
 class Terminated(BaseException):
-    """SIGTERM or another terminating signal as an exception. Clean-up code then runs as after Ctrl-C."""
+    """SIGTERM or another terminating signal, raised as an exception so that clean-up code runs as after Ctrl-C."""
 
     def __init__(self, signum: int = signal.SIGTERM) -> None:
         super().__init__()

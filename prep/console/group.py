@@ -23,7 +23,7 @@ CONTEXT_SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 
 
 
 class FiniteRange(click.FloatRange):
-    """Like click.FloatRange, a number in a range, but NaN is refused."""
+    """A number in a range, as for click.FloatRange, except that NaN is refused."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """Return the number. Raises click.BadParameter for a number outside of the range, and for NaN."""
@@ -106,7 +106,7 @@ class Group(click.Group):
         self.resumable = resumable
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the command line after `prepare_streams`. Parameters and result are those of click.Group.main."""
+        """Call prepare_streams, then run the command line. Parameters and result are those of click.Group.main."""
         prepare_streams()
         return super().main(*args, **kwargs)
 

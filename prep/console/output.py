@@ -82,8 +82,8 @@ def print_line(text: str = "") -> None:
 def print_json(data: dict[str, Any]) -> None:
     """Print one JSON object on one line of standard output.
 
-    JSON escapes all characters outside ASCII and all control characters. A program therefore reads names exactly as
-    they are in files. Raises the same exceptions as print_line.
+    JSON escapes all characters outside ASCII and all control characters, so a program that parses the line gets every
+    name unchanged. Raises the same exceptions as print_line.
     """
     _print_result(json.dumps(data))
 

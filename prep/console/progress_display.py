@@ -53,10 +53,7 @@ class Progress:
         return max(0, self.total - self.done) / max(self.rate(), 1e-9)
 
     def notes(self) -> list[str]:
-        """Return texts with the bytes written and with the number of bad inputs.
-
-        A text is left out if its number is 0.
-        """
+        """Return a text with the bytes written and a text with the number of bad inputs, each only if it is not 0."""
         return [bytes_text(self.size_bytes)] * bool(self.size_bytes) + [f"{self.bad:,} bad"] * bool(self.bad)
 
 

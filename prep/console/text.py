@@ -46,9 +46,9 @@ def path_of(text: str) -> Path:
 
 
 def did_you_mean(value: object, allowed: Sequence[str]) -> str:
-    """Return ` Did you mean released?` with the values of `allowed` that are most similar to `value`.
+    """Return a question such as ` Did you mean released?` with the one or two values most similar to `value`.
 
-    Returns "" if no value is similar.
+    Returns "" if no value of `allowed` is similar.
     """
     similar = get_close_matches(str(value), allowed, 2, 0.5)
     return f" Did you mean {' or '.join(similar)}?" if similar else ""

@@ -3,8 +3,8 @@
 obstore, the library that reads and writes buckets, takes settings from environment variables and from the metadata
 services of EC2, ECS and EKS. Unlike the AWS command line and boto3, obstore does not read ~/.aws/credentials and
 ~/.aws/config. This module reads these two files. Profiles that need a login or another role (sso_*, role_arn,
-credential_process) are not supported. For a profile that is not supported, `aws configure export-credentials --format
-env` prints environment variables.
+credential_process) are not supported. For such a profile, `aws configure export-credentials --format env` prints the
+credentials as environment variables, which obstore reads.
 """
 
 from __future__ import annotations
@@ -33,8 +33,9 @@ _VARIABLES = {  # setting -> environment variables that take precedence over the
 def profile_settings(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
     """Return settings for S3Store from the profile that AWS_PROFILE names, or from the profile `default`.
 
-    A setting is left out if an environment variable gives it. An access key in the environment replaces all keys of the
-    profile, as in the AWS command line. Raises UserError if a file cannot be read, or if neither file has the profile.
+    A setting is left out if an environment variable gives it. If AWS_ACCESS_KEY_ID is in the environment, the access
+    key, the secret key and the session token of the profile are left out, as in the AWS command line. Raises UserError
+    if a file cannot be read, or if neither file has the profile that AWS_PROFILE names.
     """
     profile = environment.get("AWS_PROFILE", "")
     home = Path(environment.get("HOME", "~")).expanduser()

@@ -1,4 +1,4 @@
-"""The files of a store that a copy transfers, and the check of each file against the manifest."""
+"""Lists the files of a store for `alexprep copy`, and checks each file against the manifest."""
 
 from __future__ import annotations
 
@@ -26,11 +26,12 @@ from prep.store.manifest import (
 
 MANIFEST = "manifest.json"
 _MAX_NPY_HEADER_BYTES = 65_536
-CHECKSUMS = "SHA256SUMS"  # file in object storage: digests of all files, in the format of the program sha256sum
+# Digests of all files, in the format of the program sha256sum. Only a store in object storage has this file.
+CHECKSUMS = "SHA256SUMS"
 
 
 class Damaged(Exception):
-    """A file differs from the manifest. The message names the difference and both values."""
+    """A file differs from the manifest. The message states the difference."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def store_files(store: Store) -> list[StoreFile]:
 
 
 def check_content(file: StoreFile, path: Path) -> str:
-    """Compare the local file `path` with the manifest, and return its SHA-256 (hex).
+    """Compare the local file `path` with `file`, its entry from the manifest. Returns the SHA-256 (hex) of the file.
 
     The path of a shard must end in data.mdb. Raises Damaged if the file differs from the manifest.
     """
@@ -119,7 +120,7 @@ def _check_color_stats(expected: ColorStats, path: Path) -> None:
     except (StoreError, TypeError, ValueError) as error:
         raise Damaged(f"{path.name} cannot be read ({error})") from None
     if not same:
-        raise Damaged(f"{path.name} differs from the statistics that the manifest's moments give")
+        raise Damaged(f"{path.name} differs from the statistics computed from the moments in the manifest")
 
 
 def format_checksums(digests: dict[str, str]) -> bytes:

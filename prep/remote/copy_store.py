@@ -2,13 +2,14 @@
 
 A copy has these steps:
 
-1.  Read the source's manifest and check its checksum. Refuse a destination that contains anything other than a complete
-    or unfinished copy of the source.
+1.  Read the source's manifest and verify the checksum in it. Refuse a destination that contains anything other than a
+    complete or unfinished copy of the source.
 2.  Write source.json of the journal (journal.py), then copy and verify the files in worker processes (copy_task.py).
     Files that the journal lists are skipped if they are still unchanged in the destination.
 3.  Check that the verified files in the destination are unchanged. Check that the source's manifest and the journal's
     source.json are unchanged.
-4.  In object storage, write SHA256SUMS. Then write manifest.json, and read it back from the destination.
+4.  If the destination is in object storage, write SHA256SUMS. Then write manifest.json, and read it back from the
+    destination.
 5.  Delete the journal.
 
 The manifest is written last, so a folder with a manifest is a complete store. A command that opens an unfinished copy
@@ -61,7 +62,7 @@ class CopyPlan:
     checksums: dict[str, str]  # path -> SHA-256 (hex) from the source's SHA256SUMS
     arrivals: dict[str, Arrival]  # path -> file that an earlier run copied and verified
     is_complete: bool  # whether the destination is already a complete copy
-    scratch: Path  # folder for files that are copied from one bucket to another
+    scratch: Path  # local folder for temporary files of a copy between two buckets; Path() for other copies
 
     @property
     def size_bytes(self) -> int:
@@ -185,7 +186,9 @@ def run_copy(plan: CopyPlan, runner: Runner, progress: Progress) -> CopyResult:
             )
         arrivals[task.file.path] = copied.arrival
         retries += copied.retries
-    retries -= plan.retries  # if the runner ran the tasks in this process, plan.retries has counted their requests, too
+    # Tasks that ran in this process have also increased plan.retries. Each retry counts once, because plan.retries is
+    # subtracted now and added at the end.
+    retries -= plan.retries
     if not plan.is_complete:
         _finish(plan, arrivals)
     if not plan.is_complete or journal.read_source(target) is not None:
@@ -260,7 +263,7 @@ def _holds_store(target: Folder, identity: CopySource, states: dict[str, FileSta
 
 
 def _arrivals(target: Folder, identity: CopySource, paths: list[str]) -> dict[str, Arrival]:
-    """Return the files of an unfinished copy that have arrived, by path.
+    """Return {path: arrival} for the files of an unfinished copy that have arrived.
 
     Raises UserError if the destination has files but no unfinished copy, or if the copy is of another store.
     """

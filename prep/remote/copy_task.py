@@ -5,11 +5,12 @@ content of the temporary file is compared with the manifest, which has a SHA-256
 A file from object storage is also compared with SHA256SUMS. In a local destination, the temporary file then gets its
 final name.
 
-If the destination is in object storage, the source file or the temporary file is compared with the manifest and sent.
-The copy is then read back from the server. The bytes from the server must have the SHA-256 of the file that was sent.
-The server's own checksum is not sufficient. The ETag of a multipart upload is not a digest of the content, and not
-every server computes checksums. Reading the files back doubles the traffic. S3 and Google charge nothing for traffic
-inside a region. S3 and Google charge their usual fee for other traffic.
+If the destination is in object storage, the local source file (or the temporary file, if the source is in object
+storage, too) is compared with the manifest and sent. The copy is then read back from the server. The bytes from the
+server must have the SHA-256 of the file that was sent. The server's own checksum is not sufficient, because the ETag of
+a multipart upload is not a digest of the content, and because not every server computes checksums. Reading the files
+back doubles the traffic. S3 and Google charge nothing for traffic inside a region, and their usual fee for other
+traffic.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class CopyTask:
     file: StoreFile
     state: FileState  # state of the file in the source
     checksum: str  # SHA-256 (hex) of the file in the source's SHA256SUMS; empty if SHA256SUMS is not used
-    scratch: Path  # folder for files that are copied from one bucket to another
+    scratch: Path  # local folder for temporary files of a copy between two buckets; Path() for other copies
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ def _copy_once(task: CopyTask, source: Folder, target: Folder, count: CountBytes
 
 
 def _download(task: CopyTask, source: Folder, temporary: Path, count: CountBytes) -> str:
-    """Download the file to `temporary`, sync it to the disk and check its content. Returns the file's SHA-256 (hex)."""
+    """Copy the file to `temporary`, sync it to the disk and check its content. Returns the file's SHA-256 (hex)."""
     digest = sha256()
     disk = task.target if task.scratch == Path() else f"{task.scratch} (to use another folder, set TMPDIR)"
     try:

@@ -40,7 +40,7 @@ class Folder(Protocol):
         """Return whether the folder contains no file. A missing folder is empty."""
 
     def states(self, paths: Iterable[str]) -> dict[str, FileState]:
-        """Return {path: state}. Missing files are left out."""
+        """Return {path: state} for the files `paths`. Missing files are left out."""
 
     def read(self, path: str) -> bytes:
         """Return the content of a small file, of at most MAX_SMALL_FILE_BYTES. Raises UserError for a larger file."""

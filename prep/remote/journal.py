@@ -3,11 +3,13 @@
 If an interrupted copy is run again, it skips the files that the journal lists.
 
     DST/.copy/source.json               digest of the source's manifest, which identifies the store that is copied
-    DST/.copy/train/00000/data.mdb.json size, version and SHA-256 of train/00000/data.mdb, after this file was verified
+    DST/.copy/train/00000/data.mdb.json size, version and SHA-256 of train/00000/data.mdb; written after the data.mdb
+                                        was verified
     DST/.copy/incoming/…                only in a local destination: files that are being transferred
 
-A file counts as arrived only if its size and version in the destination are still those in the journal. The version is
-the ETag or the modification time. The last step of a copy deletes the folder .copy.
+A file counts as arrived only if its size and version in the destination are still those in the journal. The version of
+a file is its ETag in object storage, and its modification time in a local folder. The last step of a copy deletes the
+folder .copy.
 """
 
 from __future__ import annotations
@@ -51,7 +53,10 @@ class Arrival:
 
 
 def read_source(target: Folder) -> CopySource | None:
-    """Return the identity of the store that was being copied to `target`; None if `target` has no unfinished copy."""
+    """Return the identity of the store that was being copied to `target`; None if `target` has no unfinished copy.
+
+    If source.json is damaged, the result differs from every store.
+    """
     try:
         return decode(CopySource, target.read(SOURCE), SOURCE, "")
     except FileNotFoundError:
@@ -117,7 +122,7 @@ def remove_journal(target: Folder, paths: Iterable[str]) -> None:
 def _for_each(request: Callable[[str], T], paths: Iterable[str]) -> list[T]:
     """Call `request` for each path, in several threads, and return the results in the order of the paths.
 
-    Ctrl-C waits only for the requests that have been sent.
+    After Ctrl-C, no further requests are sent.
     """
     threads = ThreadPoolExecutor(_REQUESTS_AT_ONCE)
     try:

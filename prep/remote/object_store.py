@@ -1,9 +1,10 @@
 """Reads and writes a folder in a bucket of S3 or Google Cloud Storage, with the library obstore.
 
 A request that fails because of the connection or the server is sent again. obstore first repeats the request almost at
-once (INNER_RETRIES). This module then repeats the request after each of the waiting times WAITS_S. A large file is read
-in parts of CHUNK_BYTES, and only a part that failed is read again. A large file is written as a multipart upload. The
-file appears in the bucket as a whole or not at all. obstore repeats a part that failed.
+once (INNER_RETRIES). If these tries fail, too, this module sends the request again after each of the waiting times in
+WAITS_S, until a try succeeds. A large file is read in parts of CHUNK_BYTES, and only a part that failed is read again.
+A large file is written as a multipart upload, in which obstore repeats a part that failed. The file appears in the
+bucket as a whole or not at all.
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ INNER_RETRIES: dict[str, Any] = {
 WAITS_S = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)  # mean waiting times before the second and later tries of a request
 # Time limits of a request for one part, long enough for a slow uplink.
 _TIMEOUTS = {"connect_timeout": "5s", "timeout": "900s"}
-# Longest time in which no byte is received. _READ_TIMEOUT is set only for reading. In an upload, _READ_TIMEOUT would
-# include the time in which the part is sent.
+# A download request fails if no byte arrives for this time. Upload requests do not have this limit, because the limit
+# would include the time in which a part is sent.
 _READ_TIMEOUT = "60s"
 _PARTS_AT_ONCE = 2  # number of parts of one upload that are kept in memory and sent at the same time
 _MAX_PARTS = 9_000  # largest number of parts of one upload; S3 allows 10,000
@@ -77,7 +78,7 @@ class ObjectFolder:
         if scheme == "s3":
             kind = self._obstore.store.S3Store
             options |= profile_settings()
-        # obstore uses http:// without TLS only if the endpoint of the user begins with http://.
+        # With allow_http, obstore connects without TLS only if the user's endpoint begins with http://.
         client_options = {**_TIMEOUTS, "allow_http": True}
         try:
             self._store: Any = kind(bucket, **options, client_options={**client_options, "read_timeout": _READ_TIMEOUT})
@@ -158,7 +159,8 @@ class ObjectFolder:
     def _tried(self, path: str, request: Callable[[], T]) -> T:
         """Send a request and return its result.
 
-        If the request fails for a temporary reason, send it again after each of the waiting times WAITS_S.
+        If the request fails for a temporary reason, send it again after each of the waiting times in WAITS_S, until it
+        succeeds.
         """
         waits_s = list(WAITS_S)
         while True:
@@ -206,7 +208,7 @@ class ObjectFolder:
             code = re.search(r"<Code>(\w+)</Code>", text)
             reason = code[1] if code else _reason(error)
             raise UserError(
-                f"{where}: permission denied ({reason}). {_CREDENTIALS[self._scheme]} of an account that may read, "
+                f"{where}: permission denied ({reason}). {_CREDENTIALS[self._scheme]}, with an account that may read, "
                 "write and list this bucket."
             ) from None
         if "PermanentRedirect" in text or "BareRedirect" in text or "IllegalLocationConstraint" in text:
@@ -220,8 +222,8 @@ class ObjectFolder:
 
 # Text in the GenericError that obstore raises if the server refuses to list objects or to begin a multipart upload.
 _REFUSED = "status code: 403"
-# Addresses of the metadata service of a machine in the cloud. If the environment has no credentials, obstore asks this
-# service for credentials.
+# Addresses of the metadata service that machines in the cloud have. obstore asks this service for credentials if the
+# environment has none.
 _METADATA_SERVICE = re.compile(r"//169\.254\.|/latest/api/token|/latest/meta-data/|/computeMetadata/")
 
 
@@ -251,11 +253,9 @@ def _reason(error: Exception) -> str:
 def _interruptible(request: Callable[[], T]) -> T:
     """Run a request in such a way that Ctrl-C ends the command at once.
 
-    A call of obstore returns only when its request has ended, even after Ctrl-C.
-
-    In the main thread of the command, the request therefore runs in another thread. In other threads and in worker
-    processes, the request runs directly: Ctrl-C interrupts only the main thread, and the command can kill worker
-    processes.
+    A call of obstore returns only when its request has ended, even after Ctrl-C. If the main thread of the command
+    calls this function, the request therefore runs in another thread. Otherwise, the request runs directly, because
+    Ctrl-C interrupts only the main thread, and because the command can kill worker processes.
     """
     in_worker = multiprocessing.parent_process() is not None
     if in_worker or threading.current_thread() is not threading.main_thread():

@@ -2,13 +2,13 @@
 
 `read_regular` and `open_regular` open a file. `decode` turns the bytes of a JSON file into a typed model. `read_npy`
 and `read_npz` return the arrays of NumPy files. `convert` checks Python objects that another library has read, such as
-the metadata of a checkpoint. Each error has one line: the file, the field, the value found, the value expected, and the
-next step.
+the metadata of a checkpoint. Each error message is one line that states the file, the field, the value found, the value
+expected, and the next step.
 
-A model is a `msgspec.Struct`, a frozen dataclass or a TypedDict. The type of a field includes its bounds. The models of
-manifest.json and colour.json, whose format has a schema number, refuse unknown fields (`forbid_unknown_fields=True`,
-see also prep/schema/unknown_fields.py). Files of a run folder, work files and files of other programs have no schema
-number, so the models of such files ignore unknown fields.
+A model is a `msgspec.Struct`, a frozen dataclass or a TypedDict. The type of a field includes the bounds of its value.
+The models of manifest.json and colour.json, whose format has a schema number, refuse unknown fields
+(`forbid_unknown_fields=True`, see also prep/schema/unknown_fields.py). Files of a run folder, work files and files of
+other programs have no schema number, so the models of such files ignore unknown fields.
 """
 
 from prep.schema.arrays import ArrayShape, decode_npy, read_npy, read_npz, view_npy

@@ -61,8 +61,8 @@ def read_npy(
     """
     if None in expected.shape:
         return decode_npy(read_regular(path, path.stat().st_size, advice, error), expected, str(path), advice, error)
-    # Up to 16 bytes are allowed for each number. An array of a larger type than expected is then read, and refused by
-    # type.
+    # Up to 16 bytes are allowed for each number, so that an array of a larger type than expected is still read. The
+    # error then names the wrong type, not the size of the file.
     max_bytes = _HEADER_BYTES + 16 * math.prod(length or 0 for length in expected.shape)
     return decode_npy(read_regular(path, max_bytes, advice, error), expected, str(path), advice, error)
 

@@ -27,7 +27,7 @@ class _Refused(ValueError):
 
 
 def decode(type_: type[T], content: bytes, name: str, advice: str, error: Callable[[str], UserError] = UserError) -> T:
-    """Return the value of a JSON text, checked against the model `type_`.
+    """Parse a JSON text, and return its value as an object of the model `type_`.
 
     `name` is the name of the file or line in errors, and `advice` is the last sentence of an error. Raises `error` for
     text that parse_json refuses, and for the first field that the model does not allow.
@@ -36,11 +36,11 @@ def decode(type_: type[T], content: bytes, name: str, advice: str, error: Callab
 
 
 def convert(type_: type[T], data: object, name: str, advice: str, error: Callable[[str], UserError] = UserError) -> T:
-    """Return a Python object of dicts, lists, tuples, strings and numbers, checked against the model `type_`.
+    """Return `data` as an object of the model `type_`. `data` consists of dicts, lists, tuples, strings and numbers.
 
-    The arguments and errors are those of `decode`. Strings must be valid Unicode, without lone surrogates. The data may
-    have at most MAX_DEPTH levels and MAX_VALUES values. NaN and infinite numbers are allowed where the type is `float`
-    without bounds; the types `Finite` and `NonNegative` refuse them.
+    The other arguments and the errors are those of `decode`. Strings must be valid Unicode, without lone surrogates.
+    The data may have at most MAX_DEPTH levels and MAX_VALUES values. NaN and infinite numbers are allowed where the
+    type is `float` without bounds; the types `Finite` and `NonNegative` refuse them.
     """
     try:
         _check_size(data)
@@ -53,8 +53,8 @@ def parse_json(content: bytes, name: str, advice: str, error: Callable[[str], Us
     """Return the value of a JSON text that no model describes. If there is a model, use `decode` instead.
 
     Raises `error` unless the content is strict JSON in UTF-8 without byte order mark. NaN, infinite numbers, lone
-    surrogates, control characters in a string, and a key twice in one object are refused. More than MAX_DEPTH levels or
-    more than MAX_VALUES values are refused, too.
+    surrogates, control characters in a string, and objects with the same key twice are refused. More than MAX_DEPTH
+    levels or more than MAX_VALUES values are refused, too.
     """
     try:
         text = content.decode("utf-8")
@@ -174,7 +174,10 @@ class _Path(list[str | int]):
 
 
 def _resolved_path(type_: Any, data: Any, message: str, location: str) -> _Path:
-    """Return the path to the wrong value. The path has the keys of mappings; msgspec's message has only `[...]`."""
+    """Return the path to the wrong value.
+
+    msgspec's message has `[...]` in place of the key of a mapping. The returned path has the key.
+    """
     path = _Path()
     for match in _PATH_PART.finditer(location):
         name, index = match.groups()

@@ -1,4 +1,4 @@
-"""Types of fields that many models share, and the text of an expected type in errors."""
+"""Field types that many models use, and the texts that describe an expected type in errors."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Text = Annotated[str, Meta(max_length=4096)]
 
 
 def one_of(*values: str) -> Meta:
-    """Return the bound of a string that must be one of `values`. These must consist of letters, digits, _ and -."""
+    """Return a Meta for a string that must be one of `values`. The values may have only letters, digits, _ and -."""
     return Meta(
         pattern=rf"^({'|'.join(values)})(?![\s\S])",
         extra={"expected": " or ".join(values)},
@@ -32,7 +32,7 @@ _NAMES = {"Any": "any value", "None": "null", "Bool": "true or false", "Bytes": 
 
 
 def text_of(node: Any) -> str:
-    """Return the text of an expected type, such as `an integer of at least 0`; `node` is from msgspec.inspect."""
+    """Return the name of a type of msgspec.inspect for errors, such as `an integer of at least 0`."""
     kind = type(node).__name__.removesuffix("Type")
     if kind == "Metadata":
         return str((node.extra or {}).get("expected") or text_of(node.type))

@@ -43,7 +43,8 @@ def finder(type_: Any) -> _Find | None:
 def _finder(node: Any, known: dict[int, list[_Find | None]]) -> _Find | None:
     """Return the function that `finder` describes, for a type of msgspec.inspect.
 
-    `known` has the functions of the object types around `node`, because an object type can contain itself.
+    An object type can contain itself. `known` therefore has an entry for each object type around `node`: a list that
+    holds the function of the type, or None while the function is being made.
     """
     is_strict = False
     while type(node).__name__ == "Metadata":

@@ -16,9 +16,10 @@ from typing import Any
 from prep.schema import shown
 from prep.store.models import ColorStats, ExtraField, Manifest, MomentsJson, Settings, Shard, Split
 
-# Largest difference that counts as a rounding error; for covariances, relative to the sum of the variances.
+# A difference of at most this value counts as a rounding error. For covariances, the limit is this value times the sum
+# of the variances (or times 1, if the sum is smaller).
 _ROUNDING = 1e-6
-SPLIT_FILES = ("mean_image.npy", "inputs.jsonl")  # files of every split whose digests are in Split.account
+SPLIT_FILES = ("mean_image.npy", "inputs.jsonl")  # files that every split has; Split.account has their digests
 _NUMBER_BYTES = {"int": 8, "float": 4, "vector": 4}  # size of one number of an extra field
 
 
@@ -28,12 +29,12 @@ def digest_json(data: Any) -> str:
 
 
 def extra_files(name: str, type_: str) -> tuple[str, ...]:
-    """Return the files of an extra field, relative to the folder of the split."""
+    """Return the paths of the files of an extra field, relative to the folder of the split."""
     return (f"extra/{name}.npy", f"extra/{name}.offsets.npy") if type_ == "text" else (f"extra/{name}.npy",)
 
 
 def split_files(extra: Mapping[str, ExtraField]) -> tuple[str, ...]:
-    """Return the files of a split whose digests are in Split.account: SPLIT_FILES and the files of `extra`."""
+    """Return the paths of all files that have a digest in Split.account: SPLIT_FILES, and the files of `extra`."""
     return (*SPLIT_FILES, *(file for name, field in extra.items() for file in extra_files(name, field.type)))
 
 
@@ -43,10 +44,10 @@ def split_fingerprint(
     extra: Mapping[str, ExtraField] | None = None,
     files: Mapping[str, str] | None = None,
 ) -> str:
-    """Return the SHA-256 (hex) of one split, over its class names and the digests of its shards, in order.
+    """Return the fingerprint of one split: the SHA-256 (hex) of the class names and of the shards' digests, in order.
 
-    If the split has extra fields, the fingerprint also covers each field's type and width, and the digests of its
-    files. `files` is {file: digest}.
+    If the split has extra fields, the fingerprint also covers the type, the width and the file digests of each field.
+    `files` is {path of a file: digest}, as in Split.account.
     """
     content: dict[str, Any] = {"classes": list(classes), "shards": [shard.digest for shard in shards]}
     if extra and files is not None:
@@ -62,7 +63,7 @@ def split_fingerprint(
 
 
 def disagreements(manifest: Manifest, data: dict[str, Any]) -> Iterator[str]:
-    """Yield a text for each rule that a manifest breaks; `data` is the same manifest as JSON objects."""
+    """Yield a text for each rule that a manifest breaks. `data` is the parsed JSON of the same manifest."""
     name = next((name for name, count in Counter(manifest.classes).items() if count > 1), None)
     if name is not None:
         yield f"the list classes has the name {shown(name)} twice, expected once"
@@ -84,7 +85,7 @@ def disagreements(manifest: Manifest, data: dict[str, Any]) -> Iterator[str]:
 
 
 def _split_pairs(manifest: Manifest, name: str, split: Split) -> Iterator[tuple[str, object, object]]:
-    """Yield (description, value found, value expected) for each rule of one split. The values may be equal."""
+    """Yield (description, value found, value expected) for each rule of one split, whether it is broken or not."""
     shards, account = split.shards, split.account
     yield "number of records of all shards", sum(shard.records for shard in shards), split.records
     yield "number of bytes of all shards", sum(shard.bytes for shard in shards), split.bytes
@@ -137,7 +138,7 @@ def impossible_moments(moments: MomentsJson) -> Iterator[str]:
             if outer[i][j] != outer[j][i]:
                 yield f"outer.{i}.{j} is {outer[i][j]}, expected the value of outer.{j}.{i}, {outer[j][i]}"
             elif outer[i][j] ** 2 > outer[i][i] * outer[j][j]:
-                yield f"outer.{i}.{j} is {outer[i][j]}, expected at most the root of outer.{i}.{i}·outer.{j}.{j}"
+                yield f"outer.{i}.{j} is {outer[i][j]}, expected at most the square root of outer.{i}.{i}·outer.{j}.{j}"
 
 
 def inconsistent_statistics(stats: ColorStats) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""Format of one record: a Caffe Datum (protobuf message) with a source path and a CRC-32, encoded and decoded here.
+"""Encodes and decodes records. A record is a Caffe Datum (a protobuf message) with a source path and a CRC-32.
 
 Datums are so simple that this module writes and parses them without the protobuf library. Two fields that protobuf does
 not require are always written:
@@ -98,7 +98,10 @@ class ImageSpan(NamedTuple):
 
 
 def locate_image(value: memoryview) -> ImageSpan:
-    """Find the image in a record. Nothing is copied or verified. Raises DatumError if the record has another format."""
+    """Find the image in a record, without a copy. Raises DatumError if the record has another format.
+
+    The checksum is not verified.
+    """
     header = _HEADER_FIELDS.match(value)
     if header:
         height, width, size = (_varint_value(varint) for varint in header.groups())

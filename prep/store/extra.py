@@ -6,9 +6,9 @@
     train/extra/caption.npy           text: uint8, the UTF-8 bytes of all texts, one after another
     train/extra/caption.offsets.npy   text: int64 (N + 1,); text k has the bytes offsets[k] to offsets[k + 1] − 1
 
-N is the number of records. Rows are in the order of the records. Numbers with a fraction are float32, the type of the
-images and of most losses, so that a batch needs no conversion. The manifest has type, width and size of each field, and
-the digests of the files.
+N is the number of records. Rows are in the order of the records. Numbers of the types float and vector are float32,
+because images and most losses are float32 as well, so a batch needs no conversion. The manifest has type, width and
+size of each field, and the digests of the files.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ from prep.store.manifest import ADVICE, ExtraField, Store, StoreError, extra_fil
 
 FOLDER = "extra"
 DTYPES = {"int": "<i8", "float": "<f4", "vector": "<f4", "text": "|u1"}
-Value = int | float | str | npt.NDArray[np.float32]  # the value of one record
+Value = int | float | str | npt.NDArray[np.float32]  # the value of an extra field for one record
 _MAX_HEADER_BYTES = 65_536
 _ROWS_AT_ONCE = 65_536  # largest number of rows whose texts are copied at once
 
 
 @dataclass(frozen=True)
 class Column:
-    """The values of one field, one for each row."""
+    """One extra field: a value for each row."""
 
     type: str  # one of EXTRA_TYPES
     values: npt.NDArray[Any]  # dtype and shape: see the docstring of this module
@@ -51,7 +51,7 @@ class Column:
 
     @staticmethod
     def of_texts(texts: Sequence[bytes]) -> Column:
-        """Return the column of these texts in UTF-8."""
+        """Return a column of the type text. `texts` must be UTF-8."""
         offsets = np.zeros(len(texts) + 1, np.int64)
         np.cumsum([len(text) for text in texts], out=offsets[1:])
         return Column("text", np.frombuffer(b"".join(texts), np.uint8), offsets)
@@ -66,7 +66,7 @@ class Column:
         return self.values.shape[1] if self.type == "vector" else 1
 
     def entry(self) -> ExtraField:
-        """Return the description of the field in the manifest."""
+        """Return the entry of this field for the manifest."""
         return ExtraField(self.type, self.width, self.values.nbytes)
 
     def take(self, rows: npt.NDArray[np.int64]) -> Column:
@@ -91,7 +91,7 @@ class Column:
         return [content[begin:end].decode() for begin, end in pairwise(self.offsets.tolist())]
 
     def value(self, row: int) -> Value:
-        """Return the value of a row: int, float, float32 (d,) or str."""
+        """Return the value of a row: an int, a float, a float32 array (d,) or a str."""
         if self.offsets is not None:
             return bytes(self.values[self.offsets[row] : self.offsets[row + 1]]).decode()
         value = self.values[row]
@@ -128,7 +128,7 @@ def joined(columns: Sequence[Column]) -> Column:
 
 
 def save_columns(folder: Path, columns: Mapping[str, Column]) -> dict[str, ExtraField]:
-    """Write columns into the folder of a split, and return their descriptions. Each file is written atomically."""
+    """Write columns into the folder of a split, each file atomically. Returns {name: entry for the manifest}."""
     for name, column in columns.items():
         (folder / FOLDER).mkdir(exist_ok=True)
         for file, array in zip(extra_files(name, column.type), column.arrays(), strict=True):
@@ -149,14 +149,17 @@ def read_column(folder: Path, name: str, field: ExtraField, rows: int, advice: s
 
 
 class StoredColumns:
-    """The columns of one split of a store. Files are mapped into memory if the C library can protect the maps.
+    """The columns of one split of a store. Several threads may call `take` at the same time.
 
-    Without the C library, columns are read into memory, because a file that is truncated while it is mapped would end
-    the process (SIGBUS). Several threads may call `take` at the same time.
+    A file that is truncated while it is mapped into memory would end the process with SIGBUS. Files are therefore
+    mapped only if the compiled kernels.c can protect the maps. Otherwise, they are read into memory.
     """
 
     def __init__(self, store: Store, split: str) -> None:
-        """Compare all files with their digests in the manifest. Raises StoreError if a file is missing or damaged."""
+        """Open all files, and compare them with the digests in the manifest.
+
+        Raises StoreError if a file is missing or damaged.
+        """
         self.fields = store.split(split).extra
         self._root = store.root
         self._advice = f"Check the store with: alexprep verify --store {store.root}"
@@ -181,7 +184,7 @@ class StoredColumns:
     def take(self, rows: npt.NDArray[np.int64]) -> dict[str, Column]:
         """Return {field: column} of the records at the indices `rows` (n,), in the order of `rows`.
 
-        Raises StoreError if a file was truncated, and for numbers that are not finite and texts that are not UTF-8.
+        Raises StoreError if a file was truncated, if a number is not finite, or if a text is not UTF-8.
         """
         if kernels.native is not None:
             kernels.native.renew_protection()
@@ -204,7 +207,7 @@ class StoredColumns:
 
 
 class ColumnsOfSplit:
-    """StoredColumns that are opened when they are first used. Several threads may call `take` at the same time."""
+    """The columns of one split, opened at the first call of `take`, which several threads may call at the same time."""
 
     def __init__(self, store: Store, split: str) -> None:
         self.fields = store.split(split).extra
@@ -256,7 +259,7 @@ class _ColumnFile:
         if self._map is None:
             return
         is_short = False
-        with suppress(OSError):  # a map stays complete if the file was removed or replaced
+        with suppress(OSError):  # the map of a file that was removed or replaced stays complete
             now = self._path.stat()
             is_short = os.path.samestat(now, self._status) and now.st_size < self._map.size
         if self._map.is_broken() or is_short:
@@ -271,7 +274,7 @@ class _ColumnFile:
 
 
 def _expected(name: str, field: ExtraField, rows: int) -> Iterator[tuple[str, ArrayShape, int]]:
-    """Yield each file of a field with the type and shape of its array, and the largest size of the file in bytes."""
+    """Yield (path, type and shape of the array, largest size in bytes) for each file of a field."""
     shapes: dict[str, tuple[int | None, ...]] = {"vector": (rows, field.width), "text": (field.bytes,)}
     files = extra_files(name, field.type)
     shape = ArrayShape((DTYPES[field.type],), shapes.get(field.type, (rows,)))
@@ -281,7 +284,7 @@ def _expected(name: str, field: ExtraField, rows: int) -> Iterator[tuple[str, Ar
 
 
 def _checked(folder: Path, name: str, field: ExtraField, arrays: Sequence[npt.NDArray[Any]], advice: str) -> Column:
-    """Return the column of the arrays. Raises StoreError if the offsets do not ascend from 0 to the number of bytes."""
+    """Return the column of these arrays. Raises StoreError unless the offsets ascend from 0 to the number of bytes."""
     if len(arrays) == 1:
         return Column(field.type, arrays[0])
     values, offsets = arrays
@@ -292,7 +295,7 @@ def _checked(folder: Path, name: str, field: ExtraField, arrays: Sequence[npt.ND
 
 
 def _wrong_row(column: Column) -> int | None:
-    """Return the index of the first row with a number that is not finite or a text that is not UTF-8, or None."""
+    """Return the first row that has a number that is not finite, or a text that is not UTF-8; None if there is none."""
     if column.type in ("float", "vector"):
         wrong = np.flatnonzero(~np.isfinite(column.values))
         return int(wrong[0]) // column.width if len(wrong) else None

@@ -1,4 +1,4 @@
-"""Memory maps of files that the C library protects against SIGBUS, the signal for a page that cannot be read."""
+"""Memory maps of files. kernels.c protects the maps against SIGBUS, the signal for a page that cannot be read."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 
 
 class GuardedMap:
-    """A memory map of a file, which the C library protects against SIGBUS.
+    """A memory map of a file, protected against SIGBUS by kernels.c.
 
-    This class calls mmap itself, because Python's mmap objects would keep a file descriptor open for each shard.
+    This class calls the C function mmap, because Python's mmap objects would keep a file descriptor open for each
+    shard.
     """
 
     def __init__(self, address: int, size: int, guard: int, native: kernels.NativeKernels) -> None:

@@ -4,9 +4,10 @@ inputs.jsonl has a line for each input that was converted, has an EXIF orientati
 decoder warned, or was left out. A line is a JSON object with the outcome of one input. Every outcome has the keys
 "source" and "fate". The fate is "kept", "converted", "kept, with warnings", "bad", or "ignored" for a file that is no
 input, such as a file beside class folders. Further keys are written only if they apply: "how" (the conversions),
-"exif_orientation", "warnings" (the texts of the decoder), "why" (the reason for a bad or ignored input), and "limit" if
-an option made the input bad. "limit" is "max_pixels" (then "pixels" is the number of pixels of the input), "time_limit"
-(then "seconds" is the limit) or "on_warning". Outcomes are written one by one, so memory never holds all outcomes.
+"exif_orientation", "warnings" (the texts of the decoder), "why" (the reason for a bad or ignored input), and "limit"
+(the option that made the input bad: "max_pixels", "time_limit" or "on_warning"). With "max_pixels", the key "pixels" is
+the number of pixels of the input. With "time_limit", the key "seconds" is the limit. Outcomes are written one by one,
+so memory never holds all outcomes.
 """
 
 from __future__ import annotations
@@ -31,11 +32,11 @@ _MAX_REASONS = 20  # this limit keeps the manifest small if there are many diffe
 
 
 def summarize_outcomes(outcomes: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """Count conversions, EXIF orientations, warnings about kept inputs, and reasons for bad inputs.
+    """Count conversions, EXIF orientations, warnings about kept inputs, and reasons for bad and for ignored inputs.
 
-    The result has the form of Split.account. Each of the _MAX_REASONS most frequent reasons has its own count. All
-    other reasons are counted together as "other reasons". Warnings are counted in the same way. If an input has several
-    warnings, only the first is counted.
+    The result has the fields of Split.account for these counts. Each of the _MAX_REASONS most frequent reasons for bad
+    inputs has its own count. All other reasons are counted together as "other reasons". Warnings are counted in the
+    same way. If an input has several warnings, only the first is counted.
     """
     converted: Counter[str] = Counter()
     orientations: Counter[str] = Counter()
@@ -82,7 +83,7 @@ def read_outcomes(path: Path) -> Iterator[dict[str, Any]]:
     """Yield the outcomes in an inputs.jsonl.
 
     Raises OSError if reading fails, and StoreError, with the number of the line, for a line that is no outcome. Only
-    \\n ends a line. str.splitlines would also split at U+2028, which a file name may contain.
+    \\n ends a line: a file name may contain U+2028, at which str.splitlines would split as well.
     """
     with open_regular(path, _ADVICE, StoreError) as lines:
         for number in count(1):

@@ -1,6 +1,6 @@
 /* Look up many records in the memory maps of LMDB shards, check the records, and continue if a page cannot be read.
  * kernels.py calls these functions and explains the formats. Stores are not trusted: every offset and every size is
- * compared with the memory that it refers to. */
+ * compared with the size of the map or of the page before it is used. */
 
 #define _GNU_SOURCE
 #include <errno.h>
@@ -49,7 +49,7 @@ static int compare(const uint8_t *at, const uint8_t *key) {
     return order ? order : (length > KEY) - (length < KEY);
 }
 
-/* Return the value of `key`, and set *size. Returns null if the key is missing or a page is damaged. */
+/* Return the value of `key`, and set *size to its size. Returns null if the key is missing or a page is damaged. */
 static const uint8_t *find(const shard *s, const uint8_t *key, int64_t *size) {
     int64_t number = s->root;
     for (int depth = 0; depth < MAX_DEPTH; depth++) {
@@ -125,11 +125,11 @@ static int parse(const uint8_t *value, int64_t size, record *out) {
     return *at++ == 0x28 && (out->label = varint(&at, end)) >= 0;
 }
 
-/* CRC-32 as in zlib and PNG. The bits of a message are the coefficients of a polynomial over GF(2). The lowest bit of the
- * first byte is the coefficient of the highest power. The CRC is the remainder of this polynomial modulo P. POLYNOMIAL
- * holds the coefficients of x^31 to x^0 of P, with the coefficient of x^31 in bit 0. */
+/* CRC-32 as in zlib and PNG. The bits of a message are the coefficients of a polynomial M over GF(2). The lowest bit of
+ * the first byte is the coefficient of the highest power. Without its inversions, the CRC is M * x^32 modulo P.
+ * POLYNOMIAL holds the coefficients of x^31 to x^0 of P, with the coefficient of x^31 in bit 0. */
 #define POLYNOMIAL 0xedb88320u
-static uint32_t crc_of_byte[8][256]; /* [k][b]: remainder of the byte b followed by k bytes of zeros */
+static uint32_t crc_of_byte[8][256]; /* [k][b]: CRC, without inversions, of the byte b and k zero bytes after it */
 
 __attribute__((constructor)) static void fill_crc_table(void) {
     for (uint32_t b = 0; b < 256; b++) {
@@ -143,7 +143,8 @@ __attribute__((constructor)) static void fill_crc_table(void) {
             crc_of_byte[k][b] = crc_of_byte[k - 1][b] >> 8 ^ crc_of_byte[0][crc_of_byte[k - 1][b] & 0xff];
 }
 
-/* Continue the CRC `crc`, eight bytes at a time. The caller inverts the CRC at the beginning and at the end. */
+/* Return the CRC of a message that ends with the `size` bytes at p. `crc` is the CRC of the bytes before p. The caller
+ * inverts the CRC at the beginning and at the end of the message. */
 static uint32_t crc_by_table(uint32_t crc, const uint8_t *p, int64_t size) {
     for (; size >= 8; p += 8, size -= 8) {
         uint32_t next = 0;
@@ -157,14 +158,16 @@ static uint32_t crc_by_table(uint32_t crc, const uint8_t *p, int64_t size) {
 }
 
 #ifdef __x86_64__
-/* Multiply both halves of 128 bits by constants, which moves the bits towards the end of the message, and add `next`.
- * For a distance of n bits, `factors` holds x^(n+32) mod P and x^(n-32) mod P, in the bit order of POLYNOMIAL. */
+/* `bits` stands n bits before `next` in a message. Return 128 bits that can replace `next` if `bits` becomes zero: the
+ * CRC stays the same. Each half of `bits` is multiplied by a factor and added to `next`. The low half of `factors` is
+ * x^(n+32) mod P, the high half is x^(n-32) mod P, both in the bit order of POLYNOMIAL. */
 __attribute__((target("pclmul,sse4.1"))) static inline __m128i fold(__m128i bits, __m128i factors, __m128i next) {
     const __m128i low = _mm_clmulepi64_si128(bits, factors, 0x00), high = _mm_clmulepi64_si128(bits, factors, 0x11);
     return _mm_xor_si128(_mm_xor_si128(low, high), next);
 }
 
-/* The same as crc_by_table, 64 bytes at a time. `rest` has the same CRC as all complete blocks of 64 bytes. */
+/* Return the same value as crc_by_table. All complete blocks of 64 bytes are reduced to the 16 bytes of `rest`, which
+ * have the same CRC as these blocks. */
 __attribute__((target("pclmul,sse4.1"))) static uint32_t crc_by_multiplication(uint32_t crc, const uint8_t *p,
                                                                                int64_t size) {
     if (size < 64)
@@ -216,7 +219,7 @@ static int is_jpeg_of(const uint8_t *file, int64_t size, int64_t height, int64_t
             if (!frame || length < 3)
                 return 0;
             if (frame != 0xc2 && segment[4] == 3)
-                return 1; /* a baseline file whose first scan has all channels has only this scan */
+                return 1; /* in a file that is not progressive, a first scan with all channels is the only scan */
             int64_t scans = 0;
             for (const uint8_t *p = segment; (p = memchr(p, 0xff, (size_t)(file + size - 1 - p))); p++)
                 if (p[1] == 0xda && ++scans > MAX_SCANS)
@@ -235,14 +238,14 @@ static int is_jpeg_of(const uint8_t *file, int64_t size, int64_t height, int64_t
     return 0;
 }
 
-/* Return 1 if a file begins as a PPM file with a header of 3 * width bytes (codec.ppm_header). */
+/* Return 1 if a file begins with a PPM header of 3 * width bytes, as codec.ppm_header writes it. */
 static int is_ppm_of(const uint8_t *file, int64_t size, int64_t width) {
     if (width < 1 || width > size / 3 || size < 9)
         return 0;
     return 3 * width >= 9 && memcmp(file, "P6\n#", 4) == 0 && memcmp(file + 3 * width - 5, "\n255\n", 5) == 0;
 }
 
-/* Look up `count` records. Record k has the key keys[k] of 8 digits, in shard shards[shard_of[k]]. `format` says what
+/* Look up `count` records. Record k is in shards[shard_of[k]], and its key is keys[k] with 8 digits. `format` says what
  * the images must be: ANY, JPEG or PPM. If `check` is not 0, a record with a wrong checksum counts as not found. */
 void find_records(const shard *shards, const int64_t *shard_of, const int64_t *keys, int64_t count, int64_t format,
                   int64_t check, record *out) {
@@ -261,8 +264,8 @@ void find_records(const shard *shards, const int64_t *shard_of, const int64_t *k
     }
 }
 
-/* Maps of files that are protected against SIGBUS. The kernel sends SIGBUS if a page of a map cannot be read: the file
- * was truncated while it was mapped, or the disk has an error. The handler puts a page of zeros in place of such a
+/* Protection of memory maps against SIGBUS. Linux sends SIGBUS if a page of a map cannot be read, because the file was
+ * truncated while it was mapped or because the disk has an error. The handler puts a page of zeros in place of such a
  * page, and marks the map. The reader continues with zeros. Callers must call map_is_broken before they use bytes that
  * were read from a map. */
 typedef struct {
@@ -275,7 +278,7 @@ enum { FIRST_MAPS = 64, MAP_LISTS = 40 };
 static guarded_map first_maps[FIRST_MAPS], *map_lists[MAP_LISTS] = {first_maps}; /* list k has FIRST_MAPS << k entries */
 static int64_t list_count = 1, page_bytes;
 static struct sigaction action_before;
-static int is_passed_on; /* 1: since the handler was installed, a fault was passed on to action_before */
+static int is_passed_on; /* 1 if a fault was passed on to action_before since the handler was installed */
 int64_t broken_pages;    /* number of pages that the handler has replaced in this process */
 
 static void on_sigbus(int number, siginfo_t *info, void *context) {
@@ -294,8 +297,8 @@ static void on_sigbus(int number, siginfo_t *info, void *context) {
                 }
             }
     /* The fault is not in a protected map: install the action that was active before this handler. The program then
-     * repeats the access, and the earlier action handles the fault. The earlier action may pass the fault back to this
-     * handler. is_passed_on is then 1, and the default action ends the process. */
+     * repeats the access, and the earlier action handles the fault. If the earlier action passes the fault back to this
+     * handler, is_passed_on is 1 already. The handler then installs the default action, which ends the process. */
     const struct sigaction end = {.sa_handler = SIG_DFL};
     sigaction(number, __atomic_exchange_n(&is_passed_on, 1, __ATOMIC_RELAXED) ? &end : &action_before, 0);
     if (info->si_code <= 0)
@@ -303,8 +306,8 @@ static void on_sigbus(int number, siginfo_t *info, void *context) {
     errno = error;
 }
 
-/* Install the handler, unless the handler is installed. Returns 0 if this fails. Other code can install its own handler
- * at any time: faulthandler.enable() and ray.init() do. Call this function before each use of the maps. */
+/* Make on_sigbus the handler of SIGBUS. Returns 0 on failure. Call this function before each use of the maps, because
+ * other code can replace the handler at any time, as faulthandler.enable() and ray.init() do. */
 int64_t install_handler(void) {
     struct sigaction action = {.sa_sigaction = on_sigbus, .sa_flags = SA_SIGINFO | SA_ONSTACK}, now;
     if (sigaction(SIGBUS, 0, &now) != 0)
@@ -340,7 +343,7 @@ guarded_map *guard_map(uintptr_t address, uint64_t bytes) {
     return 0;
 }
 
-/* End the protection of a map, before it is unmapped. */
+/* End the protection of a map. Call this function before the file is unmapped. */
 void release_map(guarded_map *map) { __atomic_store_n(&map->bytes, 0, __ATOMIC_RELEASE); }
 
 /* Return 1 if a page of the map could not be read. */

@@ -3,14 +3,14 @@
 `native` is None if the compiled kernels.c cannot be used (prep/compiled.py). lmdb_file.py then looks up records one by
 one, and no file is mapped.
 
-kernels.c reads the files of LMDB 0.9 (MDB_DATA_VERSION 1) on little-endian machines: a B+ tree of pages. Numbers are
-little-endian. Every offset is compared with the size of the map before it is used.
+kernels.c reads files that LMDB 0.9 (MDB_DATA_VERSION 1) wrote on little-endian machines. Such a file is a B+ tree of
+pages, and its numbers are little-endian. Every offset is compared with the size of the map before it is used.
 
     header page  pages 0 and 1. The page with the larger transaction number is valid, and has the number of the root
                  page
     page header  16 bytes: number of the page, flags at byte 10 (1 branch, 2 leaf), end of the list of nodes at byte 12.
-                 The list follows the header. It has the offset of each node in the page (2 bytes), in ascending order
-                 of the keys
+                 The list of nodes follows the header. For each node, in ascending order of the keys, the list has the
+                 offset of the node in the page (2 bytes)
     node         in a branch page: number of the child page (6 bytes), size of the key (2), key
                  in a leaf page: size of the value (4), flags (2), size of the key (2), key, value. If the flags are 1,
                  a page number (8) takes the place of the value. The value is then in the page with this number, after
@@ -89,9 +89,9 @@ class NativeKernels:
         return found
 
     def renew_protection(self) -> None:
-        """Protect the maps again if other code, such as faulthandler.enable() or ray.init(), has replaced the handler.
+        """Protect the maps again if other code has replaced the handler of SIGBUS, as faulthandler.enable() does.
 
-        Takes a few microseconds. Call this method before a batch is read from maps.
+        Call this method before a batch is read from maps. A call takes a few microseconds.
         """
         self._install_handler()
 
@@ -110,7 +110,7 @@ class NativeKernels:
             self._release_map(handle)
 
     def map_is_broken(self, handle: int) -> bool:
-        """Return whether a page of a map could not be read, and is now a page of zeros."""
+        """Return True if a page of a map could not be read. The signal handler has replaced this page with zeros."""
         return bool(self._map_is_broken(handle))
 
     @property

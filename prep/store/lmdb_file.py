@@ -2,8 +2,8 @@
 
 The lmdb library trusts its files: a damaged page makes the library read outside of its memory map, which can end the
 process. This module reads files that LMDB 0.9 (MDB_DATA_VERSION 1) wrote on little-endian machines. A file must have
-one database with unique keys, as alexprep and Caffe write it. kernels.py describes the pages. A header page has these
-numbers, each after its offset in bytes:
+one database with unique keys, as alexprep and Caffe write it. kernels.py describes the pages. A header page has the
+following numbers. In this list, the offset in bytes stands before each number:
 
     16 magic number   20 version   40 page size   92 flags of the main database   120 number of records
     128 number of the root page of the tree   136 number of the last page   144 number of the transaction
@@ -29,8 +29,8 @@ _BRANCH, _LEAF, _META, _PAGE_TYPES, _IN_PAGES = 1, 2, 8, 0x6F, 1
 _BROKEN = f"{DATA_FILE} was changed or became unreadable during reading"
 _NO_PAGE = 2**64 - 1
 _MAX_DEPTH = 32
-# Largest size of a record, because a damaged record can state any size. A raw image of
-# prep.images.limits.MAX_RESCALED_PIXELS has 300 MB.
+# Records that state a larger size are refused, because a damaged record can state any size. The largest image that
+# prep.images.limits.MAX_RESCALED_PIXELS allows has 300 MB without compression.
 _MAX_VALUE_BYTES = 400_000_000
 
 Bytes = bytes | memoryview
@@ -57,7 +57,7 @@ def broken_error(folder: Path, expected_bytes: int, advice: str) -> ShardBroken:
 
 
 def store_error(text: str) -> StoreError:
-    """Return the error for a text from another process: ShardBroken if the text contains _BROKEN, else StoreError."""
+    """Return the error for a text that another process sent: ShardBroken if the text has _BROKEN, else StoreError."""
     return ShardBroken(text) if _BROKEN in text else StoreError(text)
 
 
@@ -158,7 +158,7 @@ class LmdbPages:
         return numbers
 
     def _page(self, number: int) -> tuple[Bytes, int, tuple[int, ...]]:
-        """Return a page of the tree, its kind (_BRANCH or _LEAF) and the offsets of its nodes, at least one."""
+        """Return a page of the tree, its kind (_BRANCH or _LEAF) and the offsets of its one or more nodes."""
         page_bytes = self.tree.page_bytes
         if not 2 <= number < self.tree.pages:
             raise self._damaged(f"a reference to page {number:,}, but the file has {self.tree.pages:,} pages")

@@ -1,9 +1,9 @@
-"""One shard of a split, an LMDB folder: written once in key order, then read sequentially or by index.
+"""Writes a shard of a split in the order of its keys, and reads a shard sequentially or by index.
 
-LMDB sorts keys by their bytes. Keys are 8 decimal digits, so that this order is the numeric order. The main database
-holds only Datums, because DALI takes the value of every key for a record. The digest of a shard is SHA-256 over its
-records in order. For each record, the digest covers the key, the length of the value (8 bytes, little-endian) and the
-value.
+A shard is a folder with one LMDB. LMDB sorts keys by their bytes. Keys are 8 decimal digits, so that this order is the
+numeric order. The main database holds only Datums, because DALI reads the value of every key as a record. The digest of
+a shard is SHA-256 over its records in order. For each record, the digest covers the key, the length of the value
+(8 bytes, little-endian) and the value.
 
 The lmdb library writes the files. prep.store.lmdb_file reads the files, because the library does not check what it
 reads.
@@ -89,8 +89,8 @@ def read(folder: Path, advice: str = "Build the store again.") -> Iterator[tuple
 class ShardReader:
     """Random access to the records of one shard by index, from 0 to records − 1.
 
-    If the C library can be used, the file is mapped into memory, and a record is a view of the map, without a copy.
-    Without the C library, records are read with system calls. Nothing would protect a map then: SIGBUS would end the
+    If the compiled kernels.c can be used, the file is mapped into memory, and a record is a view of the map, without a
+    copy. Otherwise, records are read with system calls, because nothing would protect a map: SIGBUS would end the
     process if the mapped file were truncated.
 
     Raises StoreError, with `advice` in its message, if the LMDB is damaged or does not have `records` records.
@@ -145,7 +145,7 @@ class ShardReader:
         return memoryview(value)
 
     def key_numbers(self, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Return the keys (N,) of the records at `indices` (N,), as numbers."""
+        """Return the keys (N,) of the records at `indices` (N,), as numbers; −1 for a key that is not 8 digits."""
         if self._keys is None:
             return indices + self._first
         if self._numbers is None:

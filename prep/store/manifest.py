@@ -170,7 +170,7 @@ class Store:
     def shard_paths(self, split: str) -> list[str]:
         """Return the paths of the LMDB folders of a split, in order.
 
-        Raises StoreError if a data.mdb is missing or truncated.
+        Raises StoreError if a data.mdb is missing or truncated, or is a link to a file outside of the store.
         """
         paths, root = [], os.path.realpath(self.root)
         for shard in self.split(split).shards:
@@ -227,9 +227,9 @@ class Store:
         return mean
 
     def check_file(self, split: str, name: str) -> Path:
-        """Compare the digest of the file `name` of a split (see split_files) with the manifest. Returns the path.
+        """Check that a file of a split has the digest that the manifest states, and return the path of the file.
 
-        Raises StoreError if the digests differ, and OSError if the file cannot be read.
+        `name` is one of split_files. Raises StoreError if the digests differ, and OSError if the file cannot be read.
         """
         path, expected = self.root / split / name, self.splits[split].account["files"][name]
         digest = file_sha256(path, ADVICE)

@@ -1,8 +1,8 @@
 """Typed models of the files of a store: manifest.json, colour.json and inputs.jsonl, with the bounds of each field.
 
 `prep.schema` compares a file with its model. `prep.store.agreement` compares fields with each other, for example sums
-that must agree. All objects of manifest.json and colour.json refuse unknown fields, because the value of `schema`
-determines the fields. Lines of inputs.jsonl ignore unknown fields.
+that must agree. All objects of manifest.json and colour.json refuse unknown fields, because the schema number in the
+manifest determines which fields exist. Lines of inputs.jsonl ignore unknown fields.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ MAX_EXTRA_FIELDS = 100
 MAX_WIDTH = 65_536  # largest number of values in a vector
 EXTRA_TYPES = ("int", "float", "vector", "text")
 DEFAULT_BACKGROUND = "white"
-DROPPED = "dropped"  # Settings.background of a store of an older version; older versions dropped the alpha channel
+DROPPED = "dropped"  # Settings.background of stores that older versions built: these versions dropped the alpha channel
 _OLDER_SETTINGS = {"background": DROPPED, "reduce_above": 0}
 
 Records = Annotated[int, Meta(ge=1, le=MAX_RECORDS)]
@@ -52,7 +52,10 @@ _Unit = Annotated[float, Meta(ge=-1.000001, le=1.000001)]
 
 @dataclass(frozen=True)
 class Settings:
-    """Options that determine the records, together with the inputs. All splits of a store have equal options."""
+    """The options of a build that, together with the inputs, determine the records.
+
+    The options are the same for all splits of a store.
+    """
 
     refuses_unknown: ClassVar[bool] = True
 
@@ -63,8 +66,8 @@ class Settings:
     quality: Annotated[int, Meta(ge=1, le=100)]  # JPEG quality; unused for ppm
     filter: Annotated[str, one_of("area", "bilinear", "bicubic", "lanczos")]  # rescaling filter
     seed: Count  # seed of the record order
-    # Manifests of older versions lack the following fields. For each of these fields, from_json sets the value that
-    # describes what the older versions did.
+    # Older versions of alexprep did not write the next two fields. with_older adds these fields with the values that
+    # describe what the older versions did.
     # colour behind transparent pixels
     background: Annotated[str, one_of("white", "black", "grey", "dropped")] = DEFAULT_BACKGROUND
     # JPEGs with more pixels than this number are decoded at 1/2, 1/4 or 1/8 of their size, to save memory; 0: never
@@ -74,12 +77,12 @@ class Settings:
     def from_json(
         data: object, name: str = "settings", advice: str = "", error: Callable[[str], UserError] = UserError
     ) -> Settings:
-        """Return the settings in a manifest, a plan.json or a run.json, after a check. See prep.schema.convert."""
+        """Return the settings in the JSON object `data`. The other arguments and the errors are those of `convert`."""
         return convert(Settings, Settings.with_older(data), name, advice, error)
 
     @staticmethod
     def with_older(data: object) -> object:
-        """Return the JSON object `data` of settings, with values for the fields that older versions did not write."""
+        """Return `data`, the JSON object of settings, with values for the fields that older versions did not write."""
         return {**_OLDER_SETTINGS, **data} if isinstance(data, dict) else data
 
     def size_fault(self, height: int, width: int) -> str:
@@ -91,7 +94,7 @@ class Settings:
         return ""
 
     def to_json(self) -> dict[str, Any]:
-        """Return the settings as JSON, without fields that have the value in _OLDER_SETTINGS."""
+        """Return the settings as a JSON object. A field is left out if its value is that in _OLDER_SETTINGS."""
         return {name: value for name, value in asdict(self).items() if _OLDER_SETTINGS.get(name) != value}
 
 
@@ -116,7 +119,7 @@ class MomentsJson(TypedDict):
 
 
 class Origin(TypedDict):
-    """A source: a split that was merged into another split. If the source was itself merged, it has `sources`, too."""
+    """A split that was merged into another split. If it is itself the result of a merge, it has `sources`, too."""
 
     fingerprint: Digest
     records: Records
@@ -124,15 +127,16 @@ class Origin(TypedDict):
 
 
 class Account(TypedDict):
-    """Outcome of the inputs of a split: digest of the build plan, counts, and digests of files beside the shards."""
+    """Counts of what became of the inputs of a split, and the digests of the build plan and of files beside shards."""
 
     plan: Digest
     inputs: Count  # number of inputs: `kept` plus all counts in `bad`
     kept: Count
-    largest_px: NotRequired[Count]  # number of pixels of the largest kept input; older versions lack this field
+    # number of pixels of the largest kept input; older versions did not write this field
+    largest_px: NotRequired[Count]
     converted: Counts  # {conversion: number of inputs}
     exif_orientation: Counts  # {orientation: number of inputs}
-    # {warning: number of kept inputs with this first warning}; older versions did not write this field
+    # {warning: number of kept inputs whose first warning it is}; older versions did not write this field
     warnings: NotRequired[Counts]
     bad: Counts  # {reason: number of inputs that were left out}
     ignored: NotRequired[Counts]  # {reason: number of files that are no inputs}
@@ -148,7 +152,7 @@ class ExtraField:
 
     type: Annotated[str, one_of(*EXTRA_TYPES)]
     width: Annotated[int, Meta(ge=1, le=MAX_WIDTH)]  # number of values in each vector; 1 for all types except vector
-    bytes: Count  # size of the values of all records
+    bytes: Count  # total size of the values of all records
 
 
 @dataclass(frozen=True)
@@ -211,7 +215,10 @@ class ColorStats:
     pixel_scale: Annotated[int, Meta(ge=255, le=255)]  # always 255
 
     def channel_stats(self, max_value: float = 255) -> ChannelStats:
-        """Return mean and standard deviation of each channel, for pixels in 0..`max_value`: 255 (grey levels) or 1."""
+        """Return mean and standard deviation of each channel, for pixels in 0..`max_value`.
+
+        `max_value` is 255 for grey levels, or 1.
+        """
         factor = max_value / self.pixel_scale
         stds = (math.sqrt(max(0.0, self.covariance[k][k])) for k in range(3))
         return ChannelStats(

@@ -1,7 +1,7 @@
 """Typed models of the files in .build, and functions that read these files.
 
-.build is the work folder of an unfinished build or merge. Any release may change its files, so the models ignore
-unknown fields.
+.build is the work folder of an unfinished build or merge. Any release may change the format of these files, so the
+models ignore unknown fields.
 """
 
 from __future__ import annotations
@@ -48,14 +48,15 @@ class BegunExtra(TypedDict):
 
 
 class PlanFile(Struct, frozen=True):
-    """The file plan.json: values that are the same in every run of the build, and inputs that the listing left out."""
+    """The file plan.json: what stays the same when an unfinished build is resumed, and the names of unused files."""
 
     settings: Settings
     tools: Annotated[dict[str, _Text], Meta(max_length=100)]
     classes: Annotated[tuple[ClassName, ...], Meta(min_length=1, max_length=MAX_CLASSES)]
-    edges: Annotated[list[Count], Meta(min_length=1, max_length=MAX_SHARDS + 1)]  # boundaries of the shards
+    # shard k has the inputs edges[k] to edges[k + 1] − 1, in record order
+    edges: Annotated[list[Count], Meta(min_length=1, max_length=MAX_SHARDS + 1)]
     id: _Text = ""  # identity of the build
-    # BuildPlan.digest: settings, classes and inputs; older versions did not write the digest
+    # BuildPlan.digest, which covers settings, classes and inputs; older versions did not write this field
     digest: Digest | None = None
     source: _Text = ""  # absolute path of the inputs
     refused: tuple[tuple[_Text, _Text], ...] = ()  # (name, reason) of bad inputs that the listing left out
@@ -73,7 +74,7 @@ class BuiltShard(TypedDict):
 
 
 class Summary(TypedDict):
-    """The summary of one finished shard, NNNNN.json. A merge writes neither `moments` nor `largest_px`."""
+    """The file NNNNN.json: the summary of one finished shard. A merge writes neither `moments` nor `largest_px`."""
 
     shard: BuiltShard
     labels: list[tuple[_Label, Count]]  # (label, number of records)
@@ -134,8 +135,8 @@ def read_summary(path: Path, split: str, classes: int) -> Summary:
     if len(labels) != len(summary["labels"]):
         raise UserError(f"{path}: the field labels lists a label twice, expected each label once. {advice}")
     if sum(labels.values()) != shard["records"] or any(label >= classes for label in labels):
-        text = f"labels count {sum(labels.values())} records up to label {max(labels, default=0)}"
-        raise UserError(f"{path}: {text}, expected {shard['records']} records of {classes} classes. {advice}")
+        text = f"the field labels has {sum(labels.values())} records and labels up to {max(labels, default=0)}"
+        raise UserError(f"{path}: {text}, expected {shard['records']} records and labels below {classes}. {advice}")
     for number, outcome in enumerate(summary["fates"]):
         fault = outcome_fault(outcome)
         if fault:

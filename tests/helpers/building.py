@@ -144,14 +144,14 @@ def snapshot(folder: Path) -> dict[str, tuple[int, int, bytes]]:
 
 COMMAND = """
 import signal
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell script inherits SIG_IGN
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell script ignores SIGINT by default
 from prep.cli import main
 main()
 """
 
 
 class BuildCommand:
-    """A build with two workers, which runs as a command in its own process group."""
+    """A running `alexprep build-lmdb` command with two workers, in its own process group."""
 
     def __init__(self, images: Path, store: Path, *words: str) -> None:
         program = [sys.executable, "-c", COMMAND, "build-lmdb", str(images), "--store", str(store)]

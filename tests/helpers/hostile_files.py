@@ -1,8 +1,8 @@
 """Image files that no camera writes, each with the expected result of a build.
 
-The files are damaged, state a false size, or are not images. Files that no library would write are made byte by byte.
-All files are made with the same random generator. Always make all files in the same order, so that each file always has
-the same content.
+Most of the files are damaged, state a false size, or are not images. Files that no library would write are made byte by
+byte. All files are made with the same random generator. Always make all files in the same order, so that each file
+always has the same content.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Expected:
 
 
 def decoder_warns(content: bytes) -> bool:
-    """Return whether libjpeg-turbo warns about a JPEG. Only versions since 3.1 warn about a bad ICC marker."""
+    """Return whether libjpeg-turbo warns about a JPEG. Versions before 3.1 do not warn about a bad ICC marker."""
     try:
         simplejpeg.decode_jpeg(content, strict=True)
     except ValueError:

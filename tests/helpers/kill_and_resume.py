@@ -58,7 +58,7 @@ report_fd = -1  # pipe to the parent process; just before the kill, the attempt 
 
 
 def before_operation(operation: str) -> None:
-    """Count an operation. Kills this process before the chosen operation."""
+    """Count an operation. If `operations_left` is 0, kill this process before the operation."""
     global operations_left
     if first_counted_step is None or steps_done < first_counted_step:
         return

@@ -64,7 +64,7 @@ def write_devkit(file: Path | io.BytesIO, numbered: dict[int, str]) -> None:
 def devkit_archive(folder: Path, numbered: dict[int, str], ground_truth: str) -> Path:
     """Write a devkit ILSVRC2012_devkit_t12.tar.gz, and return its path.
 
-    The archive has meta.mat, the ground truth of the split val, and a member with an unsafe name.
+    The archive has meta.mat, the ground truth of the split val, and a file with an unsafe path (../../readme.txt).
     """
     meta = io.BytesIO()
     write_devkit(meta, numbered)

@@ -14,7 +14,7 @@ def own_namespaces(*kinds: str) -> list[str]:
 
     kinds  kinds of namespaces, such as "--mount"
 
-    Skips the test if this machine does not permit namespaces. Some containers and distributions forbid namespaces.
+    Skips the test if this machine does not permit namespaces, as some containers and distributions do not.
     """
     command = ["unshare", *kinds, *([] if os.geteuid() == 0 else ["--map-root-user"])]
     try:
@@ -22,5 +22,5 @@ def own_namespaces(*kinds: str) -> list[str]:
     except FileNotFoundError:
         permitted = False
     if not permitted:
-        pytest.skip("namespaces of Linux are not permitted here")
+        pytest.skip("this machine does not permit Linux namespaces")
     return command

@@ -29,9 +29,9 @@ def eval_images(store: Path, mean: str) -> torch.Tensor:
 
 
 def are_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float) -> bool:
-    """Return whether outputs differ by less than `tolerance` times the largest absolute value of the expected outputs.
+    """Return whether `actual` differs from `expected` by less than `tolerance` times the largest |value| of `expected`.
 
-    Asserts that the expected outputs vary, because constant outputs would hide an error.
+    Asserts that the values of `expected` vary, because constant outputs would hide an error.
     """
     assert expected.std() > 0.01
     return actual.shape == expected.shape and bool((actual - expected).abs().max() < tolerance * expected.abs().max())

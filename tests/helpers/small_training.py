@@ -125,7 +125,7 @@ def tiny_description(
 
 
 def load_modules_of_a_training() -> None:
-    """Import what torch and TensorBoard import when a process trains for the first time, which takes three seconds.
+    """Import the modules that torch and TensorBoard import when a process first trains. This takes three seconds.
 
     A program calls this function before it forks processes that train. No thread is started.
     """

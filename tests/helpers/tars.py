@@ -1,6 +1,6 @@
-"""Tar archives for tests, and what alexprep lists of them.
+"""Tar archives for tests, and functions that list their members with alexprep.
 
-Python's tarfile writes most of the archives. This module writes the headers of archives that no library would write.
+Python's tarfile writes most of the archives. `header` makes headers that no library would write.
 """
 
 from __future__ import annotations

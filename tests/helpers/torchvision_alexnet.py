@@ -9,7 +9,7 @@ from train.config.architecture import TORCHVISION, Widths
 
 
 def torchvision_alexnet(w: Widths = TORCHVISION.widths, classes: int = 1000) -> nn.Module:
-    """AlexNet.__init__ of torchvision/models/alexnet.py, with the widths of the layers as a parameter."""
+    """Return the network of AlexNet.__init__ in torchvision/models/alexnet.py, with the layers of the given widths."""
     net = nn.Module()
     net.features = nn.Sequential(
         nn.Conv2d(3, w.conv1, kernel_size=11, stride=4, padding=2),
@@ -40,5 +40,5 @@ def torchvision_alexnet(w: Widths = TORCHVISION.widths, classes: int = 1000) -> 
 
 
 def torchvision_forward(net: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """AlexNet.forward of torchvision/models/alexnet.py."""
+    """Return what AlexNet.forward of torchvision/models/alexnet.py returns."""
     return net.classifier(net.avgpool(net.features(x)).flatten(1))

@@ -98,7 +98,7 @@ def test_exchanged_shards_with_a_right_fingerprint_are_a_fault(copy_store: MakeS
     store = copy_store(150)
     change_manifest(store, lambda data: train_split(data)["shards"].reverse())
     sign_again(store)
-    assert any("follows key" in fault.what for fault in faults_of(store, workers))
+    assert any("last key of the previous shard" in fault.what for fault in faults_of(store, workers))
 
 
 @pytest.mark.parametrize("name", ["settings", "shards", "records", "label_counts", "moments", "account", "classes"])
