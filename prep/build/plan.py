@@ -33,7 +33,7 @@ from prep.version import package_version
 T = TypeVar("T")
 
 MAX_SHARD_RECORDS = 4096  # a shard of this length has about 100 MB of JPEG; one core builds it in about 10 s
-CRASHED_TWICE = "killed the process that read it, twice"  # reason for a bad input
+CRASHED_TWICE = "killed the process that read it, twice"  # why an input is bad if it crashed two workers
 _MIN_SHARD_RECORDS, _MIN_SHARDS = 64, 32  # a small split has shorter shards, so that all cores have work
 
 

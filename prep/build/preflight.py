@@ -27,7 +27,7 @@ from prep.store.manifest import Settings
 from prep.workers import NOT_STARTED, Counts, Runner, TaskProgress, WorkerDied
 
 _PAGE_BYTES = 4096  # size of an LMDB page; a record of more than half a page takes whole pages
-# Time limit of `probe` for each input, with one worker process: a few percent of the time to build a record.
+# `probe` may take this time for each input, divided by the number of worker processes: a few percent of the build time.
 _PROBE_S_PER_INPUT = 0.1e-3
 _MIN_PROBE_S = 2.0
 _PROBE_CHUNK = 256

@@ -39,7 +39,7 @@ def check_splits(
     for position, (plan, _) in enumerate(todo):
         source = plan.source
         check_classes(source, runner.jobs, policy)
-        # The build of the first split checks its own inputs, and lists the bad inputs in a file.
+        # The first split is not probed, because its build begins next, probes it, and lists the bad inputs in a file.
         is_strict = position > 0 and not policy.skip_bad
         bad = [*source.refused, *(probe(source.reader, source.inputs, runner.jobs) if is_strict else ())]
         if position > 0 and not policy.allows(len(bad)):

@@ -52,7 +52,7 @@ class Row(NamedTuple):
     line: int  # number of the last line of the row, from 1
     name: str  # path of the image as the file spells it
     split: str  # "train", "val", another split, or "" if the file has no column `split`
-    cells: list[str]  # text of each column of the value
+    cells: list[str]  # texts in the columns that hold the value
 
 
 def parse_extra(texts: tuple[str, ...]) -> list[ExtraOption]:

@@ -39,7 +39,8 @@ T = TypeVar("T")
 
 _EXIF_ORIENTATION = 0x0112
 _MAX_RESCALED_SIDE_PX = 65_000  # libjpeg allows 65,500 px
-_MAX_SCANS = 20  # largest number of scans of a JPEG of `max_pixels` pixels; a smaller image may have more scans
+# Largest number of scans of a JPEG of `max_pixels` pixels; half as many pixels may have twice as many scans.
+_MAX_SCANS = 20
 # Largest number of segments of a JPEG before its first scan; Pillow needs at least 1 µs for each segment.
 _MAX_SEGMENTS = 10_000
 _UNDO_ORIENTATION = {

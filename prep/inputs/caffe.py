@@ -104,7 +104,7 @@ def list_caffe_lmdbs(
 
     Each record keeps its label from Caffe. The first of these sources that exists gives the class names:
 
-    -   the first word of each line of the file `class_names` (synset_words.txt)
+    -   the first word of each line of the file `class_names`, such as Caffe's synset_words.txt
     -   the classes of the store
     -   the folder names in the keys, if every label has exactly one folder and no two labels share a folder
     -   the labels, written as decimal numbers

@@ -134,7 +134,7 @@ def order_classes(names: Iterable[str], origin: str) -> tuple[str, ...]:
     If all names are numbers, the order is that of the numbers; otherwise, the names are sorted as text. The parts of a
     name with slashes (`a/airfield`) are compared one after another. Parts are compared as numbers if all names in the
     same folder are numbers. `origin` is the beginning of messages. Raises UserError if two names are the same number
-    (`1` and `01`). Also raises UserError if only some names are numbers, and these have another order as text.
+    (`1` and `01`). Also raises UserError if only some names are numbers, and their numeric and text orders differ.
     """
     names = set(names)
     _compare_spellings(names, origin)
@@ -227,7 +227,7 @@ def with_classes(
     if new or missing:
         rows = []
         if new:
-            rows.append(f"Only here: {examples(new)}.")
+            rows.append(f"Only in this split: {examples(new)}.")
         if missing:
             rows.append(f"Only in {owner}: {examples(missing)}.")
         advice = "All splits of a store must have the same classes."

@@ -131,7 +131,7 @@ class LabelledRows:
     def _read_texts(
         self, options: ListOptions, store_classes: Sequence[str], are_positions: bool
     ) -> tuple[list[int], tuple[str, ...]]:
-        """Return the label of each of `texts`, and the classes. Used for formats that do not list the classes."""
+        """Return the label of each of `texts`, and the classes. For formats that do not list the classes themselves."""
         texts = list(self.texts)
         classes, owner = wanted_classes(options.class_file, texts, store_classes)
 

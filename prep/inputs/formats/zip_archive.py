@@ -190,8 +190,9 @@ def zip_layout(path: Path) -> ZipLayout:
 def zip_contents(path: Path, inside: bytes, split: str) -> ArchiveContents:
     """Return the members of a zip archive in the folder `inside`, which ends with a slash (b"" for all members).
 
-    In the result, `inside` is removed from the names of the members. Members with unsafe names, links, encrypted
-    members and unknown compression methods are refused. Raises UserError if the archive is damaged or truncated.
+    In the result, `inside` is removed from the names of the members. A member is refused if its name is unsafe, if it
+    is a link, if it is encrypted, or if its compression method is not known. Raises UserError if the archive is damaged
+    or truncated.
     """
     contents = ArchiveContents(path.stat().st_mtime_ns)
     with progress(f"{split}: listing", count_entries(path), "members") as listing_progress:

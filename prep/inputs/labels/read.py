@@ -143,7 +143,7 @@ def _refuse_other_year(file: Path, name: bytes) -> None:
 
 
 def _by_name(file: Path, rows: Sequence[Row], images: ImageNames, names: Sequence[bytes]) -> dict[bytes, Row]:
-    """Return {image: its first row} of a file with a name and a label on each line.
+    """Return {image: its first row} for a label file with a name and a label on each line.
 
     Raises UserError if an image has no label, or has two different labels.
     """
@@ -179,7 +179,7 @@ def _by_name(file: Path, rows: Sequence[Row], images: ImageNames, names: Sequenc
 
 
 def _by_position(file: Path, rows: Rows, names: Sequence[bytes], root: Path) -> dict[bytes, Row]:
-    """Return {image: its row} of a file with only a label on each line.
+    """Return {image: its row} for a label file with only a label on each line.
 
     Line k has the label of the k-th image in the order of the names. There is one exception: if all images have
     ILSVRC's names, which contain a number, and there are more lines than images, line k has the label of the image with

@@ -171,7 +171,7 @@ def test_an_unfinished_build_keeps_the_order_of_its_classes(pictures: Path, tmp_
     (photos / "3").mkdir()
     shutil.copy(next((photos / "1").iterdir()), photos / "3" / "x.jpg")
     result = alexprep(*words, "--dry-run")
-    assert result.exit_code == 1 and "Only here: 3." in result.stderr and "--restart" in result.stderr
+    assert result.exit_code == 1 and "Only in this split: 3." in result.stderr and "--restart" in result.stderr
     assert "labels: 0 1, 1 2, 2 3, 3 10" in alexprep(*words, "--dry-run", "--restart").stdout
     shutil.rmtree(photos / "3")
     result = alexprep(*words)
@@ -207,7 +207,7 @@ def test_the_command_compares_the_splits_before_it_builds(source: Path, tmp_path
     for words in ([], ["--dry-run"]):
         result = alexprep("build-lmdb", source, "--store", tmp_path / "store", *words)
         assert result.exit_code == 1
-        assert "Only here: n4. Only in the store: n3." in result.stderr
+        assert "Only in this split: n4. Only in the store: n3." in result.stderr
         assert not (tmp_path / "store").exists()
 
 

@@ -279,7 +279,7 @@ def test_class_folders_inside_class_folders_are_classes_if_the_classes_are_given
     file.write_text("\n".join(classes[:1]))
     listed = list_source(source, "train", ListOptions(class_file=file))
     assert {item.path for item in listed.inputs} == {path for path, name in expected.items() if name == classes[0]}
-    with pytest.raises(UserError, match="Only here: "):
+    with pytest.raises(UserError, match="Only in this split: "):
         list_source(source, "val", ListOptions(), classes[:1])
 
 

@@ -119,7 +119,7 @@ def test_a_class_file_selects_some_of_the_classes(tmp_path: Path, capsys: pytest
         assert listed.classes == ("n3", "n1") and paths_and_labels(listed) == [(b"1.jpg", 1), (b"3.jpg", 0)]
         assert listed.labels_from == tmp_path / "val.txt"
     (tmp_path / "classes.txt").write_text("n3\nn4\n")
-    with pytest.raises(UserError, match=r"Only here: n1, n2\. Only in .*classes\.txt: n4"):
+    with pytest.raises(UserError, match=r"Only in this split: n1, n2\. Only in .*classes\.txt: n4"):
         list_source(train, "train", options)
 
 

@@ -23,10 +23,12 @@ def test_classes_other_than_those_of_the_store_are_refused(tmp_path: Path) -> No
     assert list_images(root, store_classes=("n1", "n2")).classes == ("n1", "n2")
     with pytest.raises(UserError, match=r"2 classes, the store has 3\. Only in the store: n3\."):
         list_images(root, store_classes=("n1", "n2", "n3"))
-    with pytest.raises(UserError, match=r"2 classes, the store has 2\. Only here: n2\. Only in the store: n3\."):
+    with pytest.raises(
+        UserError, match=r"2 classes, the store has 2\. Only in this split: n2\. Only in the store: n3\."
+    ):
         list_images(root, store_classes=("n1", "n3"))
     # Even with allow_empty_classes, the class n2 is refused, because n2 has no label in the store.
-    with pytest.raises(UserError, match=r"Only here: n2\. All splits"):
+    with pytest.raises(UserError, match=r"Only in this split: n2\. All splits"):
         list_source(root, "val", ListOptions(allow_empty_classes=True), ("n1", "n3"))
 
 
@@ -52,7 +54,9 @@ def test_a_file_gives_the_order_of_the_classes(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"label 0 is golden retriever, but ape in the store\. .*keep their labels"):
         list_source(root, "val", ListOptions(class_file=file), ("ape", "cat", "golden retriever"))
     file.write_text("cat\nbird\n")
-    with pytest.raises(UserError, match=r"classes\.txt has 2\. Only here: ape, golden retriever\. Only in .*: bird"):
+    with pytest.raises(
+        UserError, match=r"classes\.txt has 2\. Only in this split: ape, golden retriever\. Only in .*: bird"
+    ):
         list_source(root, "train", ListOptions(class_file=file))
 
 
@@ -105,5 +109,5 @@ def test_a_tar_of_class_folders_is_listed_like_the_folder(tmp_path: Path) -> Non
     folder, archive = list_images(root), list_images(tmp_path / "t.tar")
     assert archive.classes == folder.classes == ("n1", "n1-x", "n10", "n2")
     assert paths_and_labels(archive) == paths_and_labels(folder)
-    with pytest.raises(UserError, match=r"4 classes, the store has 1\. Only here: n1-x, n10, n2\."):
+    with pytest.raises(UserError, match=r"4 classes, the store has 1\. Only in this split: n1-x, n10, n2\."):
         list_images(tmp_path / "t.tar", store_classes=("n1",))
