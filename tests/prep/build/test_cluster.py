@@ -167,7 +167,7 @@ def test_the_store_equals_that_of_a_build_without_a_cluster(
     verified = alexprep("verify", *words)
     assert verified.exit_code == 0 and "450 records of train agree" in verified.stdout, verified.output
     stats = alexprep("pca-stats", "--recompute", *words)
-    assert stats.exit_code == 0 and "differ by at most 0.0000" in stats.stdout, stats.output
+    assert stats.exit_code == 0 and "differ from these by at most 0.0000" in stats.stdout, stats.output
 
 
 def test_import_caffe_on_a_cluster_gives_the_same_store(
