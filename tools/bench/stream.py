@@ -185,7 +185,7 @@ class StreamBenchmark:
 
         def run_thread(first: int, until: float) -> int:
             done = 0
-            while time.perf_counter() < until:
+            while not done or time.perf_counter() < until:  # at least one item, even if the thread starts late
                 work(contents[(first + done * self.threads) % len(contents)])
                 done += 1
             return done

@@ -9,6 +9,7 @@ dense tensors. A tensor becomes a StoredTensor, which holds the description of t
 from __future__ import annotations
 
 import pickletools
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, BinaryIO, NoReturn
@@ -112,13 +113,15 @@ def read_pickle(file: BinaryIO) -> Any:
     """
     reader = _Reader()
     try:
-        for number, (opcode, argument, _) in enumerate(pickletools.genops(file)):
-            if number >= MAX_INSTRUCTIONS:
-                _refuse(f"more than {MAX_INSTRUCTIONS:,} instructions")
-            step = _STEPS.get(opcode.name)
-            if step is None:
-                _refuse(f"the instruction {opcode.name}")
-            step(reader, argument)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # genops warns of unknown escape sequences in the strings of a damaged file
+            for number, (opcode, argument, _) in enumerate(pickletools.genops(file)):
+                if number >= MAX_INSTRUCTIONS:
+                    _refuse(f"more than {MAX_INSTRUCTIONS:,} instructions")
+                step = _STEPS.get(opcode.name)
+                if step is None:
+                    _refuse(f"the instruction {opcode.name}")
+                step(reader, argument)
     except UnsafeFile:
         raise
     except (ValueError, TypeError, IndexError, KeyError, AttributeError, OverflowError) as error:

@@ -152,6 +152,12 @@ def test_nothing_in_a_pickle_is_called(
     assert [file.name for file in tmp_path.iterdir()] == ["a.pt"]
 
 
+def test_a_string_with_an_unknown_escape_sequence_is_refused_without_a_warning(tmp_path: Path) -> None:
+    path = write_signed_pickle(tmp_path / "a.pt", rb"S'\Q'" + b"\n.")
+    with pytest.raises(UserError, match="the instruction STRING"):
+        checkpoint.read(path)
+
+
 def test_a_storage_that_is_smaller_than_its_tensor_is_refused(tmp_path: Path) -> None:
     """If the sizes were not compared, torch could read memory beyond the end of the storage."""
     content = tiny_content()
