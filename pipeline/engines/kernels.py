@@ -150,7 +150,7 @@ ALIGNMENT_BYTES = 64
 def aligned_floats(block: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     """Return the part of `block` (N,) that begins at the first address that is a multiple of ALIGNMENT_BYTES.
 
-    The kernel writes images at such an address faster, past the CPU's cache.
+    On CPUs of AMD, the kernel writes images at such an address faster, past the CPU's cache.
     """
     return block[-address(block) % ALIGNMENT_BYTES // block.itemsize :]
 
@@ -223,7 +223,10 @@ class NativeKernels:
 
 
 def is_correct(kernel: NativeKernels) -> bool:
-    """Return True if the library computes a few small crops correctly. Sides of 32 px are computed with AVX2."""
+    """Return True if the library computes a few small crops correctly.
+
+    On CPUs of AMD, the crops of 32 px are written past the cache.
+    """
     rng = np.random.default_rng(0)
     image = rng.integers(0, 256, (47, 53, 3), dtype=np.uint8)
     mean = (255 * rng.random((41, 41, 3))).astype(np.float32)

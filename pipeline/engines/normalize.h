@@ -167,7 +167,9 @@ WRITE_ROWS(rows_nhwc_avx2, 1)
 static void normalize_rows(const crop *cur, int64_t first, int64_t end, int64_t side, int64_t mean_side,
                            const float *scales, int channels_last, float *out) {
 #ifdef AVX2
-    if (__builtin_cpu_supports("avx2") && side % PIXELS == 0 && (uintptr_t)out % 32 == 0) {
+    /* On an older Intel CPU, writes past the cache took longer than other writes. */
+    const int is_faster = __builtin_cpu_supports("avx2") && __builtin_cpu_is("amd");
+    if (is_faster && side % PIXELS == 0 && (uintptr_t)out % 32 == 0) {
         (channels_last ? rows_nhwc_avx2 : rows_nchw_avx2)(cur, first, end, side, mean_side, scales, out);
         return;
     }
