@@ -26,7 +26,8 @@ INLINE void blend_constant(uint8_t *restrict x, int64_t count, int32_t factor, i
         x[i] = clip((factor * x[i] + offset) >> FACTOR_BITS);
 }
 
-/* `offset` of blend_constant for contrast: the floor of (4096 - factor) times the mean grey level. */
+/* Return the `offset` of blend_constant for contrast: the product of (4096 - factor) and the mean grey level, rounded
+ * down. */
 INLINE int32_t contrast_offset(const uint8_t *r, const uint8_t *g, const uint8_t *b, int64_t count, int32_t factor) {
     int64_t sum = 0;
     for (int64_t first = 0; first < count; first += 1 << 16) { /* the sum of 65,536 grey levels fits in 32 bits */

@@ -203,13 +203,14 @@ static int add_effects(worker *self, const batch *b, int64_t n, crop *window) {
     return 1;
 }
 
-enum { LINES = 16 }; /* number of lines that are resized and then normalized while they are in the L1 cache */
+enum { LINES = 8 }; /* number of lines that are resized and then normalized while they are in the L1 cache */
 
 /* Write image n. `window` is its crop of the record's pixels. The crop is resized first if b->extent is not null.
  * Returns 0 if malloc fails. */
 static int make_image(worker *self, const batch *b, int64_t n, crop window) {
     const int64_t step = b->extent && !b->effects ? LINES : b->side; /* effects need a complete window */
     float *image = b->out + 3 * b->side * b->side * n;
+    const image_plan plan = plan_image(&window, b->side, b->scale, b->channels_last, image);
     resized_rows rows;
     if (b->extent) {
         if (!reserve(&self->window, 3 * b->side * step) ||
@@ -223,7 +224,7 @@ static int make_image(worker *self, const batch *b, int64_t n, crop window) {
             resize_columns(&rows, b->side, first, end, self->window.at);
         if (b->effects && !add_effects(self, b, n, &window))
             return 0;
-        normalize_rows(&window, first, end, b->side, b->mean_side, b->scale, b->channels_last, image);
+        normalize_rows(&plan, &window, first, end, b->side, b->mean_side, image);
     }
     if (b->box)
         erase_box(image, b->side, b->channels_last, b->box + 4 * n);

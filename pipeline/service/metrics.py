@@ -27,14 +27,14 @@ class Metrics:
 
         self._images_made = counter("images_made", "Images that workers decoded and cropped.")
         self._images_served = counter("images_served", "Images that consumers received.")
-        self._bytes_made = counter("bytes_made", "Bytes of the windows that workers made.")
-        self._bytes_served = counter("bytes_served", "Bytes of the windows that consumers received.")
+        self._bytes_made = counter("bytes_made", "Bytes of the pixels that workers decoded and cropped.")
+        self._bytes_served = counter("bytes_served", "Bytes of the decoded pixels that consumers received.")
         self._retries = counter("retries", "Batches that were made again after a worker or a node was lost.")
         self._consumer_wait = counter("consumer_wait_seconds", "Seconds for which training loops waited for batches.")
         self._queue = gauge("queue", "Batches that wait for a worker.")
         self._workers = gauge("workers", "Workers that are ready.")
         self._consumers = gauge("consumers", "Loaders that read from the service.")
-        self._kept_bytes = gauge("kept_bytes", "Bytes of the windows that the service keeps for its consumers.")
+        self._kept_bytes = gauge("kept_bytes", "Bytes of the decoded pixels that the service keeps for its consumers.")
 
     def made(self, images: int, size_bytes: int) -> None:
         """Count the images and bytes of a block (one or several batches) that a worker made."""

@@ -1,4 +1,8 @@
-"""Source of the windows of a loader that uses a service: the service or, after its loss, the local store."""
+"""Source of the windows of a loader that uses a service: the service or, after its loss, the local store.
+
+A window is the decoded part of a record from which the loader makes an image (pipeline.windows). A loader requests
+windows in blocks: one batch, or several consecutive batches (pipeline.service.protocol.block_steps).
+"""
 
 from __future__ import annotations
 
@@ -112,7 +116,7 @@ class WindowSource:
             self._maker.close()
 
     def _windows(self, position: int, request: WindowRequest) -> Windows:
-        """Return the windows of the batch at a position, which are a part of the windows of a block."""
+        """Return the windows of the batch at `position`: the batch's part of the block that holds this batch."""
         first, block, is_new = self._block(position)
         if is_new:
             try:

@@ -113,8 +113,9 @@ def list_caffe_lmdbs(
     label has no class name, or if the folder name in a key and the label of its record mean different classes. Unless
     `allow_empty_classes` is true, also raises UserError if a class has no record.
     """
-    if len({folder.resolve() for folder in folders}) < len(folders):
-        raise UserError(f"{folders[0]}: one of the LMDBs is named twice.")
+    for number, folder in enumerate(folders):
+        if folder.resolve() in {earlier.resolve() for earlier in folders[:number]}:
+            raise UserError(f"{folder} is named twice. Name every LMDB once.")
     listing, refused = Listing(), []
     # Label -> folder names in the keys of its records; b"" stands for no folder.
     key_folders: dict[int, set[bytes]] = {}

@@ -97,7 +97,11 @@ def stop(*processes: subprocess.Popen[bytes]) -> None:
 
 @dataclass(frozen=True)
 class RunRate:
-    """Rate of one run. The fields are JSON keys of the report."""
+    """Rate of one run. The fields are JSON keys of the report.
+
+    An interval has the steps between two lines of metrics.jsonl. All intervals are counted, except those that begin
+    with an epoch.
+    """
 
     images_per_s: float  # images of the counted intervals divided by the time of the counted intervals
     least: float  # rate of the slowest counted interval

@@ -162,7 +162,7 @@ def test_the_steps_have_their_order_and_other_images_stay_unchanged() -> None:
 
 
 def nearly_flat(side: int) -> Pixels:
-    """Return an image whose mean grey level is a little more than 100: 101 in each channel, and 102 in one pixel."""
+    """Return an image whose pixels have the level 101, except one pixel with 102. Its mean grey level is above 100."""
     image = np.full((side, side, 3), 101, np.uint8)
     image[10, 10] = 102
     return image

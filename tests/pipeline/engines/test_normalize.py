@@ -64,9 +64,9 @@ def test_images_of_any_side_and_address_equal_the_formula(layout: str, offset_fl
     ("right", "wrong"),
     [
         ("(PIXELS - 1 - value / 3) + channel", "(PIXELS - 1 - value / 3) + v"),
-        ("source[k] - plan.start[half]", "source[k]"),
-        ("shift[i] = cur->shift[channel]", "shift[i] = cur->shift[0]"),
-        ("scale[i] = scales[channel]", "scale[i] = scales[0]"),
+        ("source[k] - vector->start[half]", "source[k]"),
+        ("->shift[i] = cur->shift[channel]", "->shift[i] = cur->shift[0]"),
+        ("->scale[i] = scales[channel]", "->scale[i] = scales[0]"),
         ("_mm256_sub_ps(value, _mm256_loadu_ps(mean))", "value"),
         ("at = 3 * j + 8 * v", "at = 3 * j + 8"),
         ("(v * mean_side + i) * mean_side", "(v * side + i) * mean_side"),

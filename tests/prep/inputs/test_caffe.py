@@ -358,6 +358,7 @@ def test_several_lmdbs_make_one_split(datum: Callable[..., bytes], records_of: R
     found = [(m.source, m.label, decoded(m).tobytes()) for _, m in records_of(tmp_path / "store", "train")]
     expected = zip((b"0_a", b"1_b", b"0_a", b"1_c"), (0, 1, 2, 1), [p.tobytes() for p in pictures], strict=True)
     assert sorted(found) == sorted(expected)
+    assert "is named twice" in fails(import_caffe(tmp_path / "twice", *parts, parts[1]), parts[1])
 
 
 @pytest.mark.usefixtures("processes")
