@@ -58,7 +58,7 @@ _CLUSTER_TESTS = (
 
 
 _LONG_TESTS = ("tests/train/trainer/test_kill_and_resume.py", "tests/test_wheel.py")  # run after the cluster tests
-# Folders and files of the tests that start torchrun. One process runs these tests, so that torch is loaded once for all.
+# Folders and files of the tests that start torchrun. One process runs them, so that torch is loaded once.
 _TORCHRUN_TESTS = ("tests/train/replicas", "tests/train/trainer/test_stop_requests.py", "tests/examples")
 
 
