@@ -72,8 +72,8 @@ def _group(test: str) -> str:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Give the tests with the marker `soak` (`make soak`) a time limit of one hour instead of five minutes.
 
-    If the tests run in several processes, the groups that wait most begin first, and the other groups follow by their
-    number of tests. The processes then end at about the same time.
+    If the tests run in several processes, the two groups whose tests spend most time waiting for other processes begin
+    first. The other groups follow, those with most tests first. The test processes then end at about the same time.
     """
     for item in items:
         if item.get_closest_marker("soak"):

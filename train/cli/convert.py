@@ -148,8 +148,8 @@ def _store_beside(file: Path) -> Path:
 
     Returns `store` if `file` is not in a run folder. Raises UserError if the run's training store is missing.
     """
-    from train.runs.preprocessing import missing_store_text, saved_store_path, training_store
     from train.runs.run_dir import has_description, read_description
+    from train.runs.training_store import missing_store_text, saved_store_path, training_store
 
     if not has_description(file.parent):
         return Path("store")

@@ -186,8 +186,8 @@ def _evaluate_run(
     from train.model.precision import set_precision
     from train.replicas.devices import devices_of_replica
     from train.runs.loading import load_trained, run_and_checkpoint
-    from train.runs.preprocessing import find_store, missing_store_text, saved_store_path
     from train.runs.run_dir import has_description, read_description
+    from train.runs.training_store import find_store, missing_store_text, saved_store_path
 
     with group.together():
         devices = devices_of_replica(gpus, 2, group)

@@ -120,7 +120,7 @@ def _check_complete(trained: TrainedRun, split: str) -> None:
     left_out = "Figures of images, feature maps and errors per class are left out"
     advice = "Name a store with --store, or pass --no-images"
     if trained.store is None:
-        from train.runs.preprocessing import saved_store_path
+        from train.runs.training_store import saved_store_path
 
         where = saved_store_path(trained.description)
         raise UserError(f"{left_out}: the training store {where} was moved, removed or rebuilt. {advice}.")

@@ -23,8 +23,9 @@ from train.evaluation.predictions import (
 from train.model.alexnet import AlexNet
 from train.runs.checkpoint import Checkpoint
 from train.runs.loading import load_trained, run_and_checkpoint
-from train.runs.preprocessing import find_store, load_eval_transform, missing_store_text, saved_store_path
+from train.runs.preprocessing import load_eval_transform
 from train.runs.run_dir import read_description
+from train.runs.training_store import find_store, missing_store_text, saved_store_path
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,9 @@ from train.config.run_config import RunConfig
 from train.model.precision import default_precision, set_precision
 from train.replicas.devices import devices_of_replica
 from train.replicas.group import ALONE, ReplicaGroup
-from train.runs.preprocessing import missing_store_text, saved_store_path, training_store
 from train.runs.run import Run
 from train.runs.run_dir import has_description, read_description
+from train.runs.training_store import missing_store_text, saved_store_path, training_store
 
 # Options of `alextrain run` that set the RunConfig field of the same name, without conversion.
 _PLAIN = ("accumulate", "seed", "stream_seed", "deterministic", "steps", "log_every", "checkpoint_every", "keep")

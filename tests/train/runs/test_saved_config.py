@@ -20,9 +20,9 @@ from train.config.identity import recipe_values
 from train.config.recipe import recipe_from_json
 from train.config.recipes import RECIPES, RELEASED, SHORT
 from train.runs import checkpoint
-from train.runs.preprocessing import training_store
 from train.runs.run_dir import read_description
 from train.runs.saved_config import saved_config
+from train.runs.training_store import training_store
 
 OPTIONS = "--recipe short --set lr=0.002 --batch 10 --seed 3 --stream-seed 4 --keep 1".split()
 
