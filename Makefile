@@ -12,8 +12,8 @@ help:  ## Print this list of targets
 demo: .venv/ready  ## Make photographs, build a store and train AlexNet; takes a few minutes
 	@$(BIN)/python -m tools.demo
 
-test: .venv/ready  ## Run the tests in four processes; warnings are errors
-	@$(BIN)/python -m pytest -n 4
+test: .venv/ready  ## Run the tests in three processes; warnings are errors
+	@$(BIN)/python -m pytest -n 3
 
 soak: .venv/ready  ## Run the long tests, which kill hundreds of processes; takes about half an hour
 	@$(BIN)/python -m pytest -m soak

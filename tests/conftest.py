@@ -1,7 +1,7 @@
 """Shared fixtures: a few photographs in ILSVRC's layout, stores built from them, and Caffe's Datum in protobuf.
 
 `photo_folder`, `store`, `stores` and `numbered_store` are made once in each test process. All tests of the process
-share these folders, so a test must write only into a copy of a shared folder. `make test` runs four test processes at
+share these folders, so a test must write only into a copy of a shared folder. `make test` runs three test processes at
 the same time, so the time limits of a test must suit a slow machine.
 """
 

@@ -26,7 +26,7 @@ from prep import compiled
 from prep.images.jpeg import decode_jpeg, encode_jpeg
 
 SOURCE = Path(__file__).with_name("kernels.c")
-CROP_DTYPE = np.dtype(  # same fields as struct crop in kernels.c
+CROP_DTYPE = np.dtype(  # same fields as struct crop in normalize.h
     [("pixels", np.uint64), ("stride", np.int64), ("mean", np.uint64), ("shift", np.float32, 3), ("flip", np.int32)]
 )
 

@@ -82,7 +82,7 @@ enum {
  * positions 8 * v to 8 * v + 7 of the 24 floats of these pixels. In channels-first order, they are channel v. */
 typedef struct {
     int64_t start[2];  /* the first 4 floats need bytes of the 16 that begin at start[0], the others at start[1] */
-    uint8_t order[32]; /* for each float, the position of its byte after `start`, followed by three zero bytes */
+    uint8_t order[32]; /* for each float, the position of its byte after `start`; then three times 128, for 0 */
     float shift[8], scale[8];
 } vector_plan;
 
@@ -102,7 +102,7 @@ static image_plan plan_image(const crop *cur, int64_t side, const float *scales,
 #endif
     for (int64_t v = 0; plan.past_cache && v < 3; v++) {
         vector_plan *vector = plan.vectors + v;
-        memset(vector->order, 128, sizeof vector->order); /* the instruction writes a zero byte for 128 */
+        memset(vector->order, 128, sizeof vector->order); /* VPSHUFB writes a zero byte for 128 */
         for (int64_t half = 0; half < 2; half++) {
             int64_t source[4], last = 0; /* positions among the 24 bytes */
             for (int64_t k = 0; k < 4; k++) {

@@ -42,8 +42,9 @@ static resized_rows resize_rows(const uint8_t *pixels, int64_t stride, int64_t h
         memset(both[k]->first + side, 0, 3 * 4);
     }
 #ifdef AVX2
-    blend_table table;
-    if (across.is_blend)
+    const int has_avx2 = __builtin_cpu_supports("avx2");
+    blend_table table = {0};
+    if (has_avx2 && across.is_blend)
         table = fill_table(&across, side, result.bytes, memory);
 #endif
     memory += table_bytes(result.bytes);
@@ -58,11 +59,11 @@ static resized_rows resize_rows(const uint8_t *pixels, int64_t stride, int64_t h
             in = memory, in_stride = copy_stride;
         }
 #ifdef AVX2
-        if (__builtin_cpu_supports("avx2") && across.is_blend) {
+        if (has_avx2 && across.is_blend) {
             blend_some_avx2(in, in_stride, table, out, result.bytes);
             continue;
         }
-        if (__builtin_cpu_supports("avx2")) {
+        if (has_avx2) {
             resize_some_avx2(in, in_stride, side, &across, out, result.bytes);
             continue;
         }

@@ -7,8 +7,9 @@
  * of the weights of an output pixel is 1. The weights are rounded to multiples of 2^-22. The first pass resizes
  * rows, and the second pass resizes columns. Each pass rounds to bytes.
  *
- * There are two versions of each pass, which compute the same integers: one for all CPUs, and one for x86 CPUs with
- * AVX2. The instructions of AVX2 multiply numbers of 16 bits, so a weight is stored as high · 2^11 + low. */
+ * There are three versions of each pass, which compute the same integers: one for all CPUs in this file, and two for x86
+ * CPUs with AVX2 in resample_avx2.h. The instructions of AVX2 multiply numbers of 16 bits, so a weight is stored as
+ * high · 2^11 + low. */
 
 enum { WEIGHT_BITS = 22, LOW_BITS = 11, ROUND_HALF = 1 << (WEIGHT_BITS - 1), VECTOR = 32, ROWS = 4 };
 

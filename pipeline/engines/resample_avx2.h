@@ -56,9 +56,7 @@ AVX2_INLINE void resize_some(const uint8_t *in, int64_t stride, int64_t side, re
 
 AVX2 static void resize_some_avx2(const uint8_t *in, int64_t stride, int64_t side, const resize_weights *self,
                                   uint8_t *restrict out, int64_t bytes) {
-    if (self->pairs == 1) /* with a constant number of pairs, the compiler unrolls the loops */
-        resize_some(in, stride, side, *self, 1, out, bytes);
-    else if (self->pairs == 2)
+    if (self->pairs == 2) /* with a constant number of pairs, the compiler unrolls the loops */
         resize_some(in, stride, side, *self, 2, out, bytes);
     else
         resize_some(in, stride, side, *self, self->pairs, out, bytes);
@@ -90,14 +88,15 @@ AVX2_INLINE void add_rows(const uint8_t *rows, int64_t bytes, int64_t height, re
 
 AVX2 static void resize_line_avx2(const uint8_t *rows, int64_t bytes, int64_t height, const resize_weights *self,
                                   int64_t i, uint8_t *restrict out) {
-    if (self->pairs == 1)
-        add_rows(rows, bytes, height, *self, 1, i, out);
+    if (self->pairs == 2)
+        add_rows(rows, bytes, height, *self, 2, i, out);
     else
         add_rows(rows, bytes, height, *self, self->pairs, i, out);
 }
 
-/* Two input pixels for each output pixel: most regions that become larger. With the nearer pixel n, the other pixel f,
- * and the weight w <= 2^21 of f, the sum is 2^22 n - w (n - f). -w is stored as high * 2^6 + low with 0 <= low < 64. */
+/* If a row or column does not become shorter, each output pixel is a mean of two input pixels: the nearer pixel n and the
+ * other pixel f. With the weight w <= 2^21 of f, the sum is 2^22 n - w (n - f). -w is stored as high * 2^6 + low, with
+ * 0 <= low < 64. */
 typedef struct {
     int16_t high, low;
     int32_t is_second; /* 1: the nearer pixel is the second of the two */

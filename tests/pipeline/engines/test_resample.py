@@ -63,7 +63,7 @@ def test_every_ratio_of_lengths_has_the_bits_of_pillow(kernel: kernels.NativeKer
 def test_every_enlargement_has_the_bits_of_pillow(kernel: kernels.NativeKernels, side: int) -> None:
     """Pixels of all levels are blended with the weights of every length up to the side."""
     image = np.random.default_rng(side).integers(0, 256, (side, side, 3), np.uint8)
-    boxes = [(side - length, length // 3, length, side - length // 3) for length in range(1, side + 1)]
+    boxes = [(side - length, length - 1, length, side + 1 - length) for length in range(1, side + 1)]
     out = np.zeros((len(boxes), side, side, 3), np.uint8)
     windows(kernel, image, boxes, out)
     for window, (y, x, height, width) in zip(out, boxes, strict=True):
