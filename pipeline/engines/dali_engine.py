@@ -96,6 +96,7 @@ class DaliEngine:
         self._augmenter, self._placement, self._views = augmenter, placement, output.views
         self._layout, self._dtype, self._is_resized = output.layout[1:], output.dtype, output.is_resized
         self._divisor = output.divisor * augmenter.std_rgb  # (3,)
+        self._mean_divisor = self._divisor.astype(np.float32)  # version 0.1.0 divided the mean image in float32, too
         self._crop_px, self._max_offset_px = output.crop_px, augmenter.side_px - output.crop_px
         self._fn, self._types = dali().fn, dali().types
 
@@ -180,7 +181,7 @@ class DaliEngine:
             image = self._normalize(square, flip, self._augmenter.mean_rgb.tolist(), position)
             if self._augmenter.augmentation.mean == "aligned":
                 assert self._augmenter.mean_image is not None
-                mean = self._augmenter.mean_image[y : y + self._crop_px, x : x + self._crop_px] / self._divisor
+                mean = self._augmenter.mean_image[y : y + self._crop_px, x : x + self._crop_px] / self._mean_divisor
                 views.append(image - self._constant(mean[:, ::-1] if flip else mean))
             else:
                 views.append(self._subtract_centre(image))
@@ -210,7 +211,7 @@ class DaliEngine:
             return image
         assert self._augmenter.mean_image is not None
         centre = slice(self._max_offset_px // 2, self._max_offset_px // 2 + self._crop_px)
-        return image - self._constant(self._augmenter.mean_image[centre, centre] / self._divisor)
+        return image - self._constant(self._augmenter.mean_image[centre, centre] / self._mean_divisor)
 
     def _constant(self, hwc: npt.NDArray[Any]) -> Node:
         """Return a float32 (H, W, C) array in the layout of the output, as a DALI constant."""
