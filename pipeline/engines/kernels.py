@@ -12,7 +12,6 @@ libjpeg-turbo, streams of crops of JPEG records on a CPU use DALI.
 from __future__ import annotations
 
 import ctypes
-from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ import numpy.typing as npt
 
 from pipeline.effects.parameters import Effects
 from pipeline.effects.sample import SIDE_PX, is_expected, sample_effects, sample_windows
+from pipeline.engines.libjpeg import JpegLibrary, find_libjpeg
 from prep import compiled
 from prep.images.jpeg import decode_jpeg, encode_jpeg
 
@@ -29,23 +29,6 @@ SOURCE = Path(__file__).with_name("kernels.c")
 CROP_DTYPE = np.dtype(  # same fields as struct crop in normalize.h
     [("pixels", np.uint64), ("stride", np.int64), ("mean", np.uint64), ("shift", np.float32, 3), ("flip", np.int32)]
 )
-
-
-_LIBJPEG_FUNCTIONS = (  # same order as the fields of struct jpeg_library in kernels.c
-    *("jpeg_std_error", "jpeg_CreateDecompress", "jpeg_mem_src", "jpeg_read_header", "jpeg_start_decompress"),
-    *("jpeg_crop_scanline", "jpeg_skip_scanlines", "jpeg_read_scanlines", "jpeg_abort_decompress"),
-    "jpeg_destroy_decompress",
-)
-
-
-class JpegLibrary(ctypes.Structure):
-    """Addresses of the functions of libjpeg-turbo. Raises AttributeError if the library lacks a function."""
-
-    _fields_ = tuple((name, ctypes.c_void_p) for name in _LIBJPEG_FUNCTIONS)
-
-    def __init__(self, library: ctypes.CDLL) -> None:
-        self.library = library  # this reference keeps the library loaded
-        super().__init__(*(ctypes.cast(library[name], ctypes.c_void_p).value for name in _LIBJPEG_FUNCTIONS))
 
 
 class BatchJob(ctypes.Structure):
@@ -314,19 +297,6 @@ def cut_window(
     part = pixels[y : y + height, x : x + width]
     out[:] = part if extent is None else resized(part, side)
     return True
-
-
-def find_libjpeg() -> JpegLibrary | None:
-    """Return the libjpeg-turbo of Pillow's wheel, otherwise the libjpeg-turbo of the system, otherwise None."""
-    pillow = find_spec("PIL")
-    folders = [Path(folder).parent for folder in (pillow and pillow.submodule_search_locations) or ()]
-    bundled = [path for folder in folders for path in folder.glob("pillow.libs/libjpeg-*.so*")]
-    for name in [*map(str, bundled), "libjpeg.so.62"]:
-        try:
-            return JpegLibrary(ctypes.CDLL(name))
-        except (OSError, AttributeError):
-            continue
-    return None
 
 
 def _decodes_correctly(kernel: NativeKernels, jpeg: JpegLibrary) -> bool:

@@ -26,6 +26,7 @@ from pipeline.augment import Augmentation, Augmenter
 from pipeline.engines import kernels
 from pipeline.engines.cpu_engine import CpuEngine
 from pipeline.engines.dali_engine import OutputFormat
+from pipeline.engines.libjpeg import JpegLibrary
 from pipeline.records import Records
 from pipeline.sampling import draw_params
 from prep.console import UserError, print_json, say
@@ -38,7 +39,7 @@ _FIRST = 5  # number of batches at the start that are not counted
 class _IdleKernel:
     """Replaces NativeKernels with methods that do nothing."""
 
-    def __init__(self, jpeg: kernels.JpegLibrary | None) -> None:
+    def __init__(self, jpeg: JpegLibrary | None) -> None:
         self.jpeg = jpeg
 
     def make_images(self, job: kernels.BatchJob) -> None:

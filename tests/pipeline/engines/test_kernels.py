@@ -22,6 +22,7 @@ from pipeline.augment import Augmentation
 from pipeline.engines import kernels
 from pipeline.engines.cpu_engine import CpuEngine
 from pipeline.engines.dali_engine import DaliEngine
+from pipeline.engines.libjpeg import JpegLibrary, find_libjpeg
 from pipeline.loader import eval_loader, train_loader
 from prep import compiled
 from prep.images.jpeg import decode_jpeg, encode_jpeg
@@ -211,13 +212,13 @@ def engine_of(store: Path) -> object:
 
 @needs_decoder
 def test_libjpeg_is_found_only_where_it_can_be_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert isinstance(kernels.find_libjpeg(), kernels.JpegLibrary)
+    assert isinstance(find_libjpeg(), JpegLibrary)
 
     def fail(name: str) -> None:
         raise OSError(name)
 
     monkeypatch.setattr("ctypes.CDLL", fail)
-    assert kernels.find_libjpeg() is None
+    assert find_libjpeg() is None
 
 
 @needs_decoder
