@@ -57,40 +57,30 @@ def test_images_of_any_side_and_address_equal_the_formula(layout: str, offset_fl
         assert np.isnan(block).all()  # nothing is written outside of `out`
 
 
+PAST_CACHE = (  # lines of normalize.h
+    ("(PIXELS - 1 - value / 3) + channel", "(PIXELS - 1 - value / 3) + v"),
+    ("source[k] - vector->start[half]", "source[k]"),
+    ("->shift[i] = cur->shift[channel]", "->shift[i] = cur->shift[0]"),
+    ("->scale[i] = scales[channel]", "->scale[i] = scales[0]"),
+    ("_mm256_sub_ps(value, _mm256_loadu_ps(mean))", "value"),
+    ("at = 3 * j + 8 * v", "at = 3 * j + 8"),
+    ("(v * mean_side + i) * mean_side", "(v * side + i) * mean_side"),
+    ("cur->flip ? -3 : 3", "3"),
+)
+BLENDING = (  # lines of resample_avx2.h
+    ("(int16_t)(-smaller >> 6)", "(int16_t)(-smaller >> 7)"),
+    ("second : first, *far_row", "first : first, *far_row"),
+    ("_mm256_set1_epi16(INT16_MIN)", "_mm256_set1_epi16(0)"),
+    ("first + 3 * weight.is_second", "first + 3"),
+    ("j - 3 * i - table.first[j / 8]", "j + 3 - 3 * i - table.first[j / 8]"),
+)
+
+
 @needs_avx2
-@needs_amd
 @pytest.mark.usefixtures("c_compiler")
 @pytest.mark.parametrize(
-    ("right", "wrong"),
-    [
-        ("(PIXELS - 1 - value / 3) + channel", "(PIXELS - 1 - value / 3) + v"),
-        ("source[k] - vector->start[half]", "source[k]"),
-        ("->shift[i] = cur->shift[channel]", "->shift[i] = cur->shift[0]"),
-        ("->scale[i] = scales[channel]", "->scale[i] = scales[0]"),
-        ("_mm256_sub_ps(value, _mm256_loadu_ps(mean))", "value"),
-        ("at = 3 * j + 8 * v", "at = 3 * j + 8"),
-        ("(v * mean_side + i) * mean_side", "(v * side + i) * mean_side"),
-        ("cur->flip ? -3 : 3", "3"),
-    ],
+    ("right", "wrong"), [*(pytest.param(*line, marks=needs_amd) for line in PAST_CACHE), *BLENDING]
 )
 def test_a_library_with_wrong_vectors_is_not_used(tmp_path: Path, right: str, wrong: str) -> None:
-    library = compile_changed(kernels.SOURCE, tmp_path, right, wrong)
-    assert compiled.load(library, kernels.NativeKernels, kernels.is_correct) is None
-
-
-@needs_avx2
-@pytest.mark.usefixtures("c_compiler")
-@pytest.mark.parametrize(
-    ("right", "wrong"),
-    [
-        ("(int16_t)(-smaller >> 6)", "(int16_t)(-smaller >> 7)"),
-        ("second : first, *far_row", "first : first, *far_row"),
-        ("_mm256_set1_epi16(INT16_MIN)", "_mm256_set1_epi16(0)"),
-        ("first + 3 * weight.is_second", "first + 3"),
-        ("j - 3 * i - table.first[j / 8]", "j + 3 - 3 * i - table.first[j / 8]"),
-    ],
-)
-def test_a_library_that_blends_wrongly_is_not_used(tmp_path: Path, right: str, wrong: str) -> None:
-    """The changed lines are in resample_avx2.h."""
     library = compile_changed(kernels.SOURCE, tmp_path, right, wrong)
     assert compiled.load(library, kernels.NativeKernels, kernels.is_correct) is None
